@@ -1,0 +1,1 @@
+"""One loop that joins the pipeline and the network, and everything around it."""
