@@ -1,0 +1,82 @@
+"""What a recipe says about data: `DataConfig` changes results, `LoaderConfig` never does. Imports nothing heavy."""
+from dataclasses import dataclass
+
+REGIONS = ("square", "full")
+MEANS = ("image", "image_center", "channel")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How a file becomes a training or test image (paper §2, §4.1). No defaults: a recipe says all of it.
+
+    Attributes:
+        region: where training crops come from: ``square``, the central square (paper §2), or ``full``, the whole image
+            at the short side of the square. Tests always use the square.
+        square_px: short side after the resize, and side of the central square (paper: 256).
+        crop_px: side of the crop the network sees (227; the paper's 224 and its windows that hang over, FACTS §1).
+        mirror: reflect half of the training crops.
+        lighting: standard deviation of the three alphas of paper §4.1 (0.1); 0 turns the lighting noise off.
+        mean: what is subtracted: ``image``, the mean image at the crop's own place, reflected with it (the paper);
+            ``image_center``, its central crop whatever the offset (the release); ``channel``, three numbers.
+
+    Raises:
+        ValueError: a value outside its range, naming the key.
+    """
+    region: str
+    square_px: int
+    crop_px: int
+    mirror: bool
+    lighting: float
+    mean: str
+
+    def __post_init__(self) -> None:
+        if self.region not in REGIONS:
+            raise ValueError(f"data.region (={self.region}) must be one of {', '.join(REGIONS)}; correct the recipe")
+        if self.mean not in MEANS:
+            raise ValueError(f"data.mean (={self.mean}) must be one of {', '.join(MEANS)}; correct the recipe")
+        if self.square_px < 1:
+            raise ValueError(f"data.square_px (={self.square_px}) must be at least 1; the paper's value is 256")
+        if not 1 <= self.crop_px <= self.square_px:
+            raise ValueError(f"data.crop_px (={self.crop_px}) must lie in 1…data.square_px (={self.square_px}); "
+                             "the paper's network takes 227 of 256")
+        if not 0 <= self.lighting < 10:
+            raise ValueError(f"data.lighting (={self.lighting}) must be a standard deviation in [0, 10); "
+                             "the paper's value is 0.1")
+        if self.region == "full" and self.mean == "image":
+            raise ValueError("data.mean (=image) needs data.region square (=full): the mean image covers the central "
+                             "square only; use mean: channel")
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How fast the machine makes batches. Never changes a pixel, the order or the draws.
+
+    Attributes:
+        threads: DALI's worker threads; 0 means one per core this process may use.
+        prefetch: batches DALI keeps ready, at least 1.
+        read_threads: threads that fetch bytes from storage and check them; 0 reads in the caller's thread.
+        check_crc: compare each file's bytes with the CRC-32 of the index (25 µs for 110 kB); finds flipped bits that
+            decode to other pixels without an error.
+        quarantine_budget: largest share of the training samples that may be unreadable before training stops.
+        hw_decoder_load: GPU only: share of baseline JPEGs given to the hardware engine.
+        preallocate_px: GPU only: side of the largest image for which decoder memory is reserved at the start; 0: none.
+
+    Raises:
+        ValueError: a value outside its range, naming the key.
+    """
+    threads: int = 0
+    prefetch: int = 2
+    read_threads: int = 2
+    check_crc: bool = True
+    quarantine_budget: float = 1e-4
+    hw_decoder_load: float = 0.65
+    preallocate_px: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low in (("threads", 0), ("prefetch", 1), ("read_threads", 0), ("preallocate_px", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"machine.{name} (={getattr(self, name)}) must be at least {low}; correct the setting")
+        for name in ("quarantine_budget", "hw_decoder_load"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"machine.{name} (={getattr(self, name)}) must be a share between 0 and 1; "
+                                 "correct the setting")
