@@ -1,0 +1,51 @@
+# make demo   generate a small ILSVRC2012-shaped set, index it, train on it, test it      make demo DATA=folder   the same on real archives
+# make test   the tests                                                                     make lint               flake8 and mypy
+# make bench-loader   our loader against torch's DataLoader + PIL                            make clean              everything made here
+# All of them first install what is missing into $(VENV); a stamp file makes that step instant until setup.cfg or constraints.txt change.
+
+VENV  ?= .venv
+# The first interpreter that really runs, is 3.11 or 3.12 and can make an environment: a name on the PATH may be a shim without a Python behind it.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
+	$$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' >/dev/null 2>&1 && { command -v $$p; break; }; done)
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/installed-$(or $(CUDA),12)
+
+DATA   ?=
+RECIPE ?=
+OUT    ?= demo
+INDEX  ?=
+
+.PHONY: install demo test lint bench-loader clean
+
+install: $(STAMP)
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@test -x $(BIN)/python || test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 with venv found; install one, or say PYTHON=/path/to/python" >&2; exit 2; }
+	@echo "installing into $(VENV) (the first time takes minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev,demo,plots$(if $(filter 13,$(CUDA)),$(comma)cuda13)]'
+ifeq ($(CUDA),13)
+	# Both flavours own nvidia/dali: take the CUDA 12 one away, then lay the files they share anew.
+	$(BIN)/python -m pip uninstall --yes --quiet nvidia-dali-cuda120
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --force-reinstall --no-deps -c constraints.txt nvidia-dali-cuda130
+endif
+	@rm -f $(VENV)/installed-* && touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m tools.demo --out $(OUT) $(if $(DATA),--data '$(DATA)') $(if $(RECIPE),--recipe '$(RECIPE)')
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/python -m flake8 pipeline model train tools tests
+	$(BIN)/python -m mypy
+
+bench-loader: $(STAMP)
+	$(BIN)/python -m tools.bench_loader $(INDEX)
+
+clean:
+	rm -rf $(VENV) build demo *.egg-info .pytest_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+comma := ,
