@@ -1,4 +1,6 @@
-"""What a network is: the numbers of the paper's §3 that a recipe may state. Imports nothing heavy, so a command line can be parsed with it.
+"""What a network is: the numbers of the paper's §3 that a recipe may state.
+
+Imports nothing heavy, so a command line can be parsed with it.
 
 Every field changes results, so none has a default: a recipe says them all.
 """
@@ -45,30 +47,41 @@ class ModelConfig:
         dropout: probability that a neuron of fc6, fc7 is silenced in training (paper: 0.5).
         lrn: response normalisation after conv1 and conv2, or null for none (paper §3.3).
 
+        init_std: standard deviations of the initial weights of conv1..fc8 (paper §5: 0.01 each; the release
+            has 0.03 in conv3..conv5; a small network needs larger ones).
+        init_bias: initial biases of conv1..fc8 (paper §5: 0, 1, 0, 1, 1, 1, 1, 0).
+
     Raises:
-        ValueError: a number that makes no network.
+        ValueError: a number that makes no network. That input_px fits the layers is checked by model.alexnet.sides.
     """
 
     input_px: int
     classes: int
-    channels: tuple[int, int, int, int, int]
-    hidden: tuple[int, int]
+    channels: tuple[int, ...]
+    hidden: tuple[int, ...]
     towers: int
     dropout: float
     lrn: Optional[LrnConfig]
+    init_std: tuple[float, ...]
+    init_bias: tuple[float, ...]
 
     def __post_init__(self) -> None:
         if self.towers not in (1, 2):
             raise ValueError(f"model.towers (={self.towers}) must be 1 or 2; the paper has 2")
-        if self.classes < 1:
-            raise ValueError(f"model.classes (={self.classes}) must be positive; give the number of classes of the index")
+        if self.classes < 2:
+            raise ValueError(f"model.classes (={self.classes}) must be at least 2; count the classes of the index")
         if self.input_px < 1:
             raise ValueError(f"model.input_px (={self.input_px}) must be positive; the paper's network takes 227")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"model.dropout (={self.dropout}) must be in [0, 1); the paper uses 0.5")
-        for name, sizes, count in (("channels", self.channels, 5), ("hidden", self.hidden, 2)):
-            if len(sizes) != count:
-                raise ValueError(f"model.{name} (={list(sizes)}) must have {count} numbers; give one per layer")
-            if any(size < 1 or size % self.towers for size in sizes):
-                raise ValueError(f"model.{name} (={list(sizes)}) must be positive multiples of the {self.towers} towers; "
-                                 "round them")
+        for key, count in (("channels", 5), ("hidden", 2), ("init_std", 8), ("init_bias", 8)):
+            values = getattr(self, key)
+            object.__setattr__(self, key, tuple(values))  # a list, as YAML has it, would make the config unhashable
+            if len(values) != count:
+                raise ValueError(f"model.{key} (={list(values)}) must have {count} numbers; give one per layer")
+        for key in ("channels", "hidden"):
+            if any(size < 1 or size % self.towers for size in getattr(self, key)):
+                raise ValueError(f"model.{key} (={list(getattr(self, key))}) must be positive multiples of the "
+                                 f"{self.towers} towers; round them")
+        if min(self.init_std) < 0:
+            raise ValueError(f"model.init_std (={list(self.init_std)}) must not be negative; give standard deviations")

@@ -1,0 +1,48 @@
+"""Dropout masks as a function of (seed, step, layer, row of the global batch, neuron) (paper §4.2).
+
+Every entry is a hash of its own coordinates. So a mask is the same on a CPU and on a GPU, in one process and in two,
+after a resume, and however the batch is cut; a process computes only the rows and the neurons it holds; there is no
+generator state to save. Inverted dropout: what is kept is divided by the probability of keeping, so testing needs no factor.
+
+Legend: B rows held by this process, N neurons held by this process.
+"""
+import hashlib
+
+import torch
+
+
+def _hash32(x: torch.Tensor) -> torch.Tensor:
+    """Mix int32 entries in place (Wellons' lowbias32): every input bit changes about half of the output bits."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32)), (16, 0)):
+        # >> keeps the sign of an int32: the mask makes it the logical shift the hash is defined with.
+        x ^= (x >> shift).bitwise_and_((1 << (32 - shift)) - 1)
+        if factor:
+            x *= factor
+    return x
+
+
+def _keys(seed: int, step: int, layer: str, axis: str, start: int, count: int, device: torch.device) -> torch.Tensor:
+    """Random int32 keys of positions start..start+count of one axis of the mask."""
+    digest = hashlib.sha256(f"dropout/{seed}/{step}/{layer}/{axis}".encode()).digest()
+    first, second = (int.from_bytes(digest[i:i + 4], "little", signed=True) for i in (0, 4))
+    keys = torch.arange(start, start + count, dtype=torch.int32, device=device)
+    return _hash32(_hash32(keys ^ first) ^ second)
+
+
+def keep_mask(p: float, *, seed: int, step: int, layer: str, rows: tuple[int, int], columns: tuple[int, int],
+              device: torch.device) -> torch.Tensor:
+    """Which neurons stay: (B, N) bool, each True with probability 1 - p. `rows` and `columns` are [start, stop)."""
+    row_keys = _keys(seed, step, layer, "row", rows[0], rows[1] - rows[0], device)
+    column_keys = _keys(seed, step, layer, "column", columns[0], columns[1] - columns[0], device)
+    drawn = _hash32(row_keys[:, None] ^ column_keys[None, :])  # uniform over -2^31 .. 2^31 - 1
+    return drawn >= min(round(p * 2**32) - 2**31, 2**31 - 1)
+
+
+def dropout(x: torch.Tensor, p: float, *, seed: int, step: int, layer: str, first_row: int,
+            first_column: int) -> torch.Tensor:
+    """Inverted dropout of (B, N): zero with probability p, else divided by 1 - p. Same dtype as x."""
+    if p == 0.0:
+        return x
+    keep = keep_mask(p, seed=seed, step=step, layer=layer, rows=(first_row, first_row + x.shape[0]),
+                     columns=(first_column, first_column + x.shape[1]), device=x.device)
+    return x * keep.to(x.dtype).mul_(1.0 / (1.0 - p))
