@@ -1,0 +1,253 @@
+"""What a run is: frozen dataclasses, one per group of a recipe, and the fingerprint that a resume compares.
+
+Two kinds of fields. Those that change results (`data`, `model`, `optimizer`, `schedule`, `train`) have no default, so
+a recipe says them all; those of `machine` (threads, device, folders) have one, change speed only, and are left out of
+the fingerprint, as are paths.
+Reading recipes and command lines is train/recipe.py. Imports nothing heavy: `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal, Optional
+
+from model.config import ModelConfig
+from pipeline.config import DataConfig, LoaderConfig
+
+# Where things lie is not what they are: the index itself is compared by its hash.
+PATHS = (("data", "index"),)
+
+
+def _need(ok: bool, key: str, value: object, rule: str) -> None:
+    """Raise `<key> (=value) <rule>` unless ok."""
+    if not ok:
+        raise ValueError(f"{key} (={value}) {rule}")
+
+
+@dataclass(frozen=True)
+class Data(DataConfig):
+    """The images: which index, which splits, and how a file becomes a crop (paper §2, §4.1).
+
+    Attributes:
+        index: folder of the index (tools/build_index.py); a path, so not part of the fingerprint.
+        train_split: split trained on.
+        validation_split: split whose error is measured each epoch.
+        test_split: split tested with ten crops at the end; may be the validation split (ILSVRC2012 has no test labels).
+    """
+
+    index: str
+    train_split: str
+    validation_split: str
+    test_split: str
+
+    def pixels(self) -> DataConfig:
+        """The part that concerns the pipeline."""
+        return DataConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(DataConfig)})
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The update rule of paper §5: v <- momentum v - weight_decay lr w - lr g; w <- w + v.
+
+    Attributes:
+        lr: learning rate at the start (paper: 0.01).
+        momentum: share of the velocity that is kept (paper: 0.9).
+        weight_decay: of weights; biases have none (paper: 0.0005).
+        bias_lr_factor: learning rate of biases over that of weights (release: 2).
+    """
+
+    lr: float
+    momentum: float
+    weight_decay: float
+    bias_lr_factor: float
+
+    def __post_init__(self) -> None:
+        _need(self.lr > 0, "optimizer.lr", self.lr, "must be positive; the paper starts at 0.01")
+        _need(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "must be in [0, 1); the paper uses 0.9")
+        _need(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay,
+              "must not be negative; the paper uses 0.0005")
+        _need(self.bias_lr_factor > 0, "optimizer.bias_lr_factor", self.bias_lr_factor,
+              "must be positive; the release uses 2")
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """Divide the learning rate when the validation error stops improving (paper §5: by 10, three times).
+
+    Attributes:
+        factor: what the rate is multiplied with (paper: 0.1).
+        patience: epochs without improvement before a drop; the paper's was a human eye.
+        min_delta: an improvement is a top-1 validation error lower by more than this, as a share (0.001 = 0.1 points).
+        drops: most drops (paper: 3).
+    """
+
+    factor: float
+    patience: int
+    min_delta: float
+    drops: int
+
+    def __post_init__(self) -> None:
+        _need(0 < self.factor < 1, "schedule.plateau.factor", self.factor, "must be in (0, 1); the paper uses 0.1")
+        _need(self.patience >= 1, "schedule.plateau.patience", self.patience, "must be at least 1 epoch; try 5")
+        _need(self.min_delta >= 0, "schedule.plateau.min_delta", self.min_delta, "must not be negative; try 0.001")
+        _need(self.drops >= 0, "schedule.plateau.drops", self.drops, "must not be negative; the paper uses 3")
+
+
+@dataclass(frozen=True)
+class Milestone:
+    """From this epoch on (counted from 0), this learning rate."""
+
+    epoch: int
+    lr: float
+
+    def __post_init__(self) -> None:
+        _need(self.epoch >= 1, "schedule.milestones.epoch", self.epoch,
+              "must be at least 1; epoch 0 has optimizer.lr")
+        _need(self.lr > 0, "schedule.milestones.lr", self.lr, "must be positive; give the rate from that epoch on")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How the learning rate moves: by `plateau`, or by `milestones`, or (null and []) not at all.
+
+    Attributes:
+        plateau: drop when the validation error stops improving; null for none.
+        milestones: epochs and rates, ascending; [] for none.
+        warmup_steps: the rate climbs linearly to its value over this many first steps; 0, as in the paper, for none.
+    """
+
+    plateau: Optional[Plateau]
+    milestones: tuple[Milestone, ...]
+    warmup_steps: int
+
+    def __post_init__(self) -> None:
+        epochs = [milestone.epoch for milestone in self.milestones]
+        _need(epochs == sorted(set(epochs)), "schedule.milestones", epochs, "must have ascending epochs; sort them")
+        _need(self.plateau is None or not self.milestones, "schedule.milestones", epochs,
+              "cannot be given together with schedule.plateau; make one of them null or []")
+        _need(self.warmup_steps >= 0, "schedule.warmup_steps", self.warmup_steps, "must not be negative; 0 is none")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how many at once, and with which draws.
+
+    Attributes:
+        epochs: passes over the training split (paper: about 90).
+        batch: images of one step over all processes (paper: 128).
+        seed: of order, crops, lighting, initial values and dropout.
+        validate_views: views per validation image each epoch: 1 (centre) or 10 (paper §4.1).
+        test_views: views per test image at the end: 1 or 10.
+    """
+
+    epochs: int
+    batch: int
+    seed: int
+    validate_views: int
+    test_views: int
+
+    def __post_init__(self) -> None:
+        _need(self.epochs >= 1, "train.epochs", self.epochs, "must be at least 1; the paper has 90")
+        _need(self.batch >= 1, "train.batch", self.batch, "must be at least 1; the paper has 128")
+        _need(0 <= self.seed < 2 ** 63, "train.seed", self.seed, "must be in [0, 2**63); choose another")
+        for name in ("validate_views", "test_views"):
+            _need(getattr(self, name) in (1, 10), f"train.{name}", getattr(self, name),
+                  "must be 1 (centre) or 10 (corners, centre and mirrors); choose one")
+
+
+@dataclass(frozen=True)
+class MachineConfig(LoaderConfig):
+    """Where and how fast. Up to rounding none of it changes results; bit for bit it must stay the same.
+
+    Attributes:
+        device: auto takes a GPU when there is one.
+        precision: bf16 computes the network under autocast; weights, velocity and loss stay float32.
+        channels_last: memory layout of images and kernels.
+        deterministic: on a GPU, only kernels that give the same bits each time.
+        torch_threads: of the network on a CPU, per process; 0 means the cores divided by the processes.
+        archives: folder to look for archives in when they are no longer where the index says; empty for none.
+        runs: folder of run folders.
+        name: of the run folder; empty takes the recipe's file name.
+        checkpoint_steps: save every so many steps, besides the end of each epoch; 0 for never.
+        keep_last: checkpoints kept besides the best one.
+        stop_after: stop (and save, exit code 75) when this step is done; 0 for never.
+        test_batch: images of one batch of validation and test.
+        timeout_s: seconds without an answer from the other process after which a run gives up.
+        log_s: seconds between two lines when the output is no terminal.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    channels_last: bool = False
+    deterministic: bool = True
+    torch_threads: int = 0
+    archives: str = ""
+    runs: str = "runs"
+    name: str = ""
+    checkpoint_steps: int = 0
+    keep_last: int = 2
+    stop_after: int = 0
+    test_batch: int = 128
+    timeout_s: float = 600.0
+    log_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, low in (("torch_threads", 0), ("checkpoint_steps", 0), ("keep_last", 1), ("stop_after", 0),
+                          ("test_batch", 1)):
+            value = getattr(self, name)
+            _need(value >= low, f"machine.{name}", value, f"must be at least {low}; raise it")
+        for name in ("timeout_s", "log_s"):
+            _need(getattr(self, name) > 0, f"machine.{name}", getattr(self, name), "must be positive; give seconds")
+
+    def loader(self, threads: int) -> LoaderConfig:
+        """The part that concerns the pipeline, with its number of threads decided."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(LoaderConfig)}
+        return LoaderConfig(**{**values, "threads": threads})
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, whole."""
+
+    data: Data
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    train: TrainConfig
+    machine: MachineConfig = field(default_factory=MachineConfig)
+
+    def __post_init__(self) -> None:
+        _need(self.model.input_px == self.data.crop_px, "model.input_px", self.model.input_px,
+              f"must equal data.crop_px (={self.data.crop_px}); the network takes the crop whole")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values only (tuples as lists), as they stand in a YAML file."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return plain
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of everything that changes results: all groups but `machine`, without paths."""
+        values = self.as_dict()
+        del values["machine"]
+        for group, name in PATHS:
+            del values[group][name]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
+    """Keys whose values differ, machine and paths left out, as `key: theirs -> ours` lines."""
+    lines = []
+    for key in sorted(ours.keys() | theirs.keys()):
+        name = f"{prefix}{key}"
+        if name == "machine" or tuple(name.split(".")) in PATHS:
+            continue
+        mine, other = ours.get(key), theirs.get(key)
+        if isinstance(mine, dict) and isinstance(other, dict):
+            lines += differences(mine, other, f"{name}.")
+        elif mine != other:
+            lines.append(f"{name}: {other} -> {mine}")
+    return lines

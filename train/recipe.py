@@ -1,0 +1,133 @@
+"""Recipes and command lines into a `Config`, and back.
+
+A recipe is YAML with the groups of train/config.py; `--group.key=value` overrides it. Read more strictly than YAML asks:
+the same key twice is an error (PyYAML takes the last), 5e-4 is a number (PyYAML reads a string), and a field that
+changes results must be said, null included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Hashable, Sequence
+
+import jsonargparse
+import yaml
+
+from model.config import ModelConfig
+from train.config import Config, Data, MachineConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+
+GROUPS: dict[str, type] = {"data": Data, "model": ModelConfig, "optimizer": OptimizerConfig,
+                           "schedule": ScheduleConfig, "train": TrainConfig, "machine": MachineConfig}
+MODE = "strict_yaml"
+
+
+class StrictLoader(yaml.SafeLoader):
+    """YAML with floats as people write them, and no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise ValueError(f"key {key!r} (line {key_node.start_mark.line + 1}) is given twice; keep one")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.[0-9]+(?:[eE][-+]?[0-9]+)?"
+               r"|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$"), list("-+0123456789."))
+
+
+def load_yaml(text: str) -> Any:
+    """Plain values of a YAML text, read strictly.
+
+    Raises:
+        ValueError: a key given twice.
+    """
+    return yaml.load(text, Loader=StrictLoader)  # noqa: S506 (a SafeLoader)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asked for."""
+
+    config: Config
+    resume: bool
+    recipe: Path | None
+
+
+def build_parser() -> jsonargparse.ArgumentParser:
+    """The parser of `python -m train.main`."""
+    jsonargparse.set_loader(MODE, load_yaml, exceptions=(yaml.YAMLError, ValueError))
+    parser = jsonargparse.ArgumentParser(
+        prog="python -m train.main", exit_on_error=False, parser_mode=MODE, default_env=False,
+        description="Train the two-tower AlexNet as a recipe says; exit codes: 0 done, 2 a mistake in what was asked, "
+                    "3 the loss was not finite, 4 the machine failed, 75 stopped and saved (go on with --resume).")
+    parser.add_argument("--config", action="config", help="a recipe, train/recipes/*.yaml")
+    parser.add_argument("--resume", action="store_true", help="go on from the last good checkpoint of the run folder")
+    for name, group in GROUPS.items():
+        parser.add_class_arguments(group, name)
+    return parser
+
+
+def _say_all(raw: dict[str, Any], argv: Sequence[str]) -> None:
+    """Every field that changes results is said, in the recipe or here; the parser would make an unsaid Optional null."""
+    for name, group in GROUPS.items():
+        for item in dataclasses.fields(group):
+            required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+            key = f"{name}.{item.name}"
+            said = item.name in (raw.get(name) or {}) or any(re.match(rf"--{re.escape(key)}[.=]?", a) for a in argv)
+            if required and not said:
+                raise ValueError(f"{key} is missing; a field that changes results has no default: say it in the recipe "
+                                 f"or with --{key}=VALUE")
+
+
+def parse(argv: Sequence[str]) -> Request:
+    """Command line to request. `--help` and `--print_config` print and exit 0.
+
+    Raises:
+        ValueError: an unknown or missing key, a value of the wrong type or outside its range.
+    """
+    parser = build_parser()
+    try:
+        space = parser.parse_args(list(argv))
+        recipes = [Path(str(path)) for path in space.config or []]
+        raw = load_yaml(recipes[-1].read_text(encoding="utf-8")) if recipes else {}
+        _say_all(raw, argv)
+        made = parser.instantiate(space)
+    except (argparse.ArgumentError, ValueError) as error:
+        raise ValueError(_tidy(str(error))) from None
+    config = Config(**{name: made[name] for name in GROUPS})
+    return Request(config, bool(space.resume), recipes[-1] if recipes else None)
+
+
+def _tidy(message: str) -> str:
+    """A message of the parser on one line, without its remarks on the null that an Optional could also have been."""
+    line = re.sub(r"\s+", " ", message).strip()
+    line = re.sub(r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - (.*?) - Expected a "
+                  r"<class 'NoneType'>.*", r"\1", line)
+    line = re.sub(r"Problem with given class_path '\S*?(\w+)': ", r"\1: ", line)
+    return line if "; " in line else f"{line}; correct the recipe or the command line (--print_config shows the whole)"
+
+
+def dump(config: Config) -> str:
+    """The resolved recipe as YAML; `load` gives the same config back."""
+    return yaml.safe_dump(config.as_dict(), sort_keys=False)
+
+
+def load(path: Path) -> Config:
+    """The config in a YAML file that says everything, such as a run's config.yaml.
+
+    Raises:
+        ValueError: as `parse`.
+    """
+    return parse(["--config", str(path)]).config
