@@ -1,1 +1,25 @@
-"""Bytes on disk become a `Batch` on a device: index, order, draws, reader, DALI graph, loader."""
+"""Bytes on disk become a `Batch` on a device: index, order, draws, reader, DALI graph, loader.
+
+The names below are the public face; torch and DALI are imported when one of them is first used.
+"""
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.config import DataConfig, LoaderConfig
+    from pipeline.index import SampleIndex
+    from pipeline.loader import Batch, TestLoader, TrainLoader
+    from pipeline.reader import Quarantine, SampleError
+    from pipeline.stats import Stats
+
+__all__ = ["Batch", "DataConfig", "LoaderConfig", "Quarantine", "SampleError", "SampleIndex", "Stats", "TestLoader",
+           "TrainLoader"]
+
+_HOME = {"DataConfig": "config", "LoaderConfig": "config", "SampleIndex": "index", "Batch": "loader", "TestLoader": "loader",
+         "TrainLoader": "loader", "Quarantine": "reader", "SampleError": "reader", "Stats": "stats"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"pipeline.{_HOME[name]}"), name)

@@ -1,0 +1,62 @@
+"""Counter-based random numbers: a value is a function of its key, never of what was drawn before.
+
+The mixing function is the finaliser of SplitMix64 (Steele, Lea, Flood 2014), chained over the words of the key. Only integer
+arithmetic modulo 2^64 is used, so the stream is the same on every machine and for every version of NumPy (whose own
+generators may change their streams between releases, NEP 19).
+"""
+import enum
+
+import numpy as np
+import numpy.typing as npt
+
+Words = int | npt.NDArray[np.integer]
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX2 = np.uint64(0x94D049BB133111EB)
+
+
+class Purpose(enum.IntEnum):
+    """What a number is drawn for, so that no two uses share a stream."""
+    ORDER = 1
+    TOP = 2
+    LEFT = 3
+    MIRROR = 4
+    LIGHTING = 5
+    SUBSTITUTE = 6
+    SAMPLE_CHECK = 7
+
+
+def _mix(word: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    word = (word ^ (word >> np.uint64(30))) * _MIX1
+    word = (word ^ (word >> np.uint64(27))) * _MIX2
+    return word ^ (word >> np.uint64(31))
+
+
+def bits(seed: int, purpose: Purpose, *key: Words) -> npt.NDArray[np.uint64]:
+    """64 random bits for each key.
+
+    Args:
+        seed: the run's seed, at least 0.
+        purpose: the use, part of the key.
+        key: integers or integer arrays of one common shape, for example (epoch, ids).
+
+    Returns:
+        uint64 array of the keys' broadcast shape.
+    """
+    word: npt.NDArray[np.uint64] = np.asarray([seed & 0xFFFFFFFFFFFFFFFF], np.uint64)
+    for part in (int(purpose), *key):
+        # A golden-ratio step before each word keeps (1, 0) and (0, 1) apart, and a zero key away from the fixed point 0.
+        word = _mix((word + _GOLDEN) ^ _mix(np.atleast_1d(np.asarray(part)).astype(np.uint64) + _GOLDEN))
+    return word
+
+
+def uniform(seed: int, purpose: Purpose, *key: Words) -> npt.NDArray[np.float64]:
+    """Uniform numbers in [0, 1) with 53 random bits, one for each key."""
+    return (bits(seed, purpose, *key) >> np.uint64(11)) * 2.0 ** -53
+
+
+def normal(seed: int, purpose: Purpose, *key: Words) -> npt.NDArray[np.float64]:
+    """Standard normal numbers, one for each key (Box–Muller, one of the pair)."""
+    radius = np.sqrt(-2 * np.log1p(-uniform(seed, purpose, *key, 0)))
+    return radius * np.cos(2 * np.pi * uniform(seed, purpose, *key, 1))

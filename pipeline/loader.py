@@ -1,0 +1,359 @@
+"""The public face: an index becomes an `Iterator[Batch]`, for training or for tests.
+
+B samples of a batch, S side of the central square, crop the side the network sees.
+"""
+import itertools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipeline import geometry
+from pipeline.config import DataConfig, LoaderConfig
+from pipeline.counter import Purpose, bits
+from pipeline.draws import Draws, draw, lighting_shift
+from pipeline.graph import Inputs
+from pipeline.index import SampleIndex
+from pipeline.reader import Bytes, Quarantine, Reader, SampleError
+from pipeline.sampler import Ids, Sampler, epoch_of
+from pipeline.stats import Stats
+from pipeline.stream import GraphPlan, Prepared, Stream
+
+_SUBSTITUTES = 100  # tries to find a readable stand-in; a healthy set needs one
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a loader gives.
+
+    Attributes:
+        images: training (B, 3, crop, crop), tests (B, 3, S, S); float32, mean subtracted, on the loader's device.
+        labels: (B,) int64 class indices on the same device; -1 where unknown.
+        ids: (B,) int64 sample ids, after any substitution.
+        epochs: (B,) int64 epoch of each sample (0 in tests).
+        step: number of the batch: counted from the start of training, or of this pass.
+    """
+    images: torch.Tensor
+    labels: torch.Tensor
+    ids: Ids
+    epochs: Ids
+    step: int
+
+
+def cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+class _Loader:
+    """What training and tests share: reading, labels, device, the stream."""
+
+    def __init__(self, index: SampleIndex, split: str, data: DataConfig, machine: LoaderConfig, device_id: int | None) -> None:
+        self.index, self.split, self.data, self.machine = index, split, data, machine
+        self.device = torch.device("cpu") if device_id is None else torch.device("cuda", device_id)
+        self._device_id = device_id
+        self._ids = index.ids(split)
+        if len(self._ids) == 0:
+            raise ValueError(f"split (={split}) of {index.path} must have samples; it has none, see build_index.py info")
+        self._reader = Reader(index, check_crc=machine.check_crc)
+        self._stream: Stream | None = None
+
+    def _sizes(self, ids: Ids) -> geometry.Pairs:
+        rows = self.index.samples[ids]
+        return np.stack([rows["height"], rows["width"]], axis=1).astype(np.int64)
+
+    def _plan(self, batch: int, side_px: int, *, raw: bool = False,
+              mean_image: npt.NDArray[np.float32] | None = None) -> GraphPlan:
+        return GraphPlan(batch, side_px, raw, mean_image, self.machine, self.machine.threads or cores(), self._device_id)
+
+    def _batch(self, prepared: Prepared, images: torch.Tensor) -> Batch:
+        labels = torch.from_numpy(self.index.samples["label"][prepared.ids].astype(np.int64)).to(self.device)
+        return Batch(images, labels, prepared.ids, prepared.epochs, prepared.step)
+
+    def close(self) -> None:
+        """Free threads and buffers. The loader can be used again; it starts where it was."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class TrainLoader(_Loader, Iterator[Batch]):
+    """Training batches: shuffled, cropped, reflected, lit (paper §4.1), without end.
+
+    `for batch in loader` gives the batches of the current epoch, or what is left of it; the next `for` gives the next
+    epoch. Reading ahead goes on across the boundary.
+
+    Args:
+        index, split: the samples; each needs a label.
+        data: how an image becomes a crop.
+        batch: global batch, over all ranks.
+        seed: of order and draws.
+        stats: mean and principal components of the training set.
+        machine: threads and checks; never changes a pixel.
+        shard: (k, n): this rank gets rows [k·batch/n, (k+1)·batch/n) of every global batch.
+        device_id: GPU that decodes and holds the batches, or None for the CPU.
+        quarantine: where unreadable samples are noted; by default bounded by `machine.quarantine_budget`, without a file.
+
+    Raises:
+        ValueError: the split, batch or shard do not fit, see `Sampler`.
+        RuntimeError: an archive is missing, or too many samples are unreadable.
+    """
+
+    def __init__(self, index: SampleIndex, split: str, data: DataConfig, batch: int, seed: int, stats: Stats, *,
+                 machine: LoaderConfig = LoaderConfig(), shard: tuple[int, int] = (0, 1), device_id: int | None = None,
+                 quarantine: Quarantine | None = None) -> None:
+        super().__init__(index, split, data, machine, device_id)
+        unlabelled = int((index.samples["label"][self._ids] < 0).sum())
+        if unlabelled:
+            raise ValueError(f"split (={split}) of {index.path} must have labels to train on; {unlabelled} samples have none")
+        self._sampler = Sampler(self._ids, batch, seed, shard)
+        self._seed, self._stats = seed, stats.expect(data.square_px)
+        self._quarantine = quarantine or Quarantine(quarantine_budget(machine, len(self._ids)))
+        self._step = 0
+        self._end = self._sampler.steps(0).stop
+
+    @property
+    def step(self) -> int:
+        """Global batches consumed since the start of training."""
+        return self._step
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the next batch, from 0."""
+        return epoch_of(self._step, len(self._ids), self._sampler.batch)
+
+    def __len__(self) -> int:
+        """Batches of the current epoch, consumed ones included; epochs may differ by one."""
+        return len(self._sampler.steps(self.epoch))
+
+    def __iter__(self) -> Self:
+        self._end = self._sampler.steps(self.epoch).stop
+        return self
+
+    def __next__(self) -> Batch:
+        if self._step >= self._end:
+            raise StopIteration
+        if self._stream is None:
+            image = self.data.mean != "channel"
+            plan = self._plan(len(self._sampler.take(0)[0]), self.data.crop_px,
+                              mean_image=self._stats.mean_image_chw if image else None)
+            first = self._step
+            self._stream = Stream(itertools.count(first), self._prepare, self._mend, plan)
+        prepared, images = self._stream.collect()
+        self._step += 1
+        return self._batch(prepared, images)
+
+    def state_dict(self) -> dict[str, int | str]:
+        """Cursor of the batches *consumed*, however many were read ahead, and what it is valid for."""
+        return {"step": self._step, "seed": self._seed, "batch": self._sampler.batch, "samples": len(self._ids),
+                "index": self.index.sha256, "split": self.split}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the batches that `state` has seen. Any number of ranks may do so.
+
+        Raises:
+            ValueError: the state belongs to another seed, batch, split or index.
+        """
+        mine = self.state_dict()
+        for key in ("seed", "batch", "split", "samples", "index"):
+            if state[key] != mine[key]:
+                raise ValueError(f"loader state {key} (={state[key]}) must equal this loader's (={mine[key]}); "
+                                 "resume with the recipe and the index the run was started with")
+        self.close()
+        self._step = int(state["step"])
+        self._end = self._sampler.steps(self.epoch).stop
+
+    def _rooms(self, ids: Ids) -> tuple[geometry.Pairs, geometry.Pairs, geometry.Pairs]:
+        """Resized sizes, first offset of the region, and the largest step away from it, (B, 2) each."""
+        resized = geometry.resized(self._sizes(ids), self.data.square_px)
+        if self.data.region == "full":
+            return resized, np.zeros_like(resized), resized - self.data.crop_px
+        return (resized, geometry.central(resized, self.data.square_px),
+                np.full_like(resized, self.data.square_px - self.data.crop_px))
+
+    def draws(self, ids: Ids, epochs: Ids) -> Draws:
+        """The draws of samples `ids` in `epochs`, both (B,); what every rank and thread would draw for them."""
+        return draw(self._seed, epochs, ids, self._rooms(ids)[2], mirror=self.data.mirror, lighting=self.data.lighting)
+
+    def _prepare(self, step: int) -> Prepared:
+        ids, epochs = self._sampler.take(step)
+        self._reader.announce(ids)
+        ids = ids.copy()
+        views: list[Bytes] = []
+        for row in range(len(ids)):
+            try:
+                views.append(self._reader.read(int(ids[row])))
+            except SampleError as error:
+                ids[row], view = self._substitute(error, int(epochs[row]), step)
+                views.append(view)
+        return self._assemble(step, ids, epochs, views)
+
+    def _substitute(self, error: SampleError, epoch: int, step: int) -> tuple[int, Bytes]:
+        """A readable stand-in, the same whenever and on whatever rank the same sample fails in the same epoch."""
+        for attempt in range(_SUBSTITUTES):
+            place = bits(self._seed, Purpose.SUBSTITUTE, epoch, error.id, attempt)[0] % np.uint64(len(self._ids))
+            candidate = int(self._ids[int(place)])
+            if candidate == error.id:
+                continue
+            self._quarantine.add(self.index, error, epoch=epoch, step=step, substitute=candidate)
+            try:
+                return candidate, self._reader.read(candidate)
+            except SampleError as other:
+                error = other
+        raise error
+
+    def _mend(self, prepared: Prepared, row: int, reason: str) -> Prepared:
+        ids, views = prepared.ids.copy(), list(prepared.inputs.encoded)
+        error = SampleError(self.index, int(ids[row]), reason)
+        ids[row], views[row] = self._substitute(error, int(prepared.epochs[row]), prepared.step)
+        return self._assemble(prepared.step, ids, prepared.epochs, views)
+
+    def _assemble(self, step: int, ids: Ids, epochs: Ids, views: list[Bytes]) -> Prepared:
+        drawn = self.draws(ids, epochs)
+        resized, first, _ = self._rooms(ids)
+        offsets = np.stack([drawn.top, drawn.left], axis=1)
+        regions = geometry.regions(self._sizes(ids), resized, first + offsets, self.data.crop_px, drawn.mirror)
+        mean = -lighting_shift(drawn.alphas, self._stats.eigenvalues, self._stats.eigenvectors)
+        mirror = drawn.mirror
+        if self.data.mean == "channel":
+            mean += self._stats.channel_mean
+        elif self.data.mean == "image_center":
+            offsets = np.full_like(offsets, (self.data.square_px - self.data.crop_px) // 2)
+            mirror = np.zeros_like(mirror)
+        inputs = Inputs(views, regions, mean, offsets.astype(np.int32), mirror.astype(np.int32))
+        return Prepared(step, ids, epochs, inputs)
+
+
+class TestLoader(_Loader):
+    """Every sample of a split exactly once, in id order, as its central square; the last batch may be shorter.
+
+    Args:
+        index, split, data, machine, device_id: as for `TrainLoader`.
+        batch: global batch, over all ranks.
+        stats: what to subtract; None gives the pixels as they are, (B, S, S, 3) uint8.
+        shard: (k, n): this rank gets every n-th batch, beginning with the k-th.
+        skip_corrupt: leave unreadable samples out, listed in `skipped`, instead of stopping.
+
+    Raises:
+        SampleError: a sample is unreadable. A test counts every image, so there is no substitute.
+    """
+    __test__ = False  # not a test case, whatever its name
+
+    def __init__(self, index: SampleIndex, split: str, data: DataConfig, batch: int, stats: Stats | None, *,
+                 machine: LoaderConfig = LoaderConfig(), shard: tuple[int, int] = (0, 1), device_id: int | None = None,
+                 skip_corrupt: bool = False, first: int = 0) -> None:
+        super().__init__(index, split, data, machine, device_id)
+        if batch < 1:
+            raise ValueError(f"batch (={batch}) must be at least 1; correct the recipe")
+        self._per_batch, self._skip = batch, skip_corrupt
+        self._stats = None if stats is None else stats.expect(data.square_px)
+        self._steps = range(first + shard[0], -(-len(self._ids) // batch), shard[1])
+        self.skipped: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.close()
+        plan = self._plan(self._per_batch, self.data.square_px, raw=self._stats is None, mean_image=self._mean_image())
+        stream = self._stream = Stream(iter(self._steps), self._prepare, self._mend, plan)
+        try:
+            while True:
+                try:
+                    prepared, images = stream.collect()
+                except StopIteration:
+                    return
+                if len(prepared.ids):
+                    yield self._batch(prepared, images)
+        finally:
+            stream.close()
+            if self._stream is stream:
+                self._stream = None
+
+    def _mean_image(self) -> npt.NDArray[np.float32] | None:
+        return self._stats.mean_image_chw if self._stats is not None and self.data.mean == "image" else None
+
+    def views(self, images: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
+        """The test views of a batch's squares, one after the other: (B, 3, crop, crop) each.
+
+        Args:
+            images: (B, 3, S, S) of a `Batch` of this loader.
+            count: 1, the centre; or 10, the four corners and the centre, then their reflections (paper §4.1).
+        """
+        for view in views(images, self.data.crop_px, count):
+            if self._stats is not None and self.data.mean == "image_center":
+                low = (self.data.square_px - self.data.crop_px) // 2
+                piece = self._stats.mean_image_chw[:, low:low + self.data.crop_px, low:low + self.data.crop_px]
+                view = view - torch.from_numpy(piece).to(view.device)
+            yield view
+
+    def _prepare(self, step: int) -> Prepared:
+        ids = self._ids[step * self._per_batch:(step + 1) * self._per_batch]
+        self._reader.announce(ids)
+        views: list[Bytes] = []
+        kept = np.ones(len(ids), bool)
+        for row, id in enumerate(ids):
+            try:
+                views.append(self._reader.read(int(id)))
+            except SampleError as error:
+                if not self._skip:
+                    raise
+                self.skipped[int(id)], kept[row] = error.reason, False
+        return self._assemble(step, ids[kept], views)
+
+    def _mend(self, prepared: Prepared, row: int, reason: str) -> Prepared:
+        id = int(prepared.ids[row])
+        if not self._skip:
+            raise SampleError(self.index, id, reason)
+        self.skipped[id] = reason
+        return self._assemble(prepared.step, np.delete(prepared.ids, row),
+                              prepared.inputs.encoded[:row] + prepared.inputs.encoded[row + 1:])
+
+    def _assemble(self, step: int, ids: Ids, views: list[Bytes]) -> Prepared:
+        sizes = self._sizes(ids)
+        resized = geometry.resized(sizes, self.data.square_px)
+        offsets = geometry.central(resized, self.data.square_px)
+        zeros = np.zeros(len(ids), np.int32)
+        mean = np.zeros((len(ids), 3), np.float32)
+        if self._stats is not None and self.data.mean == "channel":
+            mean += self._stats.channel_mean
+        inputs = Inputs(views, geometry.regions(sizes, resized, offsets, self.data.square_px), mean,
+                        np.stack([zeros, zeros], axis=1), zeros)
+        return Prepared(step, ids, np.zeros(len(ids), np.int64), inputs)
+
+
+def quarantine_budget(machine: LoaderConfig, samples: int) -> int:
+    """How many of `samples` may be unreadable: the share in `machine`, rounded up."""
+    return int(np.ceil(machine.quarantine_budget * samples))
+
+
+def views(images: torch.Tensor, crop_px: int, count: int) -> Iterator[torch.Tensor]:
+    """Crops of squares for testing, lazily: (B, 3, crop, crop) each, views of `images` where not reflected.
+
+    Args:
+        images: (B, 3, S, S).
+        crop_px: side of a crop, at most S.
+        count: 1, the centre; or 10, the four corners and the centre, then their reflections (paper §4.1).
+
+    Raises:
+        ValueError: another count.
+    """
+    if count not in (1, 10):
+        raise ValueError(f"views (={count}) must be 1 (centre) or 10 (paper §4.1); correct the recipe")
+    far, middle = images.shape[-1] - crop_px, (images.shape[-1] - crop_px) // 2
+    places = [(middle, middle)] if count == 1 else [(0, 0), (0, far), (far, 0), (far, far), (middle, middle)]
+    for mirror in (False,) if count == 1 else (False, True):
+        for top, left in places:
+            view = images[..., top:top + crop_px, left:left + crop_px]
+            yield view.flip(-1) if mirror else view

@@ -1,0 +1,138 @@
+"""ids → byte views of the archives, checked; and the list of what could not be read.
+
+Archives are memory-mapped, so a view costs nothing until its bytes are used, and ranks on one node share one copy of the
+page cache.
+"""
+import json
+import mmap
+import os
+import threading
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.index import SampleIndex
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class SampleError(RuntimeError):
+    """A sample whose bytes are missing, changed or undecodable. `reason` is short, the message names the sample."""
+
+    def __init__(self, index: SampleIndex, id: int, reason: str) -> None:
+        self.id, self.reason = id, reason
+        super().__init__(f"sample {id} (={index.name(id)} in {index.path}) {reason}; run "
+                         f"`python tools/build_index.py verify {index.path} --scrub --exclude` to leave it out")
+
+
+class Reader:
+    """Byte views of samples.
+
+    Args:
+        index: the data set.
+        check_crc: compare the bytes with the CRC-32 of the index, where it has one.
+    """
+
+    def __init__(self, index: SampleIndex, *, check_crc: bool = True) -> None:
+        self._index = index
+        self._check_crc = check_crc and bool(index.header["crc32"])
+        self._maps: dict[int, tuple[mmap.mmap, Bytes]] = {}
+        self._lock = threading.Lock()
+
+    def announce(self, ids: npt.NDArray[np.int64]) -> None:
+        """Ask the kernel for the bytes of many samples at once, so that cold storage works on all of them in parallel."""
+        for row in self._index.samples[ids]:
+            if self._index.archives[int(row["archive"])].kind == "tar":
+                archive, _ = self._map(int(row["archive"]))
+                start = int(row["offset"]) // mmap.PAGESIZE * mmap.PAGESIZE
+                archive.madvise(mmap.MADV_WILLNEED, start, int(row["offset"]) + int(row["size"]) - start)
+
+    def read(self, id: int) -> Bytes:
+        """(size,) uint8 bytes of a sample: a read-only view for an archive, a copy for a file of a folder.
+
+        Raises:
+            SampleError: the bytes differ from what the index recorded.
+            RuntimeError: the archive itself is missing or has another size.
+        """
+        row = self._index.samples[id]
+        size = int(row["size"])
+        if self._index.archives[int(row["archive"])].kind == "folder":
+            try:
+                view = np.fromfile(self._index.file_path(id), np.uint8)
+            except OSError as error:
+                raise SampleError(self._index, id, f"cannot be read ({error.strerror})") from error
+            if len(view) != size:
+                raise SampleError(self._index, id, f"has {len(view)} bytes where the index has {size}")
+        else:
+            offset = int(row["offset"])
+            view = self._map(int(row["archive"]))[1][offset:offset + size]
+        if self._check_crc and zlib.crc32(view) != int(row["crc32"]):
+            raise SampleError(self._index, id, "has another CRC-32 than the index")
+        return view
+
+    def _map(self, position: int) -> tuple[mmap.mmap, Bytes]:
+        found = self._maps.get(position)
+        if found is not None:
+            return found
+        with self._lock:
+            if position not in self._maps:
+                path = self._index.archive_path(position)
+                expected = self._index.archives[position].size
+                try:
+                    with open(path, "rb") as file:
+                        size = os.fstat(file.fileno()).st_size
+                        if size != expected:  # a shorter file would end in SIGBUS at the first read past its end
+                            raise RuntimeError(f"archive {path} (={size} bytes) must have the {expected} bytes the index "
+                                               "recorded; restore it, or build the index again")
+                        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                except OSError as error:
+                    raise RuntimeError(f"archive {path} cannot be opened ({error.strerror}); restore it, or pass the "
+                                       "folder that holds it as the archives folder") from error
+                self._maps[position] = mapped, np.frombuffer(mapped, np.uint8)
+            return self._maps[position]
+
+
+class Quarantine:
+    """The samples training could not use: named, counted, bounded.
+
+    Args:
+        budget: how many distinct samples may fail before training stops.
+        path: quarantine.jsonl, appended to, or None. Samples it already names count.
+    """
+
+    def __init__(self, budget: int, path: str | Path | None = None) -> None:
+        self.budget = budget
+        self.ids: set[int] = set()
+        self._path = None if path is None else Path(path)
+        self._lock = threading.Lock()
+        if self._path is not None and self._path.exists():
+            for line in self._path.read_text().splitlines():
+                try:
+                    self.ids.add(int(json.loads(line)["id"]))
+                except (ValueError, KeyError):
+                    continue  # a line cut off by a kill; the sample will be found again
+
+    def add(self, index: SampleIndex, error: SampleError, **where: Any) -> None:
+        """Note a sample. `where` (epoch, step, substitute …) goes into its line.
+
+        Raises:
+            RuntimeError: more samples than the budget allows have failed.
+        """
+        with self._lock:
+            if error.id in self.ids:
+                return
+            self.ids.add(error.id)
+            if self._path is not None:
+                row = index.samples[error.id]
+                line = {"id": error.id, "member": index.name(error.id),
+                        "archive": str(index.archive_path(int(row["archive"]))), "reason": error.reason, **where}
+                with open(self._path, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+            if len(self.ids) > self.budget:
+                where_to = f", all in {self._path}" if self._path else ""
+                raise RuntimeError(f"quarantine (={len(self.ids)} unreadable samples) must not exceed its budget "
+                                   f"(={self.budget}); the last one: {error}{where_to}; or raise "
+                                   "machine.quarantine_budget") from error

@@ -1,0 +1,128 @@
+"""Prepared batches → reading threads → DALI → pixels, in order; finds and replaces the sample that breaks a batch.
+
+B samples of a batch.
+"""
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipeline.config import LoaderConfig
+from pipeline.graph import DecodeError, Graph, Inputs
+
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch before its pixels.
+
+    Attributes:
+        step: number of the batch.
+        ids, epochs: (B,) int64.
+        inputs: what the graph eats.
+    """
+    step: int
+    ids: Ids
+    epochs: Ids
+    inputs: Inputs
+
+
+@dataclass(frozen=True)
+class GraphPlan:
+    """What the graph of a stream computes; see `Graph`."""
+    batch: int
+    side_px: int
+    raw: bool
+    mean_image: npt.NDArray[np.float32] | None
+    machine: LoaderConfig
+    threads: int
+    device_id: int | None
+
+    def build(self, source: Iterator[Inputs]) -> Graph:
+        return Graph(source, self.batch, self.side_px, raw=self.raw, mean_image=self.mean_image, machine=self.machine,
+                     threads=self.threads, device_id=self.device_id)
+
+
+class Stream:
+    """Runs batches through the graph.
+
+    Args:
+        steps: the batches' numbers, in order, maybe without end.
+        prepare: step → Prepared; called ahead of need, in threads.
+        mend: (Prepared, row, reason) → Prepared without the undecodable sample of that row; may raise instead.
+        plan: the graph.
+    """
+
+    def __init__(self, steps: Iterable[int], prepare: Callable[[int], Prepared],
+                 mend: Callable[[Prepared, int, str], Prepared], plan: GraphPlan) -> None:
+        self._steps = iter(steps)
+        self._prepare, self._mend, self._plan = prepare, mend, plan
+        self._waiting: deque[Prepared] = deque()  # pulled by DALI, not yet collected
+        reading = plan.machine.read_threads
+        self._pool = ThreadPoolExecutor(reading, "reader") if reading else None
+        self._graph = plan.build(self._pull())
+
+    def _pull(self) -> Iterator[Inputs]:
+        for prepared in map(self._prepare, self._steps) if self._pool is None else self._ahead(self._pool):
+            if len(prepared.ids):  # all of a batch may have been left out
+                self._waiting.append(prepared)
+                yield prepared.inputs
+
+    def _ahead(self, pool: ThreadPoolExecutor) -> Iterator[Prepared]:
+        futures: deque[Future[Prepared]] = deque()
+        for step in self._steps:
+            futures.append(pool.submit(self._prepare, step))
+            if len(futures) > self._plan.machine.read_threads:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
+
+    def collect(self) -> tuple[Prepared, torch.Tensor]:
+        """The next batch and its pixels.
+
+        Raises:
+            StopIteration: no batch is left. Whatever `prepare` or `mend` raise.
+        """
+        try:
+            pixels = self._graph.collect()
+        except DecodeError as error:
+            return self._rescue(self._waiting.popleft(), error)
+        return self._waiting.popleft(), pixels
+
+    def _rescue(self, prepared: Prepared, error: DecodeError) -> tuple[Prepared, torch.Tensor]:
+        """Decode sample by sample: DALI does not say which one failed, and has lost the whole batch."""
+        slot: list[Inputs] = []
+        alone = replace(self._plan, batch=1, machine=replace(self._plan.machine, prefetch=1)).build(iter(slot.pop, None))
+        rows: list[torch.Tensor] = []
+        mended = False
+        while len(rows) < len(prepared.ids):
+            slot.append(prepared.inputs.row(len(rows)))
+            try:
+                rows.append(alone.collect().clone())
+            except DecodeError as failure:
+                prepared = self._mend(prepared, len(rows), _short(failure))
+                mended = True
+        alone.close()
+        if not mended:
+            raise error  # every sample decodes alone: the fault lies elsewhere
+        if not rows:
+            return prepared, torch.empty(0)
+        return prepared, torch.cat(rows)
+
+    def close(self) -> None:
+        """Stop the threads and free the graph."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._graph.close()
+
+
+def _short(error: DecodeError) -> str:
+    """The telling line of DALI's many."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "rror" in line and "Critical error in pipeline" not in line]
+    return f"cannot be decoded ({(telling or lines or ['no reason given'])[0][:200]})"
