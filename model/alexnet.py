@@ -117,7 +117,7 @@ def parameter_count(config: ModelConfig) -> int:
 class AlexNet(nn.Module):
     """The network (paper §3), or the part of it that `tower` names.
 
-    Parameters have their canonical names (conv1.weight … fc8.bias). Initial values and dropout masks depend on `seed` only.
+    Parameters have their canonical names (conv1.weight … fc8.bias). `seed` chooses initial values and dropout masks.
     Raises ValueError when `tower` is one of two but the configuration has a single tower.
     """
 
@@ -155,10 +155,12 @@ class AlexNet(nn.Module):
         for conv in CONVS:
             if conv.meets:
                 x = exchange(x, self.tower)
-            x = functional.relu(self.get_submodule(conv.name)(x), inplace=True)
+            x = self.get_submodule(conv.name)(x)
             if conv.lrn and self.config.lrn is not None:
                 # The window of channels never crosses from one tower into the other.
-                x = local_response_norm(x, self.config.lrn, groups=self.config.towers // self.tower.count)
+                x = local_response_norm(x, self.config.lrn, groups=self.config.towers // self.tower.count, relu=True)
+            else:
+                x = functional.relu(x, inplace=True)
             if conv.pool:
                 x = functional.max_pool2d(x, POOL, POOL_STRIDE)
         x = exchange(x, self.tower).flatten(1)
@@ -187,6 +189,6 @@ class AlexNet(nn.Module):
                              "masks, or call eval()")
         first, total = rows if rows is not None else (0, images.shape[0])
         if first < 0 or first + images.shape[0] > total:
-            raise ValueError(f"rows (={first}, {total}) do not hold a batch of {images.shape[0]}; give (first row, rows of "
-                             f"the global batch)")
+            raise ValueError(f"rows (={first}, {total}) do not hold a batch of {images.shape[0]}; give (first row, rows "
+                             f"of the global batch)")
         return first

@@ -2,7 +2,8 @@
 
 Every entry is a hash of its own coordinates. So a mask is the same on a CPU and on a GPU, in one process and in two,
 after a resume, and however the batch is cut; a process computes only the rows and the neurons it holds; there is no
-generator state to save. Inverted dropout: what is kept is divided by the probability of keeping, so testing needs no factor.
+generator state to save. Inverted dropout: what is kept is divided by the probability of keeping, so testing needs no
+factor.
 
 Legend: B rows held by this process, N neurons held by this process.
 """
