@@ -1,9 +1,10 @@
 """Write a small data set shaped as ILSVRC2012: `python tools/make_demo.py --out DIR`.
 
-The one concept: everything that is easy to get wrong about the real archives is wrong here too. The train tar is a tar of
-`<wnid>.tar`, numbers in names are neither padded nor consecutive, validation members are out of name order, ILSVRC2012_IDs are not
-in wnid order, `meta.mat` holds inner nodes beside the leaves, and a few files are odd (a PNG and a CMYK and a grey picture named
-.JPEG, an empty file, a JPEG cut short). The same arguments and library versions give the same bytes.
+The one concept: what is easy to get wrong about the real archives is the same here. The train tar is a tar of
+`<wnid>.tar`, numbers in names are neither padded nor consecutive, validation members are out of name order,
+ILSVRC2012_IDs are not in wnid order, `meta.mat` holds inner nodes beside the leaves, and a few files are odd (a PNG, a
+CMYK and a grey picture named .JPEG, an empty file, a JPEG cut short). The same arguments and library versions give the
+same bytes.
 """
 from __future__ import annotations
 
@@ -44,7 +45,9 @@ def _tar(members: Iterator[tuple[str, bytes]]) -> bytes:
 
 
 def meta_mat(leaves: list[tuple[str, str]]) -> bytes:
-    """`meta.mat`: leaf k of `leaves` (wnid, words) gets ILSVRC2012_ID k + 1; two inner nodes and a root follow (FACTS of the devkit)."""
+    """`meta.mat` as in the devkit: leaf k of `leaves` (wnid, words) has ILSVRC2012_ID k + 1; two inner nodes and a root
+    follow.
+    """
     import numpy as np
     from scipy.io import savemat
     half = len(leaves) // 2
@@ -52,7 +55,8 @@ def meta_mat(leaves: list[tuple[str, str]]) -> bytes:
     inner = [("n95000001", "one half", list(range(1, half + 1))),
              ("n90000002", "the other half", list(range(half + 1, total + 1))),
              ("n99999999", "toy", [total + 1, total + 2])]
-    fields = ("ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children", "wordnet_height", "num_train_images")
+    fields = ("ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children", "wordnet_height",
+              "num_train_images")
     synsets = np.zeros((total + len(inner), 1), dtype=[(field, object) for field in fields])
     rows: list[tuple[str, str, list[int]]] = [(wnid, words, []) for wnid, words in leaves] + inner
     for k, (wnid, words, children) in enumerate(rows):
@@ -76,9 +80,10 @@ def _damage(oddity: str, draw: Callable[[], Any], encode: Callable[..., bytes]) 
 
 def make(out: Path, seed: int, class_count: int, per_class: int, val_per_class: int, sides: tuple[int, int],
          report: Callable[[int, int], None] = lambda done, total: None) -> dict[str, int]:
-    """Write the three archives into `out` (made if missing) and return {"train": members, "val": members, "classes": …}.
+    """Write the three archives into `out` (made if missing); return {"train": members, "val": members, "classes": …}.
 
-    report(done, total) is called after every class. Raises ValueError for counts out of range, RuntimeError when Pillow is missing.
+    report(done, total) is called after every class. Raises ValueError for counts out of range, RuntimeError when Pillow
+    is missing.
     """
     import numpy as np
     from tools.photographs import classes, draw, encode
@@ -86,7 +91,8 @@ def make(out: Path, seed: int, class_count: int, per_class: int, val_per_class: 
         if value < 1:
             raise ValueError(f"{name} (={value}) must be at least 1; there is nothing to learn from less")
     if not 16 <= sides[0] <= sides[1]:
-        raise ValueError(f"sides (={sides[0]} {sides[1]}) must be two numbers of pixels, from 16 on, the smaller first; say e.g. 90 160")
+        raise ValueError(f"sides (={sides[0]} {sides[1]}) must be two numbers of pixels, from 16 on, the smaller "
+                         "first; say e.g. 90 160")
     kinds = classes(class_count)
     names = wnids(class_count, seed)                     # of class k, which has ILSVRC2012_ID k + 1
     random = np.random.default_rng([seed, 2])
@@ -115,16 +121,18 @@ def make(out: Path, seed: int, class_count: int, per_class: int, val_per_class: 
     pictures = []
     for i, k in enumerate(map(int, truth)):
         # Numbers of pictures far from those of training: a validation picture is never a training picture.
-        pictures.append((f"ILSVRC2012_val_{i + 1:08d}.JPEG", encode(draw(seed, *kinds[k], 10 ** 6 + seen[k], sides))))
+        pictures.append((f"ILSVRC2012_val_{i + 1:08d}.JPEG",
+                         encode(draw(seed, *kinds[k], 10 ** 6 + seen[k], sides))))
         seen[k] += 1
     with tarfile.open(out / VAL, "w", format=tarfile.GNU_FORMAT) as archive:
         for i in random.permutation(len(pictures)):
             _add(archive, *pictures[i])
 
     folder = DEVKIT.removesuffix(".tar.gz")
+    leaves = [(name, f"{colour} {shape}, toy") for name, (colour, shape) in zip(names, kinds)]
     devkit = _tar(iter([
         (f"{folder}/readme.txt", b"Drawn by tools/make_demo.py in the shape of the ILSVRC2012 development kit.\n"),
-        (f"{folder}/data/meta.mat", meta_mat([(name, f"{colour} {shape}, toy") for name, (colour, shape) in zip(names, kinds)])),
+        (f"{folder}/data/meta.mat", meta_mat(leaves)),
         (f"{folder}/data/ILSVRC2012_validation_ground_truth.txt", "".join(f"{k + 1}\n" for k in truth).encode())]))
     (out / DEVKIT).write_bytes(gzip.compress(devkit, mtime=0))
     return {"train": train_count, "val": len(pictures), "classes": class_count}
@@ -132,24 +140,27 @@ def make(out: Path, seed: int, class_count: int, per_class: int, val_per_class: 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns the exit code: 0, or 2 with a message on stderr."""
-    parser = argparse.ArgumentParser(description="Write a small, drawn data set shaped as ILSVRC2012: train tar, val tar, devkit.")
+    parser = argparse.ArgumentParser(description="Write a small, drawn data set shaped as ILSVRC2012: train tar, val "
+                                                 "tar, devkit.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the three archives")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--classes", type=int, default=10, metavar="N", help="4 to 36")
-    parser.add_argument("--per-class", type=int, default=150, metavar="N", help="training pictures of a class")
+    parser.add_argument("--per-class", type=int, default=200, metavar="N", help="training pictures of a class")
     parser.add_argument("--val-per-class", type=int, default=30, metavar="N", help="validation pictures of a class")
-    parser.add_argument("--sides", type=int, nargs=2, default=(90, 160), metavar=("LO", "HI"), help="range of the short side, pixels")
+    parser.add_argument("--sides", type=int, nargs=2, default=(90, 160), metavar=("LO", "HI"),
+                        help="range of the short side, pixels")
     options = parser.parse_args(arguments)
     try:
         from rich.progress import Progress
         with Progress(disable=not sys.stderr.isatty()) as progress:
             bar = progress.add_task("drawing", total=options.classes)
-            counts = make(options.out, options.seed, options.classes, options.per_class, options.val_per_class, tuple(options.sides),
-                          lambda done, total: progress.update(bar, completed=done))
+            counts = make(options.out, options.seed, options.classes, options.per_class, options.val_per_class,
+                          tuple(options.sides), lambda done, total: progress.update(bar, completed=done))
     except (ValueError, RuntimeError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"{counts['train']} training and {counts['val']} validation pictures of {counts['classes']} classes in {options.out}")
+    print(f"{counts['train']} training and {counts['val']} validation pictures of {counts['classes']} classes in "
+          f"{options.out}")
     return 0
 
 

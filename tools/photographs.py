@@ -1,8 +1,9 @@
 """Photographs drawn from arithmetic: one lit object of a given shape and colour on a textured ground.
 
-The one concept: a picture is a function of (seed, class, number). Shapes are signed distance fields (negative inside), their
-height over the ground gives normals, normals give shading; position, size, angle, light, ground and noise are drawn at random.
-Neither shape nor colour alone tells a class: classes share each of them with others, and the ground is of any colour.
+The one concept: a picture is a function of (seed, class, number). Shapes are signed distance fields (negative
+inside), their height over the ground gives normals, normals give shading; position, size, angle, light, ground and
+noise are drawn at random. Neither shape nor colour alone tells a class: classes share each of them with others, and the
+ground is of any colour.
 
 Legend: H rows, W columns, pixels are RGB.
 """
@@ -94,7 +95,7 @@ def _rgb(hue: float, saturation: float, value: float) -> Array:
 
 
 def _ground(random: np.random.Generator, height: int, width: int) -> Array:
-    """A textured ground, (H, W, 3) in [0, 1]: two colours mixed by noise, planks, checks or weave, under a slope of light."""
+    """A textured ground, (H, W, 3) in [0, 1]: two colours mixed by noise, planks, checks or weave, lit aslant."""
     x, y = np.meshgrid(np.arange(width) / min(height, width), np.arange(height) / min(height, width))
     angle, scale = random.uniform(0, np.pi), random.uniform(3, 9)
     u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
@@ -112,12 +113,14 @@ def _ground(random: np.random.Generator, height: int, width: int) -> Array:
     return np.asarray((first * mix + second * (1 - mix)) * (0.85 + 0.3 * rough)[:, :, None] * slope[:, :, None])
 
 
-def _place(picture: Array, random: np.random.Generator, shape: str, colour: str, centre: tuple[float, float], radius: float,
-           light: Array) -> None:
-    """Lay one object and its shadow over `picture` (H, W, 3), in place. centre (x, y) and radius in pixels, light a unit vector."""
+def _place(picture: Array, random: np.random.Generator, shape: str, colour: str, centre: tuple[float, float],
+           radius: float, light: Array) -> None:
+    """Lay one object and its shadow over `picture` (H, W, 3), in place. centre (x, y), radius in pixels, light a unit
+    vector.
+    """
     height, width, _ = picture.shape
     distance = SHAPES[shape]
-    turn, squeeze = random.uniform(0, 2 * np.pi), random.uniform(0.85, 1)
+    turn, squeeze = random.uniform(-0.45, 0.45), random.uniform(0.85, 1)     # things stand more or less upright
     x, y = np.meshgrid((np.arange(width) - centre[0]) / radius, (np.arange(height) - centre[1]) / (radius * squeeze))
 
     def field(shift_x: float, shift_y: float) -> Array:
@@ -146,8 +149,8 @@ def _place(picture: Array, random: np.random.Generator, shape: str, colour: str,
 def draw(seed: int, colour: str, shape: str, number: int, sides: tuple[int, int] = (90, 160)) -> Array:
     """One photograph, (H, W, 3) uint8 RGB, the same for the same arguments.
 
-    number tells the pictures of a class apart. sides: the range of the short side in pixels; the long side is 1 to 1.5 times
-    as long, upright or across.
+    number tells the pictures of a class apart. sides: the range of the short side in pixels; the long side is 1 to 1.5
+    times as long, upright or across.
     """
     random = np.random.default_rng([seed, list(COLOURS).index(colour), list(SHAPES).index(shape), number])
     short = int(random.integers(sides[0], sides[1] + 1))
@@ -159,7 +162,7 @@ def draw(seed: int, colour: str, shape: str, number: int, sides: tuple[int, int]
     for _ in range(random.integers(0, 4)):                                              # pebbles, of any colour
         _place(picture, random, "ball", str(random.choice(list(COLOURS))),
                (random.uniform(0, width), random.uniform(0, height)), short * random.uniform(0.03, 0.06), light)
-    radius = short * random.uniform(0.26, 0.42)
+    radius = short * random.uniform(0.3, 0.44)
     # Inside the central square, which is all that training sees (paper §2); up to a sixth of the object may leave it.
     reach = max(0.0, short / 2 - 0.85 * radius)
     centre = (width / 2 + random.uniform(-reach, reach), height / 2 + random.uniform(-reach, reach))
@@ -177,7 +180,8 @@ def encode(picture: Array, kind: str = "jpeg", quality: int = 90) -> bytes:
     try:
         from PIL import Image
     except ImportError:
-        raise RuntimeError("Pillow is not installed, and nothing else here writes JPEG; pip install -e '.[demo]'") from None
+        raise RuntimeError("Pillow is not installed, and nothing else here writes JPEG; "
+                           "pip install -e '.[demo]'") from None
     image = Image.fromarray(picture)
     if kind in ("cmyk", "grey"):
         image = image.convert({"cmyk": "CMYK", "grey": "L"}[kind])
