@@ -53,10 +53,11 @@ def bits(seed: int, purpose: Purpose, *key: Words) -> npt.NDArray[np.uint64]:
 
 def uniform(seed: int, purpose: Purpose, *key: Words) -> npt.NDArray[np.float64]:
     """Uniform numbers in [0, 1) with 53 random bits, one for each key."""
-    return (bits(seed, purpose, *key) >> np.uint64(11)) * 2.0 ** -53
+    return (bits(seed, purpose, *key) >> np.uint64(11)).astype(np.float64) * 2.0 ** -53
 
 
 def normal(seed: int, purpose: Purpose, *key: Words) -> npt.NDArray[np.float64]:
     """Standard normal numbers, one for each key (Box–Muller, one of the pair)."""
     radius = np.sqrt(-2 * np.log1p(-uniform(seed, purpose, *key, 0)))
-    return radius * np.cos(2 * np.pi * uniform(seed, purpose, *key, 1))
+    drawn: npt.NDArray[np.float64] = radius * np.cos(2 * np.pi * uniform(seed, purpose, *key, 1))
+    return drawn

@@ -53,7 +53,8 @@ def regions(sizes: Pairs, resized_sizes: Pairs, offsets: Pairs, crop_px: int,
     """
     scale = sizes / resized_sizes
     low, high = offsets * scale, (offsets + crop_px) * scale
-    margin = np.ceil(scale).astype(np.int64) + 2  # the triangular filter reaches `scale` pixels when shrinking, one when enlarging
+    # The triangular filter reaches `scale` pixels when shrinking and one when enlarging.
+    margin = np.ceil(scale).astype(np.int64) + 2
     anchor = np.maximum(np.floor(low).astype(np.int64) - margin, 0)
     stop = np.minimum(np.ceil(high).astype(np.int64) + margin, sizes)
     start, end = low - anchor, high - anchor

@@ -75,7 +75,7 @@ class Graph:
         self._names += [] if raw else ["mean"]
         self._names += ["offsets", "mirror"] if mean_image is not None and not raw else []
         self._pipe: Any = Pipeline(batch_size=batch, num_threads=threads, device_id=device_id,
-                              prefetch_queue_depth=machine.prefetch, seed=0)
+                                   prefetch_queue_depth=machine.prefetch, seed=0)
         with self._pipe:
             self._pipe.set_outputs(self._define(side_px, raw, mean_image, machine))
         self._pipe.build()

@@ -69,7 +69,7 @@ class Reader:
         else:
             offset = int(row["offset"])
             view = self._map(int(row["archive"]))[1][offset:offset + size]
-        if self._check_crc and zlib.crc32(view) != int(row["crc32"]):
+        if self._check_crc and zlib.crc32(view.data) != int(row["crc32"]):
             raise SampleError(self._index, id, "has another CRC-32 than the index")
         return view
 

@@ -32,14 +32,16 @@ def stats(photos: SampleIndex) -> dict[int, Stats]:
     return {px: compute(photos, "train", px) for px in (76, 256)}
 
 
-def loader(index: SampleIndex, stats: dict[int, Stats], data: DataConfig = SMALL, batch: int = 6, **options: object) -> TrainLoader:
+def loader(index: SampleIndex, stats: dict[int, Stats], data: DataConfig = SMALL, batch: int = 6,
+           **options: object) -> TrainLoader:
     return TrainLoader(index, "train", data, batch, 7, stats[data.square_px], **options)  # type: ignore[arg-type]
 
 
 def digest(batches: list[Batch]) -> str:
     found = hashlib.sha256()
     for batch in batches:
-        found.update(batch.ids.tobytes() + batch.epochs.tobytes() + batch.labels.numpy().tobytes() + batch.images.numpy().tobytes())
+        for array in (batch.ids, batch.epochs, batch.labels.numpy(), batch.images.numpy()):
+            found.update(array.tobytes())
     return found.hexdigest()
 
 
