@@ -45,7 +45,7 @@ class Member(NamedTuple):
 
 
 class ByteWindow:
-    """Random reads from one file through a window of `window` bytes, by `pread`: a bad disk is an OSError, not SIGBUS."""
+    """Random reads from one file through a window of `window` bytes, by `pread` (a bad disk: OSError, not SIGBUS)."""
 
     def __init__(self, path: str | Path, window: int = 16 << 10) -> None:
         self.path = Path(path)

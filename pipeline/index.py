@@ -29,7 +29,7 @@ MAGIC = "alexnet-sample-index"
 FORMATS = ("unknown", "jpeg", "png", "gif", "webp", "bmp", "gzip")
 # Reasons of odd images. Kept: grey, cmyk, misnamed (a PNG called .JPEG), patched (replaced by 2010's patch_images).
 REASONS = ("", "grey", "cmyk", "misnamed", "patched", "gzip", "empty", "too_large", "not_an_image",
-           "unreadable_header", "unsupported", "duplicate", "unlabelled", "damaged")
+           "unreadable_header", "unsupported", "unlabelled", "damaged")
 
 SAMPLE = np.dtype([
     ("offset", "<u8"),  # of the image's first byte in the archive; in a folder archive: of its name in names.bin

@@ -100,8 +100,8 @@ def _publish(out: Path, header: dict[str, Any], samples: np.ndarray, names: byte
             header["files"][key] = {"file": final, "size": (folder / final).stat().st_size, "sha256": sha256}
         header["sha256"] = content_sha256(header)
         (folder / "index.json").write_text(json.dumps(header, indent=1) + "\n")
-        for file in folder.iterdir():
-            _sync(file)
+        for written in folder.iterdir():
+            _sync(written)
         _sync(folder)
         if not out.exists():
             os.rename(folder, out)

@@ -1,0 +1,65 @@
+"""Runs a function over tasks in spawned processes, in order; Ctrl-C reaches the parent alone, which cleans up."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Callable, Iterator, Protocol, Sequence, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Progress(Protocol):
+    """Where long work reports to."""
+
+    def expect(self, stage: str, total: int) -> None:
+        """A stage begins that will see `total` bytes."""
+
+    def advance(self, images: int, bytes: int) -> None:
+        """So many more images and bytes are done."""
+
+
+class Silent:
+    """A Progress that says nothing."""
+
+    def expect(self, stage: str, total: int) -> None:
+        pass
+
+    def advance(self, images: int, bytes: int) -> None:
+        pass
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def in_processes(function: Callable[[T], R], tasks: Sequence[T], jobs: int) -> Iterator[R]:
+    """`map(function, tasks)` in at most `jobs` spawned processes; in this process when one is enough.
+
+    Raises what `function` raises (tasks not begun are dropped), RuntimeError when a process dies.
+    """
+    jobs = min(jobs, len(tasks))
+    if jobs <= 1:
+        yield from map(function, tasks)
+        return
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+    # Spawned while SIGINT is ignored, the children ignore it for good: a Ctrl-C at the terminal reaches us alone.
+    is_main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None
+    try:
+        try:
+            results = pool.map(function, tasks)
+        finally:
+            if is_main:
+                signal.signal(signal.SIGINT, handler)
+        yield from results
+    except BrokenProcessPool:
+        raise RuntimeError(f"worker processes (={jobs}) died, perhaps for want of memory; use fewer --jobs") from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
