@@ -174,6 +174,7 @@ class MachineConfig(LoaderConfig):
         checkpoint_steps: save every so many steps, besides the end of each epoch; 0 for never.
         keep_last: checkpoints kept besides the best one.
         stop_after: stop (and save, exit code 75) when this step is done; 0 for never.
+        metrics_steps: a line of metrics.jsonl every so many steps (and every epoch).
         test_batch: images of one batch of validation and test.
         timeout_s: seconds without an answer from the other process after which a run gives up.
         log_s: seconds between two lines when the output is no terminal.
@@ -190,6 +191,7 @@ class MachineConfig(LoaderConfig):
     checkpoint_steps: int = 0
     keep_last: int = 2
     stop_after: int = 0
+    metrics_steps: int = 10
     test_batch: int = 128
     timeout_s: float = 600.0
     log_s: float = 10.0
@@ -197,7 +199,7 @@ class MachineConfig(LoaderConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, low in (("torch_threads", 0), ("checkpoint_steps", 0), ("keep_last", 1), ("stop_after", 0),
-                          ("test_batch", 1)):
+                          ("metrics_steps", 1), ("test_batch", 1)):
             value = getattr(self, name)
             _need(value >= low, f"machine.{name}", value, f"must be at least {low}; raise it")
         for name in ("timeout_s", "log_s"):

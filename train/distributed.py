@@ -96,8 +96,8 @@ def _device(wanted: str, local_rank: int) -> torch.device:
     if local_rank < count:
         return torch.device("cuda", local_rank)
     if wanted == "cuda" or count:
-        raise RuntimeError(f"machine.device (={wanted}) needs a GPU for local process {local_rank}, but there are {count};"
-                           " start fewer processes or use --machine.device=cpu")
+        raise RuntimeError(f"machine.device (={wanted}) needs a GPU for local process {local_rank}, but there are "
+                           f"{count}; start fewer processes or use --machine.device=cpu")
     return torch.device("cpu")
 
 

@@ -1,7 +1,7 @@
 """Recipes and command lines into a `Config`, and back.
 
-A recipe is YAML with the groups of train/config.py; `--group.key=value` overrides it. Read more strictly than YAML asks:
-the same key twice is an error (PyYAML takes the last), 5e-4 is a number (PyYAML reads a string), and a field that
+A recipe is YAML with the groups of train/config.py; `--group.key=value` overrides it. Read more strictly than YAML
+asks: the same key twice is an error (PyYAML takes the last), 5e-4 is a number (PyYAML reads a string), and a field that
 changes results must be said, null included.
 """
 
@@ -80,7 +80,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
 
 
 def _say_all(raw: dict[str, Any], argv: Sequence[str]) -> None:
-    """Every field that changes results is said, in the recipe or here; the parser would make an unsaid Optional null."""
+    """Every field that changes results is said, in the recipe or here; the parser would make an Optional null."""
     for name, group in GROUPS.items():
         for item in dataclasses.fields(group):
             required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING

@@ -1,0 +1,104 @@
+"""From a config to the parts of a run: index, statistics, loaders, network, and the tensors a checkpoint holds."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from pathlib import Path
+from typing import Any, Callable, ContextManager, Optional
+
+import torch
+
+from model.alexnet import AlexNet, canonical_shapes
+from model.towers import BOTH, Tower
+from pipeline.config import LoaderConfig
+from pipeline.index import SampleIndex
+from pipeline.loader import TestLoader, TrainLoader, quarantine_budget
+from pipeline.reader import Quarantine
+from pipeline.stats import Stats
+from train.config import Config
+from train.distributed import Topology, cores
+from train.optimizer import PaperSGD
+
+
+def settle(config: Config, where: Topology) -> None:
+    """Threads and determinism of this process."""
+    torch.set_num_threads(config.machine.torch_threads or max(1, cores() // where.local_ranks))
+    if where.device.type == "cuda":
+        torch.backends.cudnn.deterministic = config.machine.deterministic
+        torch.backends.cudnn.benchmark = not config.machine.deterministic
+
+
+def loader_config(config: Config, where: Topology) -> LoaderConfig:
+    """The loader's settings; left open, its threads are a quarter of the cores beside a network on the CPU (which costs
+    far more than its images), and all of them before a GPU."""
+    mine = max(1, cores() // where.local_ranks)
+    return config.machine.loader(config.machine.threads or (mine if where.device.type == "cuda" else max(1, mine // 4)))
+
+
+def index(config: Config) -> SampleIndex:
+    """The index of the recipe.
+
+    Raises:
+        ValueError: it is no index, lacks a split, or has another number of classes than the network.
+    """
+    found = SampleIndex.load(config.data.index, config.machine.archives or None)
+    for split in (config.data.train_split, config.data.validation_split, config.data.test_split):
+        found.ids(split)
+    if len(found.classes) != config.model.classes:
+        raise ValueError(f"model.classes (={config.model.classes}) must be the {len(found.classes)} of the index "
+                         f"{config.data.index}; set it in the recipe")
+    return found
+
+
+def classes_sha256(found: SampleIndex) -> str:
+    """Hash of the class list in its order: what the network's outputs mean."""
+    return hashlib.sha256("\n".join(entry.wnid for entry in found.classes).encode()).hexdigest()
+
+
+def train_loader(config: Config, where: Topology, found: SampleIndex, stats: Stats,
+                 quarantine: Optional[Path]) -> TrainLoader:
+    """Training batches; both towers of a network see all of each. `quarantine`: file that lists unreadable images."""
+    machine = loader_config(config, where)
+    budget = quarantine_budget(machine, len(found.ids(config.data.train_split)))
+    return TrainLoader(found, config.data.train_split, config.data.pixels(), config.train.batch, config.train.seed,
+                       stats, machine=machine, shard=(where.data_rank, where.data_ranks), device_id=_device_id(where),
+                       quarantine=Quarantine(budget, quarantine))
+
+
+def test_loader(config: Config, where: Topology, found: SampleIndex, stats: Stats, split: str) -> TestLoader:
+    """Every image of a split, in every process."""
+    return TestLoader(found, split, config.data.pixels(), config.machine.test_batch, stats,
+                      machine=loader_config(config, where), device_id=_device_id(where))
+
+
+def network(config: Config, where: Topology) -> AlexNet:
+    """The network, or this process's tower, with its initial values, on its device."""
+    tower = BOTH if where.tower_ranks == 1 else Tower(where.tower_rank, where.tower_ranks)
+    made = AlexNet(config.model, seed=config.train.seed, tower=tower).to(where.device)
+    if config.machine.channels_last:
+        made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return made
+
+
+def parameters(made: AlexNet, config: Config,
+               optimizer: Optional[PaperSGD] = None) -> tuple[dict[str, torch.Tensor], dict[str, tuple[int, ...]]]:
+    """What a checkpoint holds: `weight.NAME` and, with an optimizer, `velocity.NAME`; and their canonical shapes."""
+    canonical = canonical_shapes(config.model)
+    named = dict(made.named_parameters())
+    assert named.keys() == canonical.keys() and not list(made.buffers()), "a checkpoint would miss something"
+    tensors = {f"weight.{name}": parameter.data for name, parameter in named.items()}
+    if optimizer is not None:
+        tensors |= {f"velocity.{name}": optimizer.velocity(parameter) for name, parameter in named.items()}
+    return tensors, {name: canonical[name.split(".", 1)[1]] for name in tensors}
+
+
+def autocast(config: Config, where: Topology) -> Callable[[], ContextManager[Any]]:
+    """The context of a forward pass: bfloat16 where it is safe, or nothing."""
+    if config.machine.precision == "bf16":
+        return lambda: torch.autocast(where.device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext
+
+
+def _device_id(where: Topology) -> Optional[int]:
+    return where.device.index if where.device.type == "cuda" else None

@@ -1,0 +1,220 @@
+"""Checkpoints that exist whole or not at all, and that any number of processes can read.
+
+A folder `step-000001234` (or `step-000001234-epoch-0003`, taken after the validation of that many epochs) holds
+  *.distcp, .metadata   weights and velocities in canonical shapes (torch.distributed.checkpoint); a tower is Shard(0)
+  state.json            everything else: step, epoch, loader cursor, schedule, sums of the epoch so far
+  config.yaml, stats.npz   the resolved recipe and the training set's statistics, so that it can be tested anywhere
+  manifest.json         size and SHA-256 of each of these files, checked before a byte of them is believed
+It is written beside its place, synced, and renamed into it. No random state is kept: all draws are functions of the
+seed and the step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any, Callable, Iterator, Mapping, Sequence
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from train.distributed import Topology
+
+FORMAT = 1
+MANIFEST, STATE = "manifest.json", "state.json"
+CONFIG, STATS = "config.yaml", "stats.npz"
+
+
+class DamagedCheckpoint(RuntimeError):
+    """A checkpoint whose files are not the ones that were written."""
+
+
+def checkpoint_name(step: int, epochs_done: int | None) -> str:
+    """Folder name; `epochs_done` when it was taken after a validation."""
+    return f"step-{step:09d}" + ("" if epochs_done is None else f"-epoch-{epochs_done:04d}")
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """All checkpoint folders of a run, oldest first."""
+    return sorted(path for path in root.glob("step-*") if path.is_dir())
+
+
+def save(root: Path, name: str, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]],
+         state: Mapping[str, Any], attach: Callable[[Path], None], where: Topology) -> Path:
+    """Write one checkpoint; all processes call it together.
+
+    Args:
+        root: folder of the run's checkpoints.
+        name: from `checkpoint_name`; one of the same name is replaced.
+        tensors: this process's part of each tensor (its rows when it is a tower).
+        shapes: canonical shape of each.
+        state: plain values for state.json.
+        attach: writes the other files into the folder it is given; called in the main process.
+        where: this process.
+    """
+    staged, final = root / f".{name}.partial", root / name
+    if where.is_main:
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
+    where.agree(True)  # nobody writes before the folder is there
+    with _alone_is_fine():
+        dcp.save(_canonical(tensors, shapes, where), storage_writer=dcp.FileSystemWriter(staged),
+                 no_dist=where.is_alone)
+    if where.is_main:
+        (staged / STATE).write_text(json.dumps({"format": FORMAT, **state}, indent=1, sort_keys=True), encoding="utf-8")
+        attach(staged)
+        files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(staged.iterdir())}
+        (staged / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
+        for path in staged.iterdir():
+            _sync(path)
+        _sync(staged)
+        if final.exists():
+            shutil.rmtree(final)
+        staged.rename(final)
+        _sync(root)
+    where.agree(True)  # nobody goes on before it is there
+    return final
+
+
+def verify(path: Path) -> None:
+    """Compare a checkpoint with its manifest.
+
+    Raises:
+        DamagedCheckpoint: naming the file that is missing, of another size, or has other bytes.
+    """
+    try:
+        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        listed = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"checkpoint file (={path / MANIFEST}) cannot be read ({error}); use another "
+                                "checkpoint") from None
+    for name in sorted({STATE, CONFIG, STATS, ".metadata"} - listed.keys()):
+        raise DamagedCheckpoint(f"checkpoint file (={path / name}) is not in the manifest; use another checkpoint")
+    for name, (size, digest) in listed.items():
+        file = path / name
+        if not file.is_file():
+            raise DamagedCheckpoint(f"checkpoint file (={file}) is missing; use another checkpoint")
+        if file.stat().st_size != size:
+            raise DamagedCheckpoint(f"checkpoint file (={file}) has {file.stat().st_size} bytes, was written with "
+                                    f"{size}; use another checkpoint")
+        found = _sha256(file)
+        if found != digest:
+            raise DamagedCheckpoint(f"checkpoint file (={file}) has SHA-256 {found[:16]}…, was written with "
+                                    f"{digest[:16]}…; use another checkpoint")
+
+
+def newest_good(root: Path, complain: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that equals its manifest; None when there is none at all.
+
+    Args:
+        root: folder of the run's checkpoints.
+        complain: told of each damaged one that is passed over.
+
+    Raises:
+        DamagedCheckpoint: there are checkpoints, and every one is damaged.
+    """
+    found = checkpoints(root)
+    for path in reversed(found):
+        try:
+            verify(path)
+            return path
+        except DamagedCheckpoint as error:
+            complain(str(error))
+    if found:
+        raise DamagedCheckpoint(f"checkpoints (={root}) are damaged, all {len(found)} of them; start another run")
+    return None
+
+
+def best(root: Path) -> Path | None:
+    """The checkpoint with the lowest validation error (the earliest of equals); None when none was validated."""
+    rated = []
+    for path in checkpoints(root):
+        try:
+            error = read_state(path)["validation_error"]
+        except (OSError, ValueError, KeyError):
+            continue  # damaged; verify says so when somebody wants it
+        if error is not None:
+            rated.append((float(error), path.name))
+    return root / min(rated)[1] if rated else None
+
+
+def prune(root: Path, keep_last: int) -> None:
+    """Remove all but the last `keep_last` and the best checkpoint, and what a killed process left half-written."""
+    keep = {*checkpoints(root)[-keep_last:], best(root)}
+    for path in checkpoints(root):
+        if path not in keep:
+            shutil.rmtree(path)
+    for path in root.glob(".step-*.partial"):
+        shutil.rmtree(path)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint (verify it first)."""
+    state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+    return state
+
+
+def load(path: Path, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]], where: Topology,
+         *, all_of_it: bool = True) -> None:
+    """Fill this process's tensors in place from a checkpoint written by any number of processes.
+
+    Args:
+        path: a checkpoint that `verify` accepted.
+        tensors: this process's part of each tensor.
+        shapes: canonical shape of each.
+        where: this process.
+        all_of_it: the checkpoint must hold no other tensors than these.
+
+    Raises:
+        ValueError: names or shapes differ from those in the checkpoint; both are printed.
+    """
+    reader = dcp.FileSystemReader(path)
+    stored = {name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()
+              if hasattr(entry, "size")}
+    wanted = {name: tuple(shapes[name]) for name in tensors}
+    for name in sorted(wanted.keys() | (stored.keys() if all_of_it else set())):
+        if stored.get(name) != wanted.get(name):
+            raise ValueError(f"{name} (={wanted.get(name, 'none')} here) is {stored.get(name, 'none')} in {path}; "
+                             "load it with the recipe it was written with")
+    with _alone_is_fine():
+        dcp.load(_canonical(tensors, shapes, where), storage_reader=reader, no_dist=where.is_alone)
+
+
+def _canonical(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]],
+               where: Topology) -> dict[str, Any]:
+    """The tensors as parts of the whole network's: a tower holds Shard(0) of each."""
+    if where.tower_ranks == 1:
+        return {name: tensor.detach() for name, tensor in tensors.items()}
+    mesh = init_device_mesh(where.device.type, (where.tower_ranks,), mesh_dim_names=("tower",))
+    return {name: DTensor.from_local(tensor.detach(), mesh, [Shard(0)], run_check=False, shape=torch.Size(shapes[name]),
+                                     stride=torch.empty(tuple(shapes[name]), device="meta").stride())
+            for name, tensor in tensors.items()}
+
+
+@contextlib.contextmanager
+def _alone_is_fine() -> Iterator[None]:
+    """Without torch's warning that a single process, which we asked for, is assumed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Bytes of a file, or entries of a folder, onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

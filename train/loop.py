@@ -1,0 +1,250 @@
+"""The loop: batch, forward, backward, stop?, update, save; after each epoch: validate, schedule, save.
+
+Everything it computes is a function of the recipe and the step, so it can be cut at any step and go on with the same
+bits.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Optional
+
+from torch.nn import functional
+
+from model.alexnet import AlexNet
+from pipeline.index import SampleIndex
+from pipeline.loader import TrainLoader
+from pipeline.sampler import first_step
+from pipeline.stats import Stats
+from train import build, checkpoint
+from train.config import Config
+from train.console import Console, Rates, Row
+from train.distributed import Topology
+from train.evaluate import Score, evaluate
+from train.optimizer import PaperSGD, Schedule, set_lr
+from train.recipe import dump
+from train.run import Metrics, check_sources
+
+_AGAIN_S = 1.0  # a second Ctrl-C sooner than this is the same one, passed on by torchrun
+
+
+class NotFinite(RuntimeError):
+    """The loss is NaN or infinite; the update was not made."""
+
+
+class Stop:
+    """Whether somebody asked to stop (SIGTERM or Ctrl-C). A second Ctrl-C kills."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self._since = 0.0
+
+    def listen(self) -> None:
+        """Take the signals over."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._hear)
+
+    def _hear(self, number: int, frame: Optional[FrameType]) -> None:
+        now = time.monotonic()
+        if self.wanted and number == signal.SIGINT and now - self._since > _AGAIN_S:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        if not self.wanted:
+            self.wanted, self._since = True, now
+
+
+@dataclass
+class Progress:
+    """How far the epoch is: its number, and sums over its steps so far."""
+
+    epoch: int = 0
+    images: int = 0
+    errors: int = 0
+    loss: float = 0.0
+
+    def add(self, images: int, errors: int, loss: float) -> None:
+        """A batch of so many images, so many of them wrong, with this mean loss."""
+        self.images, self.errors, self.loss = self.images + images, self.errors + errors, self.loss + loss * images
+
+    def means(self) -> tuple[float, float]:
+        """(loss, top-1 error) over the epoch so far."""
+        return self.loss / max(1, self.images), self.errors / max(1, self.images)
+
+
+@dataclass
+class Job:
+    """All parts of a run. Built by train/main.py."""
+
+    config: Config
+    where: Topology
+    folder: Path
+    index: SampleIndex
+    stats: Stats
+    network: AlexNet
+    optimizer: PaperSGD
+    schedule: Schedule
+    loader: TrainLoader
+    metrics: Metrics
+    console: Console
+    stop: Stop
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def root(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.folder / "checkpoints"
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return first_step(self.config.train.epochs, len(self.index.ids(self.config.data.train_split)),
+                          self.config.train.batch)
+
+
+def train(job: Job) -> bool:
+    """Train until the last epoch is validated; False when stopped (and saved) before."""
+    while job.progress.epoch < job.config.train.epochs:
+        rates = Rates()
+        if job.loader.epoch == job.progress.epoch and not train_epoch(job, rates):
+            save(job)
+            return False
+        score = test(job, job.config.data.validation_split, job.config.train.validate_views, "validation")
+        if score is None:
+            save(job)
+            return False
+        finish_epoch(job, score, rates)
+    return True
+
+
+def train_epoch(job: Job, rates: Rates) -> bool:
+    """The rest of the current epoch, step by step; False when it was stopped between two steps.
+
+    Raises:
+        NotFinite: before the update, naming step and learning rate.
+    """
+    machine, progress, network = job.config.machine, job.progress, job.network
+    autocast = build.autocast(job.config, job.where)
+    total = len(job.loader)
+    first = job.loader.step - progress.images // job.config.train.batch
+    network.train()
+    batches = iter(job.loader)
+    asked = time.perf_counter()
+    while (batch := next(batches, None)) is not None:
+        waited = time.perf_counter() - asked
+        lr = job.schedule.lr(batch.step, progress.epoch)
+        set_lr(job.optimizer, lr)
+
+        with autocast():
+            logits = network(batch.images, step=batch.step)
+        loss = functional.cross_entropy(logits, batch.labels)
+        job.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+
+        value = float(loss.detach())
+        stop, broken = job.where.agree(job.stop.wanted, not math.isfinite(value))
+        if broken:
+            raise NotFinite(f"loss (={value}) at step {batch.step} with learning rate {lr:g} is not finite; the update "
+                            "was not made: lower optimizer.lr, or resume from the last checkpoint with --resume")
+        job.optimizer.step()
+
+        errors = int((logits.detach().argmax(1) != batch.labels).sum())
+        progress.add(len(batch.labels), errors, value)
+        rates.add(len(batch.labels), waited)
+        done = job.loader.step
+        speed, share = rates.recent()
+        if done % machine.metrics_steps == 0:
+            job.metrics.write("step", step=batch.step, epoch=progress.epoch, lr=lr, loss=value,
+                              error=errors / len(batch.labels), images_per_s=round(speed, 2), waited=round(share, 4))
+        left_s = (job.steps - done) * job.config.train.batch / speed
+        job.console.step(progress.epoch, job.config.train.epochs, done - first, total, batch.step, *progress.means(),
+                         rates, left_s)
+        if stop or done == machine.stop_after:
+            return False
+        if machine.checkpoint_steps and done % machine.checkpoint_steps == 0 and job.loader.epoch == progress.epoch:
+            save(job)
+        asked = time.perf_counter()
+    return True
+
+
+def test(job: Job, split: str, views: int, what: str) -> Optional[Score]:
+    """Test the network on a split; None when stopped meanwhile."""
+    loader = build.test_loader(job.config, job.where, job.index, job.stats, split)
+    try:
+        return evaluate(job.network, loader, views, build.autocast(job.config, job.where),
+                        stop=lambda: job.where.agree(job.stop.wanted)[0], progress=job.console.testing(what))
+    finally:
+        loader.close()
+
+
+def finish_epoch(job: Job, score: Score, rates: Rates) -> None:
+    """An epoch is trained and validated: note it, move the schedule, go to the next, save."""
+    epoch, epochs, (loss, error) = job.progress.epoch, job.config.train.epochs, job.progress.means()
+    speed, waited, seconds = rates.overall()
+    lr = job.optimizer.param_groups[0]["lr"]
+    job.metrics.write("epoch", epoch=epoch, step=job.loader.step, lr=lr, loss=loss, error=error,
+                      images_per_s=round(speed, 2), waited=round(waited, 4), seconds=round(seconds, 2),
+                      validation=score.as_dict())
+    job.console.row(Row(epoch, epochs, loss, error, score.top1, score.top5, lr, speed, waited, seconds))
+    if job.schedule.epoch_done(score.top1):
+        lr = job.schedule.lr(job.loader.step, epoch + 1)
+        job.console.say(f"validation error no longer improves: learning rate {lr:g}")
+    job.progress = Progress(epoch + 1)
+    save(job, score)
+
+
+def save(job: Job, score: Optional[Score] = None) -> None:
+    """A checkpoint of this moment; with a score when it is the end of a validated epoch."""
+    tensors, shapes = build.parameters(job.network, job.config, job.optimizer)
+    state = {"step": job.loader.step, "progress": asdict(job.progress), "loader": job.loader.state_dict(),
+             "schedule": job.schedule.state_dict(), "metrics_bytes": job.metrics.sync(),
+             "fingerprint": job.config.fingerprint(), "sources": sources(job),
+             "classes": build.classes_sha256(job.index), "validation_error": score.top1 if score else None}
+
+    def attach(folder: Path) -> None:
+        (folder / checkpoint.CONFIG).write_text(dump(job.config), encoding="utf-8")
+        job.stats.save(folder / checkpoint.STATS)
+
+    name = checkpoint.checkpoint_name(job.loader.step, job.progress.epoch if score else None)
+    checkpoint.save(job.root, name, tensors, shapes, state, attach, job.where)
+    if job.where.is_main:
+        checkpoint.prune(job.root, job.config.machine.keep_last)
+
+
+def restore(job: Job) -> None:
+    """Go on from the newest good checkpoint; from the start, and saying so, when there is none yet.
+
+    Raises:
+        ValueError: it is of another recipe, index or network.
+        checkpoint.DamagedCheckpoint: all are damaged.
+    """
+    chosen = checkpoint.newest_good(job.root, job.console.warn) if job.where.is_main else None
+    name = job.where.share(chosen.name if chosen else "")
+    if not name:
+        job.console.warn(f"{job.root} has no checkpoint yet; starting from step 0")
+        job.metrics.cut(0)
+        return
+    path = job.root / name
+    state = checkpoint.read_state(path)
+    if state["fingerprint"] != job.config.fingerprint():
+        raise ValueError(f"fingerprint (={job.config.fingerprint()[:16]}…) is not that of {path} "
+                         f"(={state['fingerprint'][:16]}…); resume with the same recipe, or give another "
+                         "--machine.name")
+    check_sources(state["sources"], sources(job))
+    tensors, shapes = build.parameters(job.network, job.config, job.optimizer)
+    checkpoint.load(path, tensors, shapes, job.where)
+    job.loader.load_state_dict(state["loader"])
+    job.schedule.load_state_dict(state["schedule"])
+    job.progress = Progress(**state["progress"])
+    job.metrics.cut(state["metrics_bytes"])
+    job.console.say(f"resuming from {path} at step {state['step']}")
+
+
+def sources(job: Job) -> dict[str, Any]:
+    """Hashes of what the pixels come from."""
+    return {"index": job.index.sha256, "stats": job.stats.sha256}

@@ -1,0 +1,117 @@
+"""Train as a recipe says:
+
+    python -m train.main --config train/recipes/X.yaml [--group.key=value …] [--resume] [--print_config]
+    torchrun --nproc-per-node 2 -m train.main …          one tower per process
+
+Exit codes (under torchrun, which turns any of them but 0 into 1, they stand in its report):
+    0   trained and tested
+    2   a mistake in what was asked: recipe, command line, index, run folder; nothing was done
+    3   the loss was not finite; the update was not made
+    4   the machine failed: disk, memory, GPU, an archive, the other process, all checkpoints damaged
+    75  stopped by SIGTERM, Ctrl-C or machine.stop_after, and saved: go on with --resume
+A second Ctrl-C kills at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Sequence
+
+from train.recipe import Request, parse
+
+if TYPE_CHECKING:  # parsing a command line needs neither torch nor DALI
+    from train.distributed import Topology
+
+DONE, MISTAKE, NOT_FINITE, FAILED, STOPPED = 0, 2, 3, 4, 75
+
+
+def run(request: Request, where: Topology) -> int:
+    """Build the parts of a run, train, test."""
+    from pipeline.stats import Stats
+    from train import build, run as folders
+    from train.console import Console
+    from train.evaluate import CHANCE
+    from train.loop import Job, Stop, restore, test, train
+    from train.optimizer import Schedule, build_optimizer
+
+    stop = Stop()
+    stop.listen()
+    config = request.config
+    build.settle(config, where)
+    index = build.index(config)
+    stats = Stats.for_index(index, config.data.square_px)
+    network = build.network(config, where)
+    optimizer = build_optimizer(network, config.optimizer)
+    folder = folders.run_folder(config, request.recipe)
+    refused = ""
+    if where.is_main:
+        try:
+            folders.claim(folder, config, request.resume)
+        except ValueError as error:
+            refused = str(error)
+    if refused := where.share(refused):
+        raise ValueError(refused)
+    loader = build.train_loader(config, where, index, stats, folder / "quarantine.jsonl" if where.is_main else None)
+    console = Console(where.is_main, config.machine.log_s)
+    metrics = folders.Metrics(folder / folders.METRICS, where.is_main)
+    schedule = Schedule(config.schedule, config.optimizer.lr)
+    job = Job(config, where, folder, index, stats, network, optimizer, schedule, loader, metrics, console, stop)
+    try:
+        if request.resume:
+            restore(job)
+        if where.is_main:
+            folders.note_start(folder, resumed_at=loader.step, processes=where.data_ranks * where.tower_ranks,
+                               device=str(where.device), index=index.sha256, stats=stats.sha256,
+                               fingerprint=config.fingerprint(), machine=config.as_dict()["machine"])
+        console.say(f"{folder}: {len(index.ids(config.data.train_split))} images of {len(index.classes)} classes, "
+                    f"{config.train.epochs} epochs, {job.steps} steps of {config.train.batch}, on {where.device}")
+        score = test(job, config.data.test_split, config.train.test_views, "test") if train(job) else None
+        if score is None:
+            console.say(f"stopped and saved at step {loader.step}; go on with --resume")
+            return STOPPED
+        metrics.write("test", split=config.data.test_split, views=config.train.test_views, step=loader.step,
+                      **score.as_dict())
+        console.say(f"test ({config.data.test_split}, {score.images} images, {config.train.test_views} views): top-1 "
+                    f"error {score.top1:.2%} ({score.top1_errors}), top-5 error {score.top5:.2%} ({score.top5_errors})")
+        if score.at_chance:
+            console.warn(CHANCE)
+        return DONE
+    finally:
+        console.close()
+        metrics.close()
+        loader.close()
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command; returns its exit code."""
+    try:
+        request = parse(argv)
+    except ValueError as error:
+        return _fail(error, MISTAKE)
+    from train.distributed import topology
+    from train.loop import NotFinite
+
+    machine, is_main = request.config.machine, True
+    try:
+        with topology(towers=request.config.model.towers, device=machine.device, timeout_s=machine.timeout_s) as where:
+            is_main = where.is_main
+            return run(request, where)
+    except NotFinite as error:
+        return _fail(error, NOT_FINITE, is_main)
+    except ValueError as error:
+        return _fail(error, MISTAKE, is_main)
+    except (RuntimeError, OSError) as error:
+        return _fail(error, FAILED)  # each process has its own failure to tell
+
+
+def _fail(error: Exception, code: int, speaks: bool = True) -> int:
+    """Say what is wrong, without a traceback (with one under `python -X dev`)."""
+    if sys.flags.dev_mode:
+        raise error
+    if speaks:
+        print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
