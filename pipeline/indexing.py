@@ -71,13 +71,13 @@ class Builder:
                                        f"twice; repack the archive with one tar a class")
                 inner[wnid] = member
         if not inner:
-            raise ArchiveError(f"archive (={path}) holds no <wnid>.tar; for images in class folders: build classes")
+            raise ArchiveError(f"archive (={path}) holds no <wnid>.tar; for class folders of images: build classes")
         self.classes = classes or class_table(list(inner))
         labels = label_of(self.classes)
         unknown = sorted(set(inner) - set(labels))
         if unknown:
-            raise ValueError(f"class (={unknown[0]}) of {path} is not in the devkit, with {len(unknown) - 1} more; give "
-                             f"the devkit that belongs to this archive")
+            raise ValueError(f"class (={unknown[0]}) of {path} is not in the devkit, nor are {len(unknown) - 1} more; "
+                             f"give the devkit that belongs to this archive")
         position = self.add_archive(path, nested=True)
         order = sorted(inner)
         tasks = [Task(path, self.crc, None, inner[w].offset, inner[w].offset + inner[w].size, inner[w].name,
@@ -90,7 +90,7 @@ class Builder:
         whole.odd += odd
         return whole
 
-    def members(self, path: Path, stage: str) -> list[Member]:
+    def members(self, path: Path) -> list[Member]:
         """All members of a flat tar, with progress."""
         with open_tar(path) as source:
             self.progress.expect(f"listing {path.name}", source.size)
@@ -101,11 +101,12 @@ class Builder:
                 if len(found) % CHUNK == 0:
                     self.progress.advance(0, member.offset - done)
                     done = member.offset
+            self.progress.advance(0, source.size - done)
         return found
 
     def flat(self, path: Path, stage: str, members: list[Member] | None = None, folder: bool = False) -> Part:
         """The images of a flat tar (or files of a folder), in archive order, named; later duplicates win."""
-        members = self.members(path, stage) if members is None else members
+        members = self.members(path) if members is None else members
         if folder:
             position = len(self.archives) - 1
         else:

@@ -104,7 +104,7 @@ def build_classes(builder: Builder, path: Path) -> str:
             builder.parts["train"] = builder.nested(path, None)
             return builder.write()
         is_folder = False
-        everything = builder.members(path, "")
+        everything = builder.members(path)
         members = [member for member in everything if member.kind == "file" and is_image_name(member.name)]
         odd = [Odd(-1, member.name, "not called an image" if member.kind == "file" else f"a {member.kind}, not a file",
                    False) for member in everything if member.kind not in ("file", "directory")
