@@ -1,0 +1,39 @@
+"""Shared data of the tests: a small ILSVRC2012-shaped set, drawn, indexed by the real builder, with its statistics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+
+@dataclass(frozen=True)
+class TinySet:
+    """Archives (nested train tar, val tar out of name order, devkit) in `folder`, their index with stats of 76 px."""
+
+    folder: Path
+    index: Path
+    classes: int
+    train: int
+    val: int
+
+
+@pytest.fixture(scope="session")
+def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> TinySet:
+    """6 classes, 12 drawn pictures each (80 to 100 px), and the odd files of tools/make_demo.py; 4 validation pictures a
+    class. One odd file cannot be decoded: training replaces it, within the default budget."""
+    from pipeline.index import SampleIndex
+    from pipeline.indexing import Builder
+    from pipeline.presets import build_ilsvrc
+    from pipeline.stats import compute, stats_path
+    from tools import make_demo
+
+    folder = tmp_path_factory.mktemp("tiny_set")
+    make_demo.make(folder, 0, 6, 12, 4, (80, 100))
+    builder = Builder(folder / "index", "ilsvrc2012", jobs=1)
+    build_ilsvrc(builder, train=folder / make_demo.TRAIN, val=folder / make_demo.VAL, test=None,
+                 devkit=folder / make_demo.DEVKIT)
+    index = SampleIndex.load(folder / "index")
+    compute(index, "train", 76).save(stats_path(index.path, 76))
+    return TinySet(folder, index.path, len(index.classes), len(index.ids("train")), len(index.ids("val")))
