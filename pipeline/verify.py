@@ -71,7 +71,7 @@ def quick(index: SampleIndex) -> list[Finding]:
 
 
 def full(index: SampleIndex, jobs: int, progress: Progress | None = None) -> list[Finding]:
-    """`check_files`, then the tar header, image header and CRC-32 of every row; those marked damaged before are left out.
+    """`check_files`, then tar header, image header and CRC-32 of every row; those marked damaged before are left out.
 
     Raises ValueError when the index was built without CRC-32.
     """
@@ -136,7 +136,7 @@ def _check_row(index: SampleIndex, id: int, source: ByteWindow | None, crc: bool
         else:
             member = read_member(source, int(row["offset"]) - BLOCK * int(row["header_blocks"]))
             if (member.offset, member.size) != (int(row["offset"]), size):
-                return f"its header says {member.size} bytes at {member.offset}, the index {size} at {row['offset']}"
+                return f"its header gives {member.size} bytes at {member.offset}, the index {size} at {row['offset']}"
             data = source.at(member.offset, size)
     except ArchiveError as error:
         return f"its tar header is damaged: {error}"

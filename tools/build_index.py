@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     for name, what in (("fall2011", "a tar of <wnid>.tar"), ("classes", "a tar or a folder of class folders")):
         build.add_parser(name, parents=[common], help=what).add_argument("path", type=Path, help=what)
     build.add_parser("webdataset", parents=[common], help="WebDataset shards").add_argument(
-        "shards", type=Path, nargs="+", help="tars of key.jpg + key.cls; the split is a word train, val or test in the name")
+        "shards", type=Path, nargs="+", help="tars of key.jpg + key.cls; a word train, val or test in the name is the split")
 
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("index", type=Path, help="folder of the index")
