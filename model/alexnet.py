@@ -131,13 +131,13 @@ class AlexNet(nn.Module):
         for position, layer in enumerate(LAYERS):
             shape = canonical[f"{layer.name}.weight"]
             rows, inputs = tower_shape(shape, tower)[:2]
-            # skip_init: torch would draw initial values which `fill` overwrites.
+            # skip_init: torch would draw initial values which `fill` overwrites. It leaves the default device, so name it.
             if isinstance(layer, Conv):
                 groups = 1 if layer.meets or position == 0 else config.towers // tower.count
                 module = nn.utils.skip_init(nn.Conv2d, inputs * groups, rows, layer.kernel, layer.stride, layer.padding,
-                                            groups=groups)
+                                            groups=groups, device=torch.get_default_device())
             else:
-                module = nn.utils.skip_init(nn.Linear, inputs, rows)
+                module = nn.utils.skip_init(nn.Linear, inputs, rows, device=torch.get_default_device())
             initial.fill(module.weight, module.bias, seed=seed, name=layer.name, shape=shape,
                          std=config.init_std[position], bias_value=config.init_bias[position], tower=tower)
             self.add_module(layer.name, module)
@@ -190,5 +190,5 @@ class AlexNet(nn.Module):
         first, total = rows if rows is not None else (0, images.shape[0])
         if first < 0 or first + images.shape[0] > total:
             raise ValueError(f"rows (={first}, {total}) do not hold a batch of {images.shape[0]}; give (first row, rows "
-                             f"of the global batch)")
+                             "of the global batch)")
         return first

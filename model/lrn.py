@@ -40,6 +40,8 @@ def local_response_norm(x: torch.Tensor, config: LrnConfig, groups: int = 1, rel
     if x.dim() != 4 or x.shape[1] % groups:
         raise ValueError(f"input of LRN (={tuple(x.shape)}) must be (B, C, H, W) with C a multiple of {groups} groups; "
                          f"give each tower the same number of channels")
+    if x.numel() == 0:
+        return x
     result: torch.Tensor = _Lrn.apply(x, config, groups, relu)
     return result
 
@@ -85,7 +87,8 @@ class _Scratch:
     def view(self, flat: torch.Tensor, maps: int, *, padded: bool) -> torch.Tensor:
         """Maps (M, N, S) in a flat buffer (M·P): past the leading padding, or where windows begin and sums stand."""
         first = self.config.n // 2 if padded else 0
-        return flat[:maps * self.pitch].view(maps, -1, self.shift)[:, first:first + self.channels]
+        rows = flat[:maps * self.pitch].view(maps, self.channels + self.config.n - 1, self.shift)
+        return rows[:, first:first + self.channels]
 
     def window_sums(self, flat: torch.Tensor) -> torch.Tensor:
         """Sums over n adjacent channels of a padded flat buffer, in `sums`; overwrites `spare`."""
