@@ -36,7 +36,7 @@ class NeedMore(Exception):
 
 
 def probe(data: bytes, complete: bool) -> ImageInfo:
-    """Read the header of an image from its first bytes. `complete`: `data` is the whole image.
+    """Read the header of an image from its first bytes (30 or more). `complete`: `data` is the whole image.
 
     Raises NeedMore when it is not and the header does not end within it.
     """

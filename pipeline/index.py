@@ -69,8 +69,9 @@ class Archive:
 def content_sha256(header: dict[str, Any]) -> str:
     """SHA-256 (hex) of a header without its archives' paths: equal wherever the archives lie."""
     content = {key: value for key, value in header.items() if key != "sha256"}
-    content["archives"] = [{key: value for key, value in archive.items() if key != "path"}
-                           for archive in header["archives"]]
+    if isinstance(header.get("archives"), list):
+        content["archives"] = [{key: value for key, value in archive.items() if key != "path"}
+                               for archive in header["archives"] if isinstance(archive, dict)]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

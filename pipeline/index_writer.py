@@ -57,11 +57,11 @@ def write_index(out: str | Path, samples: np.ndarray, *, classes: Sequence[Class
     return _publish(out, header, samples, names)
 
 
-def mark_excluded(index: SampleIndex, damaged: dict[int, str]) -> str:
-    """Mark samples (id → what is wrong) excluded, in place and atomically; returns the new SHA-256."""
+def mark_excluded(index: SampleIndex, damaged: dict[int, tuple[str, str]]) -> str:
+    """Mark samples (id → name, what is wrong) excluded, in place and atomically; returns the new SHA-256."""
     samples = np.array(index.samples)
     header = json.loads(json.dumps(index.header))
-    for id, problem in sorted(damaged.items()):
+    for id, (name, problem) in sorted(damaged.items()):
         if samples["excluded"][id]:
             continue
         split = header["splits"][samples["split"][id]]
@@ -72,7 +72,7 @@ def mark_excluded(index: SampleIndex, damaged: dict[int, str]) -> str:
         header["reasons"]["damaged"] = header["reasons"].get("damaged", 0) + 1
         samples["excluded"][id], samples["reason"][id] = 1, REASONS.index("damaged")
         header["oddities"] = [entry for entry in header["oddities"] if entry["id"] != id]
-        header["oddities"].append({"name": index.name(id), "split": split["name"], "reason": f"damaged: {problem}",
+        header["oddities"].append({"name": name, "split": split["name"], "reason": f"damaged: {problem}",
                                    "kept": False, "id": id})
     header["reasons"] = {reason: count for reason, count in header["reasons"].items() if count}
     names = header["files"].get("names")

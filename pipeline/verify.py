@@ -89,9 +89,16 @@ def full(index: SampleIndex, jobs: int, progress: Progress | None = None) -> lis
 
 
 def exclude(index: SampleIndex, findings: Sequence[Finding]) -> int:
-    """Mark the samples found damaged excluded, atomically. Returns how many were not excluded before."""
-    damaged = {finding.id: finding.problem for finding in findings if finding.id is not None}
-    fresh = {id: problem for id, problem in damaged.items() if not index.samples["excluded"][id]}
+    """Mark the samples found damaged excluded, atomically. Returns how many were not excluded before.
+
+    Raises ValueError when an archive or the index itself differs: that would throw away good samples.
+    """
+    for finding in findings:
+        if finding.id is None:
+            raise ValueError(f"{finding.name} {finding.problem}, so nothing was excluded; restore it first, or build the "
+                             f"index again")
+    fresh = {finding.id: (finding.name, finding.problem) for finding in findings
+             if finding.id is not None and not index.samples["excluded"][finding.id]}
     if fresh:
         mark_excluded(index, fresh)
     return len(fresh)

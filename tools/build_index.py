@@ -157,11 +157,11 @@ def verify(arguments: argparse.Namespace) -> int:
     if not found:
         print(f"ok: {len(index):,} samples, {how}")
         return 0
-    if arguments.exclude:
-        print(f"excluded {checks.exclude(index, found):,} more samples")
     print(f"{len(found):,} damaged of {len(index):,} samples, {how}")
-    others = any(finding.id is None for finding in found)
-    return 0 if arguments.exclude and not others else 1
+    if not arguments.exclude:
+        return 1
+    print(f"excluded {checks.exclude(index, found):,} more samples")
+    return 0
 
 
 def ls(arguments: argparse.Namespace) -> int:
