@@ -44,25 +44,26 @@ def _tar(members: Iterator[tuple[str, bytes]]) -> bytes:
     return target.getvalue()
 
 
-def meta_mat(leaves: list[tuple[str, str]]) -> bytes:
-    """`meta.mat` as in the devkit: leaf k of `leaves` (wnid, words) has ILSVRC2012_ID k + 1; two inner nodes and a root
-    follow.
+def meta_mat(leaves: list[tuple[str, str, int]]) -> bytes:
+    """`meta.mat` as in the devkit: leaf k of `leaves` (wnid, words, training images) has ILSVRC2012_ID k + 1; two inner
+    nodes and a root follow.
     """
     import numpy as np
     from scipy.io import savemat
     half = len(leaves) // 2
     total = len(leaves)
-    inner = [("n95000001", "one half", list(range(1, half + 1))),
-             ("n90000002", "the other half", list(range(half + 1, total + 1))),
-             ("n99999999", "toy", [total + 1, total + 2])]
+    rows: list[tuple[str, str, list[int], int]] = [
+        *((wnid, words, [], images) for wnid, words, images in leaves),
+        ("n95000001", "one half", list(range(1, half + 1)), 0),
+        ("n90000002", "the other half", list(range(half + 1, total + 1)), 0),
+        ("n99999999", "toy", [total + 1, total + 2], 0)]
     fields = ("ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children", "wordnet_height",
               "num_train_images")
-    synsets = np.zeros((total + len(inner), 1), dtype=[(field, object) for field in fields])
-    rows: list[tuple[str, str, list[int]]] = [(wnid, words, []) for wnid, words in leaves] + inner
-    for k, (wnid, words, children) in enumerate(rows):
+    synsets = np.zeros((len(rows), 1), dtype=[(field, object) for field in fields])
+    for k, (wnid, words, children, images) in enumerate(rows):
         height = 0 if not children else 2 if k == len(rows) - 1 else 1
         synsets[k, 0] = (float(k + 1), wnid, words, f"a drawn {words}", float(len(children)),
-                         np.array([children], dtype=np.float64), float(height), 0.0 if children else 1.0)
+                         np.array([children], dtype=np.float64), float(height), float(images))
     target = io.BytesIO()
     savemat(target, {"synsets": synsets}, format="5", oned_as="row")
     # The first 116 bytes are free text, into which scipy writes the date.
@@ -129,7 +130,8 @@ def make(out: Path, seed: int, class_count: int, per_class: int, val_per_class: 
             _add(archive, *pictures[i])
 
     folder = DEVKIT.removesuffix(".tar.gz")
-    leaves = [(name, f"{colour} {shape}, toy") for name, (colour, shape) in zip(names, kinds)]
+    leaves = [(names[k], f"{colour} {shape}, toy", per_class + (k < len(ODDITIES)))
+              for k, (colour, shape) in enumerate(kinds)]
     devkit = _tar(iter([
         (f"{folder}/readme.txt", b"Drawn by tools/make_demo.py in the shape of the ILSVRC2012 development kit.\n"),
         (f"{folder}/data/meta.mat", meta_mat(leaves)),
