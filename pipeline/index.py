@@ -16,6 +16,7 @@ import hashlib
 import json
 import mmap
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Sequence
@@ -88,6 +89,7 @@ class SampleIndex:
         self._open: dict[int, ByteWindow] = {}
         self._found: dict[int, Path] = {}
         self._names: mmap.mmap | None = None
+        self._lock = threading.Lock()  # a window serves one thread at a time
 
     @classmethod
     def load(cls, path: str | Path, archives: str | Path | Sequence[str | Path] | None = None) -> "SampleIndex":
@@ -155,7 +157,8 @@ class SampleIndex:
         if self.archives[position].kind == "folder":
             return self._folder_name(int(row["offset"]))
         header = int(row["offset"]) - BLOCK * int(row["header_blocks"])
-        name = read_member(self._window(position), header).name
+        with self._lock:
+            name = read_member(self._window(position), header).name
         return f"{self.classes[row['label']].wnid}/{name}" if self.archives[position].nested else name
 
     def file_path(self, id: int) -> Path:
@@ -191,7 +194,8 @@ class SampleIndex:
         if self.archives[position].kind == "folder":
             data = self.file_path(id).read_bytes()
         else:
-            data = self._window(position).at(int(row["offset"]), size)
+            with self._lock:
+                data = self._window(position).at(int(row["offset"]), size)
         if len(data) != size:
             raise ValueError(f"sample (={id}) of {self.archives[position].path} has {len(data)} bytes, the index says "
                              f"{size}; run verify")
