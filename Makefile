@@ -5,8 +5,10 @@
 
 VENV  ?= .venv
 # The first interpreter that really runs, is 3.11 or 3.12 and can make an environment: a name on the PATH may be a shim without a Python behind it.
-PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
-	$$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' >/dev/null 2>&1 && { command -v $$p; break; }; done)
+# Looked for once, and only when it is needed.
+PYTHON ?= $(eval PYTHON := $(shell for p in python3.12 python3.11 python3 python; do \
+	$$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' >/dev/null 2>&1 \
+	&& { command -v $$p; break; }; done))$(PYTHON)
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/installed-$(or $(CUDA),12)
 

@@ -101,7 +101,7 @@ def test_every_shape_and_colour_is_shared(count: int) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_an_object_shows_its_colour(shape: str) -> None:
-    """Same random numbers, other paint: the pictures differ where the object is, about the centre, towards the colour."""
+    """Averaged over pictures, those of red things are redder, though the ground may be of any colour."""
     red = np.mean([draw(0, "red", shape, k, (60, 60)).reshape(-1, 3).mean(0) for k in range(12)], axis=0)
     blue = np.mean([draw(0, "blue", shape, k, (60, 60)).reshape(-1, 3).mean(0) for k in range(12)], axis=0)
     assert red[0] - red[2] > blue[0] - blue[2] + 10

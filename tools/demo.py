@@ -92,6 +92,7 @@ def run(out: Path, data: Path | None, recipe: Path, extra: list[str], console: C
     px = config.data.square_px
     demo = Demo(console)
     index, runs, name = out / "index", out / "runs", recipe.stem
+    out.mkdir(parents=True, exist_ok=True)
     if data is None:
         for old in (index, runs):
             shutil.rmtree(old, ignore_errors=True)
@@ -116,14 +117,15 @@ def _table(demo: Demo, classes: int, pictures: int, scores: dict[int, dict[str, 
     """Print what came of it."""
     from rich.table import Table
 
-    table = Table(title=f"{pictures} training pictures, {int(scores[1]['images'])} tested, {classes} classes",
-                  title_justify="left")
+    table = Table()
     for column in ("error", "top-1", "top-5"):
         table.add_column(column, justify="left" if column == "error" else "right")
     table.add_row("guessing", *(f"{max(0.0, 1 - best / classes):.1%}" for best in (1, 5)))
     for views, label in ((1, "centre crop"), (10, "ten crops")):
         table.add_row(label, f"{scores[views]['top1']:.1%}", f"{scores[views]['top5']:.1%}")
     demo.console.rule("[bold]result", align="left")
+    demo.console.print(f"{pictures} training pictures, {int(scores[1]['images'])} tested, {classes} classes",
+                       highlight=False)
     demo.console.print(table)
     quarantine = folder / "quarantine.jsonl"
     if quarantine.exists():

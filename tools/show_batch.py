@@ -121,9 +121,9 @@ def run(asked: argparse.Namespace) -> None:
     with loader:
         batch = next(iter(loader))
         drawn = loader.draws(batch.ids, batch.epochs)
+    first = batch.step * asked.count
     draw_sheet(restore(batch, drawn, loader.data, stats), captions(loader.index, batch, drawn, stats),
-               f"{loader.index.path}, training crops {batch.step * asked.count} to {(batch.step + 1) * asked.count - 1}; "
-               f"{loader.data}", asked.out)
+               f"{loader.index.path}, training crops {first} to {first + asked.count - 1}, {loader.data}", asked.out)
     print(f"{len(batch.ids)} crops in {asked.out}")
 
 

@@ -1,0 +1,109 @@
+"""The set-up says what is true: pins, README's map, settings."""
+import configparser
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("pipeline", "model", "train", "tools")
+
+
+def name_of(requirement: str) -> str:
+    return re.sub(r"[-_.]+", "-", re.split(r"[<>=!~;\[ ]", requirement)[0]).lower()
+
+
+@pytest.fixture(scope="module")
+def setup() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg", encoding="utf-8")
+    return parser
+
+
+def lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
+
+
+def pins() -> dict[str, str]:
+    found = {}
+    for line in lines((ROOT / "constraints.txt").read_text(encoding="utf-8")):
+        assert re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line), f"{line} is no plain name==version"
+        name, version = line.split("==")
+        assert name not in found, f"{name} is pinned twice"
+        found[name] = version
+    return found
+
+
+def test_constraints_pin_every_requirement(setup: configparser.ConfigParser) -> None:
+    wanted = lines(setup["options"]["install_requires"])
+    for extra in setup["options.extras_require"].values():
+        wanted += lines(extra)
+    assert {name_of(line) for line in wanted} <= pins().keys()
+
+
+def test_minimum_versions_are_below_the_pins(setup: configparser.ConfigParser) -> None:
+    for line in lines(setup["options"]["install_requires"]):
+        if ">=" in line:
+            name, least = line.split(">=")
+            assert [int(part) for part in pins()[name_of(name)].split(".")] >= [int(part) for part in least.split(".")]
+
+
+def test_core_requirements_are_the_agreed_ones(setup: configparser.ConfigParser) -> None:
+    assert {name_of(line) for line in lines(setup["options"]["install_requires"])} == {
+        "nvidia-dali-cuda120", "torch", "numpy", "pyyaml", "rich", "jsonargparse", "scipy"}
+
+
+def test_packages_and_recipes_are_installed(setup: configparser.ConfigParser) -> None:
+    assert set(lines(setup["options"]["packages"])) == set(PACKAGES)
+    assert lines(setup["options.package_data"]["train"]) == ["recipes/*.yaml"]
+    for package in PACKAGES:
+        nested = [path for path in (ROOT / package).rglob("*.py") if path.parent != ROOT / package]
+        assert not nested, f"{nested} would not be installed"
+
+
+def test_pyproject_holds_the_build_system_only() -> None:
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8")).keys() == {"build-system"}
+
+
+def test_warnings_are_errors(setup: configparser.ConfigParser) -> None:
+    assert lines(setup["tool:pytest"]["filterwarnings"])[0] == "error"
+    with pytest.raises(UserWarning):
+        import warnings
+        warnings.warn("a test that warns fails", UserWarning)
+
+
+def test_readme_map_lists_every_file_and_no_other() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = readme.split("## The tree")[1].split("```")[1]
+    listed, folder = set(), ""
+    for line in tree.splitlines():
+        entry = re.match(r"(?P<indent> *)(?P<name>[\w./-]+)(?:  .*)?$", line)
+        if not entry:
+            continue
+        if entry["name"].endswith("/"):
+            folder = entry["name"]
+        else:
+            listed.add((folder if entry["indent"] else "") + entry["name"])
+    there = {path.relative_to(ROOT).as_posix() for package in PACKAGES for path in (ROOT / package).glob("*.py")
+             if path.name != "__init__.py"}
+    there |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "train" / "recipes").glob("*.yaml")}
+    assert there - listed == set(), "files that README's map lacks"
+    assert {name for name in listed if not (ROOT / name).exists()} == set(), "README's map lists what is not there"
+
+
+def test_no_host_and_no_path_of_a_machine_in_the_set_up() -> None:
+    host_or_path = re.compile(r"https?://|file://|--index-url|--extra-index|--find-links|/home/|/root/|/opt/")
+    for name in ("setup.cfg", "pyproject.toml", "constraints.txt", "Makefile", ".ci/run"):
+        assert not host_or_path.search((ROOT / name).read_text(encoding="utf-8")), name
+
+
+def test_make_knows_its_targets_and_says_what_an_install_needs() -> None:
+    for target in ("demo", "test", "lint", "bench-loader", "clean"):
+        result = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+    result = subprocess.run(["make", "install", "VENV=/nonexistent/venv", "PYTHON="], cwd=ROOT, capture_output=True,
+                            text=True)
+    assert result.returncode == 2
+    assert "no Python 3.11 or 3.12 with venv found; install one, or say PYTHON=/path/to/python" in result.stderr

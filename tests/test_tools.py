@@ -1,0 +1,222 @@
+"""The commands: --help is quick, errors are one line and exit 2, sheets show what was drawn."""
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tools import bench_loader, demo, make_demo, show_batch, show_kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = [[f"tools/{path.name}"] for path in sorted((ROOT / "tools").glob("*.py"))
+            if "__main__" in path.read_text(encoding="utf-8")] + [["-m", "train.main"], ["-m", "train.evaluate"]]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help_imports_neither_torch_nor_dali_nor_scipy(words: list[str]) -> None:
+    result = subprocess.run([sys.executable, "-X", "importtime", *words, "--help"], cwd=ROOT, capture_output=True,
+                            text=True)
+    assert result.returncode == 0 and "usage:" in result.stdout
+    imported = {line.rsplit("|", 1)[1].strip() for line in result.stderr.splitlines() if "import time:" in line}
+    assert "argparse" in imported
+    assert imported & {"torch", "nvidia.dali", "scipy", "matplotlib"} == set()
+
+
+# --- demo.py
+
+def test_archives_are_found_by_name(tmp_path: Path) -> None:
+    for name in ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz", "readme.txt"):
+        (tmp_path / name).touch()
+    found = demo.find_archives(tmp_path)
+    assert (found.train.name, found.val.name, found.devkit.name) == (
+        "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz")
+
+
+def test_a_folder_without_archives_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo.main(["--out", str(tmp_path / "out"), "--data", str(tmp_path)]) == 2
+    assert "must hold exactly one *train*.tar (found: none); put ILSVRC2012_img_train.tar" in capsys.readouterr().err
+    (tmp_path / "a_train.tar").touch()
+    (tmp_path / "b_train.tar").touch()
+    with pytest.raises(ValueError, match=r"found: a_train.tar, b_train.tar"):
+        demo.find_archives(tmp_path)
+
+
+def test_a_missing_recipe_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo.main(["--out", str(tmp_path), "--recipe", "no.yaml"]) == 2
+    assert "recipe (=no.yaml) does not exist; give one of train/recipes" in capsys.readouterr().err
+
+
+def test_a_failing_step_ends_the_demo_with_its_code() -> None:
+    from rich.console import Console
+    steps = demo.Demo(Console(file=io.StringIO()))
+    assert steps.step("fine", ["-c", "print(7)"], capture=True) == "7\n"
+    with pytest.raises(demo.StepFailed) as failed:
+        steps.step("broken", ["-c", "raise SystemExit(75)"])
+    assert failed.value.code == 75
+    assert list(steps.seconds) == ["fine"]
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tools import build_index, compute_stats
+    folder = tmp_path_factory.mktemp("small")
+    make_demo.make(folder, 0, 4, 8, 2, (80, 100))
+    assert build_index.main(["build", "ilsvrc2012", "--train", str(folder / make_demo.TRAIN), "--val",
+                             str(folder / make_demo.VAL), "--devkit", str(folder / make_demo.DEVKIT),
+                             "--out", str(folder / "index")]) == 0
+    assert compute_stats.main([str(folder / "index"), "--square-px", "76"]) == 0
+    return folder / "index"
+
+
+def test_the_whole_demo_in_small(tmp_path: Path) -> None:
+    """Two epochs on the drawn archives: every step runs, and the table tells the counts of the saved checkpoint."""
+    archives = tmp_path / "archives"
+    make_demo.make(archives, 0, 4, 10, 3, (80, 100))
+    result = subprocess.run(
+        [sys.executable, "tools/demo.py", "--out", str(tmp_path / "out"), "--data", str(archives), "--recipe",
+         "train/recipes/demo.yaml", "--", "--train.epochs=2", "--train.batch=16", "--schedule.milestones=[]",
+         "--machine.torch_threads=1"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "43 training pictures, 12 tested, 4 classes" in result.stdout
+    assert "guessing" in result.stdout and "75.0%" in result.stdout
+    assert f"run folder: {tmp_path / 'out' / 'runs' / 'demo'}" in result.stdout
+    lines = (tmp_path / "out" / "runs" / "demo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    test = [json.loads(line) for line in lines if json.loads(line)["kind"] == "test"]
+    assert test[0]["images"] == 12
+    ten = next(line for line in result.stdout.splitlines() if "ten crops" in line)
+    assert f"{test[0]['top1']:.1%}" in ten
+
+
+# --- show_batch.py
+
+def test_a_sheet_shows_the_crops_that_were_drawn(index: Path, tmp_path: Path) -> None:
+    """The restored crops are the squares of the index cut where the captions say, within lighting and JPEG rounding."""
+    from pipeline import DataConfig, SampleIndex, Stats, TestLoader, TrainLoader
+    for mean in ("image", "image_center", "channel"):
+        data = DataConfig(region="square", square_px=76, crop_px=67, mirror=True, lighting=0.0, mean=mean)
+        found = SampleIndex.load(index)
+        stats = Stats.for_index(found, 76)
+        with TrainLoader(found, "train", data, 8, 5, stats) as loader:
+            batch = next(iter(loader))
+            drawn = loader.draws(batch.ids, batch.epochs)
+        crops = show_batch.restore(batch, drawn, data, stats)
+        with TestLoader(found, "train", data, 8, None, skip_corrupt=True) as squares:
+            pixels = {int(id): image.numpy() for part in squares for id, image in zip(part.ids, part.images)}
+        for row, id in enumerate(batch.ids):
+            crop = pixels[int(id)][drawn.top[row]:drawn.top[row] + 67, drawn.left[row]:drawn.left[row] + 67]
+            crop = crop[:, ::-1] if drawn.mirror[row] else crop
+            # region decode and whole decode round the resize differently by at most a grey level or two
+            assert np.abs(crop.astype(int) - crops[row]).mean() < 0.5
+        text = show_batch.captions(found, batch, drawn, stats)[0]
+        assert f"id {batch.ids[0]}, epoch 0" in text and f"at {drawn.top[0]}, {drawn.left[0]}" in text
+        assert text.splitlines()[0] in {"red ball", "red box", "blue ball", "blue box"}
+
+
+def test_show_batch_writes_a_png(index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--config", str(ROOT / "train/recipes/demo.yaml"), "--index", str(index), "--out",
+             str(tmp_path / "a" / "s.png")]
+    assert show_batch.main([*words, "--count", "9"]) == 0, capsys.readouterr().err
+    with Image.open(tmp_path / "a" / "s.png") as sheet:
+        assert sheet.size[0] > 1000
+    assert show_batch.main([*words, "--count", "0"]) == 2
+    assert "--count (=0) must lie in 1..200; " in capsys.readouterr().err
+    assert show_batch.main([*words, "--step", "-1"]) == 2
+    assert "--step (=-1) must be at least 0; " in capsys.readouterr().err
+
+
+def test_missing_matplotlib_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(RuntimeError, match=r"matplotlib is not installed.*; pip install -e '\.\[plots\]'"):
+        show_batch.need_matplotlib()
+
+
+# --- show_kernels.py
+
+def test_kernels_are_stretched_one_by_one_and_laid_out_by_tower() -> None:
+    kernels = np.random.default_rng(0).normal(size=(96, 3, 11, 11)) * np.arange(1, 97)[:, None, None, None]
+    kernels[5] = 0.25
+    pictures = show_kernels.stretch(kernels)
+    assert pictures.shape == (96, 11, 11, 3)
+    others = np.delete(pictures, 5, 0)
+    assert (others.min(axis=(1, 2, 3)) == 0).all() and (others.max(axis=(1, 2, 3)) == 1).all()
+    assert (pictures[5] == 0.5).all()
+    assert pictures[7].argmax() == kernels[7].transpose(1, 2, 0).argmax()
+    board = show_kernels.sheet(kernels, 2, scale=1)
+    # 16 in a row, three rows a tower (figure 3 of the paper), a gap of 3 between towers
+    assert board.shape == (6 * 15 + 4 + 3, 16 * 15 + 4, 3)
+    np.testing.assert_array_equal(board[4:15, 4:15], pictures[0])
+    np.testing.assert_array_equal(board[3 * 15 + 3 + 4:3 * 15 + 3 + 15, 15 + 4:15 + 15], pictures[49])
+
+
+def test_kernels_of_no_checkpoint_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert show_kernels.main(["--checkpoint", str(tmp_path / "no"), "--out", str(tmp_path / "k.png")]) == 2
+    assert "does not exist; give a run folder with --run or a checkpoint" in capsys.readouterr().err
+
+
+# --- bench_loader.py
+
+def test_both_sides_of_the_benchmark_do_the_same_work(index: Path) -> None:
+    """With nothing drawn at random the two give the same pixels, up to the decoders' and the resize's rounding."""
+    from dataclasses import replace
+    from pipeline import LoaderConfig, SampleIndex, TrainLoader
+    from pipeline.stats import compute
+
+    found = SampleIndex.load(index)
+    stats = compute(found, "train", 256, machine=LoaderConfig(quarantine_budget=0.05))
+    side = bench_loader.PilDataset(found, "train", replace(stats, eigenvalues=np.zeros(3)))
+    data = bench_loader.data_config()
+    with TrainLoader(found, "train", replace(data, mirror=False, lighting=0.0), 4, 0, stats) as loader:
+        batch = next(iter(loader))
+        assert batch.images.shape[1:] == side[0][0].shape == (3, 227, 227)
+        assert batch.images.dtype == side[0][0].dtype
+        drawn = loader.draws(batch.ids, batch.epochs)
+    for row, id in enumerate(batch.ids):
+        image = Image.open(io.BytesIO(found.read(int(id))))
+        if image.mode != "RGB":
+            continue
+        position = int(np.flatnonzero(side.ids == id)[0])
+        crop, label = same_draws(side, position, int(drawn.left[row]), int(drawn.top[row]))
+        assert label == int(batch.labels[row])
+        assert np.abs(crop - batch.images[row].numpy()).mean() < 1.0
+
+
+def same_draws(side: bench_loader.PilDataset, position: int, left: int, top: int) -> tuple[np.ndarray, int]:
+    """An item of the PIL side whose generator happened to draw this offset and no reflection."""
+    class Fixed:
+        randint = staticmethod(lambda low, high, count: np.array([left, top]))
+        normal = staticmethod(lambda mean, spread, count: np.zeros(count))
+        random = staticmethod(lambda: 0.9)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("randint", "normal", "random"):
+            patch.setattr(np.random, name, getattr(Fixed, name))
+        crop, label = side[position]
+    return crop.numpy(), label
+
+
+def test_benchmark_refuses_nonsense(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_loader.main(["--rounds", "0"]) == 2
+    assert "--rounds (=0) must be at least 1; " in capsys.readouterr().err
+    assert bench_loader.main(["/nonexistent"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.slow
+def test_benchmark_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_loader.main(["--rounds", "1", "--batches", "1", "--photographs", "16", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ratio"] > 0 and len(found["images_per_s"]["pil"]) == 1
+
+
+# --- README.md
+
+def test_the_loader_in_another_loop_works_as_the_readme_says(index: Path) -> None:
+    code = (ROOT / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    seen: list[tuple[int, ...]] = []
+    exec(code.replace('"demo/index"', repr(str(index))).replace("batch=64", "batch=6"),
+         {"step": lambda images, labels: seen.append((*images.shape, *labels.shape))})
+    assert seen == [(6, 3, 67, 67, 6)] * 6      # 35 of 36 files are not empty; the last batch begins the next epoch
