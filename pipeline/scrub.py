@@ -91,4 +91,6 @@ def _problem(pipeline: Any, data: list[np.ndarray], index: SampleIndex, ids: lis
 def _reason(error: RuntimeError) -> str:
     """The line of a DALI error that says what happened, without the place in our code."""
     lines = [line.strip() for line in str(error).partition("encountered:")[2].splitlines() if line.strip()]
-    return f"does not decode{': ' + lines[0] if lines and not lines[0].startswith('Current') else ''}"
+    # DALI counts samples within its batch, which is no name of ours.
+    said = lines[0] if lines and not lines[0].startswith(("Current pipeline", "Failed to decode sample")) else ""
+    return "does not decode" + (f": {said}" if said else "")
