@@ -22,8 +22,20 @@ from pipeline.geometry import Regions
 Bytes = npt.NDArray[np.uint8]
 
 
+# nvimgcodecStatus_t: the codes that a damaged file gives.
+_CODEC_FAILURES = {"nvImageCodec failure: '#3'": "its code stream is damaged",
+                   "nvImageCodec failure: '#4'": "it is no supported image"}
+
+
 class DecodeError(RuntimeError):
-    """A batch that DALI could not decode. Names no sample: DALI does not."""
+    """A batch that DALI could not decode. Names no sample: DALI does not. `reason` is short: "cannot be decoded …"."""
+
+    def __init__(self, error: RuntimeError) -> None:
+        super().__init__(str(error))
+        said = next((line.strip() for line in str(error).partition("encountered:")[2].splitlines() if line.strip()), "")
+        # DALI counts samples within its batch, which is no name of ours, and says when a pipeline is lost.
+        detail = _CODEC_FAILURES.get(said, "" if said.startswith(("Failed to decode", "Current pipeline")) else said)
+        self.reason = "cannot be decoded" + (f" ({detail})" if detail else "")
 
 
 @dataclass(frozen=True)
@@ -139,7 +151,7 @@ class Graph:
             raise
         except RuntimeError as error:
             self._alive.popleft()
-            raise DecodeError(str(error)) from error
+            raise DecodeError(error) from error
         self._alive.popleft()
         return torch.from_dlpack(output.as_tensor())
 
@@ -147,3 +159,33 @@ class Graph:
         """Free DALI's threads and buffers. Batches already collected stay valid: they own their memory."""
         self._pipe = None
         self._alive.clear()
+
+
+class SizeProbe:
+    """Decodes whole images strictly, on the CPU, and gives only their sizes.
+
+    Args:
+        batch: largest batch.
+        threads: DALI's worker threads.
+    """
+
+    def __init__(self, batch: int, threads: int) -> None:
+        self._pipe: Any = Pipeline(batch_size=batch, num_threads=threads, device_id=None, prefetch_queue_depth=1, seed=0)
+        with self._pipe:
+            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+            pixels = fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False)
+            self._pipe.set_outputs(pixels.shape())
+        self._pipe.build()
+
+    def sizes(self, encoded: list[Bytes]) -> npt.NDArray[np.int64]:
+        """(B, 2) heights and widths of B images.
+
+        Raises:
+            DecodeError: one of them does not decode; the next call works.
+        """
+        try:
+            self._pipe.feed_input("encoded", encoded)
+            (shapes,) = self._pipe.run()
+        except RuntimeError as error:
+            raise DecodeError(error) from error
+        return np.asarray(shapes.as_array(), np.int64)[:, :2]

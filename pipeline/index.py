@@ -161,6 +161,13 @@ class SampleIndex:
             name = read_member(self._window(position), header).name
         return f"{self.classes[row['label']].wnid}/{name}" if self.archives[position].nested else name
 
+    def safe_name(self, id: int) -> str:
+        """The sample's name, or "?" where its archive can no longer tell."""
+        try:
+            return self.name(id)
+        except (ValueError, OSError):
+            return "?"
+
     def file_path(self, id: int) -> Path:
         """The file of a sample in a folder archive."""
         return self.archive_path(int(self.row(id)["archive"])) / self._folder_name(int(self.row(id)["offset"]))

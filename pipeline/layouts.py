@@ -24,16 +24,17 @@ from pipeline.index import ClassInfo
 SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
                 "test": "test", "testing": "test"}
+_MAX_ID = 1_000_000
 _MAX_DEVKIT_BYTES = 64 << 20  # of one file of it
 
 
 @dataclass(frozen=True)
 class Devkit:
-    """Classes in wnid order; `label_of_id[ID]` is the class of an ILSVRC ID; -1 marks no class (ID 0)."""
+    """Classes in wnid order; `label_of_id[ID]` is the class of an ILSVRC ID; -1 marks no class (ID 0, gaps)."""
 
     path: Path
     classes: list[ClassInfo]
-    label_of_id: np.ndarray  # (K + 1,) int32
+    label_of_id: np.ndarray  # (largest ID + 1,) int32
     train_counts: dict[str, int]  # wnid → images in the train archive
     val_labels: np.ndarray | None  # (N,) int32 in the order of the val images' names; None without ground truth
 
@@ -86,11 +87,12 @@ def _read_meta(data: bytes, path: Path) -> tuple[list[ClassInfo], np.ndarray, di
     except Exception as error:  # scipy raises anything on a damaged file
         raise ValueError(f"meta.mat (of {path}) is not a table of synsets ({type(error).__name__}: {error}); "
                          f"fetch the devkit again") from None
-    if not leaves or sorted(ids) != list(range(1, len(ids) + 1)) or len(words) != len(leaves):
-        raise ValueError(f"meta.mat (of {path}) has {len(leaves)} classes whose IDs are not 1 to {len(leaves)}, each "
+    # A devkit cut down to some classes may keep the IDs they had among all: gaps are fine, repetitions are not.
+    if not leaves or not 1 <= min(ids) <= max(ids) <= _MAX_ID or len({*ids}) != len(ids) or len(words) != len(leaves):
+        raise ValueError(f"meta.mat (of {path}) has {len(leaves)} classes whose IDs do not lie in 1 to {_MAX_ID}, each "
                          f"once, with a wnid each; fetch the devkit again")
     order = sorted(wnids)
-    label_of_id = np.full(len(ids) + 1, -1, np.int32)
+    label_of_id = np.full(max(ids) + 1, -1, np.int32)
     place = {wnid: label for label, wnid in enumerate(order)}
     label_of_id[ids] = [place[wnid] for wnid in wnids]
     return [ClassInfo(wnid, words[wnid]) for wnid in order], label_of_id, counts
@@ -101,9 +103,10 @@ def ground_truth(text: bytes, label_of_id: np.ndarray, what: str) -> np.ndarray:
     labels = []
     for number, line in enumerate(text.split(b"\n")[:-1] if text.endswith(b"\n") else text.split(b"\n"), 1):
         value = line.strip()
-        if not value.isdigit() or not 1 <= int(value) < len(label_of_id):
+        if not value.isdigit() or int(value) >= len(label_of_id) or label_of_id[int(value)] < 0:
             raise ValueError(f"ground truth (={value.decode('ascii', 'replace')!r}) in line {number} of {what} is not "
-                             f"an ID from 1 to {len(label_of_id) - 1}; give the file that belongs to this devkit")
+                             f"the ID of a class (they go up to {len(label_of_id) - 1}); give the file that belongs to "
+                             f"this devkit")
         labels.append(label_of_id[int(value)])
     return np.array(labels, np.int32)
 

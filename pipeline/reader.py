@@ -24,7 +24,7 @@ class SampleError(RuntimeError):
 
     def __init__(self, index: SampleIndex, id: int, reason: str) -> None:
         self.id, self.reason = id, reason
-        super().__init__(f"sample {id} (={index.name(id)} in {index.path}) {reason}; run "
+        super().__init__(f"sample {id} (={index.safe_name(id)} in {index.path}) {reason}; run "
                          f"`python tools/build_index.py verify {index.path} --scrub --exclude` to leave it out")
 
 
@@ -127,7 +127,7 @@ class Quarantine:
             self.ids.add(error.id)
             if self._path is not None:
                 row = index.samples[error.id]
-                line = {"id": error.id, "member": index.name(error.id),
+                line = {"id": error.id, "member": index.safe_name(error.id),
                         "archive": str(index.archive_path(int(row["archive"]))), "reason": error.reason, **where}
                 with open(self._path, "a") as file:
                     file.write(json.dumps(line) + "\n")

@@ -157,7 +157,7 @@ def compute(index: "SampleIndex", split: str, square_px: int, *, machine: Loader
             if len(skipped) > budget:
                 id, why = next(iter(loader.skipped.items()))
                 raise RuntimeError(f"unreadable samples (={len(skipped)} of {total}) must not exceed the budget (={budget}); "
-                                   f"the first: {index.name(id)} {why}; run `python tools/build_index.py verify "
+                                   f"the first: {index.safe_name(id)} {why}; run `python tools/build_index.py verify "
                                    f"{index.path} --scrub --exclude`")
             if progress is not None:
                 progress(min(sums.next_batch * batch, total), total)

@@ -105,7 +105,7 @@ class Stream:
             try:
                 rows.append(alone.collect().clone())
             except DecodeError as failure:
-                prepared = self._mend(prepared, len(rows), _short(failure))
+                prepared = self._mend(prepared, len(rows), failure.reason)
                 mended = True
         alone.close()
         if not mended:
@@ -119,10 +119,3 @@ class Stream:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
         self._graph.close()
-
-
-def _short(error: DecodeError) -> str:
-    """The telling line of DALI's many."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "rror" in line and "Critical error in pipeline" not in line]
-    return f"cannot be decoded ({(telling or lines or ['no reason given'])[0][:200]})"

@@ -127,7 +127,7 @@ def _check_rows(task: _Task) -> list[Finding]:
     for id in task.ids.tolist():
         problem = _check_row(index, id, source, task.crc)
         if problem:
-            found.append(Finding(id, safe_name(index, id), problem))
+            found.append(Finding(id, index.safe_name(id), problem))
     if source is not None:
         source.close()
     return found
@@ -161,14 +161,6 @@ def _check_row(index: SampleIndex, id: int, source: ByteWindow | None, crc: bool
     if read != (row["format"], row["width"], row["height"], row["channels"]):
         return f"its header says {info.format} {info.width}×{info.height}, not what the index says"
     return ""
-
-
-def safe_name(index: SampleIndex, id: int) -> str:
-    """The sample's name, or "?" where its archive can no longer tell."""
-    try:
-        return index.name(id)
-    except (ValueError, OSError):
-        return "?"
 
 
 def summary(index: SampleIndex) -> dict[str, Any]:

@@ -65,16 +65,25 @@ def test_devkit_errors(tmp_path: Path) -> None:
     save(tmp_path / "rubbish/meta.mat", b"rubbish" * 100)
     with pytest.raises(ValueError, match=r"meta.mat \(of .*rubbish\) is not a table of synsets \(.*; fetch the devkit"):
         read_devkit(tmp_path / "rubbish")
-    for number, meta in enumerate([{"ids": [1, 2, 3, 5]}, {"ids": [0, 1, 2, 3]}, {"wnids": ["n1", "n1", "n2", "n3"]}]):
-        with pytest.raises(ValueError, match="has 4 classes whose IDs are not 1 to 4, each once, with a wnid each"):
+    for number, meta in enumerate([{"ids": [1, 2, 3, 3]}, {"ids": [0, 1, 2, 3]}, {"ids": [1, 2, 3, 10 ** 7]}, {"wnids": ["n1", "n1", "n2", "n3"]}]):
+        with pytest.raises(ValueError, match="has 4 classes whose IDs do not lie in 1 to 1000000, each once, with a wnid each"):
             read_devkit(devkit(tmp_path / f"ids{number}", **meta))
 
 
 @pytest.mark.parametrize(("text", "line", "value"), [
     (b"1\n5\n", 2, "5"), (b"0\n", 1, "0"), (b"1\n\n2\n", 2, ""), (b"1\nx\n", 2, "x"), (b"1\n-1", 2, "-1")])
 def test_ground_truth_names_the_bad_line(text: bytes, line: int, value: str) -> None:
-    with pytest.raises(ValueError, match=rf"ground truth \(='{value}'\) in line {line} of here is not an ID from 1 to 4"):
+    with pytest.raises(ValueError, match=rf"ground truth \(='{value}'\) in line {line} of here is not the ID of a class"):
         ground_truth(text, np.array([-1, 2, 0, 3, 1]), "here")
+
+
+def test_a_devkit_cut_down_to_some_classes_keeps_its_ids(tmp_path: Path) -> None:
+    kit = read_devkit(devkit(tmp_path / "cut", ids=[7, 2, 30, 11]))
+    whole = read_devkit(devkit(tmp_path / "whole", ids=[2, 1, 4, 3]))
+    assert [kit.label_of_id[id] for id in (7, 2, 30, 11)] == [whole.label_of_id[id] for id in (2, 1, 4, 3)]
+    assert (np.delete(kit.label_of_id, [2, 7, 11, 30]) == -1).all()
+    with pytest.raises(ValueError, match=r"ground truth \(='8'\) in line 1 of here is not the ID of a class"):
+        ground_truth(b"8", kit.label_of_id, "here")
 
 
 def test_ground_truth_forms() -> None:
