@@ -43,6 +43,7 @@ def run(request: Request, where: Topology) -> int:
     network = build.network(config, where)
     optimizer = build_optimizer(network, config.optimizer)
     folder = folders.run_folder(config, request.recipe)
+    loader = build.train_loader(config, where, index, stats, folder / "quarantine.jsonl" if where.is_main else None)
     refused = ""
     if where.is_main:
         try:
@@ -51,7 +52,6 @@ def run(request: Request, where: Topology) -> int:
             refused = str(error)
     if refused := where.share(refused):
         raise ValueError(refused)
-    loader = build.train_loader(config, where, index, stats, folder / "quarantine.jsonl" if where.is_main else None)
     console = Console(where.is_main, config.machine.log_s)
     metrics = folders.Metrics(folder / folders.METRICS, where.is_main)
     schedule = Schedule(config.schedule, config.optimizer.lr)
