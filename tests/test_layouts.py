@@ -65,7 +65,8 @@ def test_devkit_errors(tmp_path: Path) -> None:
     save(tmp_path / "rubbish/meta.mat", b"rubbish" * 100)
     with pytest.raises(ValueError, match=r"meta.mat \(of .*rubbish\) is not a table of synsets \(.*; fetch the devkit"):
         read_devkit(tmp_path / "rubbish")
-    for number, meta in enumerate([{"ids": [1, 2, 3, 3]}, {"ids": [0, 1, 2, 3]}, {"ids": [1, 2, 3, 10 ** 7]}, {"wnids": ["n1", "n1", "n2", "n3"]}]):
+    for number, meta in enumerate([{"ids": [1, 2, 3, 3]}, {"ids": [0, 1, 2, 3]},
+                                  {"ids": [1, 2, 3, 10 ** 7]}, {"wnids": ["n1", "n1", "n2", "n3"]}]):
         with pytest.raises(ValueError, match="has 4 classes whose IDs do not lie in 1 to 1000000, each once, with a wnid each"):
             read_devkit(devkit(tmp_path / f"ids{number}", **meta))
 
@@ -78,7 +79,7 @@ def test_ground_truth_names_the_bad_line(text: bytes, line: int, value: str) -> 
 
 
 def test_a_devkit_cut_down_to_some_classes_keeps_its_ids(tmp_path: Path) -> None:
-    kit = read_devkit(devkit(tmp_path / "cut", ids=[7, 2, 30, 11]))
+    kit = read_devkit(devkit(tmp_path / "cut", b"7\n30\n", ids=[7, 2, 30, 11]))
     whole = read_devkit(devkit(tmp_path / "whole", ids=[2, 1, 4, 3]))
     assert [kit.label_of_id[id] for id in (7, 2, 30, 11)] == [whole.label_of_id[id] for id in (2, 1, 4, 3)]
     assert (np.delete(kit.label_of_id, [2, 7, 11, 30]) == -1).all()
