@@ -23,9 +23,9 @@ from torch.autograd.function import once_differentiable
 
 from model.config import LrnConfig
 
-# Elements of a chunk for each thread of a CPU: 512 KiB in float32. Of 2^14 .. 2^19 (docs/lab-log.md) it is within 5% of
-# the best at 55×55, 27×27 and 15×15 pixels in both memory formats.
-CHUNK = 1 << 17
+# Elements of a chunk for each thread of a CPU: 1 MiB in float32. Of 2^14 .. 2^21 it is within 5% of the best at 55×55,
+# 27×27 and 15×15 pixels in both memory formats (docs/lab-log.md).
+CHUNK = 1 << 18
 
 
 def local_response_norm(x: torch.Tensor, config: LrnConfig, groups: int = 1, relu: bool = False) -> torch.Tensor:
@@ -66,8 +66,9 @@ class _Scratch:
     def __init__(self, maps: torch.Tensor, config: LrnConfig) -> None:
         self.config = config
         count, self.channels, self.shift = maps.shape
-        threads = torch.get_num_threads() if maps.device.type == "cpu" else count
-        self.maps = max(1, min(count, CHUNK * threads // max(1, self.channels * self.shift)))
+        # A GPU takes everything at once: there a chunk would only be another launch.
+        chunk = CHUNK * torch.get_num_threads() if maps.device.type == "cpu" else maps.numel()
+        self.maps = max(1, min(count, chunk // (self.channels * self.shift)))
         self.pitch = (self.channels + config.n - 1) * self.shift
         dtype = torch.float64 if maps.dtype == torch.float64 else torch.float32
 
@@ -75,7 +76,7 @@ class _Scratch:
             return torch.empty(shape, dtype=dtype, device=maps.device)
 
         # k is spread over the n terms of a window, padding included, which saves the pass that would add it.
-        self.share = torch.tensor(config.k / config.n, dtype=dtype, device=maps.device)
+        self.share = torch.full((), config.k / config.n, dtype=dtype, device=maps.device)
         self.squares = empty(self.maps * self.pitch).fill_(config.k / config.n)
         self.terms = empty(self.maps * self.pitch).zero_()
         # The last n - 1 rows of sums belong to no window: 1 keeps their roots finite.
