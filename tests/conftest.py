@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import train  # noqa: F401 (before torch: it says how idle threads wait)
+
 
 @dataclass(frozen=True)
 class TinySet:

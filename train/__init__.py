@@ -1,1 +1,6 @@
 """One loop that joins the pipeline and the network, and everything around it."""
+import os
+
+# Before torch is imported: its idle OpenMP threads must sleep, not spin. Beside DALI's threads on few cores, spinning makes
+# a step of the small networks 9 times slower (2 cores, 126 against 1,102 images/s).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
