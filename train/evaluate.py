@@ -118,7 +118,7 @@ def evaluate(network: nn.Module, loader: TestLoader, views: int, autocast: Calla
     training = network.training
     network.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: what a layer keeps from here must serve training too
             for batch in loader:
                 if stop():
                     return None
