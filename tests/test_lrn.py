@@ -109,7 +109,9 @@ def test_window_does_not_cross_towers() -> None:
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch, memory_format: torch.memory_format) -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+def test_chunks_and_threads_do_not_show(monkeypatch: pytest.MonkeyPatch, memory_format: torch.memory_format,
+                                        threads: int) -> None:
     def both(chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
         monkeypatch.setattr(lrn, "CHUNK", chunk)
         x = maps(7, 10, 5, 3, dtype=torch.float32).to(memory_format=memory_format).requires_grad_()
@@ -119,8 +121,14 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch, memory_format: torc
         return y.detach(), x.grad
 
     whole = both(1 << 20)
-    for chunk in (1, 16, 170, 333):  # one map, few maps, a last chunk that is shorter
-        assert all(torch.equal(a, b) for a, b in zip(both(chunk), whole))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for chunk in (1, 16, 50, 170, 333):  # parts of a map, one map, few maps, a last chunk that is shorter
+            assert all(torch.equal(a, b) for a, b in zip(both(chunk), whole))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_strided_input_and_gradient() -> None:
