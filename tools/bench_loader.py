@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,19 +64,19 @@ class PilDataset:
         return torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1))), int(self.index.samples["label"][id])
 
 
-def pil_batches(index: SampleIndex, stats: Stats, workers: int) -> Iterator[Any]:
-    """Batches of the PIL side, without end."""
+def pil_batches(index: SampleIndex, stats: Stats, workers: int) -> Generator[Any, None, None]:
+    """Batches of the PIL side, without end; closing it ends the workers."""
     from torch.utils.data import DataLoader, RandomSampler
 
     dataset = PilDataset(index, "train", stats)
     sampler = RandomSampler(dataset, num_samples=10 ** 6)
     # spawn: a process forked after DALI has started its threads may hang
-    return iter(DataLoader(dataset, BATCH, sampler=sampler, num_workers=workers,   # type: ignore[arg-type]
-                           multiprocessing_context="spawn"))
+    yield from DataLoader(dataset, BATCH, sampler=sampler, num_workers=workers,    # type: ignore[arg-type]
+                          multiprocessing_context="spawn")
 
 
-def our_batches(index: SampleIndex, stats: Stats, threads: int) -> Iterator[Any]:
-    """Batches of our loader, without end."""
+def our_batches(index: SampleIndex, stats: Stats, threads: int) -> Generator[Any, None, None]:
+    """Batches of our loader, without end; closing it frees its threads."""
     from pipeline.config import LoaderConfig
     from pipeline.loader import TrainLoader
 
@@ -125,9 +125,12 @@ def measure(index: SampleIndex, workers: int, rounds: int, batches: int) -> dict
     stats = compute(index, "train", SQUARE_PX, machine=LoaderConfig(quarantine_budget=0.05))
     sides = {"ours": our_batches(index, stats, workers), "pil": pil_batches(index, stats, workers)}
     speeds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, side in sides.items():
-            speeds[name].append(turn(side, batches))
+    with contextlib.ExitStack() as closing:
+        for side in sides.values():
+            closing.enter_context(contextlib.closing(side))
+        for _ in range(rounds):
+            for name, side in sides.items():
+                speeds[name].append(turn(side, batches))
     ratio = statistics.median(speeds["ours"]) / statistics.median(speeds["pil"])
     return {"photographs": len(index.ids("train")), "workers": workers, "batch": BATCH, "batches": batches,
             "images_per_s": speeds, "ratio": ratio}
