@@ -207,7 +207,7 @@ def test_benchmark_refuses_nonsense(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_benchmark_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench_loader.main(["--rounds", "1", "--batches", "1", "--photographs", "16", "--json"]) == 0
+    assert bench_loader.main(["--rounds", "1", "--batches", "1", "--photographs", "64", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["ratio"] > 0 and len(found["images_per_s"]["pil"]) == 1
 
