@@ -64,15 +64,15 @@ class PilDataset:
         return torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1))), int(self.index.samples["label"][id])
 
 
-def pil_batches(index: SampleIndex, stats: Stats, workers: int) -> Generator[Any, None, None]:
-    """Batches of the PIL side, without end; closing it ends the workers."""
+def pil_batches(index: SampleIndex, stats: Stats, workers: int, count: int) -> Iterator[Any]:
+    """`count` batches of the PIL side; asked for one more, it ends its workers."""
     from torch.utils.data import DataLoader, RandomSampler
 
     dataset = PilDataset(index, "train", stats)
-    sampler = RandomSampler(dataset, num_samples=10 ** 6)
+    sampler = RandomSampler(dataset, num_samples=count * BATCH)
     # spawn: a process forked after DALI has started its threads may hang
-    yield from DataLoader(dataset, BATCH, sampler=sampler, num_workers=workers,    # type: ignore[arg-type]
-                          multiprocessing_context="spawn")
+    return iter(DataLoader(dataset, BATCH, sampler=sampler, num_workers=workers,   # type: ignore[arg-type]
+                           multiprocessing_context="spawn"))
 
 
 def our_batches(index: SampleIndex, stats: Stats, threads: int) -> Generator[Any, None, None]:
@@ -123,14 +123,16 @@ def measure(index: SampleIndex, workers: int, rounds: int, batches: int) -> dict
     from pipeline.stats import compute
 
     stats = compute(index, "train", SQUARE_PX, machine=LoaderConfig(quarantine_budget=0.05))
-    sides = {"ours": our_batches(index, stats, workers), "pil": pil_batches(index, stats, workers)}
-    speeds: dict[str, list[float]] = {name: [] for name in sides}
-    with contextlib.ExitStack() as closing:
-        for side in sides.values():
-            closing.enter_context(contextlib.closing(side))
+    speeds: dict[str, list[float]] = {"ours": [], "pil": []}
+    pil = pil_batches(index, stats, workers, rounds * (AHEAD + batches) + AHEAD)       # busy to the end of the last turn
+    with contextlib.closing(our_batches(index, stats, workers)) as ours:
         for _ in range(rounds):
-            for name, side in sides.items():
+            for name, side in (("ours", ours), ("pil", pil)):
                 speeds[name].append(turn(side, batches))
+    # Idle workers end cleanly, unlike busy ones; and one that dies on its way out changes no figure.
+    with contextlib.suppress(RuntimeError):
+        for _ in pil:
+            pass
     ratio = statistics.median(speeds["ours"]) / statistics.median(speeds["pil"])
     return {"photographs": len(index.ids("train")), "workers": workers, "batch": BATCH, "batches": batches,
             "images_per_s": speeds, "ratio": ratio}
