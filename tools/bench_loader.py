@@ -124,7 +124,7 @@ def measure(index: SampleIndex, workers: int, rounds: int, batches: int) -> dict
 
     stats = compute(index, "train", SQUARE_PX, machine=LoaderConfig(quarantine_budget=0.05))
     speeds: dict[str, list[float]] = {"ours": [], "pil": []}
-    pil = pil_batches(index, stats, workers, rounds * (AHEAD + batches) + AHEAD)       # busy to the end of the last turn
+    pil = pil_batches(index, stats, workers, rounds * (AHEAD + batches) + AHEAD)   # busy to the end of the last turn
     with contextlib.closing(our_batches(index, stats, workers)) as ours:
         for _ in range(rounds):
             for name, side in (("ours", ours), ("pil", pil)):
