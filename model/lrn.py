@@ -1,9 +1,7 @@
 """Local response normalisation (paper §3.3), lean: b = a / (k + alpha Σ a²)^beta over n adjacent channels.
 
 Element-wise arithmetic on the largest maps of the network: its time is the time that memory takes. What makes it cheap:
-  chunks     a part at a time, so that every intermediate stays in the processor's cache;
-  threads    each takes whole chunks. If torch divided every operator on a chunk among its threads, the barriers would
-             cost ten times the arithmetic as soon as the loader's threads want the same cores (docs/lab-log.md);
+  chunks     some maps at a time, so that every intermediate stays in the processor's cache;
   recompute  the backward pass keeps the input only and computes the sums again, in cache;
   one shift  maps lie between rows of padding, so the next channel is one shift of the flat buffer, by a map's size
              in NCHW and by 1 in channels_last, and windows are clipped at the ends without a branch;
@@ -13,13 +11,11 @@ With beta = 3/4 the power s^-beta is r √r, where r = 1/√s.
 Gradient, with f = s^-beta and W the sum over a window: dx = g f - 2 alpha beta x W(g x f / s).
 
 Legend: B batch, C channels, G groups (towers), H row, W column. A map tensor is (M, N, S): N channels of one group and
-the shift S between them in memory, (B·G, N, H·W) for NCHW and (B·H·W·G, N, 1) for channels_last. A chunk is (m, N, s),
-some of the M and of the S; with its padding it is m·(N + n - 1)·s elements of a flat buffer.
+the shift S between them in memory, (B·G, N, H·W) for NCHW and (B·H·W·G, N, 1) for channels_last. P elements of one of
+the M maps with its padding: (N + n - 1)·S.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -27,11 +23,9 @@ from torch.autograd.function import once_differentiable
 
 from model.config import LrnConfig
 
-# Elements of a chunk, padding included: 1 MiB in float32. Of 2^14 .. 2^21 it is within 5% of the best at 55×55, 27×27 and
-# 15×15 pixels in both memory formats (docs/lab-log.md).
+# Elements of a chunk for each thread of a CPU: 1 MiB in float32. Of 2^14 .. 2^21 it is within 5% of the best at 55×55,
+# 27×27 and 15×15 pixels in both memory formats (docs/lab-log.md).
 CHUNK = 1 << 18
-# Python's lock is taken between operators, which last some 30 µs: more threads than this would wait for it.
-MOST_THREADS = 8
 
 
 def local_response_norm(x: torch.Tensor, config: LrnConfig, groups: int = 1, relu: bool = False) -> torch.Tensor:
@@ -67,43 +61,41 @@ def _as_maps(x: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 class _Scratch:
-    """Buffers for chunks of up to (m, N, s), made once per thread and call."""
+    """Buffers for one chunk of maps, made once per call and reused for every chunk."""
 
-    def __init__(self, largest: tuple[int, int, int], config: LrnConfig, like: torch.Tensor) -> None:
+    def __init__(self, maps: torch.Tensor, config: LrnConfig) -> None:
         self.config = config
-        maps, self.channels, width = largest
-        size = maps * (self.channels + config.n - 1) * width
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        count, self.channels, self.shift = maps.shape
+        # A GPU takes everything at once: there a chunk would only be another launch.
+        chunk = CHUNK * torch.get_num_threads() if maps.device.type == "cpu" else maps.numel()
+        self.maps = max(1, min(count, chunk // (self.channels * self.shift)))
+        self.pitch = (self.channels + config.n - 1) * self.shift
+        dtype = torch.float64 if maps.dtype == torch.float64 else torch.float32
+
+        def empty(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=maps.device)
+
         # k is spread over the n terms of a window, padding included, which saves the pass that would add it.
-        self.share = torch.full((), config.k / config.n, dtype=dtype, device=like.device)
-        self.squares, self.terms, self.sums, self.spare = torch.zeros(4, size, dtype=dtype, device=like.device)
-        self.x, self.g = torch.empty(2, maps * self.channels * width, dtype=dtype, device=like.device)
-        self.resize(maps, width)
-
-    def resize(self, maps: int, width: int) -> None:
-        """Lay the buffers out for chunks of (maps, N, width)."""
-        self.maps, self.shift = maps, width
-        self.size = maps * (self.channels + self.config.n - 1) * width
-        self.squares.fill_(self.config.k / self.config.n)
-        self.terms.zero_()
+        self.share = torch.full((), config.k / config.n, dtype=dtype, device=maps.device)
+        self.squares = empty(self.maps * self.pitch).fill_(config.k / config.n)
+        self.terms = empty(self.maps * self.pitch).zero_()
         # The last n - 1 rows of sums belong to no window: 1 keeps their roots finite.
-        self.sums.fill_(1.0)
+        self.sums = empty(self.maps * self.pitch).fill_(1.0)
+        self.spare = empty(self.maps * self.pitch).zero_()
+        self.x = empty(self.maps, self.channels, self.shift)
+        self.g = empty(self.maps, self.channels, self.shift)
 
-    def view(self, flat: torch.Tensor, *, padded: bool) -> torch.Tensor:
-        """The chunk in a flat buffer: past the leading padding, or where windows begin and sums stand."""
+    def view(self, flat: torch.Tensor, maps: int, *, padded: bool) -> torch.Tensor:
+        """Maps (M, N, S) in a flat buffer (M·P): past the leading padding, or where windows begin and sums stand."""
         first = self.config.n // 2 if padded else 0
-        rows = flat[:self.size].view(self.maps, self.channels + self.config.n - 1, self.shift)
+        rows = flat[:maps * self.pitch].view(maps, self.channels + self.config.n - 1, self.shift)
         return rows[:, first:first + self.channels]
-
-    def dense(self, flat: torch.Tensor) -> torch.Tensor:
-        """The chunk in a flat buffer without padding."""
-        return flat[:self.maps * self.channels * self.shift].view(self.maps, self.channels, self.shift)
 
     def window_sums(self, flat: torch.Tensor) -> torch.Tensor:
         """Sums over n adjacent channels of a padded flat buffer, in `sums`; overwrites `spare`."""
-        n, shift, size = self.config.n, self.shift, self.size
+        n, shift, size = self.config.n, self.shift, flat.numel()
         end = size - (n - 1) * shift
-        flat, sums = flat[:size], self.sums[:size]
+        sums = self.sums[:size]
         if n == 1:
             return sums.copy_(flat)
         # n is odd: (n - 1)/2 pairs and the last. For n = 5: 3 additions, not 4.
@@ -115,20 +107,20 @@ class _Scratch:
 
     def load(self, source: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
         """A chunk in the precision of the arithmetic: itself, or a copy in `buffer`."""
-        return source if source.dtype == buffer.dtype else self.dense(buffer).copy_(source)
+        return source if source.dtype == buffer.dtype else buffer[:source.shape[0]].copy_(source)
 
     def rectified(self, source: torch.Tensor, relu: bool) -> torch.Tensor:
         """A chunk of the input, through the ReLU if there is one."""
-        if (source.shape[0], source.shape[2]) != (self.maps, self.shift):
-            self.resize(source.shape[0], source.shape[2])
         x = self.load(source, self.x)
-        return torch.clamp_min(x, 0.0, out=self.dense(self.x)) if relu else x
+        return torch.clamp_min(x, 0.0, out=self.x[:x.shape[0]]) if relu else x
 
     def powers(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """For a chunk of (rectified) input: s^-beta and 1/s or, for beta = 3/4, its root; flat, where windows begin."""
-        torch.addcmul(self.share, x, x, value=self.config.alpha, out=self.view(self.squares, padded=True))
-        s = self.window_sums(self.squares)
-        power = self.spare[:self.size]
+        size = x.shape[0] * self.pitch
+        squares = self.squares[:size]
+        torch.addcmul(self.share, x, x, value=self.config.alpha, out=self.view(squares, x.shape[0], padded=True))
+        s = self.window_sums(squares)
+        power = self.spare[:size]
         if self.config.beta == 0.75:
             root = s.rsqrt_()
             return torch.sqrt(root, out=power).mul_(root), root
@@ -136,59 +128,20 @@ class _Scratch:
         return power, s.reciprocal_()
 
 
-def _in_chunks(tensors: tuple[torch.Tensor, ...], config: LrnConfig,
-               work: Callable[[_Scratch, tuple[torch.Tensor, ...]], None]) -> None:
-    """Call `work` with each chunk of maps (M, N, S), on as many threads as torch has."""
-    maps, channels, width = tensors[0].shape
-    rows = channels + config.n - 1
-    on_cpu = tensors[0].device.type == "cpu"
-    # A GPU takes everything at once: there a chunk would only be another launch.
-    limit = CHUNK if on_cpu else maps * rows * width
-    m = max(1, min(maps, limit // (rows * width)))
-    s = max(1, min(width, limit // (rows * m)))
-    places = [(i, j) for i in range(0, maps, m) for j in range(0, width, s)]
-    # Threads take chunks from one iterator, as they come: one that has to wait for a core holds nobody up.
-    chunks: Iterator[tuple[int, int]] = iter(places)
-
-    @torch.no_grad()  # a setting of each thread
-    def run() -> None:
-        scratch = _Scratch((m, channels, s), config, tensors[0])
-        for i, j in chunks:
-            work(scratch, tuple(t[i:i + m, :, j:j + s] for t in tensors))
-
-    torch_threads = torch.get_num_threads()
-    threads = min(torch_threads, MOST_THREADS, len(places)) if on_cpu else 1
-    if threads == 1:
-        run()
-        return
-    # One thread for each operator: this one's setting, and what the new ones start with.
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads - 1) as pool:
-            others = [pool.submit(run) for _ in range(threads - 1)]
-            run()
-            for other in others:
-                other.result()
-    finally:
-        torch.set_num_threads(torch_threads)
-
-
 class _Lrn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, config: LrnConfig, groups: int, relu: bool) -> torch.Tensor:
         x = x.contiguous(memory_format=_memory_format(x))
         y = torch.empty_like(x)
-
-        def normalise(scratch: _Scratch, chunks: tuple[torch.Tensor, ...]) -> None:
-            source, target = chunks
-            x = scratch.rectified(source, relu)
-            power = scratch.view(scratch.powers(x)[0], padded=False)
-            if target.dtype == x.dtype:
-                torch.mul(x, power, out=target)
+        inputs, outputs = _as_maps(x, groups), _as_maps(y, groups)
+        scratch = _Scratch(inputs, config)
+        for source, target in zip(inputs.split(scratch.maps), outputs.split(scratch.maps)):
+            chunk = scratch.rectified(source, relu)
+            power = scratch.view(scratch.powers(chunk)[0], len(chunk), padded=False)
+            if target.dtype == chunk.dtype:
+                torch.mul(chunk, power, out=target)
             else:
-                target.copy_(power.mul_(x))
-
-        _in_chunks((_as_maps(x, groups), _as_maps(y, groups)), config, normalise)
+                target.copy_(power.mul_(chunk))
         ctx.save_for_backward(x)
         ctx.constants = config, groups, relu
         return y
@@ -199,25 +152,24 @@ class _Lrn(torch.autograd.Function):
         x, = ctx.saved_tensors
         config, groups, relu = ctx.constants
         result = torch.empty_like(x)
-
-        def differentiate(scratch: _Scratch, chunks: tuple[torch.Tensor, ...]) -> None:
-            source, gradient, target = chunks
-            x = scratch.rectified(source, relu)
+        inputs, results = _as_maps(x, groups), _as_maps(result, groups)
+        grads = _as_maps(grad.contiguous(memory_format=_memory_format(x)), groups)
+        scratch = _Scratch(inputs, config)
+        for source, gradient, target in zip(*(t.split(scratch.maps) for t in (inputs, grads, results))):
+            chunk, maps = scratch.rectified(source, relu), len(source)
             g = scratch.load(gradient, scratch.g)
-            power, inverse = scratch.powers(x)
-            dx = torch.mul(g, scratch.view(power, padded=False),
-                           out=target if target.dtype == x.dtype else scratch.dense(scratch.g))
+            power, inverse = scratch.powers(chunk)
+            dx = target if target.dtype == chunk.dtype else scratch.g[:maps]
+            torch.mul(g, scratch.view(power, maps, padded=False), out=dx)
             if config.beta == 0.75:
                 inverse.mul_(inverse)
-            inner = scratch.view(scratch.terms, padded=True)
-            torch.mul(dx, scratch.view(inverse, padded=False), out=inner).mul_(x)
-            sums = scratch.view(scratch.window_sums(scratch.terms), padded=False)
-            dx.addcmul_(sums, x, value=-2.0 * config.alpha * config.beta)
+            terms = scratch.terms[:maps * scratch.pitch]
+            inner = scratch.view(terms, maps, padded=True)
+            torch.mul(dx, scratch.view(inverse, maps, padded=False), out=inner).mul_(chunk)
+            sums = scratch.view(scratch.window_sums(terms), maps, padded=False)
+            dx.addcmul_(sums, chunk, value=-2.0 * config.alpha * config.beta)
             if relu:
-                torch.ops.aten.threshold_backward.grad_input(dx, x, 0.0, grad_input=dx)
+                torch.ops.aten.threshold_backward.grad_input(dx, chunk, 0.0, grad_input=dx)
             if dx is not target:
                 target.copy_(dx)
-
-        grad = grad.contiguous(memory_format=_memory_format(x))
-        _in_chunks(tuple(_as_maps(t, groups) for t in (x, grad, result)), config, differentiate)
         return result, None, None, None
