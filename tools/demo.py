@@ -97,6 +97,8 @@ def run(out: Path, data: Path | None, recipe: Path, extra: list[str], console: C
         for old in (index, runs):
             shutil.rmtree(old, ignore_errors=True)
         demo.step("draw the archives", ["tools/make_demo.py", "--out", out])
+        console.print("(One of the drawn files is cut off, as happens to downloads. Lines that begin with [ERROR] are DALI's "
+                      "own about it; training goes on with another picture.)", highlight=False, markup=False)
     archives = find_archives(data or out)
     if not (index / "index.json").exists():
         demo.step("index them in place", ["tools/build_index.py", "build", "ilsvrc2012", "--train", archives.train,
