@@ -15,9 +15,9 @@ from pipeline.loader import Batch, TestLoader, TrainLoader, views
 from pipeline.reader import Quarantine, SampleError
 from pipeline.stats import Stats, compute
 
-# Decoders agree on JPEG; the linear filters of DALI (float weights) and PIL (fixed point, two roundings) differ by a grey
-# level, and chroma at the edge of a decoded region by a few: measured on 300 ImageNet photographs, mean 0.16, largest 6.
-MEAN_TOLERANCE, LARGEST_TOLERANCE = 0.4, 8.0
+# Decoders agree on JPEG; DALI's linear filter has float weights and rounds once, PIL's has fixed-point weights and rounds
+# after rows and after columns, so pixels differ by one grey level at most. Measured on 300 ImageNet photographs: mean 0.158.
+MEAN_TOLERANCE, LARGEST_TOLERANCE = 0.25, 1.01
 PAPER = DataConfig(region="square", square_px=256, crop_px=227, mirror=True, lighting=0.1, mean="image")
 SMALL = DataConfig(region="square", square_px=76, crop_px=67, mirror=True, lighting=0.1, mean="channel")
 
