@@ -262,7 +262,7 @@ def test_mistakes_leave_with_2_and_no_traceback(recipe: Path, whole: Path, tiny_
         (("--resume", "--train.seed=7"), "train.seed: 1 -> 7; resume with the same recipe"),
         (("--resume", "--machine.name=none"), f"run folder (={runs}/none) holds no run to resume; start it without"),
         (("--machine.name=a/b",), "machine.name (=a/b) must name a folder of"),
-        (("--model.classes=7", "--machine.name=x"), "model.classes (=7) must be the 6 of the index"),
+        (("--model.classes=5", "--machine.name=x"), "model.classes (=5) must be at least the 6 of the index"),
         (("--data.test_split=test", "--machine.name=x"), "split (=test) is not in the index"),
         (("--train.batch=1000", "--machine.name=x"), "batch (=1000) must not exceed the 76 samples"),
         (("--optimizer.lrr=1",), "unrecognized arguments: --optimizer.lrr=1"),

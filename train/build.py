@@ -40,13 +40,13 @@ def index(config: Config) -> SampleIndex:
     """The index of the recipe.
 
     Raises:
-        ValueError: it is no index, lacks a split, or has another number of classes than the network.
+        ValueError: it is no index, lacks a split, or has more classes than the network.
     """
     found = SampleIndex.load(config.data.index, config.machine.archives or None)
     for split in (config.data.train_split, config.data.validation_split, config.data.test_split):
         found.ids(split)
-    if len(found.classes) != config.model.classes:
-        raise ValueError(f"model.classes (={config.model.classes}) must be the {len(found.classes)} of the index "
+    if len(found.classes) > config.model.classes:
+        raise ValueError(f"model.classes (={config.model.classes}) must be at least the {len(found.classes)} of the index "
                          f"{config.data.index}; set it in the recipe")
     return found
 

@@ -65,6 +65,9 @@ def run(request: Request, where: Topology) -> int:
                                fingerprint=config.fingerprint(), machine=config.as_dict()["machine"])
         console.say(f"{folder}: {len(index.ids(config.data.train_split))} images of {len(index.classes)} classes, "
                     f"{config.train.epochs} epochs, {job.steps} steps of {config.train.batch}, on {where.device}")
+        if config.model.classes > len(index.classes):
+            console.warn(f"model.classes (={config.model.classes}) is more than the {len(index.classes)} of the index; the "
+                         "others have no images")
         score = test(job, config.data.test_split, config.train.test_views, "test") if train(job) else None
         if score is None:
             console.say(f"stopped and saved at step {loader.step}; go on with --resume")
