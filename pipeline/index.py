@@ -23,7 +23,7 @@ from typing import Any, Sequence
 
 import numpy as np
 
-from pipeline.archive import BLOCK, ByteWindow, read_member
+from pipeline.archive import BLOCK, ByteWindow, fingerprint, read_member
 
 VERSION = 1
 MAGIC = "alexnet-sample-index"
@@ -87,14 +87,15 @@ class SampleIndex:
         self.split_names: list[str] = [split["name"] for split in header["splits"]]
         self._folders = list(folders)
         self._open: dict[int, ByteWindow] = {}
+        self._split_hashes: dict[str, str] = {}
         self._found: dict[int, Path] = {}
         self._names: mmap.mmap | None = None
         self._lock = threading.Lock()  # a window serves one thread at a time
 
     @classmethod
     def load(cls, path: str | Path, archives: str | Path | Sequence[str | Path] | None = None) -> "SampleIndex":
-        """Memory-map the index at `path`. `archives`: folder(s) to find archives in by base name when the recorded
-        path is gone. Raises ValueError when it is no index, of another version, cut or altered."""
+        """Memory-map the index at `path`. `archives`: folder(s) to find archives in when the recorded path is gone, by the end
+        of that path (train/000.tar before 000.tar). Raises ValueError when it is no index, of another version, cut or altered."""
         path = Path(path).absolute()
         header = read_header(path)
         folders = [archives] if isinstance(archives, (str, Path)) else list(archives or [])
@@ -134,6 +135,17 @@ class SampleIndex:
         """Sample ids of a split that are not excluded: (N,) int64, ascending."""
         rows = self.split_rows(split)
         return np.flatnonzero(self.samples["excluded"][rows] == 0).astype(np.int64) + rows.start
+
+    def split_sha256(self, split: str) -> str:
+        """SHA-256 (hex) of what a split's images are: ids and rows of those not excluded, classes, archives' fingerprints.
+        Stats and runs are bound to it, so that leaving out a validation image invalidates neither."""
+        if split not in self._split_hashes:
+            ids = self.ids(split)
+            digest = hashlib.sha256(ids.tobytes())
+            digest.update(np.ascontiguousarray(self.samples[ids]).tobytes())
+            digest.update(json.dumps([self.header["classes"], [a.fingerprint for a in self.archives]]).encode())
+            self._split_hashes[split] = digest.hexdigest()
+        return self._split_hashes[split]
 
     def class_rows(self, wnid: str) -> np.ndarray:
         """Ids of every row of a class, excluded ones included: (N,) int64. Raises ValueError when unknown."""
@@ -183,23 +195,52 @@ class SampleIndex:
             self._found[position] = path
         return self._found[position]
 
+    def check_archives(self, split: str) -> None:
+        """Look for every archive that a split uses, before long work. Raises ValueError when one is gone or of another size."""
+        for position in np.unique(self.samples["archive"][self.ids(split)]).tolist():
+            self.archive_path(position)
+
     def find_archive(self, position: int) -> Path:
-        """Like `archive_path`, without the check of its size."""
+        """Like `archive_path`, without the check of its size where it was indexed. In the folders given to `load` lie other
+        data sets too, with files of the same name: there it must be the same archive."""
         archive = self.archives[position]
-        candidates = [archive.path, *(folder / archive.path.name for folder in self._folders)]
-        for path in candidates:
-            if path.is_dir() if archive.kind == "folder" else path.is_file():
-                return path
+        if archive.path.is_dir() if archive.kind == "folder" else archive.path.is_file():
+            return archive.path
+        others = []
+        for folder in self._folders:
+            for first in range(1, len(archive.path.parts)):  # longest tail of the path first
+                path = folder.joinpath(*archive.path.parts[first:])
+                if path.is_dir() if archive.kind == "folder" else path.is_file():
+                    if self._is_archive(position, path):
+                        return path
+                    others.append(path)
         raise ValueError(f"archive (={archive.path}) is not there"
-                         f"{''.join(f', nor in {folder}' for folder in self._folders)}; "
+                         f"{''.join(f', nor in {folder}' for folder in self._folders)}"
+                         f"{''.join(f' ({path} has another size or content)' for path in others)}; "
                          f"name the folder that holds it with --archives")
 
+    def _is_archive(self, position: int, path: Path) -> bool:
+        """Whether `path` is the archive that was indexed: a tar by size and fingerprint, a folder by two of its files."""
+        archive = self.archives[position]
+        try:
+            if archive.kind == "tar":
+                return path.stat().st_size == archive.size and fingerprint(path) == archive.fingerprint
+            rows = self.samples[self.samples["archive"] == position][[0, -1]]
+            return all((path / self._folder_name(int(row["offset"]))).stat().st_size == row["size"] for row in rows)
+        except OSError:
+            return False
+
     def read(self, id: int) -> bytes:
-        """The bytes of one image, by a plain read. Raises ValueError when the archive ends before them."""
+        """The bytes of one image, by a plain read. Raises ValueError when they are not there."""
         row = self.row(id)
         position, size = int(row["archive"]), int(row["size"])
         if self.archives[position].kind == "folder":
-            data = self.file_path(id).read_bytes()
+            path = self.file_path(id)
+            try:
+                data = path.read_bytes()
+            except OSError as error:
+                raise ValueError(f"file (={path}) of sample {id} cannot be read ({error.strerror}); restore it, or leave it "
+                                 f"out with verify --full --exclude") from None
         else:
             with self._lock:
                 data = self._window(position).at(int(row["offset"]), size)

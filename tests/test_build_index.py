@@ -156,6 +156,21 @@ def test_class_folders(tmp_path: Path, name: str) -> None:
         assert main(["build", "classes", str(tmp_path / name), "--out", str(tmp_path / "other")]) == 2
 
 
+def test_a_folder_that_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in ("one", "two"):
+        for i in range(3):
+            save(tmp_path / kind / f"set/cat/{i}.jpg", jpeg(i, 24 if kind == "one" else 40))
+    index = built(tmp_path, "classes", tmp_path / "one/set")
+    os.rename(tmp_path / "one", tmp_path / "moved")
+    assert SampleIndex.load(index.path, tmp_path / "moved").file_path(1) == tmp_path / "moved/set/cat/1.jpg"
+    with pytest.raises(ValueError, match=r"two/set has another size or content\); name the folder"):
+        SampleIndex.load(index.path, tmp_path / "two").file_path(1)
+    os.remove(tmp_path / "moved/set/cat/1.jpg")
+    assert main(["cat", str(index.path), "1", "--archives", str(tmp_path / "moved")]) == 2
+    assert (f"error: file (={tmp_path}/moved/set/cat/1.jpg) of sample 1 cannot be read (No such file or directory); "
+            "restore it") in capsys.readouterr().err
+
+
 def test_fall2011(tmp_path: Path) -> None:
     train = train_tar(tmp_path / "f.tar")
     for preset in ("fall2011", "classes"):

@@ -81,10 +81,33 @@ def test_archives_that_moved_or_changed(tmp_path: Path) -> None:
     assert pickle.loads(pickle.dumps(SampleIndex.load(index.path, [tmp_path, moved]))).name(0) == "n1/a.JPEG"
     with pytest.raises(ValueError, match=r"archives \(=.*none\) is not a folder"):
         SampleIndex.load(index.path, tmp_path / "none")
-    with open(moved / "images.tar", "ab") as file:
-        file.write(bytes(512))
+    data = (moved / "images.tar").read_bytes()
+    for other in (data + bytes(512), b"m" + data[1:]):  # of another size; of the same size, another set
+        save(moved / "images.tar", other)
+        with pytest.raises(ValueError, match=rf"nor in {moved} \({moved}/images.tar has another size or content\); name the"):
+            SampleIndex.load(index.path, moved).name(0)
+    save(tmp_path / "images.tar", data + bytes(512))
     with pytest.raises(ValueError, match=r"archive \(=.*\) has \d+ bytes, but had \d+ when it was indexed; restore it, or"):
         SampleIndex.load(index.path, moved).name(0)
+
+
+def test_one_folder_serves_archives_of_the_same_name(tmp_path: Path) -> None:
+    one, two = write(tmp_path / "set/train"), write(tmp_path / "set/val")
+    os.rename(tmp_path / "set", tmp_path / "moved")
+    for kind in ("train", "val"):
+        index = SampleIndex.load(tmp_path / f"moved/{kind}/index", tmp_path / "moved")
+        index.check_archives("train")
+        assert index.archive_path(0) == tmp_path / f"moved/{kind}/images.tar"
+    assert one.archives[0].path != two.archives[0].path
+
+
+def test_archives_of_a_split_are_looked_for_before_work(tmp_path: Path) -> None:
+    index = write(tmp_path)
+    index.check_archives("train")
+    os.remove(tmp_path / "images.tar")
+    for split in ("train", "val"):
+        with pytest.raises(ValueError, match=r"archive \(=.*images.tar\) is not there; name the folder that holds it with"):
+            SampleIndex.load(index.path).check_archives(split)
 
 
 def altered(folder: Path, change: dict, resign: bool = True) -> None:
