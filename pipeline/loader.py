@@ -54,6 +54,9 @@ class _Loader:
     """What training and tests share: reading, labels, device, the stream."""
 
     def __init__(self, index: SampleIndex, split: str, data: DataConfig, machine: LoaderConfig, device_id: int | None) -> None:
+        if device_id is not None and not torch.cuda.is_available():
+            raise ValueError(f"device_id (={device_id}) needs a CUDA device, and torch sees none; leave it out to decode on "
+                             "the CPU")
         self.index, self.split, self.data, self.machine = index, split, data, machine
         self.device = torch.device("cpu") if device_id is None else torch.device("cuda", device_id)
         self._device_id = device_id
@@ -157,7 +160,7 @@ class TrainLoader(_Loader, Iterator[Batch]):
     def state_dict(self) -> dict[str, int | str]:
         """Cursor of the batches *consumed*, however many were read ahead, and what it is valid for."""
         return {"step": self._step, "seed": self._seed, "batch": self._sampler.batch, "samples": len(self._ids),
-                "index": self.index.sha256, "split": self.split}
+                "images": self.index.split_sha256(self.split), "split": self.split}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the batches that `state` has seen. Any number of ranks may do so.
@@ -166,7 +169,7 @@ class TrainLoader(_Loader, Iterator[Batch]):
             ValueError: the state belongs to another seed, batch, split or index.
         """
         mine = self.state_dict()
-        for key in ("seed", "batch", "split", "samples", "index"):
+        for key in ("seed", "batch", "split", "samples", "images"):
             if state[key] != mine[key]:
                 raise ValueError(f"loader state {key} (={state[key]}) must equal this loader's (={mine[key]}); "
                                  "resume with the recipe and the index the run was started with")

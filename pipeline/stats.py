@@ -35,7 +35,7 @@ class Stats:
         eigenvectors: (3, 3) float64, column i belongs to eigenvalue i; the largest entry of each is positive.
         count: images used.
         skipped: unreadable ones, id → reason.
-        index: SHA-256 of the index they were computed on.
+        index: SHA-256 of the images they were computed on (`SampleIndex.split_sha256`).
         split: the split.
     """
     mean_image: npt.NDArray[np.float32]
@@ -103,33 +103,35 @@ class Stats:
         return stats
 
     @classmethod
-    def for_index(cls, index: "SampleIndex", square_px: int) -> "Stats":
-        """The stats that lie beside an index.
+    def for_index(cls, index: "SampleIndex", square_px: int, split: str = "train") -> "Stats":
+        """The stats of a split that lie beside an index.
 
         Raises:
-            ValueError: none of this size, or computed on another state of the index.
+            ValueError: none of this size, or the split has other images by now.
         """
-        path = stats_path(index.path, square_px)
-        command = f"run `python tools/compute_stats.py {index.path} --square-px {square_px}`"
+        path = stats_path(index.path, square_px, split)
+        command = (f"run `python tools/compute_stats.py {index.path} --square-px {square_px}"
+                   + ("`" if split == "train" else f" --split {split}`"))
         if not path.exists():
             raise ValueError(f"stats {path} must exist before training; {command}")
         stats = cls.load(path)
-        if stats.index != index.sha256:
-            raise ValueError(f"stats {path} (of index {stats.index[:12]}) must belong to the index as it is now "
-                             f"(={index.sha256[:12]}); {command}")
+        now = index.split_sha256(split)
+        if stats.index != now or stats.split != split:
+            raise ValueError(f"stats {path} (of images {stats.index[:12]}) must belong to split {split} of the index as it "
+                             f"is now (={now[:12]}); {command}")
         return stats
 
 
-def stats_path(index: str | Path, square_px: int) -> Path:
-    """Where the stats of an index lie."""
-    return Path(index) / f"stats-{square_px}.npz"
+def stats_path(index: str | Path, square_px: int, split: str = "train") -> Path:
+    """Where the stats of a split lie: beside the index."""
+    return Path(index) / f"stats-{split}-{square_px}.npz"
 
 
 def compute(index: "SampleIndex", split: str, square_px: int, *, machine: LoaderConfig = LoaderConfig(), batch: int = 64,
             device_id: int | None = None, progress: Callable[[int, int], None] | None = None, save_s: float = _SAVE_S) -> Stats:
     """One pass over a split through the training's own decode and resize.
 
-    A pass that was interrupted goes on where it last saved (``stats-<S>.partial.npz`` beside the index).
+    A pass that was interrupted goes on where it last saved (``stats-<split>-<S>.partial.npz`` beside the index).
 
     Args:
         index, split: the samples; unreadable ones are skipped, listed, and bounded by `machine.quarantine_budget`.
@@ -187,22 +189,23 @@ class _Sums:
         self.next_batch = batch + 1
 
     @staticmethod
-    def _path(index: "SampleIndex", square_px: int) -> Path:
-        return stats_path(index.path, square_px).with_suffix(".partial.npz")
+    def _path(index: "SampleIndex", split: str, square_px: int) -> Path:
+        return stats_path(index.path, square_px, split).with_suffix(".partial.npz")
 
     def save(self, index: "SampleIndex", split: str, batch: int, skipped: dict[int, str]) -> None:
         """Save the pass so far."""
-        about = {"count": self.count, "next_batch": self.next_batch, "skipped": skipped, "index": index.sha256, "split": split,
+        about = {"count": self.count, "next_batch": self.next_batch, "skipped": skipped,
+                 "index": index.split_sha256(split), "split": split,
                  "batch": batch}
-        _write(self._path(index, self.image.shape[0]), {"image": self.image, "product": self.product}, about)
+        _write(self._path(index, split, self.image.shape[0]), {"image": self.image, "product": self.product}, about)
 
     @classmethod
     def resume(cls, index: "SampleIndex", split: str, square_px: int, batch: int) -> "_Sums":
         """The pass as last saved, if it was one over the same samples in the same batches; else a new one."""
-        path = cls._path(index, square_px)
+        path = cls._path(index, split, square_px)
         if path.exists():
             arrays, about = _read(path)
-            if (about.get("index"), about.get("split"), about.get("batch")) == (index.sha256, split, batch):
+            if (about.get("index"), about.get("split"), about.get("batch")) == (index.split_sha256(split), split, batch):
                 return cls(arrays["image"], arrays["product"], about["count"], about["next_batch"],
                            {int(id): why for id, why in about["skipped"].items()})
         return cls(np.zeros((square_px, square_px, 3), np.int64), np.zeros((3, 3), np.int64), 0, 0, {})
@@ -216,9 +219,9 @@ class _Sums:
         values, vectors = np.linalg.eigh(self.product / pixels - np.outer(mean, mean))
         values, vectors = values[::-1].clip(min=0), vectors[:, ::-1]
         vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(axis=0), range(3)])  # a sign eigh leaves open
-        self._path(index, self.image.shape[0]).unlink(missing_ok=True)
+        self._path(index, split, self.image.shape[0]).unlink(missing_ok=True)
         return Stats((self.image / self.count).astype(np.float32), mean.astype(np.float32), values, vectors, self.count,
-                     self.skipped, index.sha256, split)
+                     self.skipped, index.split_sha256(split), split)
 
 
 def _write(path: Path, arrays: dict[str, npt.NDArray[Any]], about: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -103,8 +102,17 @@ def test_mistakes_in_a_recipe(tmp_path: Path, name: str, line: str, message: str
 def test_no_recipe_at_all(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="File does not exist"):
         read(tmp_path / "none.yaml")
-    with pytest.raises(ValueError, match="required: data.region"):
+    with pytest.raises(ValueError, match=r"--config \(=none\) must name a recipe; give one of train/recipes"):
         parse([])
+
+
+@pytest.mark.parametrize(("name", "line", "key"), [
+    ("lr", "  lr: .nan", "optimizer.lr"), ("lighting", "  lighting: .inf", "data.lighting"),
+    ("init_std", "  init_std: [.nan, 1, 1, 1, 1, 1, 1, 1]", "model.init_std"),
+    ("lrn", "  lrn: {k: 2, n: 5, alpha: 1e-4, beta: .inf}", "model.lrn.beta")])
+def test_numbers_are_finite(tmp_path: Path, name: str, line: str, key: str) -> None:
+    with pytest.raises(ValueError, match=rf"{key} \(=.*(nan|inf).*\) must be "):
+        read(write_recipe(tmp_path, **{name: line}))
 
 
 def test_dump_and_load_are_inverse(tmp_path: Path) -> None:
@@ -134,7 +142,7 @@ def test_every_recipe_is_whole_and_says_what_it_is() -> None:
     assert {path.stem for path in RECIPES} >= {"alexnet_ilsvrc2012", "alexnet_ilsvrc2010", "tiny100", "demo"}
     for path in RECIPES:
         config = load(path)
-        assert config.model.init_bias[1] == 1.0 and config.optimizer.momentum == 0.9, path
+        assert config.model.towers == 2 and config.optimizer.momentum == 0.9, path
         header = path.read_text(encoding="utf-8").split("data:")[0]
         for word in (f"train.main --config train/recipes/{path.name}", "paper §", "Data:", "Expected:", "Time:"):
             assert word in header, f"{path.name} does not say {word}"
@@ -149,11 +157,10 @@ def test_paper_recipe_is_the_papers_network() -> None:
 
 
 @pytest.mark.parametrize("module", ["train.main", "train.evaluate"])
-def test_help_answers_within_a_second_and_without_torch(module: str) -> None:
-    began = time.monotonic()
+def test_help_answers_without_torch(module: str) -> None:
     done = subprocess.run([sys.executable, "-X", "importtime", "-m", module, "--help"], cwd=ROOT, capture_output=True,
                           text=True)
-    assert done.returncode == 0 and "usage" in done.stdout and time.monotonic() - began < 1
+    assert done.returncode == 0 and "usage" in done.stdout
     assert "torch" not in done.stderr and "nvidia" not in done.stderr and "numpy" not in done.stderr
 
 

@@ -114,7 +114,7 @@ def test_the_demo_recipe_trains_on_the_gpu(tmp_path: Path) -> None:
     recipe = root / "train/recipes/demo.yaml"
     assert parse(["--config", str(recipe), "--machine.device=cuda"]).config.machine.device == "cuda"
     index = write_set(tmp_path / "set", photographs(64), photographs(72)[64:], classes=10)
-    compute(index, "train", 76).save(index.path / "stats-76.npz")
+    compute(index, "train", 76).save(index.path / "stats-train-76.npz")
     for name, more in (("plain", []), ("fast", ["--machine.precision=bf16", "--machine.channels_last=true"])):
         command = [sys.executable, "-m", "train.main", "--config", str(recipe), f"--data.index={index.path}",
                    "--machine.device=cuda", f"--machine.runs={tmp_path}", f"--machine.name={name}", "--train.epochs=1",

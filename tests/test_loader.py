@@ -178,7 +178,7 @@ def test_a_loader_left_in_mid_epoch_goes_on_there(photos: SampleIndex, stats: di
 
 def test_state_of_another_run_is_refused(photos: SampleIndex, stats: dict[int, Stats]) -> None:
     with loader(photos, stats) as train:
-        for key, value in (("seed", 8), ("batch", 5), ("index", "0" * 64)):
+        for key, value in (("seed", 8), ("batch", 5), ("images", "0" * 64)):
             with pytest.raises(ValueError, match=rf"loader state {key} \(={value}\) must equal this loader's"):
                 train.load_state_dict({**train.state_dict(), key: value})
 

@@ -30,7 +30,7 @@ def test_statistics_equal_the_oracle(photos: SampleIndex) -> None:
     assert np.allclose(found.eigenvalues, values[::-1], rtol=0.01)
     assert np.allclose(np.abs((found.eigenvectors * vectors[:, ::-1]).sum(axis=0)), 1, atol=1e-3)
     assert (found.eigenvectors[np.abs(found.eigenvectors).argmax(axis=0), range(3)] > 0).all()
-    assert found.count == 13 and found.skipped == {} and found.index == photos.sha256
+    assert found.count == 13 and found.skipped == {} and found.index == photos.split_sha256("train")
 
 
 def test_the_sums_do_not_depend_on_batch_or_threads(photos: SampleIndex) -> None:
@@ -88,7 +88,7 @@ def test_saved_statistics_are_checked(photos: SampleIndex, tmp_path: Path) -> No
     with pytest.raises(ValueError, match="must exist before training; run `python tools/compute_stats.py"):
         Stats.for_index(photos, 99)
     Stats(**{**vars(stats), "index": "f" * 64}).save(stats_path(photos.path, 76))
-    with pytest.raises(ValueError, match=r"\(of index ffffffffffff\) must belong to the index as it is now"):
+    with pytest.raises(ValueError, match=r"\(of images ffffffffffff\) must belong to split train of the index as it is now"):
         Stats.for_index(photos, 76)
 
 

@@ -6,6 +6,7 @@ Interrupted, it goes on where it last saved. Exit codes: 0 done, 2 a mistake in 
 """
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,11 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it last saved", file=sys.stderr)
         return 130
-    except (ValueError, RuntimeError) as error:
+    except MemoryError:
+        print(f"error: --square-px (={asked.square_px}) needs more memory than there is; give the recipe's data.square_px",
+              file=sys.stderr)
+        return 2
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -47,17 +52,25 @@ def _run(asked: argparse.Namespace) -> int:
 
     if asked.square_px < 1:
         raise ValueError(f"--square-px (={asked.square_px}) must be at least 1; give the recipe's data.square_px")
+    if asked.threads < 0 or not 0 <= asked.budget <= 1:
+        raise ValueError(f"--threads (={asked.threads}) must be at least 0 and --budget (={asked.budget}) a share between 0 "
+                         "and 1; correct them")
     index = SampleIndex.load(asked.index, archives=asked.archives)
-    path = stats_path(index.path, asked.square_px)
+    path = stats_path(index.path, asked.square_px, asked.split)
     if path.exists() and not asked.force:
         try:
-            stats = Stats.for_index(index, asked.square_px)
+            stats = Stats.for_index(index, asked.square_px, asked.split)
         except ValueError as error:
             print(f"computing again: {error}", file=sys.stderr)
         else:
-            if stats.split == asked.split:
-                print(f"{path} is there and fits (--force computes it again)")
-                return _show(stats, path)
+            print(f"{path} is there and fits (--force computes it again)")
+            return _show(stats, path)
+    try:  # before the pass, which may take half an hour
+        with tempfile.TemporaryFile(dir=index.path):
+            pass
+    except OSError as error:
+        raise ValueError(f"index folder (={index.path}) must be writable, the statistics are stored in it "
+                         f"({error.strerror}); give yourself permission, or copy the index") from None
     machine = LoaderConfig(threads=asked.threads, quarantine_budget=asked.budget)
     columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:

@@ -7,6 +7,7 @@ import hashlib
 from pathlib import Path
 from typing import Any, Callable, ContextManager, Optional
 
+import numpy as np
 import torch
 
 from model.alexnet import AlexNet, canonical_shapes
@@ -40,11 +41,18 @@ def index(config: Config) -> SampleIndex:
     """The index of the recipe.
 
     Raises:
-        ValueError: it is no index, lacks a split, or has more classes than the network.
+        ValueError: it is no index, lacks a split, an image's label or an archive, or has more classes than the network.
     """
     found = SampleIndex.load(config.data.index, config.machine.archives or None)
-    for split in (config.data.train_split, config.data.validation_split, config.data.test_split):
-        found.ids(split)
+    for split in dict.fromkeys((config.data.train_split, config.data.validation_split, config.data.test_split)):
+        rows = found.samples[found.ids(split)]
+        unlabelled = int((rows["label"] < 0).sum())
+        if len(rows) == 0 or unlabelled:
+            what = f"has {unlabelled} images without a label" if unlabelled else "has no images"
+            raise ValueError(f"split (={split}) of {config.data.index} {what}; build the index with its labels (a devkit, a "
+                             "ground truth), or name another split in the recipe")
+        for position in np.unique(rows["archive"]):
+            found.archive_path(int(position))  # known now, not after an epoch
     if len(found.classes) > config.model.classes:
         raise ValueError(f"model.classes (={config.model.classes}) must be at least the {len(found.classes)} of the index "
                          f"{config.data.index}; set it in the recipe")

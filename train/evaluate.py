@@ -5,7 +5,7 @@
 
 Also under `torchrun --nproc-per-node 2 -m -- train.evaluate --run …` (the `--` keeps torchrun from reading --run as an
 option of its own): both processes see every image, each holds one tower.
-Exit codes: 0 done, 2 a mistake in what was asked, 4 the machine failed. B batch, K classes.
+Exit codes: 0 done, 2 a mistake in what was asked, 4 the machine failed, 130 interrupted. B batch, K classes.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--run", type=Path, help="a run folder")
     which.add_argument("--checkpoint", type=Path, help="a checkpoint folder")
-    parser.add_argument("--which", choices=("best", "last"), default="last", help="of its checkpoints (default last)")
+    parser.add_argument("--which", choices=("best", "last"), help="of the run's checkpoints (default last)")
     parser.add_argument("--index", help="index to test on (default: the run's)")
     parser.add_argument("--archives", help="folder to look for archives in")
     parser.add_argument("--split", help="split to test on (default: the recipe's test split)")
@@ -177,14 +177,17 @@ def run(asked: argparse.Namespace) -> None:
     from train.recipe import load
 
     folder = asked.run / "checkpoints" if asked.run else asked.checkpoint.parent
+    if asked.checkpoint and asked.which:
+        raise ValueError(f"--which (={asked.which}) chooses among a run's checkpoints; leave it out, or give --run")
     if not folder.is_dir() or (asked.checkpoint and not asked.checkpoint.is_dir()):
         raise ValueError(f"checkpoint folder (={asked.checkpoint or folder}) does not exist; give a run folder with "
                          "--run or a checkpoint of it with --checkpoint")
     path = asked.checkpoint
     if path is None:
-        path = (checkpoint.best(folder) if asked.which == "best" else None) or checkpoint.newest_good(folder, warn)
+        path = checkpoint.best(folder) if asked.which == "best" else checkpoint.newest_good(folder, warn)
     if path is None:
-        raise ValueError(f"run (={asked.run}) has no checkpoint yet; wait for its first, or give another")
+        kind = "validated checkpoint" if asked.which == "best" else "checkpoint"
+        raise ValueError(f"run (={asked.run}) has no {kind} yet; wait for its first, or give another")
     checkpoint.verify(path)
     config = load(path / checkpoint.CONFIG)
     machine = replace(config.machine, **{name: value for name, value in
@@ -235,6 +238,9 @@ def main(argv: Sequence[str]) -> int:
     except (RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 4
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

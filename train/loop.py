@@ -20,6 +20,7 @@ from torch.nn import functional
 from model.alexnet import AlexNet
 from pipeline.index import SampleIndex
 from pipeline.loader import TrainLoader
+from pipeline.reader import SampleError
 from pipeline.sampler import first_step
 from pipeline.stats import Stats
 from train import build, checkpoint
@@ -114,7 +115,11 @@ def train(job: Job) -> bool:
         if job.loader.epoch == job.progress.epoch and not train_epoch(job, rates):
             save(job)
             return False
-        score = test(job, job.config.data.validation_split, job.config.train.validate_views, "validation")
+        try:
+            score = test(job, job.config.data.validation_split, job.config.train.validate_views, "validation")
+        except SampleError:  # in every process alike: each tests every image. The epoch is not lost: --resume goes on here
+            save(job)
+            raise
         if score is None:
             save(job)
             return False
@@ -150,7 +155,7 @@ def train_epoch(job: Job, rates: Rates) -> bool:
         stop, broken = job.where.agree(job.stop.wanted, not math.isfinite(value))
         if broken:
             raise NotFinite(f"loss (={value}) at step {batch.step} with learning rate {lr:g} is not finite; the update "
-                            "was not made: lower optimizer.lr, or resume from the last checkpoint with --resume")
+                            "was not made: lower optimizer.lr and give another --machine.name")
         job.optimizer.step()
 
         errors = int((logits.detach().argmax(1) != batch.labels).sum())
@@ -247,4 +252,4 @@ def restore(job: Job) -> None:
 
 def sources(job: Job) -> dict[str, Any]:
     """Hashes of what the pixels come from."""
-    return {"index": job.index.sha256, "stats": job.stats.sha256}
+    return {"training images": job.index.split_sha256(job.config.data.train_split), "stats": job.stats.sha256}

@@ -9,6 +9,7 @@ Exit codes (under torchrun, which turns any of them but 0 into 1, they stand in 
     3   the loss was not finite; the update was not made
     4   the machine failed: disk, memory, GPU, an archive, the other process, all checkpoints damaged
     75  stopped by SIGTERM, Ctrl-C or machine.stop_after, and saved: go on with --resume
+    130 interrupted by Ctrl-C before training began
 A second Ctrl-C kills at once.
 """
 
@@ -22,7 +23,7 @@ from train.recipe import Request, parse
 if TYPE_CHECKING:  # parsing a command line needs neither torch nor DALI
     from train.distributed import Topology
 
-DONE, MISTAKE, NOT_FINITE, FAILED, STOPPED = 0, 2, 3, 4, 75
+DONE, MISTAKE, NOT_FINITE, FAILED, STOPPED, INTERRUPTED = 0, 2, 3, 4, 75, 130
 
 
 def run(request: Request, where: Topology) -> int:
@@ -39,7 +40,7 @@ def run(request: Request, where: Topology) -> int:
     config = request.config
     build.settle(config, where)
     index = build.index(config)
-    stats = Stats.for_index(index, config.data.square_px)
+    stats = Stats.for_index(index, config.data.square_px, config.data.train_split)
     network = build.network(config, where)
     optimizer = build_optimizer(network, config.optimizer)
     folder = folders.run_folder(config, request.recipe)
@@ -105,6 +106,9 @@ def main(argv: Sequence[str]) -> int:
         return _fail(error, MISTAKE, is_main)
     except (RuntimeError, OSError) as error:
         return _fail(error, FAILED)  # each process has its own failure to tell
+    except KeyboardInterrupt:  # before the loop listens, or a second one
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _fail(error: Exception, code: int, speaks: bool = True) -> int:

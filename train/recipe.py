@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,9 @@ def parse(argv: Sequence[str]) -> Request:
         ValueError: an unknown or missing key, a value of the wrong type or outside its range.
     """
     parser = build_parser()
+    if not any(word.startswith(("--config", "--help", "-h", "--print_config")) for word in argv):
+        raise ValueError("--config (=none) must name a recipe; give one of train/recipes, such as --config "
+                         "train/recipes/demo.yaml")
     try:
         space = parser.parse_args(list(argv))
         recipes = [Path(str(path)) for path in space.config or []]
@@ -107,7 +111,20 @@ def parse(argv: Sequence[str]) -> Request:
     except (argparse.ArgumentError, ValueError) as error:
         raise ValueError(_tidy(str(error))) from None
     config = Config(**{name: made[name] for name in GROUPS})
+    _all_finite(config.as_dict())
     return Request(config, bool(space.resume), recipes[-1] if recipes else None)
+
+
+def _all_finite(values: Any, key: str = "") -> None:
+    """Refuse .nan and .inf, which pass most comparisons and come out as a loss that is not finite."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            _all_finite(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            _all_finite(value, key)
+    elif isinstance(values, float) and not math.isfinite(values):
+        raise ValueError(f"{key} (={values}) must be a finite number; correct the recipe or the command line")
 
 
 def _tidy(message: str) -> str:

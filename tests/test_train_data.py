@@ -1,0 +1,125 @@
+"""What a run does about data that is not as it should be: said before the first step, or without losing an epoch."""
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_set import photographs, write_set
+
+from pipeline.index import SampleIndex
+from pipeline.index_writer import mark_excluded
+from pipeline.stats import Stats, compute, stats_path
+from tests.recipes import write_recipe
+from tests.test_train import here, same
+from train import checkpoint
+from train.evaluate import main as evaluate_main
+
+SHORT = ("--train.epochs=2", "--schedule.plateau=null")
+
+
+def index_of(folder: Path, train: list[bytes], val: list[bytes]) -> SampleIndex:
+    index = write_set(folder, train, val, classes=6)
+    compute(index, "train", 76).save(stats_path(index.path, 76))
+    return index
+
+
+def test_an_undecodable_validation_image_does_not_cost_the_epoch(tmp_path: Path) -> None:
+    blobs = photographs(30)
+    index = index_of(tmp_path / "set", blobs[:24], blobs[24:] + [b"this is no picture" * 40])
+    bad = len(index) - 1
+    recipe = write_recipe(tmp_path, index.path)
+    _, err = here(recipe, tmp_path / "runs", *SHORT, code=4)
+    assert f"error: sample {bad} (=val_0006.JPEG in {index.path}) cannot be decoded" in err and "--scrub --exclude" in err
+    kept = checkpoint.checkpoints(tmp_path / "runs/small/checkpoints")
+    assert [path.name for path in kept] == ["step-000000003"]
+    mark_excluded(index, {bad: ("val_0006.JPEG", "cannot be decoded")})  # what the advice does; training images are as before
+    out, _ = here(recipe, tmp_path / "runs", *SHORT, "--resume")
+    assert "at step 3" in out
+    here(recipe, tmp_path / "whole", *SHORT)
+    same(tmp_path / "runs/small", tmp_path / "whole/small")
+
+
+def test_a_changed_training_set_is_refused(tmp_path: Path) -> None:
+    blobs = photographs(30)
+    index = index_of(tmp_path / "set", blobs[:24], blobs[24:])
+    recipe = write_recipe(tmp_path, index.path)
+    here(recipe, tmp_path, *SHORT, "--machine.stop_after=2", code=75)
+    mark_excluded(index, {3: ("x", "gone")})
+    _, err = here(recipe, tmp_path, *SHORT, "--resume", code=2)
+    assert "must belong to split train of the index as it is now" in err
+    changed = SampleIndex.load(index.path)
+    compute(changed, "train", 76).save(stats_path(index.path, 76))
+    _, err = here(recipe, tmp_path, *SHORT, "--resume", code=2)
+    assert "training images (=" in err and "is not the one of this run" in err
+
+
+def test_missing_labels_archives_and_images_are_said_before_a_run_folder_is_claimed(tmp_path: Path) -> None:
+    blobs = photographs(30)
+    index = index_of(tmp_path / "set", blobs[:24], blobs[24:])
+    recipe = write_recipe(tmp_path, index.path)
+    tar = tmp_path / "set/images.tar"
+    tar.rename(tmp_path / "away.tar")
+    _, err = here(recipe, tmp_path / "runs", code=2)
+    assert "images.tar" in err and err.startswith("error: ") and not (tmp_path / "runs").exists()
+    (tmp_path / "away.tar").rename(tar)
+    for id in index.ids("val"):
+        mark_excluded(SampleIndex.load(index.path), {int(id): ("x", "gone")})
+    _, err = here(recipe, tmp_path / "runs", code=2)
+    assert f"split (=val) of {index.path} has no images; build the index with its labels" in err
+    rows = np.array(SampleIndex.load(index.path).samples)
+    assert not (tmp_path / "runs").exists() and rows["excluded"].sum() == 6
+
+
+def test_unlabelled_validation_images_are_said_at_the_start(tmp_path: Path) -> None:
+    """A val archive indexed without its devkit."""
+    from tools import build_index
+
+    folder = tmp_path / "set"
+    folder.mkdir()
+    blobs = photographs(30)
+    with tarfile.open(folder / "train.tar", "w") as tar:
+        for number in range(6):
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as part:
+                for image in range(4):
+                    add(part, f"n{number:08d}_{image}.JPEG", blobs[number * 4 + image])
+            add(tar, f"n{number:08d}.tar", inner.getvalue())
+    with tarfile.open(folder / "val.tar", "w") as tar:
+        for number in range(6):
+            add(tar, f"ILSVRC2012_val_{number + 1:08d}.JPEG", blobs[24 + number])
+    assert build_index.main(["build", "ilsvrc2012", "--train", str(folder / "train.tar"), "--val", str(folder / "val.tar"),
+                             "--out", str(folder / "index")]) == 0
+    index = SampleIndex.load(folder / "index")
+    compute(index, "train", 76).save(stats_path(index.path, 76))
+    _, err = here(write_recipe(tmp_path, index.path), tmp_path / "runs", code=2)
+    assert f"split (=val) of {index.path} has 6 images without a label; build the index with its labels" in err
+
+
+def add(tar: tarfile.TarFile, name: str, blob: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(blob)
+    tar.addfile(member, io.BytesIO(blob))
+
+
+def test_statistics_of_another_split_are_not_training_statistics(tmp_path: Path) -> None:
+    blobs = photographs(12)
+    index = index_of(tmp_path, blobs[:8], blobs[8:])
+    before = Stats.for_index(index, 76)
+    val = compute(index, "val", 76)
+    val.save(stats_path(index.path, 76, "val"))
+    assert Stats.for_index(index, 76).sha256 == before.sha256 != val.sha256
+    val.save(stats_path(index.path, 76))
+    with pytest.raises(ValueError, match="must belong to split train"):
+        Stats.for_index(index, 76)
+
+
+def test_best_and_last_are_asked_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    blobs = photographs(30)
+    index = index_of(tmp_path / "set", blobs[:24], blobs[24:])
+    here(write_recipe(tmp_path, index.path), tmp_path, "--machine.stop_after=2", code=75)
+    assert evaluate_main(["--run", str(tmp_path / "small"), "--which", "best"]) == 2
+    assert "has no validated checkpoint yet; wait for its first" in capsys.readouterr().err
+    (only,) = checkpoint.checkpoints(tmp_path / "small/checkpoints")
+    assert evaluate_main(["--checkpoint", str(only), "--which", "last"]) == 2
+    assert "--which (=last) chooses among a run's checkpoints; leave it out" in capsys.readouterr().err
