@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Sequence
@@ -21,15 +22,21 @@ from pipeline.index import MAGIC, REASONS, SAMPLE, VERSION, Archive, ClassInfo, 
 
 
 def check_output(out: Path, force: bool) -> None:
-    """Raises ValueError when `out` may not be written: it exists and is no index, or `force` is not given."""
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"output folder (={out}) has no parent folder; create {out.absolute().parent}")
-    if not out.exists():
-        return
-    if not (out / "index.json").is_file():
-        raise ValueError(f"output folder (={out}) exists and holds no index; give the name of a new folder")
-    if not force:
-        raise ValueError(f"output folder (={out}) holds an index already; give another name, or --force to replace it")
+    """Raises ValueError when `out` may not be written: it exists and is no index, or `force` is not given, or the disk
+    does not let us."""
+    if out.exists():
+        if not (out / "index.json").is_file():
+            raise ValueError(f"output folder (={out}) exists and holds no index; give the name of a new folder")
+        if not force:
+            raise ValueError(f"output folder (={out}) holds an index already; give another name, or --force to replace it")
+    # An index appears by a rename beside `out`, so its parent counts; one that is replaced also changes within.
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    for folder in (parent, out) if out.exists() else (parent,):
+        try:
+            os.rmdir(tempfile.mkdtemp(prefix=".writable-", dir=folder))  # permission bits do not tell of read-only disks
+        except OSError as error:
+            raise ValueError(f"output folder (={out}) must be in a folder that can be written, but {folder} cannot "
+                             f"({error.strerror}); give another name") from None
 
 
 def write_index(out: str | Path, samples: np.ndarray, *, classes: Sequence[ClassInfo], archives: Sequence[Archive],
@@ -83,7 +90,7 @@ def _publish(out: Path, header: dict[str, Any], samples: np.ndarray, names: byte
     out = out.absolute()
     old = read_old_files(out)
     folder = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    folder.mkdir()
+    folder.mkdir(parents=True)
     try:
         np.save(folder / "samples.npy", samples, allow_pickle=False)
         contents = {"samples": "samples.npy"}

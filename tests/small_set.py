@@ -57,6 +57,6 @@ def write_set(folder: Path, train: list[bytes], val: list[bytes] = [], *, classe
             except OSError:  # not an image; the test says why it is there
                 row["width"], row["height"] = 100, 100
     write_index(folder / "index", rows, classes=[ClassInfo(f"n{i:08d}", f"class {i}") for i in range(classes)],
-                archives=[Archive(path, path.stat().st_size, fingerprint(path), "tar")], splits=["train", "val"] if val else ["train"],
-                preset="classes", crc32=crc32)
+                archives=[Archive(path, path.stat().st_size, fingerprint(path), "tar")],
+                splits=["train", "val"] if val else ["train"], preset="classes", crc32=crc32)
     return SampleIndex.load(folder / "index")

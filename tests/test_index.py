@@ -50,6 +50,15 @@ def test_round_trip(tmp_path: Path) -> None:
     assert copy.sha256 == index.sha256 and len(pickle.dumps(index)) < 500
 
 
+def test_the_folders_above_an_index_are_made(tmp_path: Path) -> None:
+    assert write(tmp_path).sha256 == write(tmp_path / "b").sha256
+    path = tmp_path / "a/b/index"
+    index = SampleIndex.load(tmp_path / "index")
+    write_index(path, np.array(index.samples), classes=index.classes, archives=index.archives, splits=index.split_names,
+                preset="classes", crc32=False)
+    assert len(SampleIndex.load(path)) == 4 and os.listdir(path.parent) == ["index"]
+
+
 def test_hash_is_that_of_the_content_not_of_the_place(tmp_path: Path) -> None:
     one, two = write(tmp_path / "one"), write(tmp_path / "two")
     assert one.sha256 == two.sha256
@@ -177,8 +186,12 @@ def test_output_is_never_overwritten_by_accident(tmp_path: Path) -> None:
     for force in (False, True):
         with pytest.raises(ValueError, match=r"output folder \(=.*\) exists and holds no index; give the name of a new"):
             check_output(tmp_path, force)
-        with pytest.raises(ValueError, match=r"output folder \(=.*b\) has no parent folder; create .*a"):
-            check_output(tmp_path / "a/b", force)
+        check_output(tmp_path / "a/b", force)
+        for place in (save(tmp_path / "file", b"") / "b", Path("/proc/none/b")):
+            with pytest.raises(ValueError, match=rf"output folder \(={place}\) must be in a folder that can be written, but "
+                                                 r".* cannot \(.*\); give another name"):
+                check_output(place, force)
+    (tmp_path / "file").unlink()
     save(index.path / "stats.npz", b"kept")
     again = write(tmp_path, force=True, crc32=True)
     assert again.header["crc32"] and (again.path / "stats.npz").read_bytes() == b"kept"
