@@ -1,8 +1,9 @@
 """Counter-based random numbers: a value is a function of its key, never of what was drawn before.
 
-The mixing function is the finaliser of SplitMix64 (Steele, Lea, Flood 2014), chained over the words of the key. Only integer
-arithmetic modulo 2^64 is used, so the stream is the same on every machine and for every version of NumPy (whose own
-generators may change their streams between releases, NEP 19).
+The mixing function is the finaliser of SplitMix64 (Steele, Lea, Flood 2014), chained over the words of the key. `bits` and
+`uniform` use integer arithmetic modulo 2^64 only, so they are the same on every machine and for every version of NumPy (whose
+own generators may change their streams between releases, NEP 19). `normal` goes through log and cos, whose last bit may differ
+between mathematical libraries.
 """
 import enum
 
@@ -24,7 +25,6 @@ class Purpose(enum.IntEnum):
     MIRROR = 4
     LIGHTING = 5
     SUBSTITUTE = 6
-    SAMPLE_CHECK = 7
 
 
 def _mix(word: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

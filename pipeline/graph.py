@@ -81,7 +81,8 @@ class Graph:
                  device_id: int | None) -> None:
         self._source = source
         self._failure: Exception | None = None
-        self._alive: deque[Inputs] = deque()
+        self._alive: deque[Inputs] = deque()  # DALI reads them in place
+        self._collected: Inputs | None = None
         self._device_id = device_id
         self._names = ["encoded", "anchor", "shape", "start", "end"]
         self._names += [] if raw else ["mean"]
@@ -152,13 +153,15 @@ class Graph:
         except RuntimeError as error:
             self._alive.popleft()
             raise DecodeError(error) from error
-        self._alive.popleft()
+        # Kept until the next batch is collected: on a GPU the copy of its bytes may still be under way.
+        self._collected = self._alive.popleft()
         return torch.from_dlpack(output.as_tensor())
 
     def close(self) -> None:
         """Free DALI's threads and buffers. Batches already collected stay valid: they own their memory."""
         self._pipe = None
         self._alive.clear()
+        self._collected = None
 
 
 class SizeProbe:

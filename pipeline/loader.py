@@ -24,7 +24,7 @@ from pipeline.sampler import Ids, Sampler, epoch_of
 from pipeline.stats import Stats
 from pipeline.stream import GraphPlan, Prepared, Stream
 
-_SUBSTITUTES = 100  # tries to find a readable stand-in; a healthy set needs one
+_SUBSTITUTES = 100  # stand-ins tried for one sample; a healthy set needs one
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,11 @@ class TrainLoader(_Loader, Iterator[Batch]):
                               mean_image=self._stats.mean_image_chw if image else None)
             first = self._step
             self._stream = Stream(itertools.count(first), self._prepare, self._mend, plan)
-        prepared, images = self._stream.collect()
+        try:
+            prepared, images = self._stream.collect()
+        except BaseException:
+            self.close()  # what was read ahead is lost; whoever goes on starts again at the batch that failed
+            raise
         self._step += 1
         return self._batch(prepared, images)
 
@@ -190,39 +194,44 @@ class TrainLoader(_Loader, Iterator[Batch]):
         return draw(self._seed, epochs, ids, self._rooms(ids)[2], mirror=self.data.mirror, lighting=self.data.lighting)
 
     def _prepare(self, step: int) -> Prepared:
-        ids, epochs = self._sampler.take(step)
-        self._reader.announce(ids)
-        ids = ids.copy()
+        origins, epochs = self._sampler.take(step)
+        self._reader.announce(origins)
+        ids, tries = origins.copy(), np.zeros_like(origins)
         views: list[Bytes] = []
         for row in range(len(ids)):
             try:
                 views.append(self._reader.read(int(ids[row])))
             except SampleError as error:
-                ids[row], view = self._substitute(error, int(epochs[row]), step)
+                ids[row], tries[row], view = self._substitute(error, int(origins[row]), 0, int(epochs[row]), step)
                 views.append(view)
-        return self._assemble(step, ids, epochs, views)
+        return self._assemble(step, ids, epochs, views, origins, tries)
 
-    def _substitute(self, error: SampleError, epoch: int, step: int) -> tuple[int, Bytes]:
-        """A readable stand-in, the same whenever and on whatever rank the same sample fails in the same epoch."""
-        for attempt in range(_SUBSTITUTES):
-            place = bits(self._seed, Purpose.SUBSTITUTE, epoch, error.id, attempt)[0] % np.uint64(len(self._ids))
+    def _substitute(self, error: SampleError, origin: int, tries: int, epoch: int, step: int) -> tuple[int, int, Bytes]:
+        """A readable stand-in for `origin`, how many it has had, and its bytes.
+
+        The n-th stand-in is a function of (seed, epoch, origin, n), so the same comes out whenever, on whatever rank, and
+        after whatever other samples the same one fails.
+        """
+        for attempt in range(tries, _SUBSTITUTES):
+            place = bits(self._seed, Purpose.SUBSTITUTE, epoch, origin, attempt)[0] % np.uint64(len(self._ids))
             candidate = int(self._ids[int(place)])
-            if candidate == error.id:
+            if candidate == origin:
                 continue
             self._quarantine.add(self.index, error, epoch=epoch, step=step, substitute=candidate)
             try:
-                return candidate, self._reader.read(candidate)
+                return candidate, attempt + 1, self._reader.read(candidate)
             except SampleError as other:
                 error = other
-        raise error
+        raise RuntimeError(f"sample {origin} has no readable stand-in among {_SUBSTITUTES}; the last one: {error}") from error
 
     def _mend(self, prepared: Prepared, row: int, reason: str) -> Prepared:
-        ids, views = prepared.ids.copy(), list(prepared.inputs.encoded)
+        ids, tries, views = prepared.ids.copy(), prepared.tries.copy(), list(prepared.inputs.encoded)
         error = SampleError(self.index, int(ids[row]), reason)
-        ids[row], views[row] = self._substitute(error, int(prepared.epochs[row]), prepared.step)
-        return self._assemble(prepared.step, ids, prepared.epochs, views)
+        ids[row], tries[row], views[row] = self._substitute(error, int(prepared.origins[row]), int(tries[row]),
+                                                            int(prepared.epochs[row]), prepared.step)
+        return self._assemble(prepared.step, ids, prepared.epochs, views, prepared.origins, tries)
 
-    def _assemble(self, step: int, ids: Ids, epochs: Ids, views: list[Bytes]) -> Prepared:
+    def _assemble(self, step: int, ids: Ids, epochs: Ids, views: list[Bytes], origins: Ids, tries: Ids) -> Prepared:
         drawn = self.draws(ids, epochs)
         resized, first, _ = self._rooms(ids)
         offsets = np.stack([drawn.top, drawn.left], axis=1)
@@ -235,7 +244,7 @@ class TrainLoader(_Loader, Iterator[Batch]):
             offsets = np.full_like(offsets, (self.data.square_px - self.data.crop_px) // 2)
             mirror = np.zeros_like(mirror)
         inputs = Inputs(views, regions, mean, offsets.astype(np.int32), mirror.astype(np.int32))
-        return Prepared(step, ids, epochs, inputs)
+        return Prepared(step, ids, epochs, inputs, origins, tries)
 
 
 class TestLoader(_Loader):
@@ -333,7 +342,7 @@ class TestLoader(_Loader):
             mean += self._stats.channel_mean
         inputs = Inputs(views, geometry.regions(sizes, resized, offsets, self.data.square_px), mean,
                         np.stack([zeros, zeros], axis=1), zeros)
-        return Prepared(step, ids, np.zeros(len(ids), np.int64), inputs)
+        return Prepared(step, ids, np.zeros_like(ids), inputs, ids, np.zeros_like(ids))
 
 
 def quarantine_budget(machine: LoaderConfig, samples: int) -> int:

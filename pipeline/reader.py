@@ -79,7 +79,10 @@ class Reader:
             return found
         with self._lock:
             if position not in self._maps:
-                path = self._index.archive_path(position)
+                try:
+                    path = self._index.archive_path(position)
+                except ValueError as error:  # it was there when the run began: the world's fault by now
+                    raise RuntimeError(str(error)) from error
                 expected = self._index.archives[position].size
                 try:
                     with open(path, "rb") as file:
@@ -101,19 +104,24 @@ class Quarantine:
     Args:
         budget: how many distinct samples may fail before training stops.
         path: quarantine.jsonl, appended to, or None. Samples it already names count.
+        writes: False only reads the file: of several processes that find the same samples, one writes.
     """
 
-    def __init__(self, budget: int, path: str | Path | None = None) -> None:
-        self.budget = budget
+    def __init__(self, budget: int, path: str | Path | None = None, *, writes: bool = True) -> None:
+        self.budget, self._writes = budget, writes
         self.ids: set[int] = set()
         self._path = None if path is None else Path(path)
         self._lock = threading.Lock()
         if self._path is not None and self._path.exists():
-            for line in self._path.read_text().splitlines():
+            text = self._path.read_text()
+            for line in text.splitlines():
                 try:
                     self.ids.add(int(json.loads(line)["id"]))
                 except (ValueError, KeyError):
                     continue  # a line cut off by a kill; the sample will be found again
+            if writes and text and not text.endswith("\n"):
+                with open(self._path, "a") as file:
+                    file.write("\n")
 
     def add(self, index: SampleIndex, error: SampleError, **where: Any) -> None:
         """Note a sample. `where` (epoch, step, substitute …) goes into its line.
@@ -122,10 +130,9 @@ class Quarantine:
             RuntimeError: more samples than the budget allows have failed.
         """
         with self._lock:
-            if error.id in self.ids:
-                return
+            new = error.id not in self.ids
             self.ids.add(error.id)
-            if self._path is not None:
+            if new and self._writes and self._path is not None:
                 row = index.samples[error.id]
                 line = {"id": error.id, "member": index.safe_name(error.id),
                         "archive": str(index.archive_path(int(row["archive"]))), "reason": error.reason, **where}

@@ -157,7 +157,7 @@ def compute(index: "SampleIndex", split: str, square_px: int, *, machine: Loader
             sums.add(found.images.cpu().numpy(), found.step)
             skipped = sums.skipped | loader.skipped
             if len(skipped) > budget:
-                id, why = next(iter(loader.skipped.items()))
+                id, why = next(iter(skipped.items()))
                 raise RuntimeError(f"unreadable samples (={len(skipped)} of {total}) must not exceed the budget (={budget}); "
                                    f"the first: {index.safe_name(id)} {why}; run `python tools/build_index.py verify "
                                    f"{index.path} --scrub --exclude`")

@@ -25,11 +25,15 @@ class Prepared:
         step: number of the batch.
         ids, epochs: (B,) int64.
         inputs: what the graph eats.
+        origins: (B,) int64 the ids before any substitution.
+        tries: (B,) int64 how many stand-ins each row has had.
     """
     step: int
     ids: Ids
     epochs: Ids
     inputs: Inputs
+    origins: Ids
+    tries: Ids
 
 
 @dataclass(frozen=True)

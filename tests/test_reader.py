@@ -51,11 +51,16 @@ def test_quarantine_counts_samples_once_and_remembers(index: SampleIndex, tmp_pa
     assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == [1, 3]
     with open(path, "a") as file:
         file.write('{"id": 4, "mem')  # cut off by a kill
+    assert Quarantine(2, path, writes=False).ids == {1, 3} and not path.read_text().endswith("\n")
     again = Quarantine(2, path)
     assert again.ids == {1, 3}
     with pytest.raises(RuntimeError, match=r"quarantine \(=3 unreadable samples\) must not exceed its budget \(=2\); the last "
                                            r"one: sample 0 .* all in .*quarantine.jsonl; or raise"):
         again.add(index, SampleError(index, 0, "is torn"))
+    last = Quarantine(2, path)
+    assert last.ids == {0, 1, 3}  # the line after the one cut off is whole
+    with pytest.raises(RuntimeError, match=r"quarantine \(=3 unreadable samples\) must not exceed"):
+        last.add(index, SampleError(index, 1, "is torn"))  # starting again does not raise the budget
 
 
 def test_settings_out_of_range_are_explained() -> None:
