@@ -16,7 +16,7 @@ from pipeline.index import Archive, ClassInfo
 from pipeline.index_writer import check_output, write_index
 from pipeline.layouts import SPLITS, check_count, class_table, label_of
 from pipeline.parallel import Progress, Silent, in_processes
-from pipeline.scan import CHUNK, Odd, Part, Task, joined, last_of_each, scan
+from pipeline.scan import CHUNK, Odd, Part, Task, base_names, joined, last_of_each, scan
 
 _PARALLEL_BYTES = 128 << 20  # a process more for each: below that its start costs more than it saves
 
@@ -123,12 +123,13 @@ class Builder:
         return whole
 
     def by_name(self, path: Path, split: str, labels: np.ndarray | None) -> None:
-        """Add a flat val or test tar sorted by name; labels[i] belongs to the i-th name."""
+        """Add a val or test tar sorted by base name, in whatever folders it is arranged; labels[i] belongs to the i-th."""
         part = self.flat(path, f"{split} {path.name}")
         if not len(part.rows):
             raise ArchiveError(f"archive (={path}) holds no images; give the {split} archive")
         check_count(split, len(part.rows), labels, path)
-        part = part.reordered(np.array(sorted(range(len(part.rows)), key=(part.names or []).__getitem__)))
+        rows = base_names(part, str(path))
+        part = part.reordered(np.array([rows[base] for base in sorted(rows)]))
         if labels is not None:
             part.rows["label"] = labels
         self.parts[split] = part

@@ -11,13 +11,13 @@ from typing import Sequence
 
 import numpy as np
 
-from pipeline.archive import open_tar, walk
+from pipeline.archive import open_tar
 from pipeline.folders import folder_archive, list_folder
 from pipeline.imageinfo import is_image_name
 from pipeline.index import REASONS, ClassInfo
 from pipeline.indexing import Builder
 from pipeline.layouts import (SPLITS, Devkit, class_table, ground_truth, label_of, place_all, read_devkit, shard_split)
-from pipeline.scan import Odd, Part, Task, joined
+from pipeline.scan import Odd, Part, Task, base_names, joined
 from pipeline.shards import scan_shard
 
 
@@ -40,7 +40,7 @@ def build_ilsvrc(builder: Builder, *, train: Path | None, val: Path | None, test
     place_of: dict[str, int] = {}
     if patch is not None:
         patches = builder.flat(patch, f"patches {patch.name}")
-        place_of = {name.rpartition("/")[2]: row for row, name in enumerate(patches.names or [])}
+        place_of = base_names(patches, str(patch))
     if train is not None:
         part = builder.nested(train, kit.classes if kit is not None else None, frozenset(place_of))
         if kit is not None:
@@ -91,21 +91,28 @@ def _patch(parts: dict[str, Part], patches: Part, place_of: dict[str, int]) -> N
     next(iter(parts.values())).odd += spare + [odd for odd in patches.odd if odd.row < 0]
 
 
+def build_fall2011(builder: Builder, path: Path) -> str:
+    """A tar of `<wnid>.tar`, whatever else is in it; returns the SHA-256 of the index."""
+    builder.parts["train"] = builder.nested(path, None)
+    return builder.write()
+
+
 def build_classes(builder: Builder, path: Path) -> str:
-    """A tar or folder of class folders, or a tar of `<wnid>.tar` (Fall 2011); returns the SHA-256 of the index."""
+    """A tar or folder of class folders, or a tar of `<wnid>.tar`; returns the SHA-256 of the index."""
     if path.is_dir():
         members, builder.name_bytes, odd = list_folder(path)
         builder.archives.append(folder_archive(path, members))
         is_folder = True
     else:
-        with open_tar(path) as source:
-            head = next((member for member in walk(source) if member.kind == "file"), None)
-        if head is not None and head.name.endswith(".tar"):
-            builder.parts["train"] = builder.nested(path, None)
-            return builder.write()
         is_folder = False
         everything = builder.members(path)
         members = [member for member in everything if member.kind == "file" and is_image_name(member.name)]
+        tar = next((member for member in everything if member.kind == "file" and member.name.endswith(".tar")), None)
+        if tar is not None and members:
+            raise ValueError(f"archive (={path}) holds images ({members[0].name} …) as well as tars ({tar.name} …), so which are "
+                             f"the data set is not known; say fall2011 for the tars, or repack it without them")
+        if tar is not None:
+            return build_fall2011(builder, path)
         odd = [Odd(-1, member.name, "not called an image" if member.kind == "file" else f"a {member.kind}, not a file",
                    False) for member in everything if member.kind not in ("file", "directory")
                or (member.kind == "file" and not is_image_name(member.name))]

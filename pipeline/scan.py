@@ -76,6 +76,19 @@ def joined(parts: Iterable[Part]) -> Part:
     return Part(np.concatenate([part.rows for part in parts]) if parts else np.empty(0, SAMPLE), odd, names, watched)
 
 
+def base_names(part: Part, what: str) -> dict[str, int]:
+    """Base name → row, for files that are known by their base names. Raises ArchiveError when two have the same."""
+    names = part.names or []
+    found: dict[str, int] = {}
+    for row, name in enumerate(names):
+        base = name.rpartition("/")[2]
+        if base in found:
+            raise ArchiveError(f"image (={base}) of {what} is there twice, as {names[found[base]]} and as {name}; "
+                               f"repack the archive with one file of each name")
+        found[base] = row
+    return found
+
+
 def scan(task: Task) -> Part:
     """Read the images of a task. Raises ArchiveError, OSError."""
     if task.folder:

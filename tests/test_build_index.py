@@ -94,13 +94,24 @@ def test_ilsvrc2012(tmp_path: Path, kit: str, capsys: pytest.CaptureFixture[str]
     assert "train t.tar: 100%, 20 images" in said.err and "\x1b" not in said.err  # plain lines: no terminal
 
 
-def test_parts_of_ilsvrc(tmp_path: Path) -> None:
+def test_a_val_tar_in_class_folders_is_in_the_order_of_base_names(tmp_path: Path) -> None:
+    """As valprep.sh leaves it: the folders' names must not decide which line of the ground truth an image gets."""
+    kit = devkit(tmp_path / "kit", images=5)
+    folders = {1: "n09", 2: "n01", 3: "n05", 4: "n02", 5: "n01"}
+    save(tmp_path / "v.tar", tar_bytes({f"{folders[i]}/v_{i:08d}.JPEG": jpeg(i) for i in (3, 1, 5, 2, 4)}))
+    index = built(tmp_path, "ilsvrc2012", "--val", tmp_path / "v.tar", "--devkit", kit)
+    wnids = ["n01", "n05", "n02", "n09", "n01"]  # IDs 2 1 4 3 2 of the ground truth
+    assert contents(index, "val") == {f"{folders[i]}/v_{i:08d}.JPEG": (wnids[i - 1], jpeg(i)) for i in range(1, 6)}
+
+
+def test_parts_of_ilsvrc(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train_tar(tmp_path / "t.tar")
     index = built(tmp_path / "", "ilsvrc2012", "--train", tmp_path / "t.tar", "--no-crc")
     assert len(index.ids("train")) == 20 and index.classes[3].words == "" and not index.samples["crc32"].any()
     val_tar(tmp_path / "v.tar")
     index = built(tmp_path, "ilsvrc2012", "--val", tmp_path / "v.tar", "--force")
     assert index.samples["label"].tolist() == [-1] * 5 and index.classes == []
+    assert "note: val has no labels, so nothing can be validated on it: give --devkit\n" in capsys.readouterr().err
 
 
 def test_ilsvrc2010_with_patch(tmp_path: Path) -> None:
@@ -176,6 +187,26 @@ def test_fall2011(tmp_path: Path) -> None:
     for preset in ("fall2011", "classes"):
         index = built(tmp_path, preset, tmp_path / "f.tar", "--force")
         assert contents(index, "train") == {name: (name[:3], data) for name, data in train.items()}
+    data = {"readme.txt": b"text", "n1.tar": tar_bytes({"a.JPEG": jpeg(1)})}
+    save(tmp_path / "f.tar", tar_bytes(data))
+    for preset in ("fall2011", "classes"):  # another file comes first
+        index = built(tmp_path, preset, tmp_path / "f.tar", "--force")
+        assert contents(index, "train") == {"n1/a.JPEG": ("n1", jpeg(1))}
+        assert [entry["name"] for entry in index.header["oddities"]] == ["readme.txt"]
+    save(tmp_path / "f.tar", tar_bytes({"cat/1.jpg": jpeg(1), **data}))
+    index = built(tmp_path, "fall2011", tmp_path / "f.tar", "--force")
+    assert contents(index, "train") == {"n1/a.JPEG": ("n1", jpeg(1))}
+    assert [entry["name"] for entry in index.header["oddities"]] == ["cat/1.jpg", "readme.txt"]
+
+
+def test_classes_that_training_never_sees_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_tar(tmp_path / "t.tar", {"n06": {}})
+    built(tmp_path, "ilsvrc2012", "--train", tmp_path / "t.tar")
+    assert "no image  in train of 1 classes: n06\n" in capsys.readouterr().out
+    shard = save(tmp_path / "train.tar", tar_bytes({f"{i}.{kind}": data for i in (1, 3) for kind, data in (
+        ("cls", b"%d" % i), ("jpg", jpeg(i)))}))
+    built(tmp_path, "webdataset", shard, "--force")  # labels from 1 on
+    assert "no image  in train of 2 classes: 0, 2\n" in capsys.readouterr().out
 
 
 def test_webdataset(tmp_path: Path) -> None:
@@ -263,6 +294,11 @@ def test_jobs_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ("ilsvrc2012 --val v.tar --devkit kit3", "val archive (=v.tar) has 5 images but the ground truth 3 lines; give the"),
     ("ilsvrc2010 --test v.tar --test-truth truth.txt", "test ground truth (=truth.txt) needs the test archive and the"),
     ("ilsvrc2010 --test v.tar --devkit kit --test-truth none", "test ground truth (=none) does not exist; give a text file"),
+    ("ilsvrc2012 --val same.tar", "image (=1.JPEG) of same.tar is there twice, as a/1.JPEG and as b/1.JPEG; repack the"),
+    ("ilsvrc2010 --train t.tar --patch same.tar", "image (=1.JPEG) of same.tar is there twice, as a/1.JPEG and as b/1.JPEG"),
+    ("fall2011 flat", "archive (=flat) is not a file; give the path of an uncompressed tar file"),
+    ("fall2011 same.tar", "archive (=same.tar) holds no <wnid>.tar; for class folders of images: build classes"),
+    ("classes both.tar", "archive (=both.tar) holds images (a/1.JPEG …) as well as tars (n1.tar …), so which are the data set"),
     ("classes none", "archive (=none) does not exist"),
     ("classes empty", "data set (=empty) holds no images (.jpg"),
     ("classes flat", "lies in no class folder; arrange images as <class>/<image>"),
@@ -287,6 +323,8 @@ def test_errors_are_one_line_and_leave_nothing(tmp_path: Path, monkeypatch: pyte
     save(here / "two-images.tar", tar_bytes({"a.jpg": b"1", "a.png": b"2"}))
     save(here / "two-labels.tar", member(b"a.cls", b"1") + member(b"a.cls", b"1") + bytes(1024))
     save(here / "nothing.tar", tar_bytes({}))
+    save(here / "same.tar", tar_bytes({"a/1.JPEG": jpeg(1), "b/1.JPEG": jpeg(2)}))
+    save(here / "both.tar", tar_bytes({"a/1.JPEG": jpeg(1), "n1.tar": tar_bytes({"a.JPEG": jpeg(1)})}))
     save(here / "truth.txt", b"1\n")
     save(here / "flat/a.jpg", jpeg(1))
     (here / "empty").mkdir()
@@ -353,6 +391,15 @@ def test_ls(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
                                (["--split", "test"], "split (=test) is not in the index")]:
         assert main(["ls", str(small), *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_class_names_cannot_drive_the_terminal(tmp_path: Path) -> None:
+    save(tmp_path / "c.tar", member(b"cl\x1b[2Jear/1.jpg", jpeg(1)) + member(b"\xff/1.jpg", jpeg(2)) + bytes(1024))
+    built(tmp_path, "classes", tmp_path / "c.tar")
+    for words in (["ls"], ["ls", "--json"], ["info"], ["info", "--json"], ["verify"]):
+        said = subprocess.run([*COMMAND, words[0], tmp_path / "index", *words[1:]], capture_output=True)
+        assert said.returncode == 0 and said.stderr == b"" and b"\x1b" not in said.stdout
+        assert words[0] != "ls" or said.stdout.count(b"\n") == 2
 
 
 def test_info(small: Path, capsys: pytest.CaptureFixture[str]) -> None:

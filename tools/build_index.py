@@ -99,9 +99,14 @@ def build(arguments: argparse.Namespace) -> int:
                                  patch=getattr(arguments, "patch", None))
         elif arguments.preset == "webdataset":
             presets.build_webdataset(builder, arguments.shards)
+        elif arguments.preset == "fall2011":
+            presets.build_fall2011(builder, arguments.path)
         else:
             presets.build_classes(builder, arguments.path)
-    _print_info(SampleIndex.load(arguments.out))
+    index = SampleIndex.load(arguments.out)
+    _print_info(index)
+    if "val" in index.split_names and (index.samples["label"][index.split_rows("val")] < 0).all():
+        print("note: val has no labels, so nothing can be validated on it: give --devkit", file=sys.stderr)
     return 0
 
 
@@ -120,7 +125,7 @@ def _print_info(index: "SampleIndex") -> None:
     from pipeline.verify import summary
 
     about = summary(index)
-    print(f"index     {about['path']}  ({about['preset']}, version {about['version']}, sha256 {about['sha256'][:16]}…)")
+    print(f"index     {_plain(about['path'])}  ({about['preset']}, version {about['version']}, sha256 {about['sha256'][:16]}…)")
     print(f"samples   {about['samples']:,}, {about['bytes'] / 1e6:,.1f} MB of images, {len(index.classes):,} classes, "
           f"{'CRC-32 each' if about['crc32'] else 'no CRC-32'}")
     for split in about["splits"]:
@@ -130,8 +135,11 @@ def _print_info(index: "SampleIndex") -> None:
     print("formats   " + ", ".join(f"{name} {count:,}" for name, count in about["formats"].items()))
     if about["reasons"]:
         print("odd       " + ", ".join(f"{name} {count:,}" for name, count in about["reasons"].items()))
+    if about["empty_classes"]:
+        names = ", ".join(map(_plain, about["empty_classes"][:10])) + (" …" if len(about["empty_classes"]) > 10 else "")
+        print(f"no image  in train of {len(about['empty_classes']):,} classes: {names}")
     for archive in about["archives"]:
-        print(f"archive   {archive['path']}  {archive['size']:,} bytes, {archive['kind']}")
+        print(f"archive   {_plain(archive['path'])}  {archive['size']:,} bytes, {archive['kind']}")
     for odd in about["oddities"][:20]:
         print(f"  {'kept' if odd['kept'] else 'excluded':<9} {_plain(odd['name'])}: {_plain(odd['reason'])}")
     if len(about["oddities"]) > 20:
@@ -151,7 +159,7 @@ def verify(arguments: argparse.Namespace) -> int:
         else:
             found = checks.full(index, _jobs(arguments), progress) if arguments.full else checks.quick(index)
     for finding in found:
-        sample = f"sample {finding.id} (={_plain(finding.name)})" if finding.id is not None else finding.name
+        sample = f"sample {finding.id} (={_plain(finding.name)})" if finding.id is not None else _plain(finding.name)
         print(f"damaged: {sample} {_plain(finding.problem)}")
     how = "every image decoded" if arguments.scrub else "every CRC-32" if arguments.full else "a quick look"
     if not found:
@@ -184,7 +192,7 @@ def ls(arguments: argparse.Namespace) -> int:
         name, reason = index.name(id), REASONS[row["reason"]]
         if not arguments.json:
             state = f"  {reason}{', excluded' if row['excluded'] else ''}" if reason else ""
-            print(f"{id}  {split}  {wnid or '-'}  {row['width']}×{row['height']}  {row['size']}  {_plain(name)}{state}")
+            print(f"{id}  {split}  {_plain(wnid or '-')}  {row['width']}×{row['height']}  {row['size']}  {_plain(name)}{state}")
             continue
         print(json.dumps({
             "id": id, "split": split, "archive": str(archive.path), "member": name,
