@@ -39,6 +39,18 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def _end_with_parent() -> None:
+    """In a worker: let it end when its parent is gone (kill -9 leaves no time to say goodbye), whatever it is doing."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def in_processes(function: Callable[[T], R], tasks: Sequence[T], jobs: int) -> Iterator[R]:
     """`map(function, tasks)` in at most `jobs` spawned processes; in this process when one is enough.
 
@@ -48,7 +60,7 @@ def in_processes(function: Callable[[T], R], tasks: Sequence[T], jobs: int) -> I
     if jobs <= 1:
         yield from map(function, tasks)
         return
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _end_with_parent)
     # Spawned while SIGINT is ignored, the children ignore it for good: a Ctrl-C at the terminal reaches us alone.
     is_main = threading.current_thread() is threading.main_thread()
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 import zlib
 from pathlib import Path
 
@@ -435,9 +436,8 @@ def test_help_is_quick() -> None:
     assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True).stdout == "[]\n"
 
 
-@pytest.mark.parametrize("jobs", ["1", "2"])
-def test_ctrl_c_leaves_nothing(tmp_path: Path, jobs: str) -> None:
-    """A build slowed down in the scan is interrupted there, as from a terminal: the whole process group gets SIGINT."""
+def slowed(tmp_path: Path, jobs: str) -> "subprocess.Popen[str]":
+    """A build that stands still in the scan, in a process group of its own."""
     train_tar(tmp_path / "t.tar")
     slow = ("import sys, time, pipeline.indexing as i, tools.build_index as b\n"
             "i._PARALLEL_BYTES = 1\n"
@@ -450,7 +450,25 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path, jobs: str) -> None:
                             tmp_path / "index", "--jobs", jobs], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                            start_new_session=True, env=environment)
     assert run.stdout is not None and run.stdout.readline() == "scanning\n"
+    return run
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_ctrl_c_leaves_nothing(tmp_path: Path, jobs: str) -> None:
+    """A build slowed down in the scan is interrupted there, as from a terminal: the whole process group gets SIGINT."""
+    run = slowed(tmp_path, jobs)
     os.killpg(run.pid, signal.SIGINT)
     _, error = run.communicate(timeout=20)
     assert run.returncode == 130 and error == "interrupted; nothing was written\n"
     assert sorted(os.listdir(tmp_path)) == ["slow.py", "t.tar"]
+
+
+def test_workers_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
+    run = slowed(tmp_path, "2")
+    os.kill(run.pid, signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    with pytest.raises(ProcessLookupError):  # no process of its group is left
+        for _ in range(100):
+            os.killpg(run.pid, 0)
+            time.sleep(0.1)
+    run.communicate()
