@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.config import DataConfig, LoaderConfig
     from pipeline.index import SampleIndex
-    from pipeline.loader import Batch, TestLoader, TrainLoader
+    from pipeline.loader import Batch, TrainLoader
     from pipeline.reader import Quarantine, SampleError
+    from pipeline.squares import TestLoader
     from pipeline.stats import Stats
 
 __all__ = ["Batch", "DataConfig", "LoaderConfig", "Quarantine", "SampleError", "SampleIndex", "Stats", "TestLoader",
            "TrainLoader"]
 
-_HOME = {"DataConfig": "config", "LoaderConfig": "config", "SampleIndex": "index", "Batch": "loader", "TestLoader": "loader",
+_HOME = {"DataConfig": "config", "LoaderConfig": "config", "SampleIndex": "index", "Batch": "loader", "TestLoader": "squares",
          "TrainLoader": "loader", "Quarantine": "reader", "SampleError": "reader", "Stats": "stats"}
 
 

@@ -1,9 +1,8 @@
-"""The public face: an index becomes an `Iterator[Batch]`, for training or for tests.
+"""The public face of training: an index becomes an `Iterator[Batch]`. (For tests: `pipeline.squares`.)
 
 B samples of a batch, S side of the central square, crop the side the network sees.
 """
 import itertools
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -19,6 +18,7 @@ from pipeline.counter import Purpose, bits
 from pipeline.draws import Draws, draw, lighting_shift
 from pipeline.graph import Inputs
 from pipeline.index import SampleIndex
+from pipeline.parallel import cores
 from pipeline.reader import Bytes, Quarantine, Reader, SampleError
 from pipeline.sampler import Ids, Sampler, epoch_of
 from pipeline.stats import Stats
@@ -45,12 +45,7 @@ class Batch:
     step: int
 
 
-def cores() -> int:
-    """Processor cores this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
-class _Loader:
+class Loader:
     """What training and tests share: reading, labels, device, the stream."""
 
     def __init__(self, index: SampleIndex, split: str, data: DataConfig, machine: LoaderConfig, device_id: int | None) -> None:
@@ -91,7 +86,12 @@ class _Loader:
         self.close()
 
 
-class TrainLoader(_Loader, Iterator[Batch]):
+def quarantine_budget(machine: LoaderConfig, samples: int) -> int:
+    """How many of `samples` may be unreadable: the share in `machine`, rounded up."""
+    return int(np.ceil(machine.quarantine_budget * samples))
+
+
+class TrainLoader(Loader, Iterator[Batch]):
     """Training batches: shuffled, cropped, reflected, lit (paper §4.1), without end.
 
     `for batch in loader` gives the batches of the current epoch, or what is left of it; the next `for` gives the next
@@ -245,127 +245,3 @@ class TrainLoader(_Loader, Iterator[Batch]):
             mirror = np.zeros_like(mirror)
         inputs = Inputs(views, regions, mean, offsets.astype(np.int32), mirror.astype(np.int32))
         return Prepared(step, ids, epochs, inputs, origins, tries)
-
-
-class TestLoader(_Loader):
-    """Every sample of a split exactly once, in id order, as its central square; the last batch may be shorter.
-
-    Args:
-        index, split, data, machine, device_id: as for `TrainLoader`.
-        batch: global batch, over all ranks.
-        stats: what to subtract; None gives the pixels as they are, (B, S, S, 3) uint8.
-        shard: (k, n): this rank gets every n-th batch, beginning with the k-th.
-        skip_corrupt: leave unreadable samples out, listed in `skipped`, instead of stopping.
-
-    Raises:
-        SampleError: a sample is unreadable. A test counts every image, so there is no substitute.
-    """
-    __test__ = False  # not a test case, whatever its name
-
-    def __init__(self, index: SampleIndex, split: str, data: DataConfig, batch: int, stats: Stats | None, *,
-                 machine: LoaderConfig = LoaderConfig(), shard: tuple[int, int] = (0, 1), device_id: int | None = None,
-                 skip_corrupt: bool = False, first: int = 0) -> None:
-        super().__init__(index, split, data, machine, device_id)
-        if batch < 1:
-            raise ValueError(f"batch (={batch}) must be at least 1; correct the recipe")
-        self._per_batch, self._skip = batch, skip_corrupt
-        self._stats = None if stats is None else stats.expect(data.square_px)
-        self._steps = range(first + shard[0], -(-len(self._ids) // batch), shard[1])
-        self.skipped: dict[int, str] = {}
-
-    def __len__(self) -> int:
-        return len(self._steps)
-
-    def __iter__(self) -> Iterator[Batch]:
-        self.close()
-        plan = self._plan(self._per_batch, self.data.square_px, raw=self._stats is None, mean_image=self._mean_image())
-        stream = self._stream = Stream(iter(self._steps), self._prepare, self._mend, plan)
-        try:
-            while True:
-                try:
-                    prepared, images = stream.collect()
-                except StopIteration:
-                    return
-                if len(prepared.ids):
-                    yield self._batch(prepared, images)
-        finally:
-            stream.close()
-            if self._stream is stream:
-                self._stream = None
-
-    def _mean_image(self) -> npt.NDArray[np.float32] | None:
-        return self._stats.mean_image_chw if self._stats is not None and self.data.mean == "image" else None
-
-    def views(self, images: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
-        """The test views of a batch's squares, one after the other: (B, 3, crop, crop) each.
-
-        Args:
-            images: (B, 3, S, S) of a `Batch` of this loader.
-            count: 1, the centre; or 10, the four corners and the centre, then their reflections (paper §4.1).
-        """
-        for view in views(images, self.data.crop_px, count):
-            if self._stats is not None and self.data.mean == "image_center":
-                low = (self.data.square_px - self.data.crop_px) // 2
-                piece = self._stats.mean_image_chw[:, low:low + self.data.crop_px, low:low + self.data.crop_px]
-                view = view - torch.from_numpy(piece).to(view.device)
-            yield view
-
-    def _prepare(self, step: int) -> Prepared:
-        ids = self._ids[step * self._per_batch:(step + 1) * self._per_batch]
-        self._reader.announce(ids)
-        views: list[Bytes] = []
-        kept = np.ones(len(ids), bool)
-        for row, id in enumerate(ids):
-            try:
-                views.append(self._reader.read(int(id)))
-            except SampleError as error:
-                if not self._skip:
-                    raise
-                self.skipped[int(id)], kept[row] = error.reason, False
-        return self._assemble(step, ids[kept], views)
-
-    def _mend(self, prepared: Prepared, row: int, reason: str) -> Prepared:
-        id = int(prepared.ids[row])
-        if not self._skip:
-            raise SampleError(self.index, id, reason)
-        self.skipped[id] = reason
-        return self._assemble(prepared.step, np.delete(prepared.ids, row),
-                              prepared.inputs.encoded[:row] + prepared.inputs.encoded[row + 1:])
-
-    def _assemble(self, step: int, ids: Ids, views: list[Bytes]) -> Prepared:
-        sizes = self._sizes(ids)
-        resized = geometry.resized(sizes, self.data.square_px)
-        offsets = geometry.central(resized, self.data.square_px)
-        zeros = np.zeros(len(ids), np.int32)
-        mean = np.zeros((len(ids), 3), np.float32)
-        if self._stats is not None and self.data.mean == "channel":
-            mean += self._stats.channel_mean
-        inputs = Inputs(views, geometry.regions(sizes, resized, offsets, self.data.square_px), mean,
-                        np.stack([zeros, zeros], axis=1), zeros)
-        return Prepared(step, ids, np.zeros_like(ids), inputs, ids, np.zeros_like(ids))
-
-
-def quarantine_budget(machine: LoaderConfig, samples: int) -> int:
-    """How many of `samples` may be unreadable: the share in `machine`, rounded up."""
-    return int(np.ceil(machine.quarantine_budget * samples))
-
-
-def views(images: torch.Tensor, crop_px: int, count: int) -> Iterator[torch.Tensor]:
-    """Crops of squares for testing, lazily: (B, 3, crop, crop) each, views of `images` where not reflected.
-
-    Args:
-        images: (B, 3, S, S).
-        crop_px: side of a crop, at most S.
-        count: 1, the centre; or 10, the four corners and the centre, then their reflections (paper §4.1).
-
-    Raises:
-        ValueError: another count.
-    """
-    if count not in (1, 10):
-        raise ValueError(f"views (={count}) must be 1 (centre) or 10 (paper §4.1); correct the recipe")
-    far, middle = images.shape[-1] - crop_px, (images.shape[-1] - crop_px) // 2
-    places = [(middle, middle)] if count == 1 else [(0, 0), (0, far), (far, 0), (far, far), (middle, middle)]
-    for mirror in (False,) if count == 1 else (False, True):
-        for top, left in places:
-            view = images[..., top:top + crop_px, left:left + crop_px]
-            yield view.flip(-1) if mirror else view

@@ -144,7 +144,8 @@ def compute(index: "SampleIndex", split: str, square_px: int, *, machine: Loader
     Raises:
         RuntimeError: more unreadable samples than the budget allows.
     """
-    from pipeline.loader import TestLoader, quarantine_budget
+    from pipeline.loader import quarantine_budget
+    from pipeline.squares import TestLoader
 
     total = len(index.ids(split))
     sums = _Sums.resume(index, split, square_px, batch)

@@ -13,7 +13,8 @@ from torch import nn
 
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index import SampleIndex
-from pipeline.loader import Batch, TestLoader, views
+from pipeline.loader import Batch
+from pipeline.squares import TestLoader, views
 from pipeline.stats import Stats
 from tests.conftest import TinySet
 from train.evaluate import Score, evaluate, ranks

@@ -14,8 +14,9 @@ from model.config import LrnConfig, ModelConfig
 from model.lrn import local_response_norm
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index import SampleIndex
-from pipeline.loader import TestLoader, TrainLoader
+from pipeline.loader import TrainLoader
 from pipeline.reader import Quarantine
+from pipeline.squares import TestLoader
 from pipeline.stats import Stats, compute
 from train.recipe import parse
 

@@ -11,8 +11,9 @@ from small_set import encode, photographs, picture, write_set
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.draws import lighting_shift
 from pipeline.index import SampleIndex
-from pipeline.loader import Batch, TestLoader, TrainLoader, views
+from pipeline.loader import Batch, TrainLoader
 from pipeline.reader import Quarantine, SampleError
+from pipeline.squares import TestLoader, views
 from pipeline.stats import Stats, compute
 
 # Decoders agree on JPEG; DALI's linear filter has float weights and rounds once, PIL's has fixed-point weights and rounds

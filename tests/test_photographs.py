@@ -10,7 +10,8 @@ from test_loader import LARGEST_TOLERANCE, MEAN_TOLERANCE, PAPER
 
 from pipeline.draws import lighting_shift
 from pipeline.index import SampleIndex
-from pipeline.loader import TestLoader, TrainLoader
+from pipeline.loader import TrainLoader
+from pipeline.squares import TestLoader
 from pipeline.stats import Stats, compute
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif("PHOTOGRAPHS" not in os.environ, reason="PHOTOGRAPHS names no index")]

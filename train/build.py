@@ -14,8 +14,9 @@ from model.alexnet import AlexNet, canonical_shapes
 from model.towers import BOTH, Tower
 from pipeline.config import LoaderConfig
 from pipeline.index import SampleIndex
-from pipeline.loader import TestLoader, TrainLoader, quarantine_budget
+from pipeline.loader import TrainLoader, quarantine_budget
 from pipeline.reader import Quarantine
+from pipeline.squares import TestLoader
 from pipeline.stats import Stats
 from train.config import Config
 from train.distributed import Topology, cores

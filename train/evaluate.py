@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # --help needs none of it
     import torch
     from torch import nn
 
-    from pipeline.loader import TestLoader
+    from pipeline.squares import TestLoader
 
 
 @dataclass(frozen=True)

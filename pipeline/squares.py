@@ -1,0 +1,138 @@
+"""Test images: every sample of a split once, as its central square, and the views that are cut from it (paper §4.1).
+
+B samples of a batch, S side of the central square, crop the side the network sees.
+"""
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipeline import geometry
+from pipeline.config import DataConfig, LoaderConfig
+from pipeline.graph import Inputs
+from pipeline.index import SampleIndex
+from pipeline.loader import Batch, Loader
+from pipeline.reader import Bytes, SampleError
+from pipeline.sampler import Ids
+from pipeline.stats import Stats
+from pipeline.stream import Prepared, Stream
+
+
+class TestLoader(Loader):
+    """Every sample of a split exactly once, in id order, as its central square; the last batch may be shorter.
+
+    Args:
+        index, split, data, machine, device_id: as for `TrainLoader`.
+        batch: global batch, over all ranks.
+        stats: what to subtract; None gives the pixels as they are, (B, S, S, 3) uint8.
+        shard: (k, n): this rank gets every n-th batch, beginning with the k-th.
+        skip_corrupt: leave unreadable samples out, listed in `skipped`, instead of stopping.
+
+    Raises:
+        SampleError: a sample is unreadable. A test counts every image, so there is no substitute.
+    """
+    __test__ = False  # not a test case, whatever its name
+
+    def __init__(self, index: SampleIndex, split: str, data: DataConfig, batch: int, stats: Stats | None, *,
+                 machine: LoaderConfig = LoaderConfig(), shard: tuple[int, int] = (0, 1), device_id: int | None = None,
+                 skip_corrupt: bool = False, first: int = 0) -> None:
+        super().__init__(index, split, data, machine, device_id)
+        if batch < 1:
+            raise ValueError(f"batch (={batch}) must be at least 1; correct the recipe")
+        self._per_batch, self._skip = batch, skip_corrupt
+        self._stats = None if stats is None else stats.expect(data.square_px)
+        self._steps = range(first + shard[0], -(-len(self._ids) // batch), shard[1])
+        self.skipped: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.close()
+        plan = self._plan(self._per_batch, self.data.square_px, raw=self._stats is None, mean_image=self._mean_image())
+        stream = self._stream = Stream(iter(self._steps), self._prepare, self._mend, plan)
+        try:
+            while True:
+                try:
+                    prepared, images = stream.collect()
+                except StopIteration:
+                    return
+                if len(prepared.ids):
+                    yield self._batch(prepared, images)
+        finally:
+            stream.close()
+            if self._stream is stream:
+                self._stream = None
+
+    def _mean_image(self) -> npt.NDArray[np.float32] | None:
+        return self._stats.mean_image_chw if self._stats is not None and self.data.mean == "image" else None
+
+    def views(self, images: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
+        """The test views of a batch's squares, one after the other: (B, 3, crop, crop) each.
+
+        Args:
+            images: (B, 3, S, S) of a `Batch` of this loader.
+            count: 1, the centre; or 10, the four corners and the centre, then their reflections (paper §4.1).
+        """
+        for view in views(images, self.data.crop_px, count):
+            if self._stats is not None and self.data.mean == "image_center":
+                low = (self.data.square_px - self.data.crop_px) // 2
+                piece = self._stats.mean_image_chw[:, low:low + self.data.crop_px, low:low + self.data.crop_px]
+                view = view - torch.from_numpy(piece).to(view.device)
+            yield view
+
+    def _prepare(self, step: int) -> Prepared:
+        ids = self._ids[step * self._per_batch:(step + 1) * self._per_batch]
+        self._reader.announce(ids)
+        views: list[Bytes] = []
+        kept = np.ones(len(ids), bool)
+        for row, id in enumerate(ids):
+            try:
+                views.append(self._reader.read(int(id)))
+            except SampleError as error:
+                if not self._skip:
+                    raise
+                self.skipped[int(id)], kept[row] = error.reason, False
+        return self._assemble(step, ids[kept], views)
+
+    def _mend(self, prepared: Prepared, row: int, reason: str) -> Prepared:
+        id = int(prepared.ids[row])
+        if not self._skip:
+            raise SampleError(self.index, id, reason)
+        self.skipped[id] = reason
+        return self._assemble(prepared.step, np.delete(prepared.ids, row),
+                              prepared.inputs.encoded[:row] + prepared.inputs.encoded[row + 1:])
+
+    def _assemble(self, step: int, ids: Ids, views: list[Bytes]) -> Prepared:
+        sizes = self._sizes(ids)
+        resized = geometry.resized(sizes, self.data.square_px)
+        offsets = geometry.central(resized, self.data.square_px)
+        zeros = np.zeros(len(ids), np.int32)
+        mean = np.zeros((len(ids), 3), np.float32)
+        if self._stats is not None and self.data.mean == "channel":
+            mean += self._stats.channel_mean
+        inputs = Inputs(views, geometry.regions(sizes, resized, offsets, self.data.square_px), mean,
+                        np.stack([zeros, zeros], axis=1), zeros)
+        return Prepared(step, ids, np.zeros_like(ids), inputs, ids, np.zeros_like(ids))
+
+
+def views(images: torch.Tensor, crop_px: int, count: int) -> Iterator[torch.Tensor]:
+    """Crops of squares for testing, lazily: (B, 3, crop, crop) each, views of `images` where not reflected.
+
+    Args:
+        images: (B, 3, S, S).
+        crop_px: side of a crop, at most S.
+        count: 1, the centre; or 10, the four corners and the centre, then their reflections (paper §4.1).
+
+    Raises:
+        ValueError: another count.
+    """
+    if count not in (1, 10):
+        raise ValueError(f"views (={count}) must be 1 (centre) or 10 (paper §4.1); correct the recipe")
+    far, middle = images.shape[-1] - crop_px, (images.shape[-1] - crop_px) // 2
+    places = [(middle, middle)] if count == 1 else [(0, 0), (0, far), (far, 0), (far, far), (middle, middle)]
+    for mirror in (False,) if count == 1 else (False, True):
+        for top, left in places:
+            view = images[..., top:top + crop_px, left:left + crop_px]
+            yield view.flip(-1) if mirror else view
