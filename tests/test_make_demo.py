@@ -114,10 +114,11 @@ def test_pictures_vary_in_size_and_direction() -> None:
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--classes", "3"], r"classes \(=3\) must lie in 4\.\.36; choose"),
-    (["--per-class", "0"], r"per-class \(=0\) must be at least 1; "),
-    (["--val-per-class", "0"], r"val-per-class \(=0\) must be at least 1; "),
-    (["--sides", "60", "50"], r"sides \(=60 50\) must be two numbers of pixels"),
+    (["--seed", "-5"], r"error: seed \(=-5\) must be at least 0; choose another"),
+    (["--classes", "3"], r"error: classes \(=3\) must lie in 4\.\.36; choose"),
+    (["--per-class", "0"], r"error: per-class \(=0\) must be at least 1; "),
+    (["--val-per-class", "0"], r"error: val-per-class \(=0\) must be at least 1; "),
+    (["--sides", "60", "50"], r"error: sides \(=60 50\) must be two numbers of pixels"),
 ])
 def test_errors_are_one_line_and_exit_2(words: list[str], message: str, tmp_path: Path,
                                         capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,3 +127,33 @@ def test_errors_are_one_line_and_exit_2(words: list[str], message: str, tmp_path
     error = capsys.readouterr().err
     assert re.match(message, error) and error.count("\n") == 1
     assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert make_demo.main(["--out", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err == (f"error: output folder (={tmp_path}/file) cannot be written (File exists); "
+                                       "give another --out\n")
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_ctrl_c_leaves_no_archive_half_written(tmp_path: Path, before: bool, monkeypatch: pytest.MonkeyPatch,
+                                               capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--out", str(tmp_path), "--classes", "4", "--per-class", "2", "--val-per-class", "1", "--sides", "24", "40"]
+    if before:
+        assert make_demo.main(words) == 0
+    old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    calls = 0
+
+    def interrupted(*arguments: object) -> bytes:
+        nonlocal calls
+        calls += 1
+        if calls > 2:
+            raise KeyboardInterrupt
+        return b""
+
+    monkeypatch.setattr(make_demo, "_tar", interrupted)
+    capsys.readouterr()
+    assert make_demo.main(words) == 130
+    assert capsys.readouterr().err.strip() == "interrupted; no archive was left half-written"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old

@@ -9,6 +9,7 @@ same bytes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import io
 import sys
@@ -79,6 +80,17 @@ def _damage(oddity: str, draw: Callable[[], Any], encode: Callable[..., bytes]) 
     return encode(draw(), oddity)
 
 
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; it takes the place of `path` at the end, and is removed when something fails."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def make(out: Path, seed: int, class_count: int, per_class: int, val_per_class: int, sides: tuple[int, int],
          report: Callable[[int, int], None] = lambda done, total: None) -> dict[str, int]:
     """Write the three archives into `out` (made if missing); return {"train": members, "val": members, "classes": …}.
@@ -91,6 +103,8 @@ def make(out: Path, seed: int, class_count: int, per_class: int, val_per_class: 
     for name, value in (("per-class", per_class), ("val-per-class", val_per_class)):
         if value < 1:
             raise ValueError(f"{name} (={value}) must be at least 1; there is nothing to learn from less")
+    if seed < 0:
+        raise ValueError(f"seed (={seed}) must be at least 0; choose another")
     if not 16 <= sides[0] <= sides[1]:
         raise ValueError(f"sides (={sides[0]} {sides[1]}) must be two numbers of pixels, from 16 on, the smaller "
                          "first; say e.g. 90 160")
@@ -112,7 +126,7 @@ def make(out: Path, seed: int, class_count: int, per_class: int, val_per_class: 
             yield (f"{names[k]}_{numbers[per_class]}.JPEG",
                    _damage(ODDITIES[k], lambda: draw(seed, colour, shape, per_class, sides), encode))
 
-    with tarfile.open(out / TRAIN, "w", format=tarfile.GNU_FORMAT) as archive:
+    with _whole(out / TRAIN) as path, tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
         for done, k in enumerate(sorted(range(class_count), key=names.__getitem__)):
             _add(archive, f"{names[k]}.tar", _tar(members(k)))
             report(done + 1, class_count)
@@ -125,7 +139,7 @@ def make(out: Path, seed: int, class_count: int, per_class: int, val_per_class: 
         pictures.append((f"ILSVRC2012_val_{i + 1:08d}.JPEG",
                          encode(draw(seed, *kinds[k], 10 ** 6 + seen[k], sides))))
         seen[k] += 1
-    with tarfile.open(out / VAL, "w", format=tarfile.GNU_FORMAT) as archive:
+    with _whole(out / VAL) as path, tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
         for i in random.permutation(len(pictures)):
             _add(archive, *pictures[i])
 
@@ -136,7 +150,8 @@ def make(out: Path, seed: int, class_count: int, per_class: int, val_per_class: 
         (f"{folder}/readme.txt", b"Drawn by tools/make_demo.py in the shape of the ILSVRC2012 development kit.\n"),
         (f"{folder}/data/meta.mat", meta_mat(leaves)),
         (f"{folder}/data/ILSVRC2012_validation_ground_truth.txt", "".join(f"{k + 1}\n" for k in truth).encode())]))
-    (out / DEVKIT).write_bytes(gzip.compress(devkit, mtime=0))
+    with _whole(out / DEVKIT) as path:
+        path.write_bytes(gzip.compress(devkit, mtime=0))
     return {"train": train_count, "val": len(pictures), "classes": class_count}
 
 
@@ -158,8 +173,14 @@ def main(arguments: list[str] | None = None) -> int:
             bar = progress.add_task("drawing", total=options.classes)
             counts = make(options.out, options.seed, options.classes, options.per_class, options.val_per_class,
                           tuple(options.sides), lambda done, total: progress.update(bar, completed=done))
-    except (ValueError, RuntimeError, OSError) as error:
-        print(error, file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted; no archive was left half-written", file=sys.stderr)
+        return 130
+    except OSError as error:
+        print(f"error: output folder (={options.out}) cannot be written ({error.strerror}); give another --out", file=sys.stderr)
+        return 2
+    except (ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{counts['train']} training and {counts['val']} validation pictures of {counts['classes']} classes in "
           f"{options.out}")

@@ -139,6 +139,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--step", type=int, default=0, metavar="N", help="which batch of that many, from 0 (default 0)")
     try:
         run(parser.parse_args(arguments))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
