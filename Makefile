@@ -14,7 +14,7 @@ STAMP := $(VENV)/installed-$(or $(CUDA),12)
 
 DATA   ?=
 RECIPE ?=
-OUT    ?= demo
+OUT    ?= $(if $(DATA),demo-data,demo)
 INDEX  ?=
 
 .PHONY: install demo test lint bench-loader clean
@@ -47,7 +47,8 @@ bench-loader: $(STAMP)
 	$(BIN)/python -m tools.bench_loader $(INDEX)
 
 clean:
-	rm -rf $(VENV) build demo *.egg-info .pytest_cache .mypy_cache
+	test ! -e demo/DRAWN || rm -rf demo
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 comma := ,

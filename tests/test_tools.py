@@ -1,6 +1,8 @@
 """The commands: --help is quick, errors are one line and exit 2, sheets show what was drawn."""
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +26,18 @@ def test_help_imports_neither_torch_nor_dali_nor_scipy(words: list[str]) -> None
     imported = {line.rsplit("|", 1)[1].strip() for line in result.stderr.splitlines() if "import time:" in line}
     assert "argparse" in imported
     assert imported & {"torch", "nvidia.dali", "scipy", "matplotlib"} == set()
+
+
+@pytest.mark.parametrize("tool, words", [(bench_loader, []), (show_batch, ["--config", "x", "--out", "y"]), (demo, []),
+                                         (show_kernels, ["--run", "x", "--out", "y"])])
+def test_ctrl_c_is_one_line_and_exit_130(tool: object, words: list[str], monkeypatch: pytest.MonkeyPatch,
+                                         capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tool, "run", interrupted)
+    assert tool.main(words) == 130      # type: ignore[attr-defined]
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 # --- demo.py
@@ -58,6 +72,62 @@ def test_a_failing_step_ends_the_demo_with_its_code() -> None:
         steps.step("broken", ["-c", "raise SystemExit(75)"])
     assert failed.value.code == 75
     assert list(steps.seconds) == ["fine"]
+
+
+def test_an_interrupted_demo_lets_its_step_save(tmp_path: Path) -> None:
+    """Ctrl-C at a terminal reaches both; the step needs a while."""
+    child = ("import time, pathlib\ntry:\n    print('ready', flush=True); time.sleep(20)\nexcept KeyboardInterrupt:\n"
+             f"    time.sleep(1); pathlib.Path({str(tmp_path / 'saved')!r}).touch()\n")
+    parent = ("from rich.console import Console; from tools import demo\n"
+              f"demo.run = lambda *_: demo.Demo(Console(stderr=True, file=open('/dev/null', 'w'))).step('x', ['-c', {child!r}])\n"
+              "raise SystemExit(demo.main([]))")
+    run = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           start_new_session=True)
+    assert run.stdout is not None and run.stdout.readline() == "ready\n"
+    os.killpg(run.pid, signal.SIGINT)
+    assert run.communicate(timeout=20)[1] == "interrupted\n" and run.returncode == 130
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_drawn_demo_removes_only_what_was_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    real = tmp_path / "demo/runs/tiny100/config.yaml"
+    real.parent.mkdir(parents=True)
+    real.touch()
+    assert demo.main(["--out", str(tmp_path / "demo")]) == 2
+    assert (f"error: output folder (={tmp_path}/demo) must be new, empty or of an earlier drawn demo, for it is made anew; give "
+            "another --out (make demo OUT=…), or remove it\n") == capsys.readouterr().err
+    assert real.exists()
+    clean = ["make", "-s", "-f", str(ROOT / "Makefile"), "clean"]
+    subprocess.run(clean, cwd=tmp_path, check=True)
+    assert real.exists()
+    demo.check_out(tmp_path / "new", True)
+    (tmp_path / "demo" / demo.MARK).touch()
+    demo.check_out(tmp_path / "demo", True)
+    with pytest.raises(ValueError, match=r"output folder \(=.*demo\) holds a drawn demo, which the next one removes; give anoth"):
+        demo.check_out(tmp_path / "demo", False)
+    subprocess.run(clean, cwd=tmp_path, check=True)
+    assert not (tmp_path / "demo").exists()
+
+
+def test_real_data_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen = []
+    monkeypatch.setattr(demo, "run", lambda out, *_: seen.append(out.name))
+    monkeypatch.setattr(demo, "find_archives", lambda folder: None)
+    assert demo.main([]) == demo.main(["--data", "x"]) == 0 and seen == ["demo", "demo-data"]
+    for words, out in ([], "demo"), (["DATA=x"], "demo-data"), (["DATA=x", "OUT=y"], "y"):
+        said = subprocess.run(["make", "-n", "demo", *words], cwd=ROOT, capture_output=True, text=True).stdout
+        assert f"-m tools.demo --out {out} " in said.replace("\n", " ")
+
+
+def test_an_index_of_other_archives_is_refused(index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    demo.check_index(index, demo.find_archives(index.parent))
+    make_demo.make(tmp_path, 1, 4, 1, 1, (24, 40))
+    os.makedirs(tmp_path / "out")
+    os.symlink(index, tmp_path / "out/index")
+    assert demo.main(["--out", str(tmp_path / "out"), "--data", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: index (={tmp_path}/out/index) is that of other archives ({index.parent}/ILSVRC2012_img_tr")
+    assert error.endswith(f"{tmp_path}/ILSVRC2012_img_val.tar; give another --out (make demo OUT=…)\n")
 
 
 @pytest.fixture(scope="module")

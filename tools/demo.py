@@ -4,6 +4,7 @@
 
 Each step is the command a user would type, printed before it runs. Without --data the archives are drawn by
 tools/make_demo.py and everything is made anew; with it, an index, statistics and a run that are there are gone on with.
+A folder of drawn things carries a mark, and only such a folder is made anew: real data and runs are never removed.
 What stands after `--` goes to the training as it is. Exit code: that of the first step that failed, or 2.
 """
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+MARK = "DRAWN"      # the Makefile's `clean` looks for it too
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,12 +77,43 @@ class Demo:
         self.console.rule(f"[bold]{len(self.seconds) + 1}. {title}", align="left")
         self.console.print(f"$ python {shown}", style="dim", highlight=False, markup=False, soft_wrap=True)
         start = time.monotonic()
-        result = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, text=True,
-                                stdout=subprocess.PIPE if capture else None)
-        if result.returncode:
-            raise StepFailed(result.returncode)
+        with subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, text=True,
+                              stdout=subprocess.PIPE if capture else None) as process:
+            try:
+                printed, _ = process.communicate()
+            except KeyboardInterrupt:
+                process.wait()      # the step was interrupted too; it may be saving
+                raise
+        if process.returncode:
+            raise StepFailed(process.returncode)
         self.seconds[title] = time.monotonic() - start
-        return result.stdout if capture else ""
+        return printed or ""
+
+
+def check_out(out: Path, drawn: bool) -> None:
+    """Raise ValueError when `out` holds what this run must not mix with: a drawn run removes what was drawn before, and
+    only that.
+    """
+    if drawn and out.exists() and not (out / MARK).exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"output folder (={out}) must be new, empty or of an earlier drawn demo, for it is made anew; give "
+                         "another --out (make demo OUT=…), or remove it")
+    if not drawn and (out / MARK).exists():
+        raise ValueError(f"output folder (={out}) holds a drawn demo, which the next one removes; give another --out (make demo "
+                         "OUT=…)")
+
+
+def check_index(index: Path, archives: Archives) -> None:
+    """Raise ValueError when the index that is there was made of other archives."""
+    from pipeline.archive import fingerprint, open_tar
+    from pipeline.index import SampleIndex
+
+    given = [archives.train, archives.val]
+    for path in given:
+        open_tar(path).close()      # for its messages
+    recorded = SampleIndex.load(index).archives
+    if sorted(archive.fingerprint for archive in recorded) != sorted(map(fingerprint, given)):
+        raise ValueError(f"index (={index}) is that of other archives ({', '.join(str(archive.path) for archive in recorded)}) "
+                         f"than {archives.train} and {archives.val}; give another --out (make demo OUT=…)")
 
 
 def run(out: Path, data: Path | None, recipe: Path, extra: list[str], console: Console) -> None:
@@ -88,6 +121,7 @@ def run(out: Path, data: Path | None, recipe: Path, extra: list[str], console: C
     from pipeline.index import SampleIndex
     from train.recipe import load
 
+    check_out(out, data is None)
     config = load(recipe)
     px = config.data.square_px
     demo = Demo(console)
@@ -96,11 +130,14 @@ def run(out: Path, data: Path | None, recipe: Path, extra: list[str], console: C
     if data is None:
         for old in (index, runs):
             shutil.rmtree(old, ignore_errors=True)
+        (out / MARK).write_text("drawn by tools/demo.py; the next one, and make clean, remove what is here\n", encoding="utf-8")
         demo.step("draw the archives", ["tools/make_demo.py", "--out", out])
         console.print("(One of the drawn files is cut off, as happens to downloads. Lines that begin with [ERROR] are DALI's "
                       "own about it; training goes on with another picture.)", highlight=False, markup=False)
     archives = find_archives(data or out)
-    if not (index / "index.json").exists():
+    if (index / "index.json").exists():
+        check_index(index, archives)
+    else:
         demo.step("index them in place", ["tools/build_index.py", "build", "ilsvrc2012", "--train", archives.train,
                                           "--val", archives.val, "--devkit", archives.devkit, "--out", index])
     demo.step("mean image and colour components", ["tools/compute_stats.py", index, "--square-px", str(px)])
@@ -144,7 +181,8 @@ def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
     parser = argparse.ArgumentParser(prog="demo.py", description="Index archives in place, train on them, test, and "
                                      "print a table.", epilog="What stands after -- goes to train.main as it is.")
-    parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="folder for everything made")
+    parser.add_argument("--out", type=Path, metavar="DIR",
+                        help="folder for everything made (default: demo; demo-data with --data)")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder of ILSVRC2012 archives (default: drawn)")
     parser.add_argument("--recipe", type=Path, metavar="FILE",
                         help="recipe to train (default: demo.yaml; tiny100.yaml, a small network, with --data)")
@@ -157,13 +195,15 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"recipe (={recipe}) does not exist; give one of train/recipes with --recipe")
         if asked.data is not None:
             find_archives(asked.data)
-        run(asked.out.resolve(), asked.data and asked.data.resolve(), recipe.resolve(), asked.extra, Console())
+        out = asked.out or Path("demo" if asked.data is None else "demo-data")
+        run(out.resolve(), asked.data and asked.data.resolve(), recipe.resolve(), asked.extra, Console())
     except StepFailed as failed:
         return failed.code
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it last saved" if asked.data else "interrupted", file=sys.stderr)
         return 130
     return 0
 
