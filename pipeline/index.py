@@ -4,7 +4,7 @@ An index is a folder: `index.json` (header) and `samples.npy` (rows of `SAMPLE`,
 `names.bin` too when a folder tree of images was indexed (NUL-terminated relative paths). Names of tar members are
 not stored: they are read back from the tar headers. The row number is the sample's **id**; it never changes, excluded
 rows stay. Rows are sorted by split (train, val, test), in train by class, then by place in the archive; in val and
-test by name.
+test by name (ILSVRC: by base name).
 
 The header carries SHA-256 hashes: of each array file (`verify` checks those), and of its own content without paths
 (`load` checks that one: it is the identity of the data set, `SampleIndex.sha256`).
@@ -185,10 +185,12 @@ class SampleIndex:
         return self.archive_path(int(self.row(id)["archive"])) / self._folder_name(int(self.row(id)["offset"]))
 
     def archive_path(self, position: int) -> Path:
-        """Where archive `position` lies now. Raises ValueError when it is gone or of another size."""
+        """Where archive `position` lies now. Raises ValueError when it is gone, unreadable or of another size."""
         if position not in self._found:
             path = self.find_archive(position)
             archive = self.archives[position]
+            if not os.access(path, os.R_OK):
+                raise ValueError(f"archive (={path}) cannot be read; give yourself read permission")
             if archive.kind == "tar" and path.stat().st_size != archive.size:
                 raise ValueError(f"archive (={path}) has {path.stat().st_size} bytes, but had {archive.size} when it "
                                  f"was indexed; restore it, or build the index again")
@@ -196,7 +198,7 @@ class SampleIndex:
         return self._found[position]
 
     def check_archives(self, split: str) -> None:
-        """Look for every archive that a split uses, before long work. Raises ValueError when one is gone or of another size."""
+        """Look for every archive that a split uses, before long work. Raises ValueError when one is not as it was."""
         for position in np.unique(self.samples["archive"][self.ids(split)]).tolist():
             self.archive_path(position)
 

@@ -1,7 +1,7 @@
 """What a member's name and the devkit say about an image: its split, its class, its label.
 
-- ILSVRC 2010 / 2012: `<wnid>.tar` inside the train tar; val and test flat, in any order. Line i of the ground truth
-  belongs to the i-th *name* and holds an ILSVRC ID 1..K; meta.mat maps ID → wnid; our class is the position of the wnid
+- ILSVRC 2010 / 2012: `<wnid>.tar` inside the train tar; val and test in any order, in any folders. Line i of the ground truth
+  belongs to the i-th *base name* and holds an ILSVRC ID 1..K; meta.mat maps ID → wnid; our class is the position of the wnid
   in sorted order (IDs are not in that order: a wrong map shows as exactly 1/K top-1).
 - Class folders: `[.../]<split>/<class>/.../x.jpg` or `[.../]<class>/x.jpg`.
 - WebDataset: `key.jpg` with `key.cls`; the key ends at the first dot of the base name.

@@ -110,13 +110,17 @@ def test_one_folder_serves_archives_of_the_same_name(tmp_path: Path) -> None:
     assert one.archives[0].path != two.archives[0].path
 
 
-def test_archives_of_a_split_are_looked_for_before_work(tmp_path: Path) -> None:
+def test_archives_of_a_split_are_looked_for_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = write(tmp_path)
     index.check_archives("train")
     os.remove(tmp_path / "images.tar")
     for split in ("train", "val"):
         with pytest.raises(ValueError, match=r"archive \(=.*images.tar\) is not there; name the folder that holds it with"):
             SampleIndex.load(index.path).check_archives(split)
+    index = write(tmp_path, force=True)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may read anything
+    with pytest.raises(ValueError, match=r"archive \(=.*images.tar\) cannot be read; give yourself read permission"):
+        index.check_archives("train")
 
 
 def altered(folder: Path, change: dict, resign: bool = True) -> None:

@@ -109,6 +109,18 @@ def test_a_drawn_demo_removes_only_what_was_drawn(tmp_path: Path, capsys: pytest
     assert not (tmp_path / "demo").exists()
 
 
+def test_a_drawn_demo_marks_its_folder_first_and_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: demo.Demo, title: str, words: list[str]) -> str:
+        assert title == "draw the archives" and (tmp_path / "demo" / demo.MARK).exists()
+        raise demo.StepFailed(3)
+
+    monkeypatch.setattr(demo.Demo, "step", fails)
+    for _ in range(2):
+        assert demo.main(["--out", str(tmp_path / "demo")]) == 3
+        assert [path.name for path in (tmp_path / "demo").iterdir()] == [demo.MARK]
+        (tmp_path / "demo/index").mkdir()       # of the first, gone at the second
+
+
 def test_real_data_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen = []
     monkeypatch.setattr(demo, "run", lambda out, *_: seen.append(out.name))
