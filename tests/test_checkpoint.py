@@ -133,7 +133,7 @@ def test_killed_while_writing_leaves_the_old_ones_whole(tmp_path: Path) -> None:
     checkpoint.verify(second)
     with pytest.raises(Died):
         save(tmp_path, 3, attach=die)
-    checkpoint.prune(tmp_path, 5)
+    checkpoint.prune(tmp_path, 5, second)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000001", "step-000000002"]
 
 
@@ -142,12 +142,73 @@ def test_the_same_name_is_replaced(tmp_path: Path) -> None:
     checkpoint.verify(save(tmp_path, 1))
 
 
+def test_killed_while_replacing_leaves_one_of_the_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Death at each operation on folders in turn: the newest good checkpoint is always of this step."""
+    for deadly in range(4):
+        root = tmp_path / str(deadly)
+        save(root, 1)
+        save(root, 2)
+        left = [deadly]
+
+        def mortal(real: Callable[..., Any]) -> Callable[..., Any]:
+            def operation(*args: Any, **options: Any) -> Any:
+                if left[0] == 0:
+                    raise Died
+                left[0] -= 1
+                return real(*args, **options)
+            return operation
+
+        def armed(folder: Path) -> None:
+            attach(folder)
+            monkeypatch.setattr(checkpoint.shutil, "rmtree", mortal(checkpoint.shutil.rmtree))
+            monkeypatch.setattr(Path, "rename", mortal(Path.rename))
+
+        with pytest.raises(Died):
+            save(root, 2, attach=armed)
+        monkeypatch.undo()
+        found = checkpoint.newest_good(root, pytest.fail)
+        assert found is not None and checkpoint.read_state(found)["step"] == 2, deadly
+        save(root, 2)
+        assert [path.name for path in checkpoint.checkpoints(root)] == ["step-000000001", "step-000000002"]
+
+
+def test_one_that_steps_aside_comes_before_its_successor_only(tmp_path: Path) -> None:
+    for name in ("step-000000002-epoch-0001", "step-000000002", "step-000000003", "step-000000002-before"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == [
+        "step-000000002-before", "step-000000002", "step-000000002-epoch-0001", "step-000000003"]
+
+
+def test_damaged_newer_ones_are_set_aside_and_the_saved_one_is_never_pruned(tmp_path: Path) -> None:
+    said: list[str] = []
+    first, second, third = save(tmp_path, 1), save(tmp_path, 5), save(tmp_path, 9)
+    checkpoint.prune(tmp_path, 2, first)
+    assert checkpoint.checkpoints(tmp_path) == [first, second, third]
+    checkpoint.set_aside(tmp_path, first, said.append)
+    assert checkpoint.checkpoints(tmp_path) == [first] and len(said) == 2
+    assert f"damaged checkpoint (={third}) is now damaged-step-000000009; delete it when" in said[1]
+    save(tmp_path, 9)
+    checkpoint.set_aside(tmp_path, first, said.append)  # again
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged-step-000000005", "damaged-step-000000009",
+                                                                "step-000000001"]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json"])
+def test_another_format_is_refused_not_passed_over(tmp_path: Path, name: str) -> None:
+    save(tmp_path, 1)
+    path = save(tmp_path, 2) / name
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "format": 2}), encoding="utf-8")
+    read = checkpoint.read_state if name == "state.json" else lambda folder: checkpoint.newest_good(tmp_path, pytest.fail)
+    with pytest.raises(ValueError, match=rf"checkpoint format \(=2 in .*{name}\) must be 1, the one of this program; use"):
+        read(path.parent)
+
+
 def test_prune_keeps_the_last_and_the_best(tmp_path: Path) -> None:
     for step, error in ((1, 0.9), (2, 0.3), (3, 0.3), (4, None), (5, 0.5), (6, 0.4)):
         save(tmp_path, step, error, epochs=None if error is None else step)
     best = checkpoint.best(tmp_path)
     assert best is not None and best.name == "step-000000002-epoch-0002"
-    checkpoint.prune(tmp_path, 2)
+    checkpoint.prune(tmp_path, 2, checkpoint.checkpoints(tmp_path)[-1])
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == [
         "step-000000002-epoch-0002", "step-000000005-epoch-0005", "step-000000006-epoch-0006"]
 
@@ -158,7 +219,7 @@ def test_no_best_without_validation(tmp_path: Path) -> None:
 
 
 TOPOLOGIES = """
-import sys, warnings
+import sys, time, warnings
 warnings.simplefilter("error")
 import torch
 from pathlib import Path
@@ -171,7 +232,11 @@ torch.set_num_threads(1)
 with topology(towers=2, device="cpu", timeout_s=60) as where:
     tower = Tower(where.tower_rank, where.tower_ranks)
     mine = {name: tower_slice(whole, tower).clone() for name, whole in tensors(7).items()}
-    checkpoint.save(by_two, "step-000000007", mine, SHAPES, {"validation_error": None}, attach, where)
+    def slowly(folder):
+        time.sleep(0.5)
+        attach(folder)
+    path = checkpoint.save(by_two, "step-000000007", mine, SHAPES, {"validation_error": None}, slowly, where)
+    assert path.is_dir(), "gone on before it was there"
     for root in by_one, by_two:
         found = {name: torch.zeros_like(part) for name, part in mine.items()}
         checkpoint.load(root / "step-000000007", found, SHAPES, where)

@@ -5,8 +5,9 @@ A folder `step-000001234` (or `step-000001234-epoch-0003`, taken after the valid
   state.json            everything else: step, epoch, loader cursor, schedule, sums of the epoch so far
   config.yaml, stats.npz   the resolved recipe and the training set's statistics, so that it can be tested anywhere
   manifest.json         size and SHA-256 of each of these files, checked before a byte of them is believed
-It is written beside its place, synced, and renamed into it. No random state is kept: all draws are functions of the
-seed and the step.
+It is written beside its place, synced, and renamed into it; one of the same name steps aside first (`…-before`, still
+a checkpoint) and goes when the new one is there. Damaged ones that a resume passed over are `damaged-…`. No random
+state is kept: all draws are functions of the seed and the step.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch.distributed.tensor import DTensor, Shard
 from train.distributed import Topology
 
 FORMAT = 1
+BEFORE = "-before"
 MANIFEST, STATE = "manifest.json", "state.json"
 CONFIG, STATS = "config.yaml", "stats.npz"
 
@@ -43,7 +45,8 @@ def checkpoint_name(step: int, epochs_done: int | None) -> str:
 
 def checkpoints(root: Path) -> list[Path]:
     """All checkpoint folders of a run, oldest first."""
-    return sorted(path for path in root.glob("step-*") if path.is_dir())
+    return sorted((path for path in root.glob("step-*") if path.is_dir()),
+                  key=lambda path: (path.name.removesuffix(BEFORE), not path.name.endswith(BEFORE)))
 
 
 def save(root: Path, name: str, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]],
@@ -52,14 +55,14 @@ def save(root: Path, name: str, tensors: Mapping[str, torch.Tensor], shapes: Map
 
     Args:
         root: folder of the run's checkpoints.
-        name: from `checkpoint_name`; one of the same name is replaced.
+        name: from `checkpoint_name`; one of the same name is replaced, without a moment in which neither is there.
         tensors: this process's part of each tensor (its rows when it is a tower).
         shapes: canonical shape of each.
         state: plain values for state.json.
         attach: writes the other files into the folder it is given; called in the main process.
         where: this process.
     """
-    staged, final = root / f".{name}.partial", root / name
+    staged, final, before = root / f".{name}.partial", root / name, root / f"{name}{BEFORE}"
     if where.is_main:
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
@@ -76,9 +79,11 @@ def save(root: Path, name: str, tensors: Mapping[str, torch.Tensor], shapes: Map
             _sync(path)
         _sync(staged)
         if final.exists():
-            shutil.rmtree(final)
+            shutil.rmtree(before, ignore_errors=True)
+            final.rename(before)
         staged.rename(final)
         _sync(root)
+        shutil.rmtree(before, ignore_errors=True)
     where.agree(True)  # nobody goes on before it is there
     return final
 
@@ -88,13 +93,17 @@ def verify(path: Path) -> None:
 
     Raises:
         DamagedCheckpoint: naming the file that is missing, of another size, or has other bytes.
+        ValueError: it is of another format.
     """
     try:
-        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-        listed = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        written = int(manifest["format"])
+        listed = {str(name): (int(entry["size"]), str(entry["sha256"]))
+                  for name, entry in (manifest["files"] if written == FORMAT else {}).items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"checkpoint file (={path / MANIFEST}) cannot be read ({error}); use another "
                                 "checkpoint") from None
+    _check_format(written, path / MANIFEST)
     for name in sorted({STATE, CONFIG, STATS, ".metadata"} - listed.keys()):
         raise DamagedCheckpoint(f"checkpoint file (={path / name}) is not in the manifest; use another checkpoint")
     for name, (size, digest) in listed.items():
@@ -108,6 +117,13 @@ def verify(path: Path) -> None:
         if found != digest:
             raise DamagedCheckpoint(f"checkpoint file (={file}) has SHA-256 {found[:16]}…, was written with "
                                     f"{digest[:16]}…; use another checkpoint")
+
+
+def _check_format(written: object, path: Path) -> None:
+    """Raise ValueError for a file of another format: not damage, so nothing may pass it over or set it aside."""
+    if written != FORMAT:
+        raise ValueError(f"checkpoint format (={written} in {path}) must be {FORMAT}, the one of this program; use the version "
+                         "of the program that wrote it")
 
 
 def newest_good(root: Path, complain: Callable[[str], None]) -> Path | None:
@@ -132,6 +148,19 @@ def newest_good(root: Path, complain: Callable[[str], None]) -> Path | None:
     return None
 
 
+def set_aside(root: Path, chosen: Path, tell: Callable[[str], None]) -> None:
+    """Rename the checkpoints newer than `chosen`, all of them damaged, to `damaged-…`: they count no longer.
+
+    Left in place, they would be the last ones to `prune`, and new ones would be removed in their stead.
+    """
+    found = checkpoints(root)
+    for path in found[found.index(chosen) + 1:]:
+        aside = path.with_name(f"damaged-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        tell(f"damaged checkpoint (={path}) is now {aside.name}; delete it when you have looked at it")
+
+
 def best(root: Path) -> Path | None:
     """The checkpoint with the lowest validation error (the earliest of equals); None when none was validated."""
     rated = []
@@ -145,9 +174,9 @@ def best(root: Path) -> Path | None:
     return root / min(rated)[1] if rated else None
 
 
-def prune(root: Path, keep_last: int) -> None:
-    """Remove all but the last `keep_last` and the best checkpoint, and what a killed process left half-written."""
-    keep = {*checkpoints(root)[-keep_last:], best(root)}
+def prune(root: Path, keep_last: int, saved: Path) -> None:
+    """Remove all but the last `keep_last`, the best and the just `saved` one, and what a killed process left half-written."""
+    keep = {*checkpoints(root)[-keep_last:], best(root), saved}
     for path in checkpoints(root):
         if path not in keep:
             shutil.rmtree(path)
@@ -156,8 +185,9 @@ def prune(root: Path, keep_last: int) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint (verify it first)."""
+    """state.json of a checkpoint (verify it first); ValueError when it is of another format."""
     state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+    _check_format(state.get("format"), path / STATE)
     return state
 
 
