@@ -1,19 +1,23 @@
 """What a run does about data that is not as it should be: said before the first step, or without losing an epoch."""
 import io
+import json
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from small_set import photographs, write_set
+import torch
 
 from pipeline.index import SampleIndex
 from pipeline.index_writer import mark_excluded
 from pipeline.stats import Stats, compute, stats_path
 from tests.recipes import write_recipe
+from tests.small_set import photographs, write_set
 from tests.test_train import here, same
-from train import checkpoint
+from train import build, checkpoint
+from train.distributed import Topology
 from train.evaluate import main as evaluate_main
+from train.recipe import load
 
 SHORT = ("--train.epochs=2", "--schedule.plateau=null")
 
@@ -123,3 +127,33 @@ def test_best_and_last_are_asked_of_a_run(tmp_path: Path, capsys: pytest.Capture
     (only,) = checkpoint.checkpoints(tmp_path / "small/checkpoints")
     assert evaluate_main(["--checkpoint", str(only), "--which", "last"]) == 2
     assert "--which (=last) chooses among a run's checkpoints; leave it out" in capsys.readouterr().err
+
+
+def test_an_index_to_test_on_needs_only_the_split_tested(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    blobs = photographs(36)
+    index = index_of(tmp_path / "set", blobs[:24], blobs[24:30])
+    here(write_recipe(tmp_path, index.path), tmp_path, "--machine.stop_after=2", code=75)
+    other = write_set(tmp_path / "other", [], blobs[30:], classes=6)
+    assert len(other.ids("train")) == 0
+    assert evaluate_main(["--run", str(tmp_path / "small"), "--index", str(other.path)]) == 0
+    assert "split val: 6 images, 10 views each" in capsys.readouterr().out
+    assert evaluate_main(["--run", str(tmp_path / "small"), "--index", str(other.path), "--split", "train"]) == 2
+    assert f"split (=train) of {other.path} has no images; build" in capsys.readouterr().err
+
+
+def test_both_processes_begin_with_the_same_quarantine(tmp_path: Path) -> None:
+    """The list of the main process counts in the other too, which adds to it in memory only."""
+    blobs = photographs(30)
+    index = index_of(tmp_path / "set", blobs[:23] + [b"no picture" * 30], blobs[24:])
+    listed = tmp_path / "quarantine.jsonl"
+    listed.write_text(json.dumps({"id": 3}) + "\n", encoding="utf-8")
+    config = load(write_recipe(tmp_path, index.path))
+    stats = Stats.for_index(index, 76)
+    for rank in (1, 0):
+        where = Topology(0, 1, rank, 2, rank, 2, torch.device("cpu"))
+        before = listed.read_text(encoding="utf-8")
+        with build.train_loader(config, where, index, stats, listed) as loader:
+            with pytest.raises(RuntimeError, match=r"quarantine \(=2 unreadable samples\) must not exceed its budget \(=1\)"):
+                for batch in loader:
+                    pass
+        assert (listed.read_text(encoding="utf-8") == before) == (rank == 1)

@@ -24,11 +24,16 @@ from train.optimizer import PaperSGD
 
 
 def settle(config: Config, where: Topology) -> None:
-    """Threads and determinism of this process."""
+    """Threads, precision and determinism of this process."""
     torch.set_num_threads(config.machine.torch_threads or max(1, cores() // where.local_ranks))
     if where.device.type == "cuda":
         torch.backends.cudnn.deterministic = config.machine.deterministic
         torch.backends.cudnn.benchmark = not config.machine.deterministic
+        torch.use_deterministic_algorithms(config.machine.deterministic)
+        # It would also fill all new memory with NaN, at a cost; nothing here reads what it has not written.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        if config.machine.precision == "fp32":
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def loader_config(config: Config, where: Topology) -> LoaderConfig:
@@ -38,14 +43,14 @@ def loader_config(config: Config, where: Topology) -> LoaderConfig:
     return config.machine.loader(config.machine.threads or (mine if where.device.type == "cuda" else max(1, mine // 4)))
 
 
-def index(config: Config) -> SampleIndex:
-    """The index of the recipe.
+def index(config: Config, *splits: str) -> SampleIndex:
+    """The index of the recipe, of which these splits will be read.
 
     Raises:
         ValueError: it is no index, lacks a split, an image's label or an archive, or has more classes than the network.
     """
     found = SampleIndex.load(config.data.index, config.machine.archives or None)
-    for split in dict.fromkeys((config.data.train_split, config.data.validation_split, config.data.test_split)):
+    for split in dict.fromkeys(splits):
         rows = found.samples[found.ids(split)]
         unlabelled = int((rows["label"] < 0).sum())
         if len(rows) == 0 or unlabelled:
@@ -66,13 +71,16 @@ def classes_sha256(found: SampleIndex) -> str:
 
 
 def train_loader(config: Config, where: Topology, found: SampleIndex, stats: Stats,
-                 quarantine: Optional[Path]) -> TrainLoader:
-    """Training batches; both towers of a network see all of each. `quarantine`: file that lists unreadable images."""
+                 quarantine: Path) -> TrainLoader:
+    """Training batches; both towers of a network see all of each. `quarantine`: file that lists unreadable images; only the
+    main process writes it, but all begin with what it lists, so that all exceed the budget at the same image."""
     machine = loader_config(config, where)
     budget = quarantine_budget(machine, len(found.ids(config.data.train_split)))
+    noted = Quarantine(budget, quarantine if where.is_main else None)
+    noted.ids |= Quarantine(budget, quarantine).ids
     return TrainLoader(found, config.data.train_split, config.data.pixels(), config.train.batch, config.train.seed,
                        stats, machine=machine, shard=(where.data_rank, where.data_ranks), device_id=_device_id(where),
-                       quarantine=Quarantine(budget, quarantine))
+                       quarantine=noted)
 
 
 def test_loader(config: Config, where: Topology, found: SampleIndex, stats: Stats, split: str) -> TestLoader:

@@ -1,4 +1,5 @@
-"""How many processes there are, and what this one is. The only file that reads os.environ (torchrun's variables).
+"""How many processes there are, and what this one is. The only file that reads os.environ (torchrun's variables)
+and, but for train/__init__.py, writes it.
 
 `data_rank` says which slice of a batch a process gets, `tower_rank` which half of the network it holds. Today: one
 process holds both towers, or two hold one each and see the same batch. More slices of data would join in `_place`.
@@ -119,6 +120,7 @@ def topology(*, towers: int, device: str, timeout_s: float) -> Iterator[Topology
     placed = _place(world, rank, towers)
     chosen = _device(device, local_rank)
     if chosen.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts; deterministic cuBLAS asks for it
         torch.cuda.set_device(chosen)
     if world > 1:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=world,

@@ -197,7 +197,7 @@ def run(asked: argparse.Namespace) -> None:
     split, views = asked.split or config.data.test_split, asked.views or config.train.test_views
     with topology(towers=config.model.towers, device=machine.device, timeout_s=machine.timeout_s) as where:
         build.settle(config, where)
-        index = build.index(config)
+        index = build.index(config, split)  # it need not have the others
         if build.classes_sha256(index) != checkpoint.read_state(path)["classes"]:
             raise ValueError(f"index (={config.data.index}) has other classes, or another order of them, than the one "
                              "the network was trained on; give an index of the same classes")
@@ -235,6 +235,9 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except MemoryError as error:
+        print(f"error: memory (={str(error) or 'used up'}) does not suffice; give a smaller --batch", file=sys.stderr)
+        return 4
     except (RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 4

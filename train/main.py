@@ -6,7 +6,7 @@
 Exit codes (under torchrun, which turns any of them but 0 into 1, they stand in its report):
     0   trained and tested
     2   a mistake in what was asked: recipe, command line, index, run folder; nothing was done
-    3   the loss was not finite; the update was not made
+    3   the loss or a gradient was not finite; the update was not made
     4   the machine failed: disk, memory, GPU, an archive, the other process, all checkpoints damaged
     75  stopped by SIGTERM, Ctrl-C or machine.stop_after, and saved: go on with --resume
     130 interrupted by Ctrl-C before training began
@@ -39,12 +39,12 @@ def run(request: Request, where: Topology) -> int:
     stop.listen()
     config = request.config
     build.settle(config, where)
-    index = build.index(config)
+    index = build.index(config, config.data.train_split, config.data.validation_split, config.data.test_split)
     stats = Stats.for_index(index, config.data.square_px, config.data.train_split)
     network = build.network(config, where)
     optimizer = build_optimizer(network, config.optimizer)
     folder = folders.run_folder(config, request.recipe)
-    loader = build.train_loader(config, where, index, stats, folder / "quarantine.jsonl" if where.is_main else None)
+    loader = build.train_loader(config, where, index, stats, folder / "quarantine.jsonl")
     refused = ""
     if where.is_main:
         try:
@@ -104,6 +104,9 @@ def main(argv: Sequence[str]) -> int:
         return _fail(error, NOT_FINITE, is_main)
     except ValueError as error:
         return _fail(error, MISTAKE, is_main)
+    except MemoryError as error:  # Python's own has no text
+        return _fail(MemoryError(f"memory (={str(error) or 'used up'}) does not suffice; lower train.batch, machine.test_batch or "
+                                 "machine.prefetch"), FAILED)
     except (RuntimeError, OSError) as error:
         return _fail(error, FAILED)  # each process has its own failure to tell
     except KeyboardInterrupt:  # before the loop listens, or a second one
