@@ -15,7 +15,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Optional
 
+import torch
 from torch.nn import functional
+from torch.nn.utils import get_total_norm
 
 from model.alexnet import AlexNet
 from pipeline.index import SampleIndex
@@ -36,7 +38,7 @@ _AGAIN_S = 1.0  # a second Ctrl-C sooner than this is the same one, passed on by
 
 
 class NotFinite(RuntimeError):
-    """The loss is NaN or infinite; the update was not made."""
+    """The loss or a gradient is NaN or infinite; the update was not made."""
 
 
 class Stop:
@@ -151,10 +153,14 @@ def train_epoch(job: Job, rates: Rates) -> bool:
         job.optimizer.zero_grad(set_to_none=True)
         loss.backward()
 
-        value = float(loss.detach())
-        stop, broken = job.where.agree(job.stop.wanted, not math.isfinite(value))
+        # The largest gradient, not their root of squares, which overflows sooner; both in one transfer from a GPU.
+        largest = get_total_norm([p.grad for p in network.parameters() if p.grad is not None], math.inf)
+        value, gradient = torch.stack([loss.detach(), largest]).tolist()
+        stop, broken = job.where.agree(job.stop.wanted, not (math.isfinite(value) and math.isfinite(gradient)))
         if broken:
-            raise NotFinite(f"loss (={value}) at step {batch.step} with learning rate {lr:g} is not finite; the update "
+            found = f"loss (={value})" if not math.isfinite(value) else \
+                f"largest gradient (={'that of the other process' if math.isfinite(gradient) else gradient})"
+            raise NotFinite(f"{found} at step {batch.step} with learning rate {lr:g} is not finite; the update "
                             "was not made: lower optimizer.lr and give another --machine.name")
         job.optimizer.step()
 
@@ -191,7 +197,7 @@ def finish_epoch(job: Job, score: Score, rates: Rates) -> None:
     """An epoch is trained and validated: note it, move the schedule, go to the next, save."""
     epoch, epochs, (loss, error) = job.progress.epoch, job.config.train.epochs, job.progress.means()
     speed, waited, seconds = rates.overall()
-    lr = job.optimizer.param_groups[0]["lr"]
+    lr = job.schedule.lr(job.loader.step - 1, epoch)  # the optimizer's is the start's when resumed into a validation
     job.metrics.write("epoch", epoch=epoch, step=job.loader.step, lr=lr, loss=loss, error=error,
                       images_per_s=round(speed, 2), waited=round(waited, 4), seconds=round(seconds, 2),
                       validation=score.as_dict())
@@ -216,13 +222,14 @@ def save(job: Job, score: Optional[Score] = None) -> None:
         job.stats.save(folder / checkpoint.STATS)
 
     name = checkpoint.checkpoint_name(job.loader.step, job.progress.epoch if score else None)
-    checkpoint.save(job.root, name, tensors, shapes, state, attach, job.where)
+    saved = checkpoint.save(job.root, name, tensors, shapes, state, attach, job.where)
     if job.where.is_main:
-        checkpoint.prune(job.root, job.config.machine.keep_last)
+        checkpoint.prune(job.root, job.config.machine.keep_last, saved)
 
 
 def restore(job: Job) -> None:
-    """Go on from the newest good checkpoint; from the start, and saying so, when there is none yet.
+    """Go on from the newest good checkpoint; from the start, and saying so, when there is none yet. Newer ones, which are
+    damaged, are set aside.
 
     Raises:
         ValueError: it is of another recipe, index or network.
@@ -247,6 +254,8 @@ def restore(job: Job) -> None:
     job.schedule.load_state_dict(state["schedule"])
     job.progress = Progress(**state["progress"])
     job.metrics.cut(state["metrics_bytes"])
+    if job.where.is_main:
+        checkpoint.set_aside(job.root, path, job.console.warn)
     job.console.say(f"resuming from {path} at step {state['step']}")
 
 
