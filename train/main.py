@@ -105,8 +105,8 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         return _fail(error, MISTAKE, is_main)
     except MemoryError as error:  # Python's own has no text
-        return _fail(MemoryError(f"memory (={str(error) or 'used up'}) does not suffice; lower train.batch, machine.test_batch or "
-                                 "machine.prefetch"), FAILED)
+        return _fail(MemoryError(f"memory (={str(error) or 'used up'}) does not suffice; lower train.batch, "
+                                 "machine.test_batch or machine.prefetch"), FAILED)
     except (RuntimeError, OSError) as error:
         return _fail(error, FAILED)  # each process has its own failure to tell
     except KeyboardInterrupt:  # before the loop listens, or a second one
