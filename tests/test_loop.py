@@ -105,7 +105,7 @@ def test_precision_and_layout_reach_the_network(recipe: Path, tmp_path: Path, mo
     assert seen == {(True, dtype, layout == "true"), (False, dtype, layout == "true")}
 
 
-@pytest.mark.parametrize("what", ["loss", "largest gradient"])
+@pytest.mark.parametrize("what", ["loss", "norm of the gradient"])
 def test_what_is_not_finite_changes_no_weight(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """At step 5: the weights in memory are still those of the last checkpoint, and those of a run that stopped there."""
     networks: list[AlexNet] = []
