@@ -164,7 +164,8 @@ class MachineConfig(LoaderConfig):
 
     Attributes:
         device: auto takes a GPU when there is one.
-        precision: bf16 computes the network under autocast; weights, velocity and loss stay float32.
+        precision: fp32 is full float32, without TF32 on a GPU; bf16 computes the network under autocast, while weights,
+            velocity and loss stay float32.
         channels_last: memory layout of images and kernels.
         deterministic: on a GPU, only kernels that give the same bits each time.
         torch_threads: of the network on a CPU, per process; 0 means the cores divided by the processes.
