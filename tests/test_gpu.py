@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_set import photographs, write_set
+from tests.small_set import photographs, write_set
 
 from model.alexnet import AlexNet
 from model.config import LrnConfig, ModelConfig

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from oracle import ten_views, training_crop
-from small_set import encode, photographs, picture, write_set
+from tests.oracle import ten_views, training_crop
+from tests.small_set import encode, photographs, picture, write_set
 
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.draws import lighting_shift

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from oracle import ten_views, training_crop
-from test_loader import LARGEST_TOLERANCE, MEAN_TOLERANCE, PAPER
+from tests.oracle import ten_views, training_crop
+from tests.test_loader import LARGEST_TOLERANCE, MEAN_TOLERANCE, PAPER
 
 from pipeline.draws import lighting_shift
 from pipeline.index import SampleIndex

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_set import photographs, write_set
+from tests.small_set import photographs, write_set
 
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index import SampleIndex

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from oracle import square
-from small_set import encode, photographs, write_set
+from tests.oracle import square
+from tests.small_set import encode, photographs, write_set
 from PIL import Image
 
 from pipeline.config import LoaderConfig

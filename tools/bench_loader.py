@@ -173,15 +173,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batches", type=int, default=12, metavar="N", help="batches of a turn (12)")
     parser.add_argument("--photographs", type=int, default=96, metavar="N", help="to draw without an INDEX (96)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    try:
-        run(parser.parse_args(arguments))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    from tools.command import guarded
+    asked = parser.parse_args(arguments)
+    return guarded(lambda: run(asked))
 
 
 if __name__ == "__main__":

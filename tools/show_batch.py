@@ -137,15 +137,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--archives", type=Path, metavar="DIR", help="folder of the archives when they have moved")
     parser.add_argument("--count", type=int, default=32, metavar="B", help="crops on the sheet (default 32)")
     parser.add_argument("--step", type=int, default=0, metavar="N", help="which batch of that many, from 0 (default 0)")
-    try:
-        run(parser.parse_args(arguments))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    from tools.command import guarded
+    asked = parser.parse_args(arguments)
+    return guarded(lambda: run(asked))
 
 
 if __name__ == "__main__":

@@ -93,15 +93,9 @@ def main(arguments: list[str] | None = None) -> int:
     which.add_argument("--run", type=Path, metavar="DIR", help="run folder; its newest checkpoint is shown")
     which.add_argument("--checkpoint", type=Path, metavar="DIR", help="checkpoint folder")
     parser.add_argument("--out", type=Path, required=True, metavar="PNG")
-    try:
-        run(parser.parse_args(arguments))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    from tools.command import guarded
+    asked = parser.parse_args(arguments)
+    return guarded(lambda: run(asked))
 
 
 if __name__ == "__main__":

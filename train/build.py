@@ -7,7 +7,6 @@ import hashlib
 from pathlib import Path
 from typing import Any, Callable, ContextManager, Optional
 
-import numpy as np
 import torch
 
 from model.alexnet import AlexNet, canonical_shapes
@@ -57,8 +56,7 @@ def index(config: Config, *splits: str) -> SampleIndex:
             what = f"has {unlabelled} images without a label" if unlabelled else "has no images"
             raise ValueError(f"split (={split}) of {config.data.index} {what}; build the index with its labels (a devkit, a "
                              "ground truth), or name another split in the recipe")
-        for position in np.unique(rows["archive"]):
-            found.archive_path(int(position))  # known now, not after an epoch
+        found.check_archives(split)
     if len(found.classes) > config.model.classes:
         raise ValueError(f"model.classes (={config.model.classes}) must be at least the {len(found.classes)} of the index "
                          f"{config.data.index}; set it in the recipe")
