@@ -149,11 +149,12 @@ def test_killed_at_random_steps_and_resumed_gives_the_same_bits(recipe: Path, wh
     print(f"seed {seed}")  # shown when it fails
     choose = random.Random(seed)
     kills = 3 if launcher is ALONE else 1
-    killed = reached = 0
+    killed = 0
     for attempt in range(kills):
+        # beyond what the one before had saved when it was killed, so that each of them gets to train
+        target = newest_step(tmp_path / "killed") + choose.randint(1, 18 // kills)
         process = start(launcher, recipe, tmp_path, *often, *(["--resume"] if attempt else []))
-        target = reached + choose.randint(1, 18 // kills)
-        while (reached := newest_step(tmp_path / "killed")) < target and process.poll() is None:
+        while newest_step(tmp_path / "killed") < target and process.poll() is None:
             time.sleep(0.005)
         time.sleep(choose.random() * 0.05)
         if process.poll() is None:
