@@ -40,7 +40,10 @@ def _list(folder: Path, prefix: str, above: tuple[tuple[int, int], ...], names: 
         for entry in sorted(entries, key=lambda entry: entry.name):
             name = prefix + entry.name
             if entry.is_dir():
+                before = len(names)
                 _list(folder / entry.name, name + "/", (*above, here), names, odd)
+                if len(names) == before:
+                    odd.append(Odd(-1, name + "/", "a folder without images", False))
             elif not entry.is_file():
                 odd.append(Odd(-1, name, "a dangling link or a device, not a file", False))
             elif not is_image_name(name):

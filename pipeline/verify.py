@@ -91,10 +91,12 @@ def full(index: SampleIndex, jobs: int, progress: Progress | None = None) -> lis
 def exclude(index: SampleIndex, findings: Sequence[Finding]) -> int:
     """Mark the samples found damaged excluded, atomically. Returns how many were not excluded before.
 
-    Raises ValueError when an archive or the index itself differs: that would throw away good samples.
+    Raises ValueError when a tar or the index itself differs: that would throw away good samples. A folder of images always
+    differs when one of its files does.
     """
+    folders = {str(archive.path) for archive in index.archives if archive.kind == "folder"}
     for finding in findings:
-        if finding.id is None:
+        if finding.id is None and finding.name not in folders:
             raise ValueError(f"{finding.name} {finding.problem}, so nothing was excluded; restore it first, or build the "
                              f"index again")
     fresh = {finding.id: (finding.name, finding.problem) for finding in findings
@@ -102,6 +104,11 @@ def exclude(index: SampleIndex, findings: Sequence[Finding]) -> int:
     if fresh:
         mark_excluded(index, fresh)
     return len(fresh)
+
+
+def left_out(index: SampleIndex, scrub: bool) -> int:
+    """How many samples a full check, or a scrub, passes over: those found damaged before, or all that are excluded."""
+    return int(index.samples["excluded"].sum()) if scrub else len(index) - len(_not_damaged(index))
 
 
 def _not_damaged(index: SampleIndex) -> np.ndarray:

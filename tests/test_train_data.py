@@ -157,3 +157,14 @@ def test_both_processes_begin_with_the_same_quarantine(tmp_path: Path) -> None:
                 for batch in loader:
                     pass
         assert (listed.read_text(encoding="utf-8") == before) == (rank == 1)
+
+
+def test_a_stop_that_is_past_is_said(tmp_path: Path) -> None:
+    blobs = photographs(30)
+    index = index_of(tmp_path / "set", blobs[:24], blobs[24:])
+    recipe = write_recipe(tmp_path, index.path)
+    here(recipe, tmp_path, "--machine.stop_after=2", code=75)
+    for stop in (1, 2):
+        _, err = here(recipe, tmp_path, "--resume", f"--machine.stop_after={stop}", code=2)
+        assert f"machine.stop_after (={stop}) must lie after step 2, where this run stands" in err
+    here(recipe, tmp_path, "--resume", "--machine.stop_after=3", code=75)

@@ -157,3 +157,22 @@ def test_folder_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "damaged: sample 1 (=a/2.jpg) cannot be read: " in said and "damaged: sample 4 (=b/3.jpg) has CRC-32" in said
     assert f"damaged: {tmp_path / 'tree'} has " in said
     assert json.loads((tmp_path / "index/index.json").read_text())["reasons"] == {}
+
+
+def test_a_folder_that_lost_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The advice of the error works, and what is counted is samples."""
+    for number in range(6):
+        save(tmp_path / f"tree/{'ab'[number % 2]}/{number}.jpg", encode(picture(number, 20, 30)))
+    (tmp_path / "tree/fish").mkdir()
+    assert main(["build", "classes", str(tmp_path / "tree"), "--out", str(tmp_path / "index")]) == 0
+    index = SampleIndex.load(tmp_path / "index")
+    assert [odd["reason"] for odd in index.header["oddities"]] == ["a folder without images"]
+    index.file_path(2).unlink()
+    capsys.readouterr()
+    assert main(["verify", str(index.path), "--full"]) == 1
+    assert "1 damaged of 6 samples, every CRC-32" in capsys.readouterr().out
+    assert main(["verify", str(index.path), "--full", "--exclude"]) == 0
+    assert "excluded 1 more samples" in capsys.readouterr().out
+    assert list(SampleIndex.load(index.path).ids("train")) == [0, 1, 3, 4, 5]
+    main(["verify", str(index.path), "--scrub"])
+    assert "0 damaged of 5 samples, every image decoded; 1 excluded before, not checked" in capsys.readouterr().out

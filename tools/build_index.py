@@ -162,10 +162,13 @@ def verify(arguments: argparse.Namespace) -> int:
         sample = f"sample {finding.id} (={_plain(finding.name)})" if finding.id is not None else _plain(finding.name)
         print(f"damaged: {sample} {_plain(finding.problem)}")
     how = "every image decoded" if arguments.scrub else "every CRC-32" if arguments.full else "a quick look"
+    left_out = checks.left_out(index, arguments.scrub) if arguments.scrub or arguments.full else 0
+    how += f"; {left_out:,} excluded before, not checked" if left_out else ""
     if not found:
-        print(f"ok: {len(index):,} samples, {how}")
+        print(f"ok: {len(index) - left_out:,} samples, {how}")
         return 0
-    print(f"{len(found):,} damaged of {len(index):,} samples, {how}")
+    samples = sum(finding.id is not None for finding in found)
+    print(f"{samples:,} damaged of {len(index) - left_out:,} samples, {how}")
     if not arguments.exclude:
         return 1
     print(f"excluded {checks.exclude(index, found):,} more samples")

@@ -174,7 +174,8 @@ class MachineConfig(LoaderConfig):
         name: of the run folder; empty takes the recipe's file name.
         checkpoint_steps: save every so many steps, besides the end of each epoch; 0 for never.
         keep_last: checkpoints kept besides the best one.
-        stop_after: stop (and save, exit code 75) when this step is done; 0 for never.
+        stop_after: stop (and save, exit code 75) after this many steps since the start of training, not since a resume;
+            0 for never.
         metrics_steps: a line of metrics.jsonl every so many steps (and every epoch).
         test_batch: images of one batch of validation and test.
         timeout_s: seconds without an answer from the other process after which a run gives up.

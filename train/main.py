@@ -60,6 +60,9 @@ def run(request: Request, where: Topology) -> int:
     try:
         if request.resume:
             restore(job)
+            if 0 < config.machine.stop_after <= loader.step:
+                raise ValueError(f"machine.stop_after (={config.machine.stop_after}) must lie after step {loader.step}, where "
+                                 "this run stands: it counts from the start of training; raise it or leave it out")
         if where.is_main:
             folders.note_start(folder, resumed_at=loader.step, processes=where.data_ranks * where.tower_ranks,
                                device=str(where.device), index=index.sha256, stats=stats.sha256,
