@@ -150,14 +150,14 @@ def verify(arguments: argparse.Namespace) -> int:
     from pipeline import verify as checks
     from tools.progress import Console
 
-    index = _load(arguments)
+    index, jobs = _load(arguments), _jobs(arguments)
     with Console() as progress:
         if arguments.scrub:
             from pipeline.scrub import scrub
 
-            found = checks.check_files(index) + scrub(index, _jobs(arguments), progress)
+            found = checks.check_files(index) + scrub(index, jobs, progress)
         else:
-            found = checks.full(index, _jobs(arguments), progress) if arguments.full else checks.quick(index)
+            found = checks.full(index, jobs, progress) if arguments.full else checks.quick(index)
     for finding in found:
         sample = f"sample {finding.id} (={_plain(finding.name)})" if finding.id is not None else _plain(finding.name)
         print(f"damaged: {sample} {_plain(finding.problem)}")
