@@ -14,11 +14,12 @@ from model.towers import BOTH, Tower
 from pipeline.config import LoaderConfig
 from pipeline.index import SampleIndex
 from pipeline.loader import TrainLoader, quarantine_budget
+from pipeline.parallel import cores
 from pipeline.reader import Quarantine
 from pipeline.squares import TestLoader
 from pipeline.stats import Stats
 from train.config import Config
-from train.distributed import Topology, cores
+from train.distributed import Topology
 from train.optimizer import PaperSGD
 
 
@@ -74,11 +75,9 @@ def train_loader(config: Config, where: Topology, found: SampleIndex, stats: Sta
     main process writes it, but all begin with what it lists, so that all exceed the budget at the same image."""
     machine = loader_config(config, where)
     budget = quarantine_budget(machine, len(found.ids(config.data.train_split)))
-    noted = Quarantine(budget, quarantine if where.is_main else None)
-    noted.ids |= Quarantine(budget, quarantine).ids
     return TrainLoader(found, config.data.train_split, config.data.pixels(), config.train.batch, config.train.seed,
                        stats, machine=machine, shard=(where.data_rank, where.data_ranks), device_id=_device_id(where),
-                       quarantine=noted)
+                       quarantine=Quarantine(budget, quarantine, writes=where.is_main))
 
 
 def test_loader(config: Config, where: Topology, found: SampleIndex, stats: Stats, split: str) -> TestLoader:

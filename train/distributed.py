@@ -131,8 +131,3 @@ def topology(*, towers: int, device: str, timeout_s: float) -> Iterator[Topology
     finally:
         if world > 1:
             dist.destroy_process_group()
-
-
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0))
