@@ -28,6 +28,8 @@ class TestLoader(Loader):
         stats: what to subtract; None gives the pixels as they are, (B, S, S, 3) uint8.
         shard: (k, n): this rank gets every n-th batch, beginning with the k-th.
         skip_corrupt: leave unreadable samples out, listed in `skipped`, instead of stopping.
+        first: number of the batch to begin with.
+        ids: (N,) only these samples, in this order, instead of the whole split in id order.
 
     Raises:
         SampleError: a sample is unreadable. A test counts every image, so there is no substitute.
@@ -36,8 +38,10 @@ class TestLoader(Loader):
 
     def __init__(self, index: SampleIndex, split: str, data: DataConfig, batch: int, stats: Stats | None, *,
                  machine: LoaderConfig = LoaderConfig(), shard: tuple[int, int] = (0, 1), device_id: int | None = None,
-                 skip_corrupt: bool = False, first: int = 0) -> None:
+                 skip_corrupt: bool = False, first: int = 0, ids: Ids | None = None) -> None:
         super().__init__(index, split, data, machine, device_id)
+        if ids is not None:
+            self._ids = ids
         if batch < 1:
             raise ValueError(f"batch (={batch}) must be at least 1; correct the recipe")
         self._per_batch, self._skip = batch, skip_corrupt
