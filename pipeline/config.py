@@ -54,28 +54,37 @@ class LoaderConfig:
     Attributes:
         threads: DALI's worker threads; 0 means one per core this process may use.
         prefetch: batches DALI keeps ready, at least 1.
+        queue: finished batches that wait for the network, at least 1 (CPU only; on a GPU the device runs ahead by itself).
         read_threads: threads that fetch bytes from storage and check them; 0 reads in the caller's thread.
         check_crc: compare each file's bytes with the CRC-32 of the index (25 µs for 110 kB); finds flipped bits that
             decode to other pixels without an error.
         quarantine_budget: largest share of the training samples that may be unreadable before training stops.
         hw_decoder_load: GPU only: share of baseline JPEGs given to the hardware engine.
         preallocate_px: GPU only: side of the largest image for which decoder memory is reserved at the start; 0: none.
+        resident_memory: where tier resident keeps the squares: ram, one memory-mapped file for all processes of a node; or gpu,
+            shared out among the node's processes.
+        resident_folder: folder of that file; empty means `resident` in the index folder.
 
     Raises:
         ValueError: a value outside its range, naming the key.
     """
     threads: int = 0
     prefetch: int = 2
+    queue: int = 2
     read_threads: int = 2
     check_crc: bool = True
     quarantine_budget: float = 1e-4
     hw_decoder_load: float = 0.65
     preallocate_px: int = 0
+    resident_memory: str = "ram"
+    resident_folder: str = ""
 
     def __post_init__(self) -> None:
-        for name, low in (("threads", 0), ("prefetch", 1), ("read_threads", 0), ("preallocate_px", 0)):
+        for name, low in (("threads", 0), ("prefetch", 1), ("queue", 1), ("read_threads", 0), ("preallocate_px", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"machine.{name} (={getattr(self, name)}) must be at least {low}; correct the setting")
+        if self.resident_memory not in ("ram", "gpu"):
+            raise ValueError(f"machine.resident_memory (={self.resident_memory}) must be ram or gpu; correct the setting")
         for name in ("quarantine_budget", "hw_decoder_load"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"machine.{name} (={getattr(self, name)}) must be a share between 0 and 1; "

@@ -1,7 +1,7 @@
 """The DALI graph, one for CPUs and GPUs. The only file that imports `nvidia.dali`.
 
-Order, crops, reflections and lighting come in as tensors; DALI decodes, resamples and does the colour arithmetic. On a CPU
-(`device_id=None`) only the region under the crop is decoded; on a GPU the decoder is `mixed`, argument tensors stay on the CPU.
+Order and crops come in as tensors; DALI decodes the region under the crop and resamples it, to uint8 (reflections, mean and
+lighting noise are `pipeline.colour`'s). On a GPU (`device_id`) the decoder is `mixed`, argument tensors stay on the CPU.
 B samples, S side of the output in pixels.
 """
 from collections import deque
@@ -45,79 +45,59 @@ class Inputs:
     Attributes:
         encoded: B byte views, each (size,) uint8, alive until the batch is collected (DALI reads them in place).
         regions: where to decode and sample.
-        mean: (B, 3) float32, subtracted from every pixel.
-        offsets: (B, 2) int32 place of the crop on the mean image; only read when the graph has one.
-        mirror: (B,) int32, whether the crop (and so its piece of the mean image) is reflected.
     """
     encoded: list[Bytes]
     regions: Regions
-    mean: npt.NDArray[np.float32]
-    offsets: npt.NDArray[np.int32]
-    mirror: npt.NDArray[np.int32]
 
     def row(self, row: int) -> "Inputs":
         """The inputs of one sample, as a batch of one."""
         one = slice(row, row + 1)
-        regions = Regions(self.regions.anchor[one], self.regions.shape[one], self.regions.start[one], self.regions.end[one])
-        return Inputs(self.encoded[one], regions, self.mean[one], self.offsets[one], self.mirror[one])
+        return Inputs(self.encoded[one], Regions(self.regions.anchor[one], self.regions.shape[one], self.regions.start[one],
+                                                 self.regions.end[one]))
 
 
 class Graph:
-    """A built DALI pipeline that pulls `Inputs` from a source and gives pixels in the same order.
+    """A built DALI pipeline that pulls `Inputs` from a source and gives (B, S, S, 3) uint8 pixels, RGB, in the same order.
 
     Args:
-        source: gives the inputs of one batch after the other; read ahead by `machine.prefetch` batches, in the caller's thread.
+        source: gives the inputs of one batch after the other; read ahead by `machine.prefetch` batches, in the collecting thread.
         batch: largest batch.
         side_px: side S of the output.
-        raw: True gives the resampled pixels as they are, (B, S, S, 3) uint8; False (B, 3, S, S) float32, mean subtracted.
-        mean_image: (3, H, W) float32, H, W >= S, or None; its crop at the sample's offset is subtracted too (paper §2).
+        resample: False when every source has the output's scale already, so that the region decoded is the output.
         machine: prefetch and decoder settings.
         threads: DALI's worker threads.
         device_id: GPU, or None for the CPU.
     """
 
-    def __init__(self, source: Iterator[Inputs], batch: int, side_px: int, *, raw: bool = False,
-                 mean_image: npt.NDArray[np.float32] | None = None, machine: LoaderConfig, threads: int,
-                 device_id: int | None) -> None:
+    def __init__(self, source: Iterator[Inputs], batch: int, side_px: int, *, resample: bool = True, machine: LoaderConfig,
+                 threads: int, device_id: int | None) -> None:
         self._source = source
         self._failure: Exception | None = None
         self._alive: deque[Inputs] = deque()  # DALI reads them in place
         self._collected: Inputs | None = None
         self._device_id = device_id
-        self._names = ["encoded", "anchor", "shape", "start", "end"]
-        self._names += [] if raw else ["mean"]
-        self._names += ["offsets", "mirror"] if mean_image is not None and not raw else []
+        self._resample = resample
         self._pipe: Any = Pipeline(batch_size=batch, num_threads=threads, device_id=device_id,
                                    prefetch_queue_depth=machine.prefetch, seed=0)
         with self._pipe:
-            self._pipe.set_outputs(self._define(side_px, raw, mean_image, machine))
+            self._pipe.set_outputs(self._define(side_px, machine))
         self._pipe.build()
 
-    def _define(self, side_px: int, raw: bool, mean_image: npt.NDArray[np.float32] | None, machine: LoaderConfig) -> Any:
+    def _define(self, side_px: int, machine: LoaderConfig) -> Any:
         gpu = self._device_id is not None
-        kinds = {"encoded": (types.UINT8, 1), "anchor": (types.INT32, 1), "shape": (types.INT32, 1), "start": (types.FLOAT, 1),
-                 "end": (types.FLOAT, 1), "mean": (types.FLOAT, 1), "offsets": (types.INT32, 1), "mirror": (types.INT32, 0)}
-        nodes = fn.external_source(source=self._pull, num_outputs=len(self._names), batch=True, no_copy=True,
-                                   dtype=[kinds[name][0] for name in self._names],
-                                   ndim=[kinds[name][1] for name in self._names])
-        given = dict(zip(self._names, nodes, strict=True))
+        kinds = [types.UINT8, types.INT32, types.INT32] + [types.FLOAT, types.FLOAT] * self._resample
+        encoded, anchor, shape, *ends = fn.external_source(source=self._pull, num_outputs=len(kinds), batch=True, no_copy=True,
+                                                           dtype=kinds, ndim=[1] * len(kinds))
         # EXIF orientation would turn the pixels away from the index's width and height. The hints exist on GPUs only.
         hints: dict[str, Any] = {"hw_decoder_load": machine.hw_decoder_load, "jpeg_fancy_upsampling": True,
                                  "preallocate_width_hint": machine.preallocate_px,
                                  "preallocate_height_hint": machine.preallocate_px} if gpu else {}
-        pixels = fn.decoders.image_slice(given["encoded"], start=given["anchor"], shape=given["shape"], axis_names="HW",
-                                         output_type=types.RGB, adjust_orientation=False,
-                                         device="mixed" if gpu else "cpu", **hints)
-        pixels = fn.resize(pixels, size=(side_px, side_px), roi_start=given["start"], roi_end=given["end"],
-                           interp_type=types.INTERP_LINEAR, antialias=True)
-        if raw:
+        pixels = fn.decoders.image_slice(encoded, start=anchor, shape=shape, axis_names="HW", output_type=types.RGB,
+                                         adjust_orientation=False, device="mixed" if gpu else "cpu", **hints)
+        if not self._resample:
             return pixels
-        images = fn.crop_mirror_normalize(pixels, mean=given["mean"], dtype=types.FLOAT, output_layout="CHW")
-        if mean_image is not None:
-            whole = types.Constant(np.ascontiguousarray(mean_image), device="gpu" if gpu else "cpu", layout="CHW")
-            piece = fn.slice(whole, start=given["offsets"], shape=(side_px, side_px), axis_names="HW")
-            images = images - fn.flip(piece, horizontal=given["mirror"])
-        return images
+        return fn.resize(pixels, size=(side_px, side_px), roi_start=ends[0], roi_end=ends[1],
+                         interp_type=types.INTERP_LINEAR, antialias=True)
 
     def _pull(self) -> tuple[Any, ...]:
         """DALI's callback. A failing source ends the stream here, so that the batches before it still come out."""
@@ -131,13 +111,12 @@ class Graph:
             self._failure = failure
             raise StopIteration from failure
         self._alive.append(inputs)
-        fields = {"encoded": inputs.encoded, "anchor": inputs.regions.anchor, "shape": inputs.regions.shape,
-                  "start": inputs.regions.start, "end": inputs.regions.end, "mean": inputs.mean, "offsets": inputs.offsets,
-                  "mirror": inputs.mirror}
-        return tuple(fields[name] for name in self._names)
+        regions = inputs.regions
+        ends = (regions.start, regions.end) if self._resample else ()
+        return (inputs.encoded, regions.anchor, regions.shape, *ends)
 
     def collect(self) -> torch.Tensor:
-        """The next batch, on the graph's device, without a copy.
+        """The next batch, (B, S, S, 3) uint8 on the graph's device, without a copy.
 
         Raises:
             DecodeError: some sample of this batch could not be decoded. The batches after it are not touched.

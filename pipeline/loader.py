@@ -2,8 +2,9 @@
 
 B samples of a batch, S side of the central square, crop the side the network sees.
 """
+import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -13,11 +14,14 @@ import numpy.typing as npt
 import torch
 
 from pipeline import geometry
+from pipeline.ahead import Ahead
+from pipeline.colour import Colour, Finish
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.counter import Purpose, bits
 from pipeline.draws import Draws, draw, lighting_shift
 from pipeline.graph import Inputs
 from pipeline.index import SampleIndex
+from pipeline.meter import Meter
 from pipeline.parallel import cores
 from pipeline.reader import Bytes, Quarantine, Reader, SampleError
 from pipeline.sampler import Ids, Sampler, epoch_of
@@ -46,9 +50,13 @@ class Batch:
 
 
 class Loader:
-    """What training and tests share: reading, labels, device, the stream."""
+    """What training and tests share: reading, decoding, labels, device.
 
-    def __init__(self, index: SampleIndex, split: str, data: DataConfig, machine: LoaderConfig, device_id: int | None) -> None:
+    On a CPU batches are made in a thread of their own, `machine.queue` of them ahead; on a GPU the device is ahead anyway.
+    """
+
+    def __init__(self, index: SampleIndex, split: str, data: DataConfig, machine: LoaderConfig, device_id: int | None,
+                 meter: Meter | None) -> None:
         if device_id is not None and not torch.cuda.is_available():
             raise ValueError(f"device_id (={device_id}) needs a CUDA device, and torch sees none; leave it out to decode on "
                              "the CPU")
@@ -59,25 +67,56 @@ class Loader:
         if len(self._ids) == 0:
             raise ValueError(f"split (={split}) of {index.path} must have samples; it has none, see build_index.py info")
         self._reader = Reader(index, check_crc=machine.check_crc)
-        self._stream: Stream | None = None
+        self._threads = machine.threads or cores()
+        self._ahead: Ahead[Batch] | None = None
+        self.meter = meter or Meter()
 
     def _sizes(self, ids: Ids) -> geometry.Pairs:
         rows = self.index.samples[ids]
         return np.stack([rows["height"], rows["width"]], axis=1).astype(np.int64)
 
-    def _plan(self, batch: int, side_px: int, *, raw: bool = False,
-              mean_image: npt.NDArray[np.float32] | None = None) -> GraphPlan:
-        return GraphPlan(batch, side_px, raw, mean_image, self.machine, self.machine.threads or cores(), self._device_id)
+    def _open(self, steps: Iterator[int], batch: int, side_px: int) -> Stream:
+        """The stream of the batches `steps`: of at most `batch` samples, (B, side_px, side_px, 3) uint8."""
+        sizes = self._sizes(self._ids)
+        resample = bool((sizes != geometry.resized(sizes, self.data.square_px)).any())
+        return Stream(steps, self._prepare, self._mend, GraphPlan(batch, side_px, resample, self.machine, self._threads,
+                                                                  self._device_id), self.meter)
 
-    def _batch(self, prepared: Prepared, images: torch.Tensor) -> Batch:
-        labels = torch.from_numpy(self.index.samples["label"][prepared.ids].astype(np.int64)).to(self.device)
-        return Batch(images, labels, prepared.ids, prepared.epochs, prepared.step)
+    def _prepare(self, step: int) -> Prepared:
+        raise NotImplementedError
+
+    def _mend(self, prepared: Prepared, row: int, reason: str) -> Prepared:
+        raise NotImplementedError
+
+    def _colour(self, side_px: int, mean_image: npt.NDArray[np.float32] | None) -> Colour:
+        return Colour(side_px, mean_image, threads=self._threads, device=self.device)
+
+    def _finished(self, colour: Colour, prepared: Prepared, pixels: torch.Tensor) -> Batch:
+        """A batch from its (B, S, S, 3) uint8 pixels."""
+        self.meter.enter("colour")
+        with self.meter.span("colour", prepared.step):
+            planar = pixels.permute(0, 3, 1, 2)
+            images = colour(list(planar), prepared.finish) if self._device_id is None else colour.whole(planar, prepared.finish)
+        return self._batch(prepared.step, prepared.ids, prepared.epochs, images)
+
+    def _batch(self, step: int, ids: Ids, epochs: Ids, images: torch.Tensor) -> Batch:
+        self.meter.enter("copy")
+        with self.meter.span("copy", step):
+            labels = torch.from_numpy(self.index.samples["label"][ids].astype(np.int64)).to(self.device)
+        return Batch(images, labels, ids, epochs, step)
+
+    def _start(self, produce: Generator[Batch, None, None]) -> Ahead[Batch]:
+        return Ahead(produce, self.machine.queue if self._device_id is None else 0, self.meter)
+
+    def _next(self, ahead: Ahead[Batch], step: int) -> Batch:
+        with self.meter.waiting(step, None if self._device_id is None else torch.cuda.current_stream(self._device_id)):
+            return next(ahead)
 
     def close(self) -> None:
         """Free threads and buffers. The loader can be used again; it starts where it was."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
     def __enter__(self) -> Self:
         return self
@@ -107,6 +146,7 @@ class TrainLoader(Loader, Iterator[Batch]):
         shard: (k, n): this rank gets rows [k·batch/n, (k+1)·batch/n) of every global batch.
         device_id: GPU that decodes and holds the batches, or None for the CPU.
         quarantine: where unreadable samples are noted; by default bounded by `machine.quarantine_budget`, without a file.
+        meter: measures the loader at work; by default one of its own, `meter`.
 
     Raises:
         ValueError: the split, batch or shard do not fit, see `Sampler`.
@@ -115,8 +155,8 @@ class TrainLoader(Loader, Iterator[Batch]):
 
     def __init__(self, index: SampleIndex, split: str, data: DataConfig, batch: int, seed: int, stats: Stats, *,
                  machine: LoaderConfig = LoaderConfig(), shard: tuple[int, int] = (0, 1), device_id: int | None = None,
-                 quarantine: Quarantine | None = None) -> None:
-        super().__init__(index, split, data, machine, device_id)
+                 quarantine: Quarantine | None = None, meter: Meter | None = None) -> None:
+        super().__init__(index, split, data, machine, device_id, meter)
         unlabelled = int((index.samples["label"][self._ids] < 0).sum())
         if unlabelled:
             raise ValueError(f"split (={split}) of {index.path} must have labels to train on; {unlabelled} samples have none")
@@ -147,19 +187,27 @@ class TrainLoader(Loader, Iterator[Batch]):
     def __next__(self) -> Batch:
         if self._step >= self._end:
             raise StopIteration
-        if self._stream is None:
-            image = self.data.mean != "channel"
-            plan = self._plan(len(self._sampler.take(0)[0]), self.data.crop_px,
-                              mean_image=self._stats.mean_image_chw if image else None)
-            first = self._step
-            self._stream = Stream(itertools.count(first), self._prepare, self._mend, plan)
+        if self._ahead is None:
+            self._ahead = self._start(self._produce(self._step))
         try:
-            prepared, images = self._stream.collect()
+            batch = self._next(self._ahead, self._step)
         except BaseException:
             self.close()  # what was read ahead is lost; whoever goes on starts again at the batch that failed
             raise
         self._step += 1
-        return self._batch(prepared, images)
+        return batch
+
+    def _produce(self, first: int) -> Generator[Batch, None, None]:
+        """All batches from step `first` on."""
+        with contextlib.closing(self._colour(self.data.crop_px, self._mean_image())) as colour, \
+                contextlib.closing(self._open(itertools.count(first), self._sampler.share, self.data.crop_px)) as stream:
+            while True:
+                prepared, pixels = stream.collect()
+                yield self._finished(colour, prepared, pixels)
+                del pixels
+
+    def _mean_image(self) -> npt.NDArray[np.float32] | None:
+        return None if self.data.mean == "channel" else self._stats.mean_image_chw
 
     def state_dict(self) -> dict[str, int | str]:
         """Cursor of the batches *consumed*, however many were read ahead, and what it is valid for."""
@@ -234,14 +282,18 @@ class TrainLoader(Loader, Iterator[Batch]):
     def _assemble(self, step: int, ids: Ids, epochs: Ids, views: list[Bytes], origins: Ids, tries: Ids) -> Prepared:
         drawn = self.draws(ids, epochs)
         resized, first, _ = self._rooms(ids)
-        offsets = np.stack([drawn.top, drawn.left], axis=1)
-        regions = geometry.regions(self._sizes(ids), resized, first + offsets, self.data.crop_px, drawn.mirror)
-        mean = -lighting_shift(drawn.alphas, self._stats.eigenvalues, self._stats.eigenvectors)
-        mirror = drawn.mirror
+        offsets = first + np.stack([drawn.top, drawn.left], axis=1)
+        regions = geometry.regions(self._sizes(ids), resized, offsets, self.data.crop_px)
+        return Prepared(step, ids, epochs, Inputs(views, regions), self._finish(drawn), origins, tries)
+
+    def _finish(self, drawn: Draws, *, cut: bool = False) -> Finish:
+        """What makes images of pixels: of crops, or (`cut`) of whole squares from which the crop is yet to be cut."""
+        zeros = np.zeros_like(drawn.top)
+        shift = lighting_shift(drawn.alphas, self._stats.eigenvalues, self._stats.eigenvectors)
+        place = drawn.top, drawn.left, drawn.mirror
         if self.data.mean == "channel":
-            mean += self._stats.channel_mean
+            shift -= self._stats.channel_mean
         elif self.data.mean == "image_center":
-            offsets = np.full_like(offsets, (self.data.square_px - self.data.crop_px) // 2)
-            mirror = np.zeros_like(mirror)
-        inputs = Inputs(views, regions, mean, offsets.astype(np.int32), mirror.astype(np.int32))
-        return Prepared(step, ids, epochs, inputs, origins, tries)
+            middle = np.full_like(drawn.top, (self.data.square_px - self.data.crop_px) // 2)
+            place = middle, middle, np.zeros_like(drawn.mirror)
+        return Finish(drawn.top if cut else zeros, drawn.left if cut else zeros, drawn.mirror, *place, shift)

@@ -57,6 +57,11 @@ class Sampler:
             raise ValueError(f"batch (={self.batch}) must be divisible by the {world} ranks that share it; "
                              "change the global batch")
 
+    @property
+    def share(self) -> int:
+        """Samples of a batch that are this rank's, B/n."""
+        return self.batch // self.shard[1]
+
     def order(self, epoch: int) -> Ids:
         """(N,) int64 permutation of the ids of `epoch`: the ids sorted by 64 random bits each.
 
@@ -72,8 +77,7 @@ class Sampler:
 
     def take(self, step: int) -> tuple[Ids, Ids]:
         """Ids and epochs, both (B/n,) int64, of this rank's rows of global batch `step`."""
-        rank, world = self.shard
-        share = self.batch // world
+        rank, share = self.shard[0], self.share
         positions = np.arange(share, dtype=np.int64) + (step * self.batch + rank * share)
         epochs, places = np.divmod(positions, len(self.ids))
         ids = np.empty(share, np.int64)

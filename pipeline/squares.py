@@ -2,21 +2,24 @@
 
 B samples of a batch, S side of the central square, crop the side the network sees.
 """
-from collections.abc import Iterator
+import contextlib
+import itertools
+from collections.abc import Generator, Iterator
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from pipeline import geometry
+from pipeline.colour import Finish
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.graph import Inputs
 from pipeline.index import SampleIndex
 from pipeline.loader import Batch, Loader
+from pipeline.meter import Meter
 from pipeline.reader import Bytes, SampleError
 from pipeline.sampler import Ids
 from pipeline.stats import Stats
-from pipeline.stream import Prepared, Stream
+from pipeline.stream import Prepared
 
 
 class TestLoader(Loader):
@@ -30,6 +33,7 @@ class TestLoader(Loader):
         skip_corrupt: leave unreadable samples out, listed in `skipped`, instead of stopping.
         first: number of the batch to begin with.
         ids: (N,) only these samples, in this order, instead of the whole split in id order.
+        meter: as for `TrainLoader`.
 
     Raises:
         SampleError: a sample is unreadable. A test counts every image, so there is no substitute.
@@ -38,8 +42,9 @@ class TestLoader(Loader):
 
     def __init__(self, index: SampleIndex, split: str, data: DataConfig, batch: int, stats: Stats | None, *,
                  machine: LoaderConfig = LoaderConfig(), shard: tuple[int, int] = (0, 1), device_id: int | None = None,
-                 skip_corrupt: bool = False, first: int = 0, ids: Ids | None = None) -> None:
-        super().__init__(index, split, data, machine, device_id)
+                 skip_corrupt: bool = False, first: int = 0, ids: Ids | None = None,
+                 meter: Meter | None = None) -> None:
+        super().__init__(index, split, data, machine, device_id, meter)
         if ids is not None:
             self._ids = ids
         if batch < 1:
@@ -54,23 +59,34 @@ class TestLoader(Loader):
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()
-        plan = self._plan(self._per_batch, self.data.square_px, raw=self._stats is None, mean_image=self._mean_image())
-        stream = self._stream = Stream(iter(self._steps), self._prepare, self._mend, plan)
+        ahead = self._ahead = self._start(self._produce())
         try:
+            for step in itertools.count():
+                try:
+                    batch = self._next(ahead, step)
+                except StopIteration:
+                    return
+                yield batch
+                del batch
+        finally:
+            ahead.close()
+            if self._ahead is ahead:
+                self._ahead = None
+
+    def _produce(self) -> Generator[Batch, None, None]:
+        side = self.data.square_px
+        image = self._stats.mean_image_chw if self._stats is not None and self.data.mean == "image" else None
+        with contextlib.closing(self._colour(side, image)) as colour, \
+                contextlib.closing(self._open(iter(self._steps), self._per_batch, side)) as stream:
             while True:
                 try:
-                    prepared, images = stream.collect()
+                    prepared, pixels = stream.collect()
                 except StopIteration:
                     return
                 if len(prepared.ids):
-                    yield self._batch(prepared, images)
-        finally:
-            stream.close()
-            if self._stream is stream:
-                self._stream = None
-
-    def _mean_image(self) -> npt.NDArray[np.float32] | None:
-        return self._stats.mean_image_chw if self._stats is not None and self.data.mean == "image" else None
+                    yield (self._batch(prepared.step, prepared.ids, prepared.epochs, pixels) if self._stats is None
+                           else self._finished(colour, prepared, pixels))
+                del pixels
 
     def views(self, images: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
         """The test views of a batch's squares, one after the other: (B, 3, crop, crop) each.
@@ -112,13 +128,13 @@ class TestLoader(Loader):
         sizes = self._sizes(ids)
         resized = geometry.resized(sizes, self.data.square_px)
         offsets = geometry.central(resized, self.data.square_px)
-        zeros = np.zeros(len(ids), np.int32)
-        mean = np.zeros((len(ids), 3), np.float32)
+        zeros, never = np.zeros(len(ids), np.int64), np.zeros(len(ids), bool)
+        shift = np.zeros((len(ids), 3), np.float32)
         if self._stats is not None and self.data.mean == "channel":
-            mean += self._stats.channel_mean
-        inputs = Inputs(views, geometry.regions(sizes, resized, offsets, self.data.square_px), mean,
-                        np.stack([zeros, zeros], axis=1), zeros)
-        return Prepared(step, ids, np.zeros_like(ids), inputs, ids, np.zeros_like(ids))
+            shift -= self._stats.channel_mean
+        inputs = Inputs(views, geometry.regions(sizes, resized, offsets, self.data.square_px))
+        return Prepared(step, ids, np.zeros_like(ids), inputs, Finish(zeros, zeros, never, zeros, zeros, never, shift), ids,
+                        np.zeros_like(ids))
 
 
 def views(images: torch.Tensor, crop_px: int, count: int) -> Iterator[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Prepared batches → reading threads → DALI → pixels, in order; finds and replaces the sample that breaks a batch.
+"""Prepared batches → reading threads → DALI → uint8 pixels, in order; finds and replaces the sample that breaks a batch.
 
 B samples of a batch.
 """
@@ -11,8 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipeline.colour import Finish
 from pipeline.config import LoaderConfig
 from pipeline.graph import DecodeError, Graph, Inputs
+from pipeline.meter import Meter
 
 Ids = npt.NDArray[np.int64]
 
@@ -25,6 +27,7 @@ class Prepared:
         step: number of the batch.
         ids, epochs: (B,) int64.
         inputs: what the graph eats.
+        finish: what makes images of its pixels.
         origins: (B,) int64 the ids before any substitution.
         tries: (B,) int64 how many stand-ins each row has had.
     """
@@ -32,6 +35,7 @@ class Prepared:
     ids: Ids
     epochs: Ids
     inputs: Inputs
+    finish: Finish
     origins: Ids
     tries: Ids
 
@@ -41,15 +45,14 @@ class GraphPlan:
     """What the graph of a stream computes; see `Graph`."""
     batch: int
     side_px: int
-    raw: bool
-    mean_image: npt.NDArray[np.float32] | None
+    resample: bool
     machine: LoaderConfig
     threads: int
     device_id: int | None
 
     def build(self, source: Iterator[Inputs]) -> Graph:
-        return Graph(source, self.batch, self.side_px, raw=self.raw, mean_image=self.mean_image, machine=self.machine,
-                     threads=self.threads, device_id=self.device_id)
+        return Graph(source, self.batch, self.side_px, resample=self.resample, machine=self.machine, threads=self.threads,
+                     device_id=self.device_id)
 
 
 class Stream:
@@ -60,40 +63,51 @@ class Stream:
         prepare: step → Prepared; called ahead of need, in threads.
         mend: (Prepared, row, reason) → Prepared without the undecodable sample of that row; may raise instead.
         plan: the graph.
+        meter: told whether bytes or pixels are waited for.
     """
 
     def __init__(self, steps: Iterable[int], prepare: Callable[[int], Prepared],
-                 mend: Callable[[Prepared, int, str], Prepared], plan: GraphPlan) -> None:
+                 mend: Callable[[Prepared, int, str], Prepared], plan: GraphPlan, meter: Meter) -> None:
         self._steps = iter(steps)
-        self._prepare, self._mend, self._plan = prepare, mend, plan
+        self._prepare, self._mend, self._plan, self._meter = prepare, mend, plan, meter
         self._waiting: deque[Prepared] = deque()  # pulled by DALI, not yet collected
         reading = plan.machine.read_threads
         self._pool = ThreadPoolExecutor(reading, "reader") if reading else None
         self._graph = plan.build(self._pull())
 
     def _pull(self) -> Iterator[Inputs]:
-        for prepared in map(self._prepare, self._steps) if self._pool is None else self._ahead(self._pool):
+        self._meter.enter("read")
+        for prepared in map(self._read, self._steps) if self._pool is None else self._ahead(self._pool):
             if len(prepared.ids):  # all of a batch may have been left out
                 self._waiting.append(prepared)
+                self._meter.enter("decode")
                 yield prepared.inputs
+                self._meter.enter("read")
+        self._meter.enter("decode")
+
+    def _read(self, step: int) -> Prepared:
+        with self._meter.span("read", step):
+            return self._prepare(step)
 
     def _ahead(self, pool: ThreadPoolExecutor) -> Iterator[Prepared]:
         futures: deque[Future[Prepared]] = deque()
         for step in self._steps:
-            futures.append(pool.submit(self._prepare, step))
+            futures.append(pool.submit(self._read, step))
             if len(futures) > self._plan.machine.read_threads:
                 yield futures.popleft().result()
         while futures:
             yield futures.popleft().result()
 
     def collect(self) -> tuple[Prepared, torch.Tensor]:
-        """The next batch and its pixels.
+        """The next batch and its pixels, (B, S, S, 3) uint8.
 
         Raises:
             StopIteration: no batch is left. Whatever `prepare` or `mend` raise.
         """
+        self._meter.enter("decode")
         try:
-            pixels = self._graph.collect()
+            with self._meter.span("decode", self._waiting[0].step if self._waiting else -1):
+                pixels = self._graph.collect()
         except DecodeError as error:
             return self._rescue(self._waiting.popleft(), error)
         return self._waiting.popleft(), pixels

@@ -101,6 +101,29 @@ def test_resized_sizes_by_hand() -> None:
 
 def test_regions_by_hand() -> None:
     sizes, resized = np.array([[512, 768]] * 2), np.array([[256, 384]] * 2)
-    found = geometry.regions(sizes, resized, np.array([[10, 20], [0, 157]]), 227, np.array([False, True]))
+    found = geometry.regions(sizes, resized, np.array([[10, 20], [0, 157]]), 227)
     assert found.anchor.tolist() == [[16, 36], [0, 310]] and found.shape.tolist() == [[462, 462], [458, 458]]
-    assert found.start.tolist() == [[4, 4], [0, 458]] and found.end.tolist() == [[458, 458], [454, 4]]
+    assert found.start.tolist() == [[4, 4], [0, 4]] and found.end.tolist() == [[458, 458], [454, 458]]
+
+
+def test_regions_of_an_image_of_the_right_size_are_the_crop_itself() -> None:
+    sizes = np.array([[256, 384]])
+    found = geometry.regions(sizes, sizes, np.array([[10, 20]]), 227)
+    assert found.anchor.tolist() == [[10, 20]] and found.shape.tolist() == [[227, 227]]
+    assert found.start.tolist() == [[0, 0]] and found.end.tolist() == [[227, 227]]
+
+
+def test_a_crops_coordinates_are_those_of_the_square_exactly() -> None:
+    """In float32 and whatever rectangle is decoded; and no sample is moved by more than 1/256 of a source pixel."""
+    sizes = np.random.default_rng(0).integers(257, 513, (200, 2))
+    resized = geometry.resized(sizes, 256)
+    first = geometry.central(resized, 256)
+    square = geometry.regions(sizes, resized, first, 256)
+    for place in ([0, 0], [29, 3], [7, 22]):
+        crop = geometry.regions(sizes, resized, first + place, 227)
+        scale = (square.end - square.start) / np.float32(256)
+        assert np.array_equal((crop.end - crop.start) / np.float32(227), scale)
+        moved = square.anchor + square.start + np.float32(place) * scale
+        assert np.array_equal(crop.anchor + crop.start, moved)
+        exact = (first + place) * sizes / resized
+        assert np.abs(moved - exact).max() < 1 / 256

@@ -1,0 +1,153 @@
+"""Who waits for whom: what the producing side is busy with, and what the consumer's waiting is due to.
+
+One thread makes batches and says with `enter` what it does; one thread consumes them and waits inside `waiting`. What the
+producer did meanwhile is why the consumer waited. `span` measures any piece of work of any thread.
+"""
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+STATES = ("read", "decode", "colour", "copy")  # what a producer can be busy with, in a batch's order; else it is "idle"
+_DEPTHS = 100_000  # queue depths kept
+
+
+@dataclass(frozen=True)
+class Waits:
+    """Seconds the consumer has waited, by what the producer was doing; they add up to `seconds` but for the hand-over itself.
+
+    `batches`: how many were asked for. On a GPU the seconds are the device's: from the end of its work to the next batch.
+    """
+    seconds: float = 0.0
+    read: float = 0.0
+    decode: float = 0.0
+    colour: float = 0.0
+    copy: float = 0.0
+    batches: int = 0
+
+    def since(self, earlier: "Waits") -> "Waits":
+        """What came after `earlier`."""
+        return Waits(**{name: value - getattr(earlier, name) for name, value in asdict(self).items()})
+
+    @property
+    def cause(self) -> str:
+        """The state that most of the waiting is due to."""
+        return max(STATES, key=lambda state: getattr(self, state))
+
+
+@dataclass(frozen=True)
+class Span:
+    """Totals of one kind of work: wall seconds, CPU seconds of its own thread, how often."""
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+    count: int = 0
+
+
+@dataclass(frozen=True)
+class Event:
+    """One piece of work: for a trace. Seconds on the clock of `time.perf_counter`."""
+    name: str
+    thread: str
+    start_s: float
+    end_s: float
+    step: int
+
+
+class Meter:
+    """Measures a loader at work; cheap enough to be always on (a few microseconds a batch).
+
+    Args:
+        trace: keep an `Event` for every span.
+        nvtx: mark spans as NVTX ranges, for Nsight Systems.
+        now: the clock, seconds.
+    """
+
+    def __init__(self, trace: bool = False, nvtx: bool = False, now: Callable[[], float] = time.perf_counter) -> None:
+        self._trace, self._now, self._lock = trace, now, threading.Lock()
+        self._state, self._since = "idle", now()
+        self._totals = dict.fromkeys((*STATES, "idle"), 0.0)
+        self._spans: dict[str, Span] = {}
+        self._waits = Waits()
+        self._pending: deque[tuple[Any, Any, Waits]] = deque()  # waits whose end the device has not reached yet
+        self.events: list[Event] = []
+        self.depths: deque[tuple[float, int]] = deque(maxlen=_DEPTHS)
+        self._range: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()
+        if nvtx:
+            import nvtx as ranges  # type: ignore[import-untyped]  # DALI depends on it
+            self._range = ranges.annotate
+
+    def enter(self, state: str) -> None:
+        """The producing thread says what it does from now on: one of STATES, or "idle": its queue is full."""
+        with self._lock:
+            now = self._now()
+            self._totals[self._state] += now - self._since
+            self._state, self._since = state, now
+
+    def totals(self) -> dict[str, float]:
+        """Seconds in each state so far, the current one included."""
+        with self._lock:
+            return {**self._totals, self._state: self._totals[self._state] + self._now() - self._since}
+
+    @contextmanager
+    def span(self, name: str, step: int) -> Iterator[None]:
+        """Measure work of this thread on the batch `step`."""
+        start, cpu = self._now(), time.thread_time()
+        try:
+            with self._range(name):
+                yield
+        finally:
+            end, used = self._now(), time.thread_time() - cpu
+            with self._lock:
+                old = self._spans.get(name, Span())
+                self._spans[name] = Span(old.wall_s + end - start, old.cpu_s + used, old.count + 1)
+                if self._trace:
+                    self.events.append(Event(name, threading.current_thread().name, start, end, step))
+
+    def spans(self) -> dict[str, Span]:
+        """Totals of each kind of work so far."""
+        with self._lock:
+            return dict(self._spans)
+
+    def depth(self, batches: int) -> None:
+        """So many finished batches were in the queue when the consumer asked."""
+        self.depths.append((self._now(), batches))
+
+    @contextmanager
+    def waiting(self, step: int, stream: Any = None) -> Iterator[None]:
+        """The consumer waits for batch `step`. `stream`: its CUDA stream, on whose clock the waiting is measured, or None."""
+        before, start = self.totals(), self._now()
+        begun = None if stream is None else _mark(stream)
+        with self.span("wait", step):
+            yield
+        seconds, after = self._now() - start, self.totals()
+        wait = Waits(seconds, **{state: min(seconds, after[state] - before[state]) for state in STATES}, batches=1)
+        if begun is None:
+            self._waits = _sum(self._waits, wait)
+        else:
+            self._pending.append((begun, _mark(stream), wait))
+
+    @property
+    def waits(self) -> Waits:
+        """All waiting so far (on a GPU: as far as the device has come)."""
+        while self._pending and self._pending[0][1].query():
+            start, end, wait = self._pending.popleft()
+            seconds = start.elapsed_time(end) / 1e3
+            # What the device waited beyond the host's own waiting, it waited for the decoder's kernels.
+            decode = max(0.0, seconds - wait.read - wait.colour - wait.copy)
+            self._waits = _sum(self._waits, Waits(seconds, wait.read, decode, wait.colour, wait.copy, 1))
+        return self._waits
+
+
+def _sum(one: Waits, other: Waits) -> Waits:
+    return Waits(**{name: value + getattr(other, name) for name, value in asdict(one).items()})
+
+
+def _mark(stream: Any) -> Any:
+    import torch
+
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(stream)
+    return event
