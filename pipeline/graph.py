@@ -7,6 +7,7 @@ B samples, S side of the output in pixels.
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import tee
 from typing import Any
 
 import numpy as np
@@ -171,3 +172,83 @@ class SizeProbe:
         except RuntimeError as error:
             raise DecodeError(error) from error
         return np.asarray(shapes.as_array(), np.int64)[:, :2]
+
+
+class DecodeGraph(Graph):
+    """`Graph` cut off after the decoder, for measuring; gives the shapes of what was decoded, (B, 3) int64, not the pixels."""
+
+    def _define(self, side_px: int, machine: LoaderConfig) -> Any:
+        return super()._define(side_px, machine).shape()
+
+
+class ResizeGraph:
+    """The other half of `Graph`, for measuring: pixels that are decoded already, resized.
+
+    Args:
+        source: gives, without end, B images (H, W, 3) uint8, NumPy arrays (on a GPU: its tensors), and where to sample them;
+            all stay alive.
+        batch, side_px, machine, threads, device_id: as for `Graph`.
+    """
+
+    def __init__(self, source: Iterator[tuple[list[Any], Regions]], batch: int, side_px: int, *, machine: LoaderConfig,
+                 threads: int, device_id: int | None) -> None:
+        pixels, regions = tee(source)
+        self._pipe: Any = Pipeline(batch_size=batch, num_threads=threads, device_id=device_id,
+                                   prefetch_queue_depth=machine.prefetch, seed=0)
+        with self._pipe:
+            images = fn.external_source(source=(given for given, _ in pixels), batch=True, no_copy=True, dtype=types.UINT8,
+                                        ndim=3, layout="HWC", device="cpu" if device_id is None else "gpu")
+            start, end = fn.external_source(source=((where.start, where.end) for _, where in regions), num_outputs=2, batch=True,
+                                            no_copy=True, dtype=types.FLOAT, ndim=1)
+            self._pipe.set_outputs(fn.resize(images, size=(side_px, side_px), roi_start=start, roi_end=end,
+                                             interp_type=types.INTERP_LINEAR, antialias=True))
+        self._pipe.build()
+
+    def collect(self) -> torch.Tensor:
+        """The next batch, (B, S, S, 3) uint8."""
+        (output,) = self._pipe.run()
+        return torch.from_dlpack(output.as_tensor())
+
+    def close(self) -> None:
+        """Free DALI's threads and buffers."""
+        self._pipe = None
+
+
+class ShardReader:
+    """Ranges of bytes of tars, one after the other, read ahead in DALI's own threads by its WebDataset reader.
+
+    Args:
+        paths: tars, in the order they are read: local paths, or ``s3://bucket/key`` (credentials and `AWS_ENDPOINT_URL` from the
+            environment).
+        index_paths: for each its index file as wds2idx writes it; a line is a range. Needed until the first range is there.
+        ahead: ranges read ahead, at least 1.
+    """
+
+    def __init__(self, paths: list[str], index_paths: list[str], ahead: int) -> None:
+        self._pipe: Any = Pipeline(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, seed=0)
+        with self._pipe:
+            # Plain reads: a file that is cut under a memory map ends the process. lazy_init: opening the tars would hold the GIL.
+            self._pipe.set_outputs(fn.readers.webdataset(paths=paths, index_paths=index_paths, ext=["jpg"],
+                                                         missing_component_behavior="error", dont_use_mmap=True,
+                                                         lazy_init=True, prefetch_queue_depth=ahead))
+        self._pipe.build()
+        self._pipe.schedule_run()
+
+    def next(self) -> Bytes:
+        """The next range, (size,) uint8. After the last one it begins again.
+
+        Raises:
+            RuntimeError: DALI cannot read it; no later range will come. In one line what DALI says.
+        """
+        try:
+            (output,) = self._pipe.outputs()
+            self._pipe.schedule_run()
+        except RuntimeError as error:
+            raise RuntimeError(" ".join(str(error).partition("encountered:")[2].split("Current pipeline")[0].split())
+                               or str(error)) from error
+        view: Bytes = torch.from_dlpack(output.as_tensor()).numpy()[0]
+        return view
+
+    def close(self) -> None:
+        """Stop reading. Ranges already given stay valid: they own their memory."""
+        self._pipe = None

@@ -1,0 +1,137 @@
+"""Measuring several things fairly: they take turns, so that whatever disturbs the machine disturbs all of them alike.
+
+The one concept: a `Work` does one piece (a batch) each time it is asked; `take_turns` lets every work run for a while, again
+and again, and keeps a figure of each turn. Before the clock of a turn starts, what was made ahead is used up and what
+others made ahead is finished. Seconds on the wall; CPU time is the whole process's, of all its threads.
+"""
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.meter import STATES, Meter, Waits
+
+_QUIET_S, _QUIET_CPU_S, _SETTLE_S = 0.03, 0.003, 3.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """Something to be measured.
+
+    Attributes:
+        name: of it.
+        steps: each `next` does one piece of work and says how many images that were. Closed by whoever made it.
+        warm: pieces done before the clock of a turn starts: more than are made ahead.
+        meter: of the loader in it, if there is one.
+        threads: that do it.
+        image_bytes: mean bytes an image, where bytes are what it is about.
+    """
+    name: str
+    steps: Iterator[int]
+    warm: int = 1
+    meter: Meter | None = None
+    threads: int = 1
+    image_bytes: float = 0.0
+
+
+@dataclass
+class Turns:
+    """What the turns of one work gave.
+
+    Attributes:
+        rates: images/s, one a turn.
+        cpu_ms: CPU ms an image, one a turn.
+        latencies_ms: of every piece of every turn.
+        wall_s: of all turns.
+        waits: of the meter, over all turns.
+        depth: (seconds since the first turn began, batches ready).
+        rss_mb: resident memory at the start of the first turn, at the end of the last, and at most.
+    """
+    rates: list[float] = field(default_factory=list)
+    cpu_ms: list[float] = field(default_factory=list)
+    latencies_ms: list[float] = field(default_factory=list)
+    wall_s: float = 0.0
+    waits: Waits = Waits()
+    depth: list[tuple[float, int]] = field(default_factory=list)
+    rss_mb: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    def percentiles_ms(self) -> tuple[float, float, float, float]:
+        """p50, p95, p99 and largest latency."""
+        low, middle, high = (float(value) for value in np.percentile(self.latencies_ms, [50, 95, 99]))
+        return low, middle, high, max(self.latencies_ms)
+
+    @property
+    def waited(self) -> float:
+        """Share of the time spent waiting for the producing side."""
+        return min(1.0, self.waits.seconds / self.wall_s) if self.wall_s else 0.0
+
+    def causes(self) -> dict[str, float]:
+        """What the producing side did meanwhile: state → share of the waiting."""
+        total = sum(getattr(self.waits, state) for state in STATES)
+        return {state: getattr(self.waits, state) / total for state in STATES} if total else {}
+
+
+def take_turns(works: Sequence[Work], seconds: float, repeats: int) -> dict[str, Turns]:
+    """Let each work run for `seconds`, `repeats` times in turn; name → its figures. A turn has at least two pieces.
+
+    Raises:
+        ValueError: two works of one name.
+    """
+    if len({work.name for work in works}) < len(works):
+        raise ValueError(f"works (={[work.name for work in works]}) must have different names; rename one")
+    found = {work.name: Turns() for work in works}
+    for _ in range(repeats):
+        for work in works:
+            settle()
+            for _ in range(work.warm):
+                next(work.steps)
+            _turn(work, found[work.name], seconds)
+    return found
+
+
+def _turn(work: Work, turns: Turns, seconds: float) -> None:
+    before = work.meter.waits if work.meter else Waits()
+    memory = rss_mb()
+    peak, images, pieces = memory, 0, 0
+    cpu, start = time.process_time(), time.perf_counter()
+    now = start
+    while now - start < seconds or pieces < 2:
+        images += next(work.steps)
+        pieces, asked, now = pieces + 1, now, time.perf_counter()
+        turns.latencies_ms.append((now - asked) * 1e3)
+        peak = max(peak, rss_mb())
+    turns.rates.append(images / (now - start))
+    turns.cpu_ms.append((time.process_time() - cpu) / images * 1e3)
+    if work.meter:
+        turns.waits = _sum(turns.waits, work.meter.waits.since(before))
+        turns.depth += [(turns.wall_s + at - start, count) for at, count in list(work.meter.depths) if start <= at <= now]
+    turns.wall_s += now - start
+    turns.rss_mb = (turns.rss_mb[0] or memory, rss_mb(), max(turns.rss_mb[2], peak))
+
+
+def _sum(one: Waits, other: Waits) -> Waits:
+    return Waits(*(getattr(one, name) + getattr(other, name) for name in ("seconds", *STATES, "batches")))
+
+
+def settle() -> None:
+    """Wait until this process is idle: what is being made ahead is finished. At most some seconds."""
+    end = time.perf_counter() + _SETTLE_S
+    while time.perf_counter() < end:
+        before = time.process_time()
+        time.sleep(_QUIET_S)
+        if time.process_time() - before < _QUIET_CPU_S:
+            return
+
+
+def rss_mb() -> float:
+    """Resident memory of this process, MB; mapped archives count as far as they were read."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:  # no /proc: the largest so far is what every Unix tells
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    return pages * resource.getpagesize() / 1e6

@@ -1,0 +1,230 @@
+"""What limits a loader, why, and what would lift it: pure functions of measured figures.
+
+The one concept: two kinds of evidence. First what the loader was doing while somebody waited for it (`pipeline.meter`),
+second how fast each stage runs alone. The first says where to look, the second which stage it is.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pipeline.figures import STAGES, Facts, Measured
+from pipeline.room import NETWORK_BYTES, RAM_SHARE
+
+NETWORK = "network"
+# Which stages the loader may be in when its meter says so.
+CAUSES = {"read": ("order", "read", "crc"), "decode": ("decode", "resize"), "colour": ("colour",),
+          "copy": ("copy", "hand-over")}
+_DOING = {"order": "drawing order and crops", "read": "reading bytes", "crc": "checking bytes", "decode": "decoding",
+          "resize": "resizing", "colour": "doing colour arithmetic", "copy": "copying to the device",
+          "hand-over": "handing batches over"}
+_WAITED = 0.03      # share of the loop's time below which its waiting for the loader is not worth a word
+_BUSY = 0.85        # share of the cores in use from which on more threads find no core
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer.
+
+    Attributes:
+        limit: one of STAGES, or "network".
+        sentence: which, and the figures that say so.
+        advice_yaml: YAML to paste into the recipe, with its reasons as comments; comments only when nothing would help.
+        headroom: loader alone ÷ need, or None without a need.
+    """
+    limit: str
+    sentence: str
+    advice_yaml: str
+    headroom: float | None
+
+
+@dataclass
+class _Advice:
+    """Lines of YAML under their groups, each with its reason."""
+    machine: list[str] = field(default_factory=list)
+    data: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+    def yaml(self) -> str:
+        lines = [f"# {remark}" for remark in self.remarks]
+        for group in ("machine", "data"):
+            entries = getattr(self, group)
+            lines += [f"{group}:", *(f"  {entry}" for entry in entries)] if entries else []
+        return "\n".join(lines) + "\n"
+
+
+def verdict(measured: Measured, facts: Facts) -> Verdict:
+    """Which stage limits, why, and what would lift it.
+
+    Raises:
+        ValueError: no stage was measured.
+    """
+    if not measured.stages:
+        raise ValueError("stages (=none) must have been measured; profile at least one")
+    headroom = measured.headroom
+    if not _loader_limits(measured):
+        return Verdict(NETWORK, _network_sentence(measured, facts), _network_advice(measured, facts).yaml(), headroom)
+    name, cause = limiting(measured)
+    return Verdict(name, _sentence(measured, facts, name, cause), _advise(measured, facts, name).yaml(), headroom)
+
+
+def _loader_limits(measured: Measured) -> bool:
+    if measured.need is None:
+        return True
+    if measured.together is not None and measured.together.waited > _WAITED:
+        return True
+    return measured.loader.rate < measured.need * (1 if measured.together is None else 0.9)
+
+
+def limiting(measured: Measured) -> tuple[str, str]:
+    """(stage, evidence): the stage that limits the loader, and which evidence named it: a state of the meter, "own" when it
+    was never the producing side that was waited for, or "alone" for the rates of the stages."""
+    if measured.loader.waited < 0.5:  # asked without pause, yet seldom waiting: the time goes where batches change hands
+        return _slowest(measured, CAUSES["copy"]) or _slowest(measured, STAGES), "own"
+    source = measured.together if measured.together is not None and measured.together.waited > _WAITED else measured.loader
+    causes = {state: share for state, share in source.causes.items() if state in CAUSES}
+    for state in sorted(causes, key=lambda state: -causes[state]):
+        name = _slowest(measured, CAUSES[state])
+        if name and causes[state] > 0:
+            return name, state
+    return _slowest(measured, STAGES), "alone"
+
+
+def _slowest(measured: Measured, names: tuple[str, ...]) -> str:
+    """The slowest alone of these stages; "" when none of them was measured."""
+    found = [stage for stage in measured.stages if stage.name in names]
+    return min(found, key=lambda stage: stage.rate).name if found else ""
+
+
+def busy(measured: Measured, facts: Facts) -> float:
+    """Share of the cores that the loader keeps busy, flat out."""
+    return measured.loader.cpu / 1000 * measured.loader.rate / facts.cores
+
+
+def resident_bytes(facts: Facts, layout: str) -> int:
+    """What the resident set takes: `rgb` three bytes a pixel, `yuv420` one and a half."""
+    return facts.images * facts.square_px ** 2 * 3 // (2 if layout == "yuv420" else 1)
+
+
+def _sentence(measured: Measured, facts: Facts, name: str, cause: str) -> str:
+    loader, stage = measured.loader, measured.stage(name)
+    assert stage is not None
+    parts = [f"{name} limits: the loader gives {loader.rate:,.0f} img/s"
+             + (f", {measured.headroom:.2f} of the {measured.need:,.0f} img/s needed" if measured.need else "")]
+    source = measured.together if measured.together is not None and measured.together.waited > _WAITED else loader
+    if cause in CAUSES:
+        doing = {"read": "fetching and checking bytes", "decode": "decoding and resizing"}.get(cause, _DOING[name])
+        where = f"{source.waited:.0%} of the time was waited for the loader" + (", flat out" if source is loader else "")
+        parts.append(f"{where}; meanwhile it was {doing} in {source.causes[cause]:.0%}")
+    elif cause == "own":
+        parts.append(f"asked without pause it was waited for in {loader.waited:.0%} of the time only: the rest went into "
+                     "handing over")
+    threads = f"{stage.threads} thread{'s' * (stage.threads != 1)}"
+    total = sum(other.cpu for other in measured.stages)
+    speed = f", {stage.mb_s:,.0f} MB/s," if stage.mb_s else ""
+    parts.append(f"alone, {_DOING[name]} runs at {stage.rate:,.0f} img/s{speed} with {threads} and takes {stage.cpu:.2f} of "
+                 f"{total:.2f} CPU ms an image")
+    used = busy(measured, facts)
+    parts.append(f"all {facts.cores} cores are busy" if used > _BUSY else f"{used:.0%} of {facts.cores} cores are busy")
+    slowest = _slowest(measured, STAGES)
+    if slowest != name:
+        other = measured.stage(slowest)
+        assert other is not None
+        parts.append(f"{slowest} is slower alone ({other.rate:,.0f} img/s), but was not what was waited for")
+    return "; ".join(parts) + "."
+
+
+def _network_sentence(measured: Measured, facts: Facts) -> str:
+    assert measured.need is not None and measured.headroom is not None
+    text = (f"the network limits: it takes {measured.need:,.0f} img/s and the loader alone gives {measured.loader.rate:,.0f}: "
+            f"{measured.headroom:.1f}× head-room")
+    both = measured.together
+    if both is not None:
+        text += f"; together {both.rate:,.0f} img/s, {both.waited:.1%} of the time waited"
+        if both.rate < 0.9 * min(measured.need, measured.loader.rate) and not facts.gpu:
+            text += "; that is less than either alone: loader and network share the cores"
+    return text + "."
+
+
+def _network_advice(measured: Measured, facts: Facts) -> _Advice:
+    advice = _Advice()
+    advice.remarks.append("the loader needs nothing; what makes the network faster makes the run faster")
+    if not facts.gpu and facts.settings.threads > 1 and (measured.headroom or 0) > 2:
+        fewer = max(1, int(facts.settings.threads * 1.5 / (measured.headroom or 1)))
+        if fewer < facts.settings.threads:
+            advice.machine.append(f"threads: {fewer}    # of {facts.settings.threads}: leaves cores to a network on the CPU")
+    return advice
+
+
+def _advise(measured: Measured, facts: Facts, name: str) -> _Advice:
+    advice, settings = _Advice(), facts.settings
+    free = busy(measured, facts) <= _BUSY and settings.threads < facts.cores
+    if name in ("decode", "resize", "colour") and free:
+        advice.machine.append(f"threads: {facts.cores}    # of {facts.cores} cores {settings.threads} may work on pixels")
+    if name in ("read", "order", "crc") and (name == "read" or settings.read_threads < facts.cores):
+        more = min(32, max(4, 2 * settings.read_threads))
+        if more > settings.read_threads:
+            advice.machine.append(f"read_threads: {more}    # now {settings.read_threads}; storage answers many requests at once")
+    if name == "crc":
+        advice.machine.append("check_crc: false    # flipped bits pass unnoticed; `build_index.py verify` finds them beforehand")
+    if name == "decode" and facts.gpu:
+        advice.machine.append(f"hw_decoder_load: {settings.hw_decoder_load}    # try others: --sweep")
+    p50, _, p99, _ = measured.loader.latency_ms
+    if p99 > 3 * p50 and settings.queue < 4:
+        advice.machine.append(f"queue: 4    # p99 of a batch is {p99 / p50:.1f}× its median; more batches ready even that out")
+    if name in ("read", "crc", "decode", "resize", "copy"):
+        _advise_tier(advice, facts, name)
+    if name == "hand-over":
+        advice.remarks.append("no setting lifts this: it is the consumer's own thread that takes batches over")
+    if not (advice.machine or advice.data or advice.remarks):
+        advice.remarks.append(f"no setting lifts {name} here: more or faster cores would")
+    return advice
+
+
+def _advise_tier(advice: _Advice, facts: Facts, name: str) -> None:
+    """The next faster tier, and the resident set when it fits; says what does not."""
+    if facts.tier == "resident":
+        if name == "copy" and facts.settings.resident_memory == "ram" and _fits(facts, "rgb", "gpu"):
+            advice.machine.append("resident_memory: gpu    # then nothing is copied to the device")
+        return
+    if name == "copy" and not facts.gpu_bytes:
+        return
+    if facts.tier == "archives" and name != "copy":
+        advice.data.append(f"tier: packed    # {facts.square_px}-px JPEGs: fewer bytes to read and to decode, nothing to resize")
+        advice.data.append("packed: FOLDER    # python tools/pack_shards.py INDEX FOLDER")
+    if name == "read" and facts.tier == "packed" and facts.spinning:
+        advice.data.append("tier: streamed    # the disk turns: sequential reads; the order is then no true permutation")
+    if not facts.square:
+        advice.remarks.append("tier resident holds squares, and data.region is full: it cannot serve this recipe")
+        return
+    fits = _resident_fit(facts)
+    want = resident_bytes(facts, "rgb") / 1e9
+    if fits is None:
+        advice.remarks.append(f"tier resident would need {want:,.1f} GB (rgb) or {want / 2:,.1f} (yuv420); there are "
+                              f"{facts.ram_bytes / 1e9:,.1f} GB of RAM" + _gpu_text(facts))
+        return
+    layout, memory = fits
+    size = resident_bytes(facts, layout) / 1e9
+    reason = f"{size:,.1f} GB of {memory.upper()} for {facts.images:,} squares; there are {facts.ram_bytes / 1e9:,.1f} GB of RAM"
+    lines = ["tier: resident", f"resident: {layout}"]
+    if advice.data:  # one tier can be pasted; the other is offered in a comment
+        advice.remarks.append(f"or, faster still: data: {{{', '.join(lines)}}}: {reason}{_gpu_text(facts)}")
+    else:
+        advice.data += [f"{lines[0]}    # {reason}{_gpu_text(facts)}", lines[1]]
+    if memory == "gpu":
+        (advice.remarks if len(advice.data) and advice.data[0].startswith("tier: packed") else advice.machine).append(
+            "resident_memory: gpu")
+
+
+def _gpu_text(facts: Facts) -> str:
+    return f" and {facts.gpu_bytes / 1e9:,.1f} GB of GPU memory" if facts.gpu_bytes else ""
+
+
+def _fits(facts: Facts, layout: str, memory: str) -> bool:
+    usable = facts.gpu_bytes - NETWORK_BYTES if memory == "gpu" else RAM_SHARE * facts.ram_bytes
+    return resident_bytes(facts, layout) <= usable
+
+
+def _resident_fit(facts: Facts) -> tuple[str, str] | None:
+    """(layout, memory) of the best resident set that fits: the GPU's memory first, and exact RGB before YUV."""
+    kinds = [(layout, memory) for layout in ("rgb", "yuv420") for memory in ("gpu", "ram")]
+    return next((kind for kind in kinds if _fits(facts, *kind)), None)
