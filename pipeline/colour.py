@@ -5,7 +5,6 @@
 On a CPU row by row in threads: a row stays in the core's cache through its three passes. On a GPU the whole batch at once.
 Both give the same bits. B batch, C channel, H row, W column, S side of the mean image.
 """
-import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 _SPARE = 4  # free buffers kept of each shape
+_SERIAL = 32768  # values from which torch works in several threads (at::internal::GRAIN_SIZE)
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,14 @@ class Colour:
     def __init__(self, crop_px: int, mean_image: npt.NDArray[np.float32] | None, *, threads: int,
                  device: torch.device = torch.device("cpu")) -> None:
         self._crop, self._device, self._buffers = crop_px, device, Buffers()
-        self._mean = None if mean_image is None else torch.from_numpy(np.ascontiguousarray(mean_image)).to(device)
-        self._reflected = None if self._mean is None else self._mean.flip(-1).contiguous()
+        self._mean = None if mean_image is None else np.ascontiguousarray(mean_image)
+        self._mean_there = None if mean_image is None else torch.from_numpy(self._mean).to(device)
+        self._reflected = None if mean_image is None else np.ascontiguousarray(mean_image[..., ::-1])
+        # NumPy reflects bytes one by one, torch many at once; but from this many values on torch starts threads of its own,
+        # which on a busy machine wait for each other longer than they work.
+        self._flipped = max(1, (_SERIAL - 1) // (3 * crop_px))
         self._threads = threads
-        self._pool = single_threaded_pool(threads, "colour") if threads > 1 and device.type == "cpu" else None
+        self._pool = ThreadPoolExecutor(threads, "colour") if threads > 1 and device.type == "cpu" else None
 
     def __call__(self, rows: Sequence[torch.Tensor], finish: Finish) -> torch.Tensor:
         """(B, 3, crop, crop) float32 from B views (3, H, W) uint8 in CPU memory, each with its own H and W."""
@@ -98,24 +102,32 @@ class Colour:
         return out
 
     def _some(self, rows: Sequence[torch.Tensor], finish: Finish, out: torch.Tensor, low: int, high: int) -> None:
+        """Rows low…high. In NumPy, which frees the interpreter's lock and starts no threads of its own, one channel at a time."""
         size = self._crop
+        images = out.numpy()
         for row in range(low, high):
-            top, left, image = int(finish.top[row]), int(finish.left[row]), out[row]
+            top, left, image = int(finish.top[row]), int(finish.left[row]), images[row]
             pixels = rows[row][:, top:top + size, left:left + size]
-            image.copy_(pixels.flip(-1) if finish.mirror[row] else pixels)
-            if self._mean is not None and self._reflected is not None:
-                top, left, side = int(finish.mean_top[row]), int(finish.mean_left[row]), self._mean.shape[-1]
-                if finish.mean_mirror[row]:
-                    image.sub_(self._reflected[:, top:top + size, side - size - left:side - left])
-                else:
-                    image.sub_(self._mean[:, top:top + size, left:left + size])
-            image.add_(torch.from_numpy(finish.shift[row])[:, None, None])
+            if finish.mirror[row]:
+                for first in range(0, size, self._flipped):
+                    block = slice(first, first + self._flipped)
+                    np.copyto(image[:, block], pixels[:, block].flip(-1).numpy())
+            top, left, mean = int(finish.mean_top[row]), int(finish.mean_left[row]), self._mean
+            if self._reflected is not None and finish.mean_mirror[row]:
+                mean, left = self._reflected, self._reflected.shape[-1] - size - left
+            for channel in range(3):
+                plane = image[channel]
+                if not finish.mirror[row]:
+                    np.copyto(plane, pixels[channel].numpy())
+                if mean is not None:
+                    np.subtract(plane, mean[channel, top:top + size, left:left + size], out=plane)
+                np.add(plane, finish.shift[row, channel], out=plane)
 
     def whole(self, pixels: torch.Tensor, finish: Finish) -> torch.Tensor:
         """(B, 3, crop, crop) float32 from (B, 3, H, W) uint8 on the device, all at once; the same bits as row by row."""
         images = _reflected(_cut(pixels, finish.top, finish.left, self._crop), finish.mirror).to(torch.float32)
-        if self._mean is not None:
-            windows = self._mean.unfold(1, self._crop, 1).unfold(2, self._crop, 1)  # (3, rows, columns, crop, crop) view
+        if self._mean_there is not None:
+            windows = self._mean_there.unfold(1, self._crop, 1).unfold(2, self._crop, 1)  # (3, rows, columns, crop, crop) view
             piece = windows[:, self._index(finish.mean_top), self._index(finish.mean_left)].transpose(0, 1)
             images -= _reflected(piece, finish.mean_mirror)
         images += torch.from_numpy(finish.shift).to(self._device)[:, :, None, None]
@@ -129,22 +141,6 @@ class Colour:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
-
-
-def single_threaded_pool(threads: int, name: str) -> ThreadPoolExecutor:
-    """Threads whose torch operations do not start further threads, each its own team, beside them."""
-    before, met = torch.get_num_threads(), threading.Barrier(threads + 1)
-
-    def begin() -> None:
-        torch.set_num_threads(1)  # of this thread; but it is also what threads that are still to come begin with, hence:
-        met.wait()
-
-    pool = ThreadPoolExecutor(threads, name, initializer=begin)
-    for _ in range(threads):  # each finds the ones before it busy with `begin`, so each starts a thread
-        pool.submit(lambda: None)
-    met.wait()
-    torch.set_num_threads(before)
-    return pool
 
 
 def _cut(pixels: torch.Tensor, top: npt.NDArray[np.int64], left: npt.NDArray[np.int64], size: int) -> torch.Tensor:

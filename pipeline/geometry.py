@@ -44,7 +44,7 @@ def regions(sizes: Pairs, resized_sizes: Pairs, offsets: Pairs, crop_px: int) ->
     """Source regions of square crops.
 
     The scale is rounded to a multiple of 2^-14 (for short sides of 257 to 512; half as fine for an image twice as large), which
-    moves no sample by more than 1/256 of a source pixel. Then every coordinate is exact in float32, and a crop's pixels are
+    moves no sample by more than 1/128 of a source pixel. Then every coordinate is exact in float32, and a crop's pixels are
     those of the whole square at its place but for about one in a million, by one grey level (DALI adds up in another order);
     without it 110 in a million differ. Images that have the size already are copied.
 

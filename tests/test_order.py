@@ -114,7 +114,7 @@ def test_regions_of_an_image_of_the_right_size_are_the_crop_itself() -> None:
 
 
 def test_a_crops_coordinates_are_those_of_the_square_exactly() -> None:
-    """In float32 and whatever rectangle is decoded; and no sample is moved by more than 1/256 of a source pixel."""
+    """In float32 and whatever rectangle is decoded; and no sample is moved by more than 1/128 of a source pixel."""
     sizes = np.random.default_rng(0).integers(257, 513, (200, 2))
     resized = geometry.resized(sizes, 256)
     first = geometry.central(resized, 256)
@@ -126,4 +126,4 @@ def test_a_crops_coordinates_are_those_of_the_square_exactly() -> None:
         moved = square.anchor + square.start + np.float32(place) * scale
         assert np.array_equal(crop.anchor + crop.start, moved)
         exact = (first + place) * sizes / resized
-        assert np.abs(moved - exact).max() < 1 / 256
+        assert np.abs(moved - exact).max() < 1 / 128

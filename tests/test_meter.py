@@ -1,0 +1,55 @@
+import time
+
+import pytest
+
+from pipeline.meter import STATES, Meter, Waits
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def __call__(self) -> float:
+        return self.time
+
+
+def test_waiting_is_divided_by_what_the_producer_did() -> None:
+    clock = Clock()
+    meter = Meter(now=clock)
+    clock.time = 5.0
+    meter.enter("decode")
+    clock.time = 6.0
+    with meter.waiting(0):
+        clock.time = 8.0
+        meter.enter("read")
+        clock.time = 8.5
+        meter.enter("colour")
+        clock.time = 9.0
+    assert meter.waits == Waits(seconds=3.0, read=0.5, decode=2.0, colour=0.5, copy=0.0, batches=1)
+    assert meter.waits.cause == "decode"
+    earlier = meter.waits
+    with meter.waiting(1):
+        clock.time = 13.0
+    assert meter.waits.since(earlier) == Waits(seconds=4.0, colour=4.0, batches=1)
+    assert meter.totals() == {"read": 0.5, "decode": 3.0, "colour": 4.5, "copy": 0.0, "idle": 5.0}
+    assert set(meter.totals()) == {*STATES, "idle"}
+
+
+def test_spans_count_and_trace() -> None:
+    meter = Meter(trace=True)
+    with meter.span("read", 3):
+        time.sleep(0.01)
+    with pytest.raises(KeyError), meter.span("read", 5):
+        raise KeyError
+    read = meter.spans()["read"]
+    assert read.count == 2 and read.wall_s >= 0.01 > read.cpu_s
+    assert [(event.name, event.step) for event in meter.events] == [("read", 3), ("read", 5)]
+    assert {event.thread for event in meter.events} == {"MainThread"}
+    assert meter.events[0].end_s - meter.events[0].start_s == pytest.approx(read.wall_s, abs=1e-3)
+
+
+def test_nvtx_ranges_need_no_profiler_and_no_gpu() -> None:
+    meter = Meter(nvtx=True)
+    with meter.span("decode", 0):
+        pass
+    assert meter.spans()["decode"].count == 1 and not meter.events
