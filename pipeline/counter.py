@@ -25,6 +25,9 @@ class Purpose(enum.IntEnum):
     MIRROR = 4
     LIGHTING = 5
     SUBSTITUTE = 6
+    PACK = 7
+    SHARD = 8
+    WINDOW = 9
 
 
 def _mix(word: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

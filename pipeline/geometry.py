@@ -40,7 +40,7 @@ def central(resized_sizes: Pairs, side_px: int) -> Pairs:
     return (resized_sizes - side_px) // 2
 
 
-def regions(sizes: Pairs, resized_sizes: Pairs, offsets: Pairs, crop_px: int) -> Regions:
+def regions(sizes: Pairs, resized_sizes: Pairs, offsets: Pairs, crop_px: int | Pairs) -> Regions:
     """Source regions of square crops.
 
     The scale is rounded to a multiple of 2^-14 (for short sides of 257 to 512; half as fine for an image twice as large), which
@@ -52,7 +52,7 @@ def regions(sizes: Pairs, resized_sizes: Pairs, offsets: Pairs, crop_px: int) ->
         sizes: (B, 2) source sizes.
         resized_sizes: (B, 2) sizes after the resize.
         offsets: (B, 2) the crop's offset in the resized image.
-        crop_px: side of the crop.
+        crop_px: side of the crop; or (B, 2) its sides, for rectangles.
     """
     grid = 2.0 ** (_EXACT_BITS - np.ceil(np.log2(sizes.min(axis=1, keepdims=True))))
     scale = np.round(sizes / resized_sizes * grid) / grid

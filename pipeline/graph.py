@@ -18,7 +18,7 @@ import torch
 from nvidia.dali.pipeline import Pipeline
 
 from pipeline.config import LoaderConfig
-from pipeline.geometry import Regions
+from pipeline.geometry import Regions, regions
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -252,3 +252,38 @@ class ShardReader:
     def close(self) -> None:
         """Stop reading. Ranges already given stay valid: they own their memory."""
         self._pipe = None
+
+
+class WholeImages:
+    """Decodes whole images and resizes each to a size of its own, on the CPU; pixels as `Graph` would crop from them.
+
+    Args:
+        batch: largest batch.
+        threads: DALI's worker threads.
+    """
+
+    def __init__(self, batch: int, threads: int) -> None:
+        self._pipe: Any = Pipeline(batch_size=batch, num_threads=threads, device_id=None, prefetch_queue_depth=1, seed=0)
+        with self._pipe:
+            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+            start, end, size = (fn.external_source(name=name, dtype=types.FLOAT, ndim=1) for name in ("start", "end", "size"))
+            pixels = fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False)
+            self._pipe.set_outputs(fn.resize(pixels, size=size, roi_start=start, roi_end=end, interp_type=types.INTERP_LINEAR,
+                                             antialias=True))
+        self._pipe.build()
+
+    def images(self, encoded: list[Bytes], sizes: npt.NDArray[np.int64], resized: npt.NDArray[np.int64]) -> list[Bytes]:
+        """B images (H, W, 3) uint8 of `sizes` (B, 2), resized to `resized` (B, 2); valid until the next call.
+
+        Raises:
+            DecodeError: one of them does not decode; the next call works.
+        """
+        where = regions(sizes, resized, np.zeros_like(resized), resized)  # anchored at the first pixel
+        try:
+            for name, given in (("encoded", encoded), ("start", where.start), ("end", where.end),
+                                ("size", resized.astype(np.float32))):
+                self._pipe.feed_input(name, given)
+            (self._output,) = self._pipe.run()
+        except RuntimeError as error:
+            raise DecodeError(error) from error
+        return [np.asarray(self._output[i]) for i in range(len(encoded))]

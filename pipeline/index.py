@@ -47,6 +47,11 @@ SAMPLE = np.dtype([
     ("spare", "u1"),  # 0; makes the row 40 bytes, so that offsets are aligned
 ])
 
+# What the header of a packed index says of its images. `source`: split → `split_sha256` of the original's; `measured`: split →
+# images, bytes (mean), psnr_mean, psnr_min (dB, against the pixels that were encoded).
+PACKED = {"source": dict, "square_px": int, "region": str, "quality": int, "subsampling": str, "seed": int, "shard_images": int,
+          "encoder": str, "measured": dict}
+
 
 @dataclass(frozen=True)
 class ClassInfo:
@@ -120,6 +125,11 @@ class SampleIndex:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @property
+    def packed(self) -> dict[str, Any] | None:
+        """How tools/pack_shards.py made these images (see PACKED), or None when they are the originals."""
+        return self.header.get("packed")
 
     def __reduce__(self) -> tuple[Any, ...]:  # to another process go the paths, not the rows
         return SampleIndex.load, (self.path, self._folders)
@@ -280,4 +290,8 @@ def read_header(path: Path) -> dict[str, Any]:
                          f"reads; build the index again")
     if content_sha256(header) != header.get("sha256"):
         raise ValueError(f"index header (={file}) does not match its SHA-256, so it was altered; build it again")
+    packed = header.get("packed")
+    if packed is not None and not (isinstance(packed, dict) and "square_px" in packed
+                                   and all(isinstance(value, PACKED.get(key, object)) for key, value in packed.items())):
+        raise ValueError(f"index header (={file}) has a packed entry that says nothing of its images; pack them again")
     return header

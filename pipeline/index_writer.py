@@ -2,12 +2,14 @@
 
 A new index is written to a temporary sibling folder, fsynced, and renamed. When the folder exists already (`force`, or
 samples marked excluded) the arrays go beside the old ones under new names and `index.json` is replaced last, in one
-rename: a reader sees the old index or the new one. Other files in the folder (statistics) stay.
+rename: a reader sees the old index or the new one. Other files in the folder (statistics) stay. The index of packed shards
+appears among them, when they are finished.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -18,6 +20,7 @@ from typing import Any, Sequence
 
 import numpy as np
 
+from pipeline.atomic import replacing
 from pipeline.index import MAGIC, REASONS, SAMPLE, VERSION, Archive, ClassInfo, SampleIndex, content_sha256, read_header
 
 
@@ -41,14 +44,16 @@ def check_output(out: Path, force: bool) -> None:
 
 def write_index(out: str | Path, samples: np.ndarray, *, classes: Sequence[ClassInfo], archives: Sequence[Archive],
                 splits: Sequence[str], preset: str, crc32: bool, oddities: Sequence[dict[str, Any]] = (),
-                names: bytes | None = None, force: bool = False) -> str:
+                names: bytes | None = None, packed: dict[str, Any] | None = None, force: bool = False) -> str:
     """Write an index folder; returns its SHA-256.
 
     `samples`: SAMPLE rows, sorted by split. `oddities`: {name, split, reason, kept, id or None}. `names`: names.bin
-    for folder archives. Raises ValueError as `check_output`, and when the rows are not sorted by split.
+    for folder archives. `packed`: how these images were made (`pipeline.index.PACKED`); then `out` holds them already. Raises
+    ValueError as `check_output`, and when the rows are not sorted by split.
     """
     out = Path(out)
-    check_output(out, force)
+    if packed is None:
+        check_output(out, force)
     if samples.dtype != SAMPLE or np.any(np.diff(samples["split"].astype(np.int16)) < 0):
         raise ValueError(f"samples (={samples.dtype}) are not SAMPLE rows sorted by split; sort them")
     counts = np.bincount(samples["split"], minlength=len(splits))
@@ -61,6 +66,8 @@ def write_index(out: str | Path, samples: np.ndarray, *, classes: Sequence[Class
         "archives": [{**asdict(archive), "path": str(archive.path.absolute())} for archive in archives],
         "reasons": {REASONS[i]: int(n) for i, n in enumerate(reasons) if i and n},
         "oddities": list(oddities), "classes": [asdict(entry) for entry in classes]}
+    if packed is not None:
+        return _publish_among(out, {**header, "packed": packed}, samples)
     return _publish(out, header, samples, names)
 
 
@@ -123,6 +130,21 @@ def _publish(out: Path, header: dict[str, Any], samples: np.ndarray, names: byte
         _sync(out.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    return str(header["sha256"])
+
+
+def _publish_among(out: Path, header: dict[str, Any], samples: np.ndarray) -> str:
+    """Put an index among its archives. Several processes may do so at once, with the same content, hence with the same names:
+    whose rename comes last does not matter."""
+    array = io.BytesIO()
+    np.save(array, samples, allow_pickle=False)
+    header["files"] = {"samples": {"file": "samples.npy", "size": len(array.getbuffer()),
+                                   "sha256": hashlib.sha256(array.getbuffer()).hexdigest()}}
+    header["sha256"] = content_sha256(header)
+    with replacing(out / "samples.npy") as file:
+        file.write(array.getbuffer())
+    with replacing(out / "index.json") as file:  # the commit
+        file.write(json.dumps(header, indent=1).encode() + b"\n")
     return str(header["sha256"])
 
 

@@ -1,0 +1,156 @@
+"""Pack an index once into shuffled WebDataset shards of small JPEGs: the central squares of the paper (data tier 2).
+
+  pack_shards.py INDEX OUT                        256-px squares, shards of about 1 GB
+  pack_shards.py INDEX OUT --region full          whole images at a short side of 256
+  torchrun --nproc-per-node 4 tools/pack_shards.py INDEX OUT       (or srun) each rank its share
+  pack_shards.py INDEX --measure                  quality and subsampling against size, errors, time; writes nothing
+
+OUT becomes an index folder of its own: `data.packed: OUT` in a recipe, `build_index.py info OUT`. Its shards are standard tars of
+KEY.jpg and KEY.cls. Killed or interrupted, the same command goes on, and the bytes are the same.
+
+Exit code: 0 done (or this rank's share), 2 an error, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools.command import guarded  # noqa: E402
+
+if TYPE_CHECKING:
+    from pipeline.index import SampleIndex
+    from pipeline.pack_images import PackOptions
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="pack_shards.py", description=__doc__,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    top.add_argument("index", metavar="INDEX", type=Path, help="folder written by build_index.py")
+    top.add_argument("out", metavar="OUT", type=Path, nargs="?", help="folder for the shards and their index")
+    top.add_argument("--measure", action="store_true", help="print what qualities and subsamplings cost on this index")
+    what = top.add_argument_group("what is written")
+    what.add_argument("--split", nargs="+", default=[], help="splits to pack, from the first one on (default: all)")
+    what.add_argument("--region", choices=("square", "full"), default="square",
+                      help="central square, or the whole image at that short side (default: square)")
+    what.add_argument("--square-px", type=int, default=256, help="side of the square: data.square_px of the recipe (256)")
+    what.add_argument("--quality", type=int, default=90, help="of the JPEGs, 1 to 100 (default: 90)")
+    what.add_argument("--subsampling", choices=("444", "422", "420"), default="444", help="of their chroma (default: 444, none)")
+    what.add_argument("--seed", type=int, default=0, help="of the order of the images (default: 0)")
+    what.add_argument("--shard-mb", type=int, default=1000, help="size of a shard to aim at, in 10^6 bytes (default: 1000)")
+    what.add_argument("--shard-images", type=int, default=0, help="most images of a shard, instead of a size")
+    how = top.add_argument_group("how")
+    how.add_argument("--jobs", type=int, default=0, help="processes (default: this rank's share of the cores)")
+    how.add_argument("--rank", type=int, help="which share of the shards (default: torchrun's RANK, Slurm's SLURM_PROCID, or 0)")
+    how.add_argument("--world", type=int, help="of how many (default: torchrun's WORLD_SIZE, Slurm's SLURM_NTASKS, or 1)")
+    how.add_argument("--budget", type=float, default=1e-4, help="largest share of unreadable images (default: 0.0001)")
+    how.add_argument("--archives", type=Path, help="folder to look for archives in when they have moved")
+    return top
+
+
+def place(rank: int | None, world: int | None) -> tuple[int, int, int]:
+    """(rank, world, ranks on this machine), from the options or from what started us. Raises ValueError."""
+    if (rank is None) != (world is None):
+        raise ValueError(f"--rank (={rank}) and --world (={world}) belong together; give both or neither")
+    local = 1
+    if rank is None or world is None:
+        rank, world = 0, 1
+        for names in (("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_TASKS_PER_NODE")):
+            if names[0] in os.environ and names[1] in os.environ:
+                rank, world = int(os.environ[names[0]]), int(os.environ[names[1]])
+                local = int(os.environ.get(names[2], "1").split("(")[0].split(",")[0])  # Slurm: 4(x2),3
+                break
+    if not 0 <= rank < world:
+        raise ValueError(f"--rank (={rank}) must lie in 0…{world - 1}, below --world (={world}); correct it")
+    return rank, world, local
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    asked = parser().parse_args(arguments)
+    return guarded(lambda: _measure(asked) if asked.measure else _pack(asked))
+
+
+def _load(asked: argparse.Namespace) -> tuple[SampleIndex, PackOptions]:
+    from pipeline.index import SampleIndex
+    from pipeline.pack_images import PackOptions
+
+    return (SampleIndex.load(asked.index, asked.archives),
+            PackOptions(asked.region, asked.square_px, asked.quality, asked.subsampling, asked.seed))
+
+
+def _measure(asked: argparse.Namespace) -> None:
+    from pipeline.pack_quality import QUALITIES, measure
+
+    index, options = _load(asked)
+    split = asked.split[0] if asked.split else index.split_names[0]
+    print(f"{'quality':>7} {'chroma':>6} {'PSNR dB mean':>12} {'min':>6} {'kB':>6} {'encode ms':>9} {'decode ms':>9}")
+    for cost in measure(index, split, options, QUALITIES):
+        print(f"{cost.quality:>7} {cost.subsampling:>6} {cost.psnr_mean:>12.2f} {cost.psnr_min:>6.2f} {cost.bytes / 1e3:>6.1f} "
+              f"{cost.encode_ms:>9.3f} {cost.decode_ms:>9.3f}")
+
+
+def _pack(asked: argparse.Namespace) -> None:
+    from pipeline import pack
+    from pipeline.pack_plan import missing, pieces, prepare
+    from pipeline.parallel import cores
+    from tools.progress import Console
+
+    if asked.out is None:
+        raise ValueError("OUT (=none) is missing; give the folder for the shards, or --measure")
+    for name, low in (("jobs", 0), ("shard_images", 0), ("shard_mb", 1)):
+        if getattr(asked, name) < low:
+            raise ValueError(f"--{name.replace('_', '-')} (={getattr(asked, name)}) must be at least {low}; correct it")
+    if not 0 <= asked.budget <= 1:
+        raise ValueError(f"--budget (={asked.budget}) must be a share between 0 and 1; correct it")
+    rank, world, local = place(asked.rank, asked.world)
+    index, options = _load(asked)
+    # Slurm may have bound us to our cores already: then those are ours.
+    jobs = asked.jobs or max(1, min(cores(), (os.cpu_count() or 1) // local))
+    signal.signal(signal.SIGINT, _interrupted)
+    plan = prepare(index, asked.out, options, splits=asked.split, shard_images=asked.shard_images,
+                   shard_bytes=asked.shard_mb * 1_000_000, budget=asked.budget)
+    began = time.monotonic()
+    with Console() as progress:
+        written = pack.write(index, asked.out, plan, jobs=jobs, rank=rank, world=world, budget=asked.budget, progress=progress)
+        seconds = time.monotonic() - began
+        left = missing(index, asked.out, plan)
+        if not left:
+            made, said = pack.complete(index, asked.out, plan, jobs=jobs, budget=asked.budget, progress=progress)
+    if written:
+        print(f"packed {written:,} images in {seconds:,.1f} s, {written / seconds:,.0f} img/s")
+    if left:
+        print(f"rank {rank} of {world} has finished its share; {len(left)} of {len(pieces(index, plan))} shards are not finished "
+              f"({left[0].name}.tar …): the last rank writes the index; --rank 0 --world 1 does all that is left")
+        return
+    _show(made, said)
+
+
+def _show(made: SampleIndex, said: list[str]) -> None:
+    packed = made.packed or {}
+    for line in said:
+        print(line)
+    for split, found in packed["measured"].items():
+        print(f"{split}: {found['images']:,} images in shards of up to {packed['shard_images']:,}, {found['bytes'] / 1e3:.1f} kB "
+              f"each; PSNR {found['psnr_mean']:.2f} dB mean, {found['psnr_min']:.2f} least (of {found['measured']})")
+    print(f"{made.path}: verified, SHA-256 {made.sha256[:16]}; `data.packed: {made.path}` in a recipe")
+
+
+def _interrupted(number: int, frame: object) -> None:
+    """Ctrl-C: the processes ignore it, and a shard takes minutes; killed, they lose nothing that is finished."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())
