@@ -216,6 +216,8 @@ class SampleIndex:
         """Like `archive_path`, without the check of its size where it was indexed. In the folders given to `load` lie other
         data sets too, with files of the same name: there it must be the same archive."""
         archive = self.archives[position]
+        if self.packed is not None and (beside := self.path / archive.path.name).is_file():  # they move together
+            return beside
         if archive.path.is_dir() if archive.kind == "folder" else archive.path.is_file():
             return archive.path
         others = []

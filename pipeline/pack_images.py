@@ -29,6 +29,13 @@ Ids = npt.NDArray[np.int64]
 class PackOptions:
     """What decides the bytes of packed images.
 
+    The default, quality 90 without subsampling, on 300 photographs of ImageNet at 256 px (`--measure`; libjpeg-turbo, DALI on one
+    core): 39.0 dB mean, 30.4 dB in the worst image, 25.7 kB, 0.36 ms to decode. Halved chroma is what hurts: with 4:2:0 the worst
+    image stays at 24 dB whatever the quality (90: 37.0 and 24.0 dB, 20.5 kB, 0.28 ms; 95: 38.9 and 24.4 dB, 29.2 kB, 0.33 ms),
+    and quality 85 without subsampling is better in as many bytes (37.3 and 27.8 dB, 20.4 kB, 0.33 ms). 90 is the lowest quality
+    of those measured that keeps every image above 30 dB. The 0.08 ms it costs more than 4:2:0 are small beside the 1.3 ms that
+    packing saves; where decoding limits nevertheless, `--subsampling 420` is a quarter faster.
+
     Attributes:
         region: ``square``, the central square (paper §2), or ``full``, the whole image at that short side.
         square_px: side S of the square, short side of a whole image (paper: 256).
@@ -76,7 +83,7 @@ def _whole(index: "SampleIndex", ids: Ids, short_px: int, threads: int, skipped:
     """(id, (H, W, 3) uint8) of whole images at a short side of `short_px`, as `decoded`."""
     from pipeline.graph import DecodeError, WholeImages
 
-    reader, many, one = Reader(index), WholeImages(BATCH, threads), WholeImages(1, 1)
+    reader, many, one = Reader(index), WholeImages(BATCH, threads), None
     for first in range(0, len(ids), BATCH):
         chunk: list[int] = []
         views: list[Bytes] = []
@@ -96,6 +103,7 @@ def _whole(index: "SampleIndex", ids: Ids, short_px: int, threads: int, skipped:
             continue
         except DecodeError:
             pass  # it does not say which one
+        one = one or WholeImages(1, 1)
         for i, id in enumerate(chunk):
             try:
                 yield id, one.images(views[i:i + 1], sizes[i:i + 1], resized[i:i + 1])[0]

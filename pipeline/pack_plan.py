@@ -35,12 +35,14 @@ class Plan:
         options: what decides an image's bytes.
         source: split → `split_sha256` of the original, in the order of its splits.
         encoder: library and version that writes the JPEGs, and the one that decoded the originals.
+        shard_bytes: what a shard was to have; 0 when its images were given.
         shard_images: most images of a shard.
         image_bytes: a guess at an image's share of a shard.
     """
     options: PackOptions
     source: dict[str, str]
     encoder: str
+    shard_bytes: int
     shard_images: int
     image_bytes: int
 
@@ -111,13 +113,15 @@ def prepare(index: SampleIndex, out: Path, options: PackOptions, *, splits: Sequ
     path = out / PLAN
     if not path.exists():
         image_bytes = _guess(index, splits[0], options, budget)
-        plan = Plan(options, source, encoder(), shard_images or max(1, shard_bytes // image_bytes), image_bytes)
+        plan = Plan(options, source, encoder(), 0 if shard_images else shard_bytes,
+                    shard_images or max(1, shard_bytes // image_bytes), image_bytes)
         _check_space(index, out, plan)
         out.mkdir(parents=True, exist_ok=True)
         with replacing(path, keep=True) as file:
             file.write((json.dumps(asdict(plan), indent=1) + "\n").encode())
     plan = Plan.load(path)
-    new = Plan(options, source, encoder(), shard_images or plan.shard_images, plan.image_bytes)
+    new = Plan(options, source, encoder(), 0 if shard_images else shard_bytes, shard_images or plan.shard_images,
+               plan.image_bytes)
     if new != plan:
         raise ValueError(f"packing plan (={path}) was made with {_differences(plan, new)}; give the same options and index to "
                          "go on with it, or another OUT")
@@ -184,6 +188,12 @@ def _differences(old: Plan, new: Plan) -> str:
         said.append(f"--split {' '.join(old.source)}, not {' '.join(new.source)}")
     said += [f"other images of {split} (SHA-256 {old.source[split][:12]}, not {new.source[split][:12]})"
              for split in old.source if new.source.get(split, old.source[split]) != old.source[split]]
-    said += [f"{what} {a}, not {b}" for what, a, b in (("--shard-images", old.shard_images, new.shard_images),
-                                                       ("", old.encoder, new.encoder)) if a != b]
-    return "; ".join(text.strip() for text in said)
+    if (old.shard_bytes, old.shard_images) != (new.shard_bytes, new.shard_images):
+        said.append(f"{_shard_size(old)}, not {_shard_size(new)}")
+    if old.encoder != new.encoder:
+        said.append(f"{old.encoder}, not {new.encoder}")
+    return "; ".join(said)
+
+
+def _shard_size(plan: Plan) -> str:
+    return f"--shard-mb {plan.shard_bytes / 1e6:g}" if plan.shard_bytes else f"--shard-images {plan.shard_images}"

@@ -77,7 +77,11 @@ def place(rank: int | None, world: int | None) -> tuple[int, int, int]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     asked = parser().parse_args(arguments)
-    return guarded(lambda: _measure(asked) if asked.measure else _pack(asked))
+    before = signal.signal(signal.SIGINT, _interrupted)
+    try:
+        return guarded(lambda: _measure(asked) if asked.measure else _pack(asked))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _load(asked: argparse.Namespace) -> tuple[SampleIndex, PackOptions]:
@@ -116,7 +120,6 @@ def _pack(asked: argparse.Namespace) -> None:
     index, options = _load(asked)
     # Slurm may have bound us to our cores already: then those are ours.
     jobs = asked.jobs or max(1, min(cores(), (os.cpu_count() or 1) // local))
-    signal.signal(signal.SIGINT, _interrupted)
     plan = prepare(index, asked.out, options, splits=asked.split, shard_images=asked.shard_images,
                    shard_bytes=asked.shard_mb * 1_000_000, budget=asked.budget)
     began = time.monotonic()
