@@ -136,6 +136,7 @@ class Facts:
         square: whether training crops come from the square only, which is what a resident set holds.
         ram_bytes: memory this process may use in all. gpu_bytes: free on its GPU.
         spinning: the archives lie on a disk that turns.
+        others: share of all cores of the machine that other programs used meanwhile.
     """
     tier: str
     settings: LoaderConfig
@@ -148,3 +149,4 @@ class Facts:
     ram_bytes: int
     gpu_bytes: int = 0
     spinning: bool = False
+    others: float = 0.0

@@ -25,21 +25,21 @@ import numpy.typing as npt
 import torch
 
 from pipeline import geometry
-from pipeline.config import LoaderConfig
 from pipeline.figures import EndToEnd, Stage, Together
-from pipeline.graph import Bytes, DecodeGraph, Graph, Inputs, ResizeGraph
+from pipeline.graph import Bytes, DecodeGraph, Graph, ResizeGraph
 from pipeline.loader import Batch, TrainLoader
 from pipeline.meter import Meter
 from pipeline.reader import Reader
+from pipeline.resident import ResidentLoader
 from pipeline.sampler import Ids
+from pipeline.store import RamStore
 from pipeline.stream import GraphPlan, Prepared, Stream
+from pipeline.streamed import StreamedLoader
 from pipeline.turns import Turns, Work
 
 _PAGE = 4096
 _ENCODED_BYTES, _PIXEL_BYTES = 256 << 20, 384 << 20     # of ready-made inputs
 _MOST_BATCHES = 16
-
-Make = Callable[[LoaderConfig, Meter], TrainLoader]     # opens the loader that is profiled
 
 
 @dataclass(frozen=True)
@@ -57,26 +57,24 @@ class Ready:
 
 
 def make_ready(loader: TrainLoader) -> Ready:
-    """Prepare, decode and resize some batches of the loader, as many as fit a modest memory and at least one."""
-    steps = len(loader)
+    """Prepare, decode and resize some batches of the loader, as many as fit a modest memory and at least one. Samples that
+    cannot be decoded are replaced, as in training."""
     prepared: list[Prepared] = []
-    held = 0
-    for step in range(min(steps, _MOST_BATCHES)):
-        one = loader._prepare(step)
-        held += sum(view.nbytes for view in one.inputs.encoded)
-        if prepared and held > _ENCODED_BYTES:
-            break
-        prepared.append(replace(one, inputs=replace(one.inputs, encoded=[view.copy() for view in one.inputs.encoded])))
+    pixels: list[torch.Tensor] = []
     decoded: list[list[Any]] = []
-    held = 0
-    for one in prepared:
-        if decoded and held > _PIXEL_BYTES:
-            break
-        decoded.append(_decode(loader, one))
-        held += sum(int(image.nbytes) for image in decoded[-1])
-    plan = _plan(loader, len(prepared[0].ids))
-    with closing(plan.build(iter([one.inputs for one in prepared[:len(decoded)]]))) as graph:
-        pixels = [graph.collect().clone() for _ in decoded]
+    encoded_bytes = decoded_bytes = 0
+    steps = range(min(len(loader), _MOST_BATCHES))
+    with closing(Stream(steps, loader._prepare, loader._mend, graph_plan(loader, loader._sampler.share), Meter())) as stream:
+        for _ in steps:
+            one, resized = stream.collect()
+            encoded_bytes += sum(view.nbytes for view in one.inputs.encoded)
+            if prepared and encoded_bytes > _ENCODED_BYTES:
+                break
+            prepared.append(replace(one, inputs=replace(one.inputs, encoded=[view.copy() for view in one.inputs.encoded])))
+            if not decoded or decoded_bytes < _PIXEL_BYTES:
+                decoded.append(_decode(loader, one))
+                decoded_bytes += sum(int(image.nbytes) for image in decoded[-1])
+                pixels.append(resized.clone())
     return Ready(prepared, decoded, pixels)
 
 
@@ -89,40 +87,80 @@ def _decode(loader: TrainLoader, prepared: Prepared) -> list[Any]:
     return images if loader._device_id is not None else [image.numpy() for image in images]
 
 
-def _plan(loader: TrainLoader, batch: int) -> GraphPlan:
+def graph_plan(loader: TrainLoader, batch: int) -> GraphPlan:
+    """The plan of the graph that a loader of archives or shards opens."""
     sizes = loader._sizes(loader._ids)
     resample = bool((sizes != geometry.resized(sizes, loader.data.square_px)).any())
-    return GraphPlan(batch, loader.data.crop_px, resample, loader.machine, loader._threads, loader._device_id)
+    return GraphPlan(batch, loader.data.crop_px, resample, loader.machine, loader.threads, loader._device_id)
 
 
-def alone(loader: TrainLoader, ready: Ready, closers: ExitStack) -> list[Work]:
-    """Each stage by itself, in the order of a batch's way; what they hold is closed by `closers`."""
-    machine, threads = loader.machine, loader._threads
+def alone(loader: TrainLoader, closers: ExitStack) -> list[Work]:
+    """Each stage by itself, in the order of a batch's way; what they hold is closed by `closers`.
+
+    Tier resident has no reading and decoding once it is filled, which it must be. Where batches are cut out of RAM for a
+    GPU, that is the copy.
+    """
+    if isinstance(loader, ResidentLoader):
+        return _resident(loader, closers)
+    streamed = isinstance(loader, StreamedLoader)
+    machine, threads = loader.machine, loader.threads
+    plain = loader if not streamed else closers.enter_context(_plain(loader))
+    ready = make_ready(plain)
     prepared, steps = ready.prepared, range(len(ready.prepared))
     mean_bytes = float(np.mean([view.nbytes for one in prepared for view in one.inputs.encoded]))
-    plan = _plan(loader, len(prepared[0].ids))
-    ahead = machine.prefetch + 1
+    plan = graph_plan(loader, len(prepared[0].ids))
     reading = max(1, machine.read_threads)
-    works = [Work("order", _endless(lambda step: _order(loader, step), steps)),
-             Work("read", _pooled(_reading(loader), steps, machine.read_threads, closers), reading, None, reading, mean_bytes)]
+    works = [Work("order", _endless(lambda step: _order(loader, step), steps))]
+    if not streamed:    # else: see pipeline/cutoff.py; its reading has an order
+        works.append(Work("read", pooled(_reading(loader), steps, machine.read_threads, closers), reading, None, reading,
+                          mean_bytes))
     if machine.check_crc and bool(loader.index.header["crc32"]):
-        works.append(Work("crc", _pooled(lambda step: _check(prepared[step].inputs.encoded), steps, machine.read_threads,
-                                         closers), reading, None, reading, mean_bytes))
+        works.append(Work("crc", pooled(lambda step: _check(prepared[step].inputs.encoded), steps, machine.read_threads,
+                                        closers), reading, None, reading, mean_bytes))
     inputs = itertools.cycle([one.inputs for one in prepared])
     decode = closers.enter_context(closing(DecodeGraph(inputs, plan.batch, plan.side_px, resample=False, machine=machine,
                                                        threads=threads, device_id=loader._device_id)))
-    works.append(Work("decode", _collected(decode.collect), ahead, None, threads, mean_bytes))
+    works.append(Work("decode", _collected(decode.collect), machine.prefetch + 1, None, threads, mean_bytes))
     if plan.resample:
         given = itertools.cycle([(images, one.inputs.regions) for images, one in zip(ready.decoded, prepared)])
         resize = closers.enter_context(closing(ResizeGraph(given, plan.batch, plan.side_px, machine=machine, threads=threads,
                                                            device_id=loader._device_id)))
-        works.append(Work("resize", _collected(resize.collect), ahead, None, threads))
+        works.append(Work("resize", _collected(resize.collect), machine.prefetch + 1, None, threads))
     works.append(Work("colour", closers.enter_context(closing(_coloured(loader, ready))), 2, None,
                       threads if loader._device_id is None else 1))
     if loader._device_id is not None:
         works.append(Work("copy", _copied(loader, ready), 2, None, 1, mean_bytes))
-    works.append(Work("hand-over", closers.enter_context(closing(_handed_over(loader, ready))), machine.queue + 1))
-    return works
+    return [*works, _hand_over(loader, [(one.step, one.ids, one.epochs) for one in prepared], closers)]
+
+
+def _plain(loader: TrainLoader) -> TrainLoader:
+    """A loader of the same shards that reads anywhere."""
+    return TrainLoader(loader.index, loader.split, loader.data, loader._sampler.batch, loader._seed, loader._stats,
+                       machine=loader.machine, device_id=loader._device_id)
+
+
+def _resident(loader: ResidentLoader, closers: ExitStack) -> list[Work]:
+    steps = range(min(len(loader), _MOST_BATCHES))
+    colour = closers.enter_context(closing(loader._colour(loader.data.crop_px, loader._mean_image())))
+    uploading = loader._device_id is not None and isinstance(loader._store, RamStore)
+    pool = closers.enter_context(ThreadPoolExecutor(loader.threads, "pack")) if uploading else None
+    taken = [(step, *loader._present(step)) for step in steps]
+
+    def order(step: int) -> int:
+        ids, epochs = loader._present(step)
+        loader._finish(loader.draws(ids, epochs))
+        return len(ids)
+
+    def coloured(step: int) -> int:
+        _, ids, epochs = taken[step]
+        loader._images(colour, pool, ids, loader.draws(ids, epochs))
+        if loader._device_id is not None:
+            torch.cuda.synchronize(loader.device)
+        return len(ids)
+
+    return [Work("order", _endless(order, steps)),
+            Work("copy" if uploading else "colour", _endless(coloured, steps), 2, None, loader.threads),
+            _hand_over(loader, taken, closers)]
 
 
 def _endless(work: Callable[[int], int], steps: range) -> Iterator[int]:
@@ -146,12 +184,13 @@ def _reading(loader: TrainLoader) -> Callable[[int], int]:
     def read(step: int) -> int:
         ids, _ = loader._sampler.take(step)
         reader.announce(ids)
-        return sum(_touch(reader.read(int(id))) for id in ids)
+        return sum(touch(reader.read(int(id))) for id in ids)
     return read
 
 
-def _touch(view: Bytes) -> int:
-    view[::_PAGE].max()  # a byte of every page: the kernel has to have brought all of them
+def touch(view: Bytes) -> int:
+    """Look at a byte of every page, so that the kernel has to have brought all of them; gives 1, the image."""
+    view[::_PAGE].max()
     return 1
 
 
@@ -161,8 +200,8 @@ def _check(encoded: list[Bytes]) -> int:
     return len(encoded)
 
 
-def _pooled(work: Callable[[int], int], steps: range, threads: int, closers: ExitStack) -> Iterator[int]:
-    """`work` over the steps in so many threads, a batch each, as the loader reads; 0: in the caller's."""
+def pooled(work: Callable[[int], int], steps: range, threads: int, closers: ExitStack) -> Iterator[int]:
+    """`work` over the steps, again and again, in so many threads, a batch each, as the loader reads; 0: in the caller's."""
     if threads == 0:
         return _endless(work, steps)
     pool = closers.enter_context(ThreadPoolExecutor(threads, "stage"))
@@ -197,80 +236,27 @@ def _copied(loader: TrainLoader, ready: Ready) -> Iterator[int]:
         yield len(one.ids)
 
 
-def _handed_over(loader: TrainLoader, ready: Ready) -> Generator[int, None, None]:
+def _hand_over(loader: TrainLoader, taken: list[tuple[int, Ids, Ids]], closers: ExitStack) -> Work:
     """Finished images through everything that is left: labels, `Batch`, the queue and the consumer's waiting."""
     size = loader.data.crop_px
-    images = torch.zeros(len(ready.prepared[0].ids), 3, size, size, device=loader.device)
+    images = torch.zeros(len(taken[0][1]), 3, size, size, device=loader.device)
 
     def produce() -> Generator[Batch, None, None]:
-        for one in itertools.cycle(ready.prepared):
-            yield loader._batch(one.step, one.ids, one.epochs, images)
+        for step, ids, epochs in itertools.cycle(taken):
+            yield loader._batch(step, ids, epochs, images)
 
-    with closing(loader._start(produce())) as ahead:
-        for step in itertools.count():
-            yield len(loader._next(ahead, step).ids)
-
-
-class _DecodePlan(GraphPlan):
-    """A plan whose graph ends after the decoder."""
-
-    def build(self, source: Iterator[Inputs]) -> Graph:
-        return DecodeGraph(source, self.batch, self.side_px, resample=False, machine=self.machine, threads=self.threads,
-                           device_id=self.device_id)
-
-
-def cut_off(make: Make, machine: LoaderConfig, stages: list[str], closers: ExitStack) -> list[Work]:
-    """The loader cut off after each of these stages but the last, everything before it included and running at once."""
-    works = []
-    for stage in stages:
-        loader = closers.enter_context(make(replace(machine, check_crc=machine.check_crc and stage not in ("order", "read")),
-                                            Meter()))
-        ahead = machine.prefetch + max(1, machine.read_threads) + 2
-        steps = range(len(loader))
-        reading = max(1, machine.read_threads)
-        if stage == "order":
-            works.append(Work(stage, _endless(lambda step, loader=loader: _order(loader, step), steps)))  # type: ignore[misc]
-        elif stage in ("read", "crc"):
-            works.append(Work(stage, _pooled(_preparing(loader, touch=stage == "read"), steps, machine.read_threads, closers),
-                              reading, None, reading))
-        elif stage in ("decode", "resize", "colour"):
-            works.append(Work(stage, closers.enter_context(closing(_through(loader, stage))), ahead, None, loader._threads))
-    return works
-
-
-def _preparing(loader: TrainLoader, *, touch: bool) -> Callable[[int], int]:
-    def prepare(step: int) -> int:
-        prepared = loader._prepare(step)
-        if touch:
-            for view in prepared.inputs.encoded:
-                _touch(view)
-        return len(prepared.ids)
-    return prepare
-
-
-def _through(loader: TrainLoader, last: str) -> Generator[int, None, None]:
-    plan = _plan(loader, loader._sampler.share)
-    if last == "decode":
-        plan = _DecodePlan(plan.batch, plan.side_px, False, plan.machine, plan.threads, plan.device_id)
-    with closing(Stream(itertools.count(), loader._prepare, loader._mend, plan, loader.meter)) as stream, \
-            closing(loader._colour(loader.data.crop_px, loader._mean_image())) as colour:
-        while True:
-            prepared, pixels = stream.collect()
-            if last == "colour":
-                loader._finished(colour, prepared, pixels)
-            if loader._device_id is not None:
-                torch.cuda.synchronize(loader.device)
-            yield len(prepared.ids)
+    ahead = closers.enter_context(closing(loader._start(produce())))
+    return Work("hand-over", (len(loader._next(ahead, step).ids) for step in itertools.count()), loader.machine.queue + 1)
 
 
 def whole(loader: TrainLoader, name: str = "loader") -> Work:
     """The loader as anybody uses it, asked without pause."""
-    return Work(name, _batches(loader, lambda batch: None), _ahead(loader), loader.meter, loader._threads)
+    return Work(name, _batches(loader, lambda batch: None), _ahead(loader), loader.meter, loader.threads)
 
 
 def fed(loader: TrainLoader, consume: Callable[[Batch], None], name: str = "together") -> Work:
     """The loader feeding `consume`, which returns when it is done with a batch."""
-    return Work(name, _batches(loader, consume), _ahead(loader), loader.meter, loader._threads)
+    return Work(name, _batches(loader, consume), _ahead(loader), loader.meter, loader.threads)
 
 
 def _ahead(loader: TrainLoader) -> int:

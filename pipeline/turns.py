@@ -6,6 +6,7 @@ others made ahead is finished. Seconds on the wall; CPU time is the whole proces
 """
 from __future__ import annotations
 
+import os
 import resource
 import time
 from collections.abc import Iterator, Sequence
@@ -60,6 +61,10 @@ class Turns:
     depth: list[tuple[float, int]] = field(default_factory=list)
     rss_mb: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
+    def add_waits(self, more: Waits) -> None:
+        """Count what a meter saw during a turn."""
+        self.waits = Waits(*(getattr(self.waits, name) + getattr(more, name) for name in ("seconds", *STATES, "batches")))
+
     def percentiles_ms(self) -> tuple[float, float, float, float]:
         """p50, p95, p99 and largest latency."""
         low, middle, high = (float(value) for value in np.percentile(self.latencies_ms, [50, 95, 99]))
@@ -108,14 +113,10 @@ def _turn(work: Work, turns: Turns, seconds: float) -> None:
     turns.rates.append(images / (now - start))
     turns.cpu_ms.append((time.process_time() - cpu) / images * 1e3)
     if work.meter:
-        turns.waits = _sum(turns.waits, work.meter.waits.since(before))
+        turns.add_waits(work.meter.waits.since(before))
         turns.depth += [(turns.wall_s + at - start, count) for at, count in list(work.meter.depths) if start <= at <= now]
     turns.wall_s += now - start
     turns.rss_mb = (turns.rss_mb[0] or memory, rss_mb(), max(turns.rss_mb[2], peak))
-
-
-def _sum(one: Waits, other: Waits) -> Waits:
-    return Waits(*(getattr(one, name) + getattr(other, name) for name in ("seconds", *STATES, "batches")))
 
 
 def settle() -> None:
@@ -126,6 +127,16 @@ def settle() -> None:
         time.sleep(_QUIET_S)
         if time.process_time() - before < _QUIET_CPU_S:
             return
+
+
+def machine_cpu_s() -> float:
+    """Seconds all cores of the machine have worked since it started, for whatever program; 0 where that is not told."""
+    try:
+        fields = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:]
+    except OSError:
+        return 0.0
+    user, nice, system, _, _, irq, softirq, stolen = (int(field) for field in fields[:8])
+    return (user + nice + system + irq + softirq + stolen) / os.sysconf("SC_CLK_TCK")
 
 
 def rss_mb() -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pipeline.figures import STAGES, Facts, Measured
+from pipeline.figures import STAGES, EndToEnd, Facts, Measured, Together
 from pipeline.room import NETWORK_BYTES, RAM_SHARE
 
 NETWORK = "network"
@@ -19,6 +19,7 @@ _DOING = {"order": "drawing order and crops", "read": "reading bytes", "crc": "c
           "hand-over": "handing batches over"}
 _WAITED = 0.03      # share of the loop's time below which its waiting for the loader is not worth a word
 _BUSY = 0.85        # share of the cores in use from which on more threads find no core
+_OTHERS = 0.1       # share of the cores used by other programs that is worth a word
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def verdict(measured: Measured, facts: Facts) -> Verdict:
     headroom = measured.headroom
     if not _loader_limits(measured):
         return Verdict(NETWORK, _network_sentence(measured, facts), _network_advice(measured, facts).yaml(), headroom)
-    name, cause = limiting(measured)
+    name, cause = limiting(measured, facts.gpu)
     return Verdict(name, _sentence(measured, facts, name, cause), _advise(measured, facts, name).yaml(), headroom)
 
 
@@ -75,18 +76,24 @@ def _loader_limits(measured: Measured) -> bool:
     return measured.loader.rate < measured.need * (1 if measured.together is None else 0.9)
 
 
-def limiting(measured: Measured) -> tuple[str, str]:
+def limiting(measured: Measured, gpu: bool = False) -> tuple[str, str]:
     """(stage, evidence): the stage that limits the loader, and which evidence named it: a state of the meter, "own" when it
     was never the producing side that was waited for, or "alone" for the rates of the stages."""
     if measured.loader.waited < 0.5:  # asked without pause, yet seldom waiting: the time goes where batches change hands
         return _slowest(measured, CAUSES["copy"]) or _slowest(measured, STAGES), "own"
-    source = measured.together if measured.together is not None and measured.together.waited > _WAITED else measured.loader
-    causes = {state: share for state, share in source.causes.items() if state in CAUSES}
+    causes = {state: share for state, share in _source(measured).causes.items() if state in CAUSES}
     for state in sorted(causes, key=lambda state: -causes[state]):
-        name = _slowest(measured, CAUSES[state])
-        if name and causes[state] > 0:
+        if causes[state] > 0 and (name := _slowest(measured, CAUSES[state])):
+            if state == "decode" and not gpu:  # one team of threads does both: whichever takes more of their time
+                name = max((stage for stage in measured.stages if stage.name in CAUSES[state]), key=lambda stage: stage.cpu).name
             return name, state
     return _slowest(measured, STAGES), "alone"
+
+
+def _source(measured: Measured) -> EndToEnd | Together:
+    """Whose waiting is the evidence: the consumer's that training has, or else that of one who only asks."""
+    both = measured.together
+    return both if both is not None and both.waited > _WAITED else measured.loader
 
 
 def _slowest(measured: Measured, names: tuple[str, ...]) -> str:
@@ -110,7 +117,7 @@ def _sentence(measured: Measured, facts: Facts, name: str, cause: str) -> str:
     assert stage is not None
     parts = [f"{name} limits: the loader gives {loader.rate:,.0f} img/s"
              + (f", {measured.headroom:.2f} of the {measured.need:,.0f} img/s needed" if measured.need else "")]
-    source = measured.together if measured.together is not None and measured.together.waited > _WAITED else loader
+    source = _source(measured)
     if cause in CAUSES:
         doing = {"read": "fetching and checking bytes", "decode": "decoding and resizing"}.get(cause, _DOING[name])
         where = f"{source.waited:.0%} of the time was waited for the loader" + (", flat out" if source is loader else "")
@@ -123,8 +130,10 @@ def _sentence(measured: Measured, facts: Facts, name: str, cause: str) -> str:
     speed = f", {stage.mb_s:,.0f} MB/s," if stage.mb_s else ""
     parts.append(f"alone, {_DOING[name]} runs at {stage.rate:,.0f} img/s{speed} with {threads} and takes {stage.cpu:.2f} of "
                  f"{total:.2f} CPU ms an image")
-    used = busy(measured, facts)
-    parts.append(f"all {facts.cores} cores are busy" if used > _BUSY else f"{used:.0%} of {facts.cores} cores are busy")
+    used, others = busy(measured, facts), facts.others
+    parts.append(f"all {facts.cores} cores are busy" if used + others > _BUSY else f"{used:.0%} of {facts.cores} cores are busy")
+    if others > _OTHERS:
+        parts[-1] += f", {others:.0%} with other programs, so that rates are lower than on an idle machine (CPU ms hardly change)"
     slowest = _slowest(measured, STAGES)
     if slowest != name:
         other = measured.stage(slowest)
@@ -157,7 +166,7 @@ def _network_advice(measured: Measured, facts: Facts) -> _Advice:
 
 def _advise(measured: Measured, facts: Facts, name: str) -> _Advice:
     advice, settings = _Advice(), facts.settings
-    free = busy(measured, facts) <= _BUSY and settings.threads < facts.cores
+    free = busy(measured, facts) + facts.others <= _BUSY and settings.threads < facts.cores
     if name in ("decode", "resize", "colour") and free:
         advice.machine.append(f"threads: {facts.cores}    # of {facts.cores} cores {settings.threads} may work on pixels")
     if name in ("read", "order", "crc") and (name == "read" or settings.read_threads < facts.cores):

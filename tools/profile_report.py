@@ -253,7 +253,7 @@ def plot(profile: Profile, path: Path) -> None:
         axes.text(max(rates) * 1.08, place, f"{middle:,.0f}", va="center", fontsize=8)
     if measured.need:
         axes.axvline(measured.need, color="#2a9d4a", linewidth=2)
-        axes.text(measured.need, len(bars) + 0.75, f"need {measured.need:,.0f}", color="#2a9d4a", ha="center", fontsize=9)
+        axes.text(measured.need * 1.06, len(bars) + 0.72, f"need {measured.need:,.0f}", color="#2a9d4a", fontsize=9)
     axes.set_ylim(0.4, len(bars) + 1.2)
     axes.set_xlabel("images per second (logarithmic); whiskers: smallest and largest repeat")
     figure.suptitle(f"{profile.title}\n" + "\n".join(textwrap.wrap(profile.verdict.sentence, 125)), fontsize=8)
