@@ -149,7 +149,7 @@ class ResidentLoader(TrainLoader):
             stack.callback(self._stop_filling)
             pool = None
             if self._device_id is not None and isinstance(self._store, RamStore):
-                pool = stack.enter_context(ThreadPoolExecutor(self._threads, "pack"))
+                pool = stack.enter_context(ThreadPoolExecutor(self.threads, "pack"))
             self._order = (self._places(self._rows(step)[0]) for step in itertools.count(first))
             self._seal_if_complete()
             for step in itertools.count(first):
@@ -169,7 +169,7 @@ class ResidentLoader(TrainLoader):
         elif pool is None:
             return colour(_Crops(store, places, drawn), finish)
         else:
-            crops = _uploaded(store, places, drawn, pool, self._threads, self.device)
+            crops = uploaded(store, places, drawn, pool, self.threads, self.device)
         return colour.whole(crops, finish)
 
     def _rows(self, step: int) -> tuple[Ids, Ids]:
@@ -328,8 +328,8 @@ class _Crops(Sequence[torch.Tensor]):
         return self._store.crop(int(self._places[row]), int(self._drawn.top[row]), int(self._drawn.left[row]))
 
 
-def _uploaded(store: RamStore, places: Places, drawn: Draws, pool: ThreadPoolExecutor, threads: int,
-              device: torch.device) -> torch.Tensor:
+def uploaded(store: RamStore, places: Places, drawn: Draws, pool: ThreadPoolExecutor, threads: int,
+            device: torch.device) -> torch.Tensor:
     """The crops of a batch on a device, (B, 3, c, c) uint8: packed by threads into pinned memory, converted over there."""
     form = store.form
     # Pinned memory is recycled by torch once the copy from it is done.

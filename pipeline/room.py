@@ -99,7 +99,8 @@ def check_memory(kind: str, rows: int, row_bytes: int, *, gpus: int = 0, limit: 
                            f"{_instead(kind, need, usable, 'machine.resident_memory: gpu' if need <= gpus else '')}")
 
 
-def check_device(kind: str, rows: int, row_bytes: int, ranks: int, free: int, margin: int = NETWORK_BYTES) -> None:
+def check_device(kind: str, rows: int, row_bytes: int, ranks: int, free: int, margin: int = NETWORK_BYTES, *,
+                 limit: tuple[int, str] | None = None) -> None:
     """Refuse a share of the squares that a GPU does not hold.
 
     Args:
@@ -108,6 +109,7 @@ def check_device(kind: str, rows: int, row_bytes: int, ranks: int, free: int, ma
         ranks: processes, a GPU each, that share them.
         free: bytes free on this GPU.
         margin: bytes of them left to the network.
+        limit: what `memory` says, asked when None.
 
     Raises:
         RuntimeError: naming what would fit.
@@ -116,9 +118,10 @@ def check_device(kind: str, rows: int, row_bytes: int, ranks: int, free: int, ma
     if need > usable:
         enough = -(-rows * row_bytes // usable) if usable else 0
         more = f"at least {enough} GPUs of this size that share it" if enough else ""
+        ram = "machine.resident_memory: ram" if rows * row_bytes <= RAM_SHARE * (limit or memory())[0] else ""
         raise RuntimeError(f"data.resident (={kind}) needs {gigabytes(need)} on each of {ranks} GPU{'s' * (ranks > 1)}, and "
                            f"{gigabytes(usable)} are free (of {gigabytes(free)}, {gigabytes(margin)} are left to the network); "
-                           f"{_instead(kind, need, usable, more, 'machine.resident_memory: ram')}")
+                           f"{_instead(kind, need, usable, more, ram)}")
 
 
 def _instead(kind: str, need: int, room: int, *others: str) -> str:

@@ -9,8 +9,8 @@ The file lies on a disk of the node or in /dev/shm. Its rows are in the order of
 
 It is made sparse, under a lock, and put in place whole, so of processes that start together one makes it. Any of them may fill
 any row, and would write the same bytes; a row is marked after its pixels are written, so a process killed in between leaves it to
-be filled again. Pages that were not yet on the disk when a machine stops are lost: a file without the last byte is used only while
-`boot_id` is this boot's, and else filled anew. Nodes do not share a file that is being filled: give each a folder of its own.
+be filled again. Pages that were not yet on the disk when a machine stops are lost: a file without the last byte is used only
+while `boot_id` is this boot's, and else filled anew. Nodes must not share a file that is being filled: each needs a folder.
 
 N rows, B samples, S side of a square.
 """
@@ -31,6 +31,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline import room
+from pipeline.atomic import replacing
 from pipeline.pixels import Form
 
 MAGIC, VERSION = "alexnet-resident-squares", 1
@@ -115,14 +116,10 @@ class RamStore:
         return not self.note
 
     def _make(self) -> None:
-        fresh = self.path.with_suffix(".new")
-        with open(fresh, "wb") as file:
-            text = json.dumps({**self._header, "boot_id": _boot_id()}).encode()
+        text = json.dumps({**self._header, "boot_id": _boot_id()}).encode()
+        with replacing(self.path) as file:
             file.write(text + b" " * (_PAGE - 1 - len(text)) + b"\0")
             file.truncate(self._size)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, self.path)
 
     @property
     def sealed(self) -> bool:
