@@ -3,6 +3,7 @@ from dataclasses import dataclass
 
 REGIONS = ("square", "full")
 MEANS = ("image", "image_center", "channel")
+WINDOW, LANES = 4096, 8  # of tier streamed, unless a recipe says otherwise
 
 
 @dataclass(frozen=True)

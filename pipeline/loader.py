@@ -67,7 +67,7 @@ class Loader:
         if len(self._ids) == 0:
             raise ValueError(f"split (={split}) of {index.path} must have samples; it has none, see build_index.py info")
         self._reader = Reader(index, check_crc=machine.check_crc)
-        self._threads = machine.threads or cores()
+        self.threads = machine.threads or cores()
         self._ahead: Ahead[Batch] | None = None
         self.meter = meter or Meter()
 
@@ -79,7 +79,7 @@ class Loader:
         """The stream of the batches `steps`: of at most `batch` samples, (B, side_px, side_px, 3) uint8."""
         sizes = self._sizes(self._ids)
         resample = bool((sizes != geometry.resized(sizes, self.data.square_px)).any())
-        return Stream(steps, self._prepare, self._mend, GraphPlan(batch, side_px, resample, self.machine, self._threads,
+        return Stream(steps, self._prepare, self._mend, GraphPlan(batch, side_px, resample, self.machine, self.threads,
                                                                   self._device_id), self.meter)
 
     def _prepare(self, step: int) -> Prepared:
@@ -89,7 +89,7 @@ class Loader:
         raise NotImplementedError
 
     def _colour(self, side_px: int, mean_image: npt.NDArray[np.float32] | None) -> Colour:
-        return Colour(side_px, mean_image, threads=self._threads, device=self.device)
+        return Colour(side_px, mean_image, threads=self.threads, device=self.device)
 
     def _finished(self, colour: Colour, prepared: Prepared, pixels: torch.Tensor) -> Batch:
         """A batch from its (B, S, S, 3) uint8 pixels."""

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 STATES = ("read", "decode", "colour", "copy")  # what a producer can be busy with, in a batch's order; else it is "idle"
@@ -30,7 +30,13 @@ class Waits:
 
     def since(self, earlier: "Waits") -> "Waits":
         """What came after `earlier`."""
-        return Waits(**{name: value - getattr(earlier, name) for name, value in asdict(self).items()})
+        return Waits(self.seconds - earlier.seconds, self.read - earlier.read, self.decode - earlier.decode,
+                     self.colour - earlier.colour, self.copy - earlier.copy, self.batches - earlier.batches)
+
+    def plus(self, more: "Waits") -> "Waits":
+        """Both together."""
+        return Waits(self.seconds + more.seconds, self.read + more.read, self.decode + more.decode, self.colour + more.colour,
+                     self.copy + more.copy, self.batches + more.batches)
 
     @property
     def cause(self) -> str:
@@ -66,7 +72,8 @@ class Meter:
     """
 
     def __init__(self, trace: bool = False, nvtx: bool = False, now: Callable[[], float] = time.perf_counter) -> None:
-        self._trace, self._now, self._lock = trace, now, threading.Lock()
+        self.now, self._trace, self._lock = now, trace, threading.Lock()
+        self.decoders: set[int] = set()  # kernel ids of DALI's worker threads
         self._state, self._since = "idle", now()
         self._totals = dict.fromkeys((*STATES, "idle"), 0.0)
         self._spans: dict[str, Span] = {}
@@ -82,24 +89,24 @@ class Meter:
     def enter(self, state: str) -> None:
         """The producing thread says what it does from now on: one of STATES, or "idle": its queue is full."""
         with self._lock:
-            now = self._now()
+            now = self.now()
             self._totals[self._state] += now - self._since
             self._state, self._since = state, now
 
     def totals(self) -> dict[str, float]:
         """Seconds in each state so far, the current one included."""
         with self._lock:
-            return {**self._totals, self._state: self._totals[self._state] + self._now() - self._since}
+            return {**self._totals, self._state: self._totals[self._state] + self.now() - self._since}
 
     @contextmanager
     def span(self, name: str, step: int) -> Iterator[None]:
         """Measure work of this thread on the batch `step`."""
-        start, cpu = self._now(), time.thread_time()
+        start, cpu = self.now(), time.thread_time()
         try:
             with self._range(name):
                 yield
         finally:
-            end, used = self._now(), time.thread_time() - cpu
+            end, used = self.now(), time.thread_time() - cpu
             with self._lock:
                 old = self._spans.get(name, Span())
                 self._spans[name] = Span(old.wall_s + end - start, old.cpu_s + used, old.count + 1)
@@ -113,19 +120,19 @@ class Meter:
 
     def depth(self, batches: int) -> None:
         """So many finished batches were in the queue when the consumer asked."""
-        self.depths.append((self._now(), batches))
+        self.depths.append((self.now(), batches))
 
     @contextmanager
     def waiting(self, step: int, stream: Any = None) -> Iterator[None]:
         """The consumer waits for batch `step`. `stream`: its CUDA stream, on whose clock the waiting is measured, or None."""
-        before, start = self.totals(), self._now()
+        before, start = self.totals(), self.now()
         begun = None if stream is None else _mark(stream)
         with self.span("wait", step):
             yield
-        seconds, after = self._now() - start, self.totals()
+        seconds, after = self.now() - start, self.totals()
         wait = Waits(seconds, **{state: min(seconds, after[state] - before[state]) for state in STATES}, batches=1)
         if begun is None:
-            self._waits = _sum(self._waits, wait)
+            self._waits = self._waits.plus(wait)
         else:
             self._pending.append((begun, _mark(stream), wait))
 
@@ -137,12 +144,8 @@ class Meter:
             seconds = start.elapsed_time(end) / 1e3
             # What the device waited beyond the host's own waiting, it waited for the decoder's kernels.
             decode = max(0.0, seconds - wait.read - wait.colour - wait.copy)
-            self._waits = _sum(self._waits, Waits(seconds, wait.read, decode, wait.colour, wait.copy, 1))
+            self._waits = self._waits.plus(Waits(seconds, wait.read, decode, wait.colour, wait.copy, 1))
         return self._waits
-
-
-def _sum(one: Waits, other: Waits) -> Waits:
-    return Waits(**{name: value + getattr(other, name) for name, value in asdict(one).items()})
 
 
 def _mark(stream: Any) -> Any:

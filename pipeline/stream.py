@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipeline import headroom
 from pipeline.colour import Finish
 from pipeline.config import LoaderConfig
 from pipeline.graph import DecodeError, Graph, Inputs
@@ -73,6 +74,7 @@ class Stream:
         self._waiting: deque[Prepared] = deque()  # pulled by DALI, not yet collected
         reading = plan.machine.read_threads
         self._pool = ThreadPoolExecutor(reading, "reader") if reading else None
+        self._before: set[int] | None = headroom.threads()
         self._graph = plan.build(self._pull())
 
     def _pull(self) -> Iterator[Inputs]:
@@ -110,6 +112,8 @@ class Stream:
                 pixels = self._graph.collect()
         except DecodeError as error:
             return self._rescue(self._waiting.popleft(), error)
+        if self._before is not None:
+            self._meter.decoders, self._before = headroom.decoders(self._before), None
         return self._waiting.popleft(), pixels
 
     def _rescue(self, prepared: Prepared, error: DecodeError) -> tuple[Prepared, torch.Tensor]:

@@ -92,11 +92,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+MEASURED = ("time", "images_per_s", "waited", "waited_for", "seconds")  # of a clock; differ from run to run
+
+
 def lines(folder: Path) -> Iterator[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock."""
     for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         values = json.loads(line)
-        yield {key: value for key, value in values.items() if key not in ("time", "images_per_s", "waited", "seconds")}
+        yield {key: value for key, value in values.items() if key not in MEASURED}
 
 
 def same(one: Path, other: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from model.alexnet import AlexNet, canonical_shapes
 from model.towers import BOTH, Tower
+from pipeline import tiers
 from pipeline.config import LoaderConfig
 from pipeline.index import SampleIndex
 from pipeline.loader import TrainLoader, quarantine_budget
@@ -49,19 +50,25 @@ def index(config: Config, *splits: str) -> SampleIndex:
     Raises:
         ValueError: it is no index, lacks a split, an image's label or an archive, or has more classes than the network.
     """
-    found = SampleIndex.load(config.data.index, config.machine.archives or None)
+    found = SampleIndex.load(config.data.images, None if in_bucket(config) else config.machine.archives or None)
     for split in dict.fromkeys(splits):
         rows = found.samples[found.ids(split)]
         unlabelled = int((rows["label"] < 0).sum())
         if len(rows) == 0 or unlabelled:
             what = f"has {unlabelled} images without a label" if unlabelled else "has no images"
-            raise ValueError(f"split (={split}) of {config.data.index} {what}; build the index with its labels (a devkit, a "
+            raise ValueError(f"split (={split}) of {config.data.images} {what}; build the index with its labels (a devkit, a "
                              "ground truth), or name another split in the recipe")
-        found.check_archives(split)
+        if not (in_bucket(config) and split == config.data.train_split):  # the loader asks the bucket; tests read files
+            found.check_archives(split)
     if len(found.classes) > config.model.classes:
         raise ValueError(f"model.classes (={config.model.classes}) must be at least the {len(found.classes)} of the index "
-                         f"{config.data.index}; set it in the recipe")
+                         f"{config.data.images}; set it in the recipe")
     return found
+
+
+def in_bucket(config: Config) -> bool:
+    """Whether the training shards lie in an object store."""
+    return config.machine.archives.startswith("s3://")
 
 
 def classes_sha256(found: SampleIndex) -> str:
@@ -71,13 +78,23 @@ def classes_sha256(found: SampleIndex) -> str:
 
 def train_loader(config: Config, where: Topology, found: SampleIndex, stats: Stats,
                  quarantine: Path) -> TrainLoader:
-    """Training batches; both towers of a network see all of each. `quarantine`: file that lists unreadable images; only the
-    main process writes it, but all begin with what it lists, so that all exceed the budget at the same image."""
+    """Training batches, from the recipe's tier; both towers of a network see all of each. `quarantine`: file that lists
+    unreadable images; only the main process writes it, but all begin with what it lists, so that all exceed the budget at the
+    same image.
+
+    Raises:
+        ValueError: the index is not of the kind the tier reads. RuntimeError: what does not fit into memory.
+    """
     machine = loader_config(config, where)
     budget = quarantine_budget(machine, len(found.ids(config.data.train_split)))
-    return TrainLoader(found, config.data.train_split, config.data.pixels(), config.train.batch, config.train.seed,
-                       stats, machine=machine, shard=(where.data_rank, where.data_ranks), device_id=_device_id(where),
-                       quarantine=Quarantine(budget, quarantine, writes=where.is_main))
+    data = config.data
+    shared = data.tier == "resident" and config.machine.resident_memory == "gpu"
+    return tiers.train_loader(data.tier, found, data.train_split, data.pixels(), config.train.batch, config.train.seed, stats,
+                              resident=data.resident, window=data.window, lanes=data.lanes,
+                              store=config.machine.archives if in_bucket(config) else "", machine=machine,
+                              shard=(where.data_rank, where.data_ranks), device_id=_device_id(where),
+                              quarantine=Quarantine(budget, quarantine, writes=where.is_main),
+                              group=where.node_group() if shared else None)
 
 
 def test_loader(config: Config, where: Topology, found: SampleIndex, stats: Stats, split: str) -> TestLoader:

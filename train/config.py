@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Optional
 
 from model.config import ModelConfig
-from pipeline.config import DataConfig, LoaderConfig
+from pipeline.config import LANES, WINDOW, DataConfig, LoaderConfig
 
 # Where things lie is not what they are: the index itself is compared by its hash.
-PATHS = (("data", "index"),)
+PATHS = (("data", "index"), ("data", "packed"))
 
 
 def _need(ok: bool, key: str, value: object, rule: str) -> None:
@@ -36,12 +36,35 @@ class Data(DataConfig):
         train_split: split trained on.
         validation_split: split whose error is measured each epoch.
         test_split: split tested with ten crops at the end; may be the validation split (ILSVRC2012 has no test labels).
+        tier: where training images come from: archives, the files as downloaded; packed, the 256-pixel JPEGs that
+            tools/pack_shards.py wrote; streamed, those read only forwards, shuffled within a window; resident, decoded squares in
+            memory. One that is not said is archives.
+        packed: folder that tools/pack_shards.py wrote, which tiers packed and streamed read (tests too) instead of the index;
+            empty: the index is that folder. A path, so not part of the fingerprint.
+        resident: form of tier resident's squares: rgb, or yuv420, half the size and not quite the same pixels.
+        window: tier streamed: samples among which the order is shuffled.
+        lanes: tier streamed: places of an epoch that are read from at once.
     """
 
     index: str
     train_split: str
     validation_split: str
     test_split: str
+    tier: Literal["archives", "packed", "streamed", "resident"] = "archives"
+    packed: str = ""
+    resident: Literal["rgb", "yuv420"] = "rgb"
+    window: int = WINDOW
+    lanes: int = LANES
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("window", "lanes"):
+            _need(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "must be at least 1; leave it out")
+
+    @property
+    def images(self) -> str:
+        """Folder of the index that is read: the packed one for tiers that need it, where it is said."""
+        return self.packed if self.packed and self.tier in ("packed", "streamed") else self.index
 
     def pixels(self) -> DataConfig:
         """The part that concerns the pipeline."""
@@ -169,7 +192,8 @@ class MachineConfig(LoaderConfig):
         channels_last: memory layout of images and kernels.
         deterministic: on a GPU, only kernels that give the same bits each time.
         torch_threads: of the network on a CPU, per process; 0 means the cores divided by the processes.
-        archives: folder to look for archives in when they are no longer where the index says; empty for none.
+        archives: folder to look for archives in when they are no longer where the index says; empty for none. For tier
+            streamed also s3://bucket/prefix, under which the shards lie by their names.
         runs: folder of run folders.
         name: of the run folder; empty takes the recipe's file name.
         checkpoint_steps: save every so many steps, besides the end of each epoch; 0 for never.

@@ -12,6 +12,8 @@ from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
+from pipeline.meter import STATES, Waits
+
 _WINDOW = 50  # steps over which the rates are taken
 
 
@@ -31,32 +33,54 @@ class Row:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Pace:
+    """Images per second, the share of the time the network waited for the loader, and what for (shares of the time too)."""
+
+    images_per_s: float
+    waited: float
+    causes: dict[str, float]
+
+    @property
+    def why(self) -> str:
+        """What most of the waiting is for, as "(decode)"; empty when there is hardly any."""
+        return f" ({max(self.causes, key=lambda cause: self.causes[cause])})" if self.waited >= 0.005 else ""
+
+
 class Rates:
-    """Images per second and the share of time spent waiting for the loader, over the last steps and over all."""
+    """The pace over the last steps and over all."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now = now
         self._last = self._start = now()
-        self._steps: deque[tuple[int, float, float]] = deque(maxlen=_WINDOW)
-        self._images, self._waited = 0, 0.0
+        self._steps: deque[tuple[int, Waits, float]] = deque(maxlen=_WINDOW)
+        self._images, self._waits = 0, Waits()
 
-    def add(self, images: int, waited_s: float) -> None:
+    def add(self, images: int, waits: Waits) -> None:
         """A step is done: it had so many images, and its batch was waited for so long."""
         now = self._now()
-        self._steps.append((images, waited_s, now - self._last))
+        self._steps.append((images, waits, now - self._last))
         self._last = now
         self._images += images
-        self._waited += waited_s
+        self._waits = self._waits.plus(waits)
 
-    def recent(self) -> tuple[float, float]:
-        """(images per second, share waited) of the last steps."""
-        spent = sum(step[2] for step in self._steps) or 1e-9
-        return sum(step[0] for step in self._steps) / spent, min(1.0, sum(step[1] for step in self._steps) / spent)
+    def recent(self) -> Pace:
+        """That of the last steps."""
+        waits = Waits()
+        for step in self._steps:
+            waits = waits.plus(step[1])
+        return _pace(sum(step[0] for step in self._steps), waits, sum(step[2] for step in self._steps))
 
-    def overall(self) -> tuple[float, float, float]:
-        """(images per second, share waited, seconds) since the start."""
-        spent = max(self._last - self._start, 1e-9)
-        return self._images / spent, min(1.0, self._waited / spent), spent
+    def overall(self) -> tuple[Pace, float]:
+        """That since the start, and how many seconds that is ago."""
+        spent = self._last - self._start
+        return _pace(self._images, self._waits, spent), spent
+
+
+def _pace(images: int, waits: Waits, spent: float) -> Pace:
+    spent = max(spent, 1e-9)
+    return Pace(images / spent, min(1.0, waits.seconds / spent),
+                {cause: min(1.0, getattr(waits, cause) / spent) for cause in STATES})
 
 
 def duration(seconds: float) -> str:
@@ -106,8 +130,9 @@ class Console:
         """A training step is done: `done` of `total` of its epoch; loss and error are means over the epoch so far."""
         if not self._due():
             return
-        speed, waited = rates.recent()
-        figures = (f"loss {loss:.4f} error {error:.1%} {speed:.1f} img/s waiting {waited:.0%} left {duration(left_s)}")
+        pace = rates.recent()
+        figures = (f"loss {loss:.4f} error {error:.1%} {pace.images_per_s:.1f} img/s waiting {pace.waited:.1%}{pace.why} "
+                   f"left {duration(left_s)}")
         self._show(f"epoch {epoch + 1}/{epochs}", done, total, figures, f"step {step}")
 
     def testing(self, what: str) -> Callable[[int, int], None]:
@@ -124,7 +149,7 @@ class Console:
             self._header = True
             self.say(" epoch   loss   error  val top-1  val top-5      lr    img/s  waiting     time")
         self.say(f"{row.epoch + 1:3d}/{row.epochs:<3d} {row.loss:6.4f} {row.error:6.2%} {row.validation_top1:9.2%} "
-                 f"{row.validation_top5:10.2%} {row.lr:8.2g} {row.images_per_s:7.1f} {row.waited:7.0%} "
+                 f"{row.validation_top5:10.2%} {row.lr:8.2g} {row.images_per_s:7.1f} {row.waited:7.1%} "
                  f"{duration(row.seconds):>9}")
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import datetime
 import os
 from dataclasses import dataclass
-from typing import Iterator
+from typing import Iterator, Optional
 
 import torch
 import torch.distributed as dist
@@ -47,6 +47,19 @@ class Topology:
     def is_alone(self) -> bool:
         """True when there is one process only."""
         return self.data_ranks * self.tower_ranks == 1
+
+    def node_group(self) -> Optional[dist.ProcessGroup]:
+        """A process group of its own of the processes on this machine, or None for one process; all of them must ask.
+
+        Raises:
+            RuntimeError: there are processes on other machines too.
+        """
+        if self.is_alone:
+            return None
+        if self.local_ranks != self.data_ranks * self.tower_ranks:
+            raise RuntimeError(f"processes (={self.data_ranks * self.tower_ranks}, {self.local_ranks} of them here) must be on "
+                               "one machine to share images; use --machine.resident_memory=ram")
+        return dist.new_group()
 
     def agree(self, *flags: bool) -> list[bool]:
         """Which flags are up in any process: the same answer in all of them, which all must ask."""

@@ -193,13 +193,13 @@ def run(asked: argparse.Namespace) -> None:
     machine = replace(config.machine, **{name: value for name, value in
                                          (("archives", asked.archives), ("test_batch", asked.batch),
                                           ("device", asked.device)) if value is not None})
-    config = replace(config, machine=machine, data=replace(config.data, index=asked.index or config.data.index))
+    config = replace(config, machine=machine, data=replace(config.data, index=asked.index or config.data.images, packed=""))
     split, views = asked.split or config.data.test_split, asked.views or config.train.test_views
     with topology(towers=config.model.towers, device=machine.device, timeout_s=machine.timeout_s) as where:
         build.settle(config, where)
         index = build.index(config, split)  # it need not have the others
         if build.classes_sha256(index) != checkpoint.read_state(path)["classes"]:
-            raise ValueError(f"index (={config.data.index}) has other classes, or another order of them, than the one "
+            raise ValueError(f"index (={config.data.images}) has other classes, or another order of them, than the one "
                              "the network was trained on; give an index of the same classes")
         network = build.network(config, where)
         tensors, shapes = build.parameters(network, config)

@@ -27,9 +27,10 @@ from pipeline.sampler import first_step
 from pipeline.stats import Stats
 from train import build, checkpoint
 from train.config import Config
-from train.console import Console, Rates, Row
+from train.console import Console, Pace, Rates, Row
 from train.distributed import Topology
 from train.evaluate import Score, evaluate
+from train.feeding import Feeding
 from train.optimizer import PaperSGD, Schedule, set_lr
 from train.recipe import dump
 from train.run import Metrics, check_sources
@@ -97,6 +98,7 @@ class Job:
     console: Console
     stop: Stop
     progress: Progress = field(default_factory=Progress)
+    feeding: Feeding = field(default_factory=Feeding)
 
     @property
     def root(self) -> Path:
@@ -114,9 +116,12 @@ def train(job: Job) -> bool:
     """Train until the last epoch is validated; False when stopped (and saved) before."""
     while job.progress.epoch < job.config.train.epochs:
         rates = Rates()
-        if job.loader.epoch == job.progress.epoch and not train_epoch(job, rates):
-            save(job)
-            return False
+        if job.loader.epoch == job.progress.epoch:
+            with job.feeding.watch(job.loader):
+                finished = train_epoch(job, rates)
+            if not finished:
+                save(job)
+                return False
         try:
             score = test(job, job.config.data.validation_split, job.config.train.validate_views, "validation")
         except SampleError:  # in every process alike: each tests every image. The epoch is not lost: --resume goes on here
@@ -141,9 +146,8 @@ def train_epoch(job: Job, rates: Rates) -> bool:
     first = job.loader.step - progress.images // job.config.train.batch
     network.train()
     batches = iter(job.loader)
-    asked = time.perf_counter()
+    waits = job.loader.meter.waits
     while (batch := next(batches, None)) is not None:
-        waited = time.perf_counter() - asked
         lr = job.schedule.lr(batch.step, progress.epoch)
         set_lr(job.optimizer, lr)
 
@@ -167,20 +171,19 @@ def train_epoch(job: Job, rates: Rates) -> bool:
 
         errors = int((logits.detach().argmax(1) != batch.labels).sum())
         progress.add(len(batch.labels), errors, value)
-        rates.add(len(batch.labels), waited)
-        done = job.loader.step
-        speed, share = rates.recent()
+        before, waits = waits, job.loader.meter.waits
+        rates.add(len(batch.labels), waits.since(before))
+        done, pace = job.loader.step, rates.recent()
         if done % machine.metrics_steps == 0:
             job.metrics.write("step", step=batch.step, epoch=progress.epoch, lr=lr, loss=value,
-                              error=errors / len(batch.labels), images_per_s=round(speed, 2), waited=round(share, 4))
-        left_s = (job.steps - done) * job.config.train.batch / speed
+                              error=errors / len(batch.labels), **paced(pace))
+        left_s = (job.steps - done) * job.config.train.batch / pace.images_per_s
         job.console.step(progress.epoch, job.config.train.epochs, done - first, total, batch.step, *progress.means(),
                          rates, left_s)
         if stop or done == machine.stop_after:
             return False
         if machine.checkpoint_steps and done % machine.checkpoint_steps == 0 and job.loader.epoch == progress.epoch:
             save(job)
-        asked = time.perf_counter()
     return True
 
 
@@ -194,15 +197,20 @@ def test(job: Job, split: str, views: int, what: str) -> Optional[Score]:
         loader.close()
 
 
+def paced(pace: Pace) -> dict[str, Any]:
+    """What metrics.jsonl says of a pace: `waited` is the share of the time, `waited_for` divides it by cause."""
+    return {"images_per_s": round(pace.images_per_s, 2), "waited": round(pace.waited, 4),
+            "waited_for": {cause: round(share, 4) for cause, share in pace.causes.items()}}
+
+
 def finish_epoch(job: Job, score: Score, rates: Rates) -> None:
     """An epoch is trained and validated: note it, move the schedule, go to the next, save."""
     epoch, epochs, (loss, error) = job.progress.epoch, job.config.train.epochs, job.progress.means()
-    speed, waited, seconds = rates.overall()
+    pace, seconds = rates.overall()
     lr = job.schedule.lr(job.loader.step - 1, epoch)  # the optimizer's is the start's when resumed into a validation
     job.metrics.write("epoch", epoch=epoch, step=job.loader.step, lr=lr, loss=loss, error=error,
-                      images_per_s=round(speed, 2), waited=round(waited, 4), seconds=round(seconds, 2),
-                      validation=score.as_dict())
-    job.console.row(Row(epoch, epochs, loss, error, score.top1, score.top5, lr, speed, waited, seconds))
+                      **paced(pace), seconds=round(seconds, 2), validation=score.as_dict())
+    job.console.row(Row(epoch, epochs, loss, error, score.top1, score.top5, lr, pace.images_per_s, pace.waited, seconds))
     if job.schedule.epoch_done(score.top1):
         lr = job.schedule.lr(job.loader.step, epoch + 1)
         job.console.say(f"validation error no longer improves: learning rate {lr:g}")

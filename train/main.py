@@ -72,7 +72,10 @@ def run(request: Request, where: Topology) -> int:
         if config.model.classes > len(index.classes):
             console.warn(f"model.classes (={config.model.classes}) is more than the {len(index.classes)} of the index; the "
                          "others have no images")
-        score = test(job, config.data.test_split, config.train.test_views, "test") if train(job) else None
+        finished = train(job)
+        if told := job.feeding.sentence(config.machine, loader.threads, where.device.type == "cuda"):
+            console.say(told)
+        score = test(job, config.data.test_split, config.train.test_views, "test") if finished else None
         if score is None:
             console.say(f"stopped and saved at step {loader.step}; go on with --resume")
             return STOPPED

@@ -1,0 +1,56 @@
+"""Head-room from busy threads, and the sentence at the end of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.small_set import photographs, write_set
+
+from pipeline import headroom
+from pipeline.config import DataConfig, LoaderConfig
+from pipeline.headroom import Headroom, Usage
+from pipeline.loader import TrainLoader
+from pipeline.meter import Waits
+from pipeline.stats import compute
+from train.feeding import Feeding
+
+MACHINE = LoaderConfig(read_threads=2)
+
+
+def test_headroom_by_hand() -> None:
+    used = Usage(time=10.0, read=4.0, decode=6.0, colour=1.0, copy=0.5)
+    assert headroom.headroom(used, MACHINE, 1) == Headroom(10 / 6, "decode")
+    assert headroom.headroom(used, MACHINE, 4) == Headroom(5.0, "read")
+    assert headroom.headroom(Usage(10.0, 0, 1.0, 3.0, 1.0), MACHINE, 1) == Headroom(2.5, "colour and copy")
+    later = Usage(time=30.0, read=5.0, decode=1.0, colour=2.0, copy=1.0)  # decoding threads have ended meanwhile
+    assert Usage(time=1.0).plus(later, used) == Usage(time=21.0, read=1.0, decode=0.0, colour=1.0, copy=0.5)
+
+
+def test_the_sentence_says_who_waited() -> None:
+    used = Usage(time=100.0, read=1.0, decode=20.0, colour=2.0)
+    fed = Feeding(Waits(0.5, decode=0.5, batches=50), used)
+    assert fed.sentence(MACHINE, 2, False) == ("the loader waited for the network, 10.0× head-room (decode is its busiest "
+                                               "part); the network waited 0.5% of the time")
+    assert fed.sentence(MACHINE, 2, True) == "the loader waited for the network; the network waited 0.5% of the time"
+    starved = Feeding(Waits(40.0, read=30.0, decode=10.0, batches=50), used)
+    assert starved.sentence(MACHINE, 2, False).startswith(
+        "the network waited for the loader 40.0% of the time (read 75%, decode 25%): put the archives on faster storage or raise "
+        "machine.read_threads")
+    assert "data.tier: packed" in Feeding(Waits(40.0, decode=40.0, batches=50), used).sentence(MACHINE, 2, False)
+    assert Feeding().sentence(MACHINE, 2, False) == ""
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_dalis_threads_are_found_and_their_work_counted(tmp_path: Path, threads: int) -> None:
+    index = write_set(tmp_path, photographs(12))
+    data = DataConfig("square", 76, 67, True, 0.1, "channel")
+    machine, watched = LoaderConfig(threads=threads, read_threads=1), Feeding()
+    with TrainLoader(index, "train", data, 4, 1, compute(index, "train", 76), machine=machine) as loader:
+        for _ in range(3):
+            with watched.watch(loader):
+                assert len(list(loader)) == 3
+        assert len(loader.meter.decoders) == threads
+    assert watched.waits.batches == 9
+    assert 0 < watched.used.decode < threads * watched.used.time and 0 < watched.used.read and 0 < watched.used.colour
+    assert "wait" in watched.sentence(machine, threads, False)
