@@ -102,11 +102,13 @@ class Together:
 
 @dataclass(frozen=True)
 class Measured:
-    """All figures of one profile. `need`: images/s the network takes, or None when nobody asked."""
+    """All figures of one profile. `need`: images/s the network takes, or None when nobody asked; `network_here`: it is one that
+    was measured on the same machine."""
     stages: tuple[Stage, ...]
     loader: EndToEnd
     need: float | None = None
     together: Together | None = None
+    network_here: bool = False
 
     def stage(self, name: str) -> Stage | None:
         """The stage of that name, or None where this tier has none."""

@@ -110,10 +110,10 @@ def alone(loader: TrainLoader, closers: ExitStack) -> list[Work]:
     mean_bytes = float(np.mean([view.nbytes for one in prepared for view in one.inputs.encoded]))
     plan = graph_plan(loader, len(prepared[0].ids))
     reading = max(1, machine.read_threads)
-    works = [Work("order", _endless(lambda step: _order(loader, step), steps))]
-    if not streamed:    # else: see pipeline/cutoff.py; its reading has an order
-        works.append(Work("read", pooled(_reading(loader), steps, machine.read_threads, closers), reading, None, reading,
-                          mean_bytes))
+    works: list[Work] = []
+    if not streamed:    # else its reading draws the order itself, see pipeline/cutoff.py
+        works = [Work("order", _endless(lambda step: _order(loader, step), steps)),
+                 Work("read", pooled(_reading(loader), steps, machine.read_threads, closers), reading, None, reading, mean_bytes)]
     if machine.check_crc and bool(loader.index.header["crc32"]):
         works.append(Work("crc", pooled(lambda step: _check(prepared[step].inputs.encoded), steps, machine.read_threads,
                                         closers), reading, None, reading, mean_bytes))

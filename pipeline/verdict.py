@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pipeline.figures import STAGES, EndToEnd, Facts, Measured, Together
+from pipeline.figures import STAGES, Facts, Measured
 from pipeline.room import NETWORK_BYTES, RAM_SHARE
 
 NETWORK = "network"
 # Which stages the loader may be in when its meter says so.
 CAUSES = {"read": ("order", "read", "crc"), "decode": ("decode", "resize"), "colour": ("colour",),
           "copy": ("copy", "hand-over")}
-_DOING = {"order": "drawing order and crops", "read": "reading bytes", "crc": "checking bytes", "decode": "decoding",
-          "resize": "resizing", "colour": "doing colour arithmetic", "copy": "copying to the device",
-          "hand-over": "handing batches over"}
-_WAITED = 0.03      # share of the loop's time below which its waiting for the loader is not worth a word
+_DOING = {"read": "waiting for bytes", "decode": "waiting for DALI", "colour": "finishing pixels", "copy": "handing over"}
+_WAITED = 0.05      # share of the loop's time below which its waiting for the loader is not worth a word
+_LATE = 0.15        # share of the producing thread's time spent in stages before its own from which on those are late
 _BUSY = 0.85        # share of the cores in use from which on more threads find no core
 _OTHERS = 0.1       # share of the cores used by other programs that is worth a word
 
@@ -78,22 +77,22 @@ def _loader_limits(measured: Measured) -> bool:
 
 def limiting(measured: Measured, gpu: bool = False) -> tuple[str, str]:
     """(stage, evidence): the stage that limits the loader, and which evidence named it: a state of the meter, "own" when it
-    was never the producing side that was waited for, or "alone" for the rates of the stages."""
-    if measured.loader.waited < 0.5:  # asked without pause, yet seldom waiting: the time goes where batches change hands
+    was never the producing side that was waited for, or "alone" for the rates of the stages.
+
+    The producing thread waits for bytes and for DALI, and finishes pixels itself while both work on. So, when it waits for
+    one of them at all, that one is late; only when it does not is it the finishing, however much time that takes.
+    """
+    loader = measured.loader
+    if loader.waited < 0.5:  # asked without pause, yet seldom waiting: the time goes where batches change hands
         return _slowest(measured, CAUSES["copy"]) or _slowest(measured, STAGES), "own"
-    causes = {state: share for state, share in _source(measured).causes.items() if state in CAUSES}
-    for state in sorted(causes, key=lambda state: -causes[state]):
-        if causes[state] > 0 and (name := _slowest(measured, CAUSES[state])):
+    for states in (("read", "decode"), ("colour", "copy")):
+        state = max(states, key=lambda state: loader.causes.get(state, 0.0))
+        name = _slowest(measured, CAUSES[state])
+        if name and sum(loader.causes.get(other, 0.0) for other in states) > _LATE:
             if state == "decode" and not gpu:  # one team of threads does both: whichever takes more of their time
                 name = max((stage for stage in measured.stages if stage.name in CAUSES[state]), key=lambda stage: stage.cpu).name
             return name, state
     return _slowest(measured, STAGES), "alone"
-
-
-def _source(measured: Measured) -> EndToEnd | Together:
-    """Whose waiting is the evidence: the consumer's that training has, or else that of one who only asks."""
-    both = measured.together
-    return both if both is not None and both.waited > _WAITED else measured.loader
 
 
 def _slowest(measured: Measured, names: tuple[str, ...]) -> str:
@@ -113,31 +112,31 @@ def resident_bytes(facts: Facts, layout: str) -> int:
 
 
 def _sentence(measured: Measured, facts: Facts, name: str, cause: str) -> str:
-    loader, stage = measured.loader, measured.stage(name)
+    loader, stage, both = measured.loader, measured.stage(name), measured.together
     assert stage is not None
-    parts = [f"{name} limits: the loader gives {loader.rate:,.0f} img/s"
-             + (f", {measured.headroom:.2f} of the {measured.need:,.0f} img/s needed" if measured.need else "")]
-    source = _source(measured)
+    parts = [f"{name} limits: the loader gives {loader.rate:,.0f} img/s"]
+    if measured.need:
+        parts[0] += f", {measured.headroom:.2f} of the {measured.need:,.0f} img/s needed"
+    if both is not None:
+        parts.append(f"together they reach {both.rate:,.0f}, and {both.waited:.0%} of the time is waiting for the loader")
     if cause in CAUSES:
-        doing = {"read": "fetching and checking bytes", "decode": "decoding and resizing"}.get(cause, _DOING[name])
-        where = f"{source.waited:.0%} of the time was waited for the loader" + (", flat out" if source is loader else "")
-        parts.append(f"{where}; meanwhile it was {doing} in {source.causes[cause]:.0%}")
+        parts.append(f"asked without pause, it was {_DOING[cause]} in {loader.causes[cause]:.0%} of the time waited")
+        if cause in ("read", "decode") and loader.causes[cause] < 0.5:
+            parts[-1] += ", while which it also does the rest"
     elif cause == "own":
-        parts.append(f"asked without pause it was waited for in {loader.waited:.0%} of the time only: the rest went into "
-                     "handing over")
+        parts.append(f"asked without pause, it was waited for in {loader.waited:.0%} of the time only: the rest is handing over")
     threads = f"{stage.threads} thread{'s' * (stage.threads != 1)}"
     total = sum(other.cpu for other in measured.stages)
     speed = f", {stage.mb_s:,.0f} MB/s," if stage.mb_s else ""
-    parts.append(f"alone, {_DOING[name]} runs at {stage.rate:,.0f} img/s{speed} with {threads} and takes {stage.cpu:.2f} of "
+    parts.append(f"{name} alone runs at {stage.rate:,.0f} img/s{speed} with {threads} and takes {stage.cpu:.2f} of the stages' "
                  f"{total:.2f} CPU ms an image")
     used, others = busy(measured, facts), facts.others
     parts.append(f"all {facts.cores} cores are busy" if used + others > _BUSY else f"{used:.0%} of {facts.cores} cores are busy")
     if others > _OTHERS:
-        parts[-1] += f", {others:.0%} with other programs, so that rates are lower than on an idle machine (CPU ms hardly change)"
+        parts[-1] += f", {others:.0%} with other programs: on an idle machine rates are higher (CPU ms hardly change)"
     slowest = _slowest(measured, STAGES)
-    if slowest != name:
-        other = measured.stage(slowest)
-        assert other is not None
+    other = measured.stage(slowest)
+    if other is not None and slowest != name and other.rate < 0.8 * stage.rate:
         parts.append(f"{slowest} is slower alone ({other.rate:,.0f} img/s), but was not what was waited for")
     return "; ".join(parts) + "."
 
@@ -149,7 +148,7 @@ def _network_sentence(measured: Measured, facts: Facts) -> str:
     both = measured.together
     if both is not None:
         text += f"; together {both.rate:,.0f} img/s, {both.waited:.1%} of the time waited"
-        if both.rate < 0.9 * min(measured.need, measured.loader.rate) and not facts.gpu:
+        if both.rate < 0.9 * min(measured.need, measured.loader.rate) and measured.network_here and not facts.gpu:
             text += "; that is less than either alone: loader and network share the cores"
     return text + "."
 
@@ -157,7 +156,7 @@ def _network_sentence(measured: Measured, facts: Facts) -> str:
 def _network_advice(measured: Measured, facts: Facts) -> _Advice:
     advice = _Advice()
     advice.remarks.append("the loader needs nothing; what makes the network faster makes the run faster")
-    if not facts.gpu and facts.settings.threads > 1 and (measured.headroom or 0) > 2:
+    if measured.network_here and not facts.gpu and facts.settings.threads > 1 and (measured.headroom or 0) > 2:
         fewer = max(1, int(facts.settings.threads * 1.5 / (measured.headroom or 1)))
         if fewer < facts.settings.threads:
             advice.machine.append(f"threads: {fewer}    # of {facts.settings.threads}: leaves cores to a network on the CPU")
@@ -184,6 +183,8 @@ def _advise(measured: Measured, facts: Facts, name: str) -> _Advice:
         _advise_tier(advice, facts, name)
     if name == "hand-over":
         advice.remarks.append("no setting lifts this: it is the consumer's own thread that takes batches over")
+    if facts.others > _OTHERS:
+        advice.remarks.append(f"other programs used {facts.others:.0%} of the cores meanwhile: measure again on an idle machine")
     if not (advice.machine or advice.data or advice.remarks):
         advice.remarks.append(f"no setting lifts {name} here: more or faster cores would")
     return advice

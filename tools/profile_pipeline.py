@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--index", type=Path, metavar="DIR", help="index, instead of the recipe's; alone: with the paper's crops")
     what.add_argument("--archives", type=Path, metavar="DIR", help="folder of the archives when they have moved")
     what.add_argument("--tier", choices=TIERS, help="where images come from (default: the recipe's, or archives)")
-    what.add_argument("--packed", type=Path, metavar="DIR", help="folder of pack_shards.py, for tiers packed and streamed")
+    what.add_argument("--packed", type=Path, metavar="DIR", help="folder of pack_shards.py: tiers packed, streamed")
     what.add_argument("--resident", choices=("rgb", "yuv420"), help="layout of tier resident (default: the recipe's, or rgb)")
     how = made.add_argument_group("settings, instead of the recipe's")
     how.add_argument("--device", choices=("auto", "cpu", "cuda"))
@@ -76,8 +76,6 @@ def check(asked: argparse.Namespace) -> None:
         value = getattr(asked, name)
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} (={value}) must be positive; correct the command line")
-    if asked.tier in ("packed", "streamed") and asked.config is None and asked.packed is None:
-        raise ValueError(f"--tier (={asked.tier}) reads packed shards; name their folder with --packed")
 
 
 def run(asked: argparse.Namespace) -> Profile:

@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,6 +34,7 @@ from pipeline.resident import ResidentLoader
 from pipeline.room import memory
 from pipeline.stats import Stats, stats_path
 from pipeline.sweep import Point, axes, sweep
+from pipeline.tiers import check as check_tier, train_loader
 from pipeline.turns import Work, machine_cpu_s, rss_mb, take_turns
 from pipeline.verdict import verdict
 from tools.profile_report import Profile
@@ -46,7 +48,7 @@ _LENIENT = 0.05     # share of unreadable samples a profile passes over: it trai
 
 @dataclass(frozen=True)
 class Subject:
-    """What is profiled: a loader's arguments, the tier it comes from, and the recipe and device behind it."""
+    """What is profiled: a loader's arguments, the tier it comes from, its device and recipe. `kind`: arguments of that tier."""
     index: SampleIndex
     split: str
     data: DataConfig
@@ -55,7 +57,7 @@ class Subject:
     stats: Stats
     machine: LoaderConfig
     tier: str
-    resident: str
+    kind: dict[str, Any]
     device: torch.device
     config: Config | None
 
@@ -68,9 +70,8 @@ class Subject:
 
     def loader(self, machine: LoaderConfig, meter: Meter | None = None, batch: int | None = None) -> TrainLoader:
         """A loader of it with these settings."""
-        from pipeline.tiers import train_loader
         return train_loader(self.tier, self.index, self.split, self.data, batch or self.batch, self.seed, self.stats,
-                            resident=self.resident, machine=machine, device_id=self._device_id, meter=meter)
+                            machine=machine, device_id=self._device_id, meter=meter, **self.kind)
 
     @property
     def _device_id(self) -> int | None:
@@ -80,16 +81,17 @@ class Subject:
 def subject(asked: argparse.Namespace, where: Topology, config: Config | None) -> Subject:
     """What the arguments name. Raises ValueError when the index, its statistics or the tier's data are not there."""
     tier = asked.tier or (config.data.tier if config else "archives")
-    packed = asked.packed or (config.data.packed if config else "")
     path = asked.index or (config.data.index if config else None)
     if tier in ("packed", "streamed"):
-        if not packed:
-            raise ValueError(f"tier (={tier}) reads packed shards; name their folder with --packed, or data.packed in the recipe")
-        path = packed
+        path = asked.packed or (config.data.packed if config else "") or path   # the index may be the packed folder itself
     assert path is not None     # checked: --config or --index
-    index = SampleIndex.load(path, asked.archives or (config.machine.archives if config else None) or None)
+    archives = str(asked.archives or (config.machine.archives if config else ""))
+    store = archives if archives.startswith("s3://") else ""
+    index = SampleIndex.load(path, None if store else archives or None)
+    check_tier(tier, index)
     split = config.data.train_split if config else "train"
-    index.check_archives(split)
+    if not store:
+        index.check_archives(split)
     data = config.data.pixels() if config else PAPER
     if config:
         from train.build import loader_config
@@ -101,9 +103,10 @@ def subject(asked: argparse.Namespace, where: Topology, config: Config | None) -
                       **{name: value for name, value in given.items() if value is not None})
     machine = replace(machine, threads=machine.threads or cores())
     batch = asked.batch or (config.train.batch if config else PAPER_BATCH)
+    kind = {"resident": asked.resident or (config.data.resident if config else "rgb"), "store": store,
+            **({"window": config.data.window, "lanes": config.data.lanes} if config else {})}
     return Subject(index, split, data, min(batch, len(index.ids(split))), config.train.seed if config else 0,
-                   Stats.for_index(index, data.square_px, split), machine, tier,
-                   asked.resident or (config.data.resident if config else "rgb"), where.device, config)
+                   Stats.for_index(index, data.square_px, split), machine, tier, kind, where.device, config)
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,7 @@ def _in_turns(asked: argparse.Namespace, what: Subject, where: Topology, loader:
     if asked.model:
         need = statistics.median(turns["network"].rates)
     measured = Measured(tuple(stages.as_stage(work, turns[work.name]) for work in works), stages.as_loader(turns["loader"]), need,
-                        stages.as_together(turns["together"]) if need else None)
+                        stages.as_together(turns["together"]) if need else None, asked.model)
     upto = {work.name.removeprefix("up to "): stages.as_stage(work, turns[work.name]) for work in cut}
     return measured, tuple(replace(stage, name=name) for name, stage in upto.items())
 
