@@ -130,7 +130,6 @@ class ResidentLoader(TrainLoader):
                     progress(min(done * self._most, len(todo)), len(todo))
         finally:
             self._stop_filling()
-        self._seal_if_complete()
 
     def close(self) -> None:
         """Free threads and buffers; the squares stay. The loader can be used again; it starts where it was."""
@@ -213,6 +212,7 @@ class ResidentLoader(TrainLoader):
         if len(unknown):
             self._fill_rows(unknown[self._store.mine(unknown)])
             self._bad[unknown[self._store.agree(unknown, self._failed[unknown])]] = True
+            self._seal_if_complete()
 
     def _fill_rows(self, places: Places) -> None:
         """Afterwards each of the rows, which are this rank's to fill, is in the store or in `_failed`."""
@@ -232,7 +232,6 @@ class ResidentLoader(TrainLoader):
                 continue
             if len(prepared.ids):
                 self._store.put(self._places(prepared.ids), squares)
-            self._seal_if_complete()
 
     def _plan(self, places: Places) -> None:
         self._planned[places] = True
@@ -329,7 +328,7 @@ class _Crops(Sequence[torch.Tensor]):
 
 
 def uploaded(store: RamStore, places: Places, drawn: Draws, pool: ThreadPoolExecutor, threads: int,
-            device: torch.device) -> torch.Tensor:
+             device: torch.device) -> torch.Tensor:
     """The crops of a batch on a device, (B, 3, c, c) uint8: packed by threads into pinned memory, converted over there."""
     form = store.form
     # Pinned memory is recycled by torch once the copy from it is done.
