@@ -5,6 +5,8 @@ stands for a *run* of neighbouring samples, headers and all, up to 8 MiB: an obj
 for every picture, a pass begins at any sample, and nothing is read that is not needed. A window's runs are kept in memory until
 the last batch that uses them is consumed. n samples of a pass or a window.
 """
+import ctypes
+import mmap
 import tempfile
 import threading
 import zlib
@@ -81,17 +83,16 @@ class Window:
         last_step: last global batch that uses it.
     """
 
-    def __init__(self, index: SampleIndex, ids: Ids, last_step: int, pieces: list[Bytes], of: Ids, at: Ids, crc: bool) -> None:
+    def __init__(self, index: SampleIndex, ids: Ids, last_step: int, content: Bytes, at: Ids, crc: bool) -> None:
         self.ids, self.last_step = ids, last_step
-        self._index, self._pieces, self._of, self._at, self._crc = index, pieces, of, at, crc
-        self._places = dict(zip(ids.tolist(), range(len(ids)), strict=True))
+        self._index, self._content, self._crc = index, content, crc
         rows = index.samples[ids]
-        self._sizes, self._crcs = rows["size"].tolist(), rows["crc32"].tolist()
+        self._places = dict(zip(ids.tolist(), zip(at.tolist(), rows["size"].tolist(), rows["crc32"].tolist()), strict=True))
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(piece.nbytes for piece in self._pieces)
+        return self._content.nbytes
 
     def read(self, id: int) -> Bytes:
         """(size,) uint8 bytes of a sample of this window, a view.
@@ -99,14 +100,13 @@ class Window:
         Raises:
             SampleError: another file lies in its place, or its bytes differ from what the index recorded.
         """
-        place = self._places[id]
-        piece, at, size = self._pieces[self._of[place]], int(self._at[place]), self._sizes[place]
-        header = piece[at - BLOCK:at].tobytes()
+        at, size, crc32 = self._places[id]
+        header = self._content[at - BLOCK:at].tobytes()
         # Holds for indexes without CRC-32 too: a shard that was written anew has its headers elsewhere.
         if header[257:262] != b"ustar" or header[124:135] != b"%011o" % size:
             raise SampleError(self._index, id, "does not lie where the index has it")
-        view = piece[at:at + size]
-        if self._crc and zlib.crc32(view.data) != self._crcs[place]:
+        view = self._content[at:at + size]
+        if self._crc and zlib.crc32(view.data) != crc32:
             raise SampleError(self._index, id, "has another CRC-32 than the index")
         return view
 
@@ -138,13 +138,19 @@ class _Pass:
             raise
 
     def __iter__(self) -> Iterator[tuple[Key, Window]]:
+        found, passage = self._runs, self._passage
         for number in self._numbers:
-            low, high = np.searchsorted(self._passage.windows, (number, number + 1))
-            of = self._runs.of[low:high]
-            pieces = [self._piece(run) for run in range(of[0], of[-1] + 1)]
-            yield (self._passage.epoch, number), Window(self._index, self._passage.ids[low:high],
-                                                        self._passage.last_steps[number], pieces, of - of[0],
-                                                        self._runs.at[low:high], self._crc)
+            low, high = np.searchsorted(passage.windows, (number, number + 1))
+            first, stop = found.of[low], found.of[high - 1] + 1
+            edges = np.append(0, np.cumsum(found.sizes[first:stop]))
+            # A mapping of its own goes back to the system when its last view does; DALI's buffers, held for a window's time,
+            # are scattered over the heaps of its threads, and the process grows.
+            content = np.frombuffer(mmap.mmap(-1, int(edges[-1])), np.uint8)
+            for run in range(first, stop):
+                content[edges[run - first]:edges[run - first + 1]] = self._piece(run)
+            content.flags.writeable = False
+            yield (passage.epoch, number), Window(self._index, passage.ids[low:high], passage.last_steps[number], content,
+                                                  edges[found.of[low:high] - first] + found.at[low:high], self._crc)
 
     def _piece(self, run: int) -> Bytes:
         try:
@@ -167,6 +173,15 @@ class _Pass:
     def close(self) -> None:
         self._reader.close()
         self._folder.cleanup()
+        _trim()
+
+
+def _trim() -> None:
+    """Give freed memory back to the system: glibc keeps it in the heaps of the threads that asked for it, DALI's here, and every
+    pass has new ones (30 ms; measured over 40 short passes of 8 lanes: 300 MiB ± 12 instead of 360 growing to 610)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _plain(said: str) -> str:
@@ -210,19 +225,20 @@ class Lane:
             RuntimeError: a shard is missing, cut, or cannot be read.
         """
         with self._lock:
+            for old in [old for old, window in self._held.items() if window.last_step < consumed]:
+                del self._held[old]
             while key not in self._held:
                 if self._failure is not None:  # of another thread's call
                     raise self._failure
                 try:
-                    self._advance(consumed)
+                    self._advance()
                 except BaseException as failure:
                     self._failure = failure
                     raise
             return self._held[key]
 
-    def _advance(self, consumed: int) -> None:
+    def _advance(self) -> None:
         key, window = next(self._windows)
-        self._held = {other: old for other, old in self._held.items() if old.last_step >= consumed}
         self._held[key] = window
         self._left -= 1
         if not self._left:

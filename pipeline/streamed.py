@@ -155,7 +155,7 @@ class StreamedLoader(TrainLoader):
                  window: int = WINDOW, lanes: int = LANES, store: str = "", machine: LoaderConfig = LoaderConfig(),
                  shard: tuple[int, int] = (0, 1), device_id: int | None = None, quarantine: Quarantine | None = None,
                  meter: Meter | None = None) -> None:
-        if not index.header.get("packed"):
+        if index.packed is None:
             raise ValueError(f"index (={index.path}) must be of packed shards to be streamed: archives sorted by class would "
                              "give windows of one class; write shards with tools/pack_shards.py, and set data.packed")
         if store and not (store.startswith("s3://") and len(store) > len("s3://")):
