@@ -9,10 +9,9 @@ N samples, B of a batch, S side of a square, R rows that the ranks sharing the s
 import contextlib
 import itertools
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -82,12 +81,12 @@ class ResidentLoader(TrainLoader):
             self._group = group
             self._store = SpreadStore(len(self._ids), form, self.device, group)
             shards = self._store.shards(shard)
-        # The rows of all ranks that share the store; this one's are at `_own`.
-        self._samplers = [Sampler(self._ids, batch, seed, each) for each in shards]
-        shares = [sampler.share for sampler in self._samplers]
-        first = sum(shares[:self._rank])
-        self._own = slice(first, first + self._sampler.share)
-        self._parts = [slice(stop - share, stop) for share, stop in zip(shares, itertools.accumulate(shares), strict=True)]
+        # The R rows: of each global batch those of every rank that shares the store; this rank's are at `_own` among them.
+        self._global = Sampler(self._ids, batch, seed)
+        taken = [np.arange(k * batch // n, (k + 1) * batch // n) for k, n in shards]
+        self._taken, ends = np.concatenate(taken), list(itertools.accumulate(map(len, taken)))
+        self._parts = [slice(end - len(rows), end) for rows, end in zip(taken, ends, strict=True)]
+        self._own = self._parts[self._store.rank if isinstance(self._store, SpreadStore) else 0]
         self._most = max(2 * self._sampler.share, _AT_LEAST)
         self._bad = np.zeros(len(self._ids), bool)  # rows no rank will fill, as all ranks know
         self._failed = np.zeros(len(self._ids), bool)  # those this rank has found
@@ -97,10 +96,6 @@ class ResidentLoader(TrainLoader):
         self._order: Iterator[Places] = iter(())
         self._chunks: dict[int, Places] = {}
         self._urgent: deque[Places] = deque()
-
-    @property
-    def _rank(self) -> int:
-        return self._store.rank if isinstance(self._store, SpreadStore) else 0
 
     @property
     def filled(self) -> tuple[int, int]:
@@ -166,15 +161,15 @@ class ResidentLoader(TrainLoader):
         if isinstance(store, SpreadStore):
             crops = store.crops([(places[part], drawn.top[part], drawn.left[part]) for part in self._parts])
         elif pool is None:
-            return colour(_Crops(store, places, drawn), finish)
+            return colour(store.crops(places, drawn.top, drawn.left), finish)
         else:
-            crops = uploaded(store, places, drawn, pool, self.threads, self.device)
+            crops = store.uploaded(places, drawn.top, drawn.left, pool, self.threads, self.device)
         return colour.whole(crops, finish)
 
     def _rows(self, step: int) -> tuple[Ids, Ids]:
         """Ids and epochs, both (R,), of what the ranks sharing the store train on in `step`, rank by rank."""
-        ids, epochs = zip(*(sampler.take(step) for sampler in self._samplers))
-        return np.concatenate(ids), np.concatenate(epochs)
+        ids, epochs = self._global.take(step)
+        return ids[self._taken], epochs[self._taken]
 
     def _places(self, ids: Ids) -> Places:
         """The rows of ids in the store."""
@@ -304,44 +299,6 @@ class ResidentLoader(TrainLoader):
         self._planned[:] = False
         self._chunks.clear()
         self._urgent.clear()
-
-
-class _Crops(Sequence[torch.Tensor]):
-    """The crops of a batch, each cut, and converted, by the thread that asks for it: (3, c, c) uint8."""
-
-    def __init__(self, store: RamStore, places: Places, drawn: Draws) -> None:
-        self._store, self._places, self._drawn = store, places, drawn
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    @overload
-    def __getitem__(self, row: int) -> torch.Tensor: ...
-
-    @overload
-    def __getitem__(self, row: slice) -> list[torch.Tensor]: ...
-
-    def __getitem__(self, row: int | slice) -> torch.Tensor | list[torch.Tensor]:
-        if isinstance(row, slice):
-            return [self[each] for each in range(len(self))[row]]
-        return self._store.crop(int(self._places[row]), int(self._drawn.top[row]), int(self._drawn.left[row]))
-
-
-def uploaded(store: RamStore, places: Places, drawn: Draws, pool: ThreadPoolExecutor, threads: int,
-             device: torch.device) -> torch.Tensor:
-    """The crops of a batch on a device, (B, 3, c, c) uint8: packed by threads into pinned memory, converted over there."""
-    form = store.form
-    # Pinned memory is recycled by torch once the copy from it is done.
-    parcels = torch.empty(len(places), form.parcel_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    memory = parcels.numpy()
-
-    def pack(rows: Iterable[int]) -> None:
-        for row in rows:
-            form.pack(store.pixels[int(places[row])], int(drawn.top[row]), int(drawn.left[row]), memory[row])
-
-    list(pool.map(pack, (range(first, len(places), threads) for first in range(threads))))
-    top, left = (torch.from_numpy(values).to(device) for values in (drawn.top, drawn.left))
-    return form.unpack(parcels.to(device, non_blocking=True), top, left)
 
 
 def _gpu_bytes() -> int:

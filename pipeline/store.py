@@ -21,10 +21,11 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -170,11 +171,50 @@ class RamStore:
         """RGB (3, c, c) uint8 of a filled row; a view where it can be."""
         return torch.from_numpy(self.form.crop(self.pixels[place], top, left))
 
+    def crops(self, places: Places, top: Places, left: Places) -> Sequence[torch.Tensor]:
+        """The crops of a batch, each cut, and converted, only when somebody asks for it, in his thread."""
+        return _Crops(self, places, top, left)
+
+    def uploaded(self, places: Places, top: Places, left: Places, pool: ThreadPoolExecutor, threads: int,
+                 device: torch.device) -> torch.Tensor:
+        """The crops of a batch on a device, (B, 3, c, c) uint8: packed by threads into pinned memory, converted over there."""
+        # Pinned memory is used again by torch once the copy from it is done.
+        parcels = torch.empty(len(places), self.form.parcel_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        memory = parcels.numpy()
+
+        def pack(rows: Iterable[int]) -> None:
+            for row in rows:
+                self.form.pack(self.pixels[places[row]], int(top[row]), int(left[row]), memory[row])
+
+        list(pool.map(pack, (range(first, len(places), threads) for first in range(threads))))
+        there, down, right = (values.to(device, non_blocking=True)
+                              for values in (parcels, torch.from_numpy(top), torch.from_numpy(left)))
+        return self.form.unpack(there, down, right)
+
     def close(self) -> None:
         """Wait for `seal`. The mapping goes when its last view does."""
         if self._seal is not None:
             self._seal.join()
             self._seal = None
+
+
+class _Crops(Sequence[torch.Tensor]):
+    def __init__(self, store: RamStore, places: Places, top: Places, left: Places) -> None:
+        self._store, self._places, self._top, self._left = store, places, top, left
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, row: int) -> torch.Tensor: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> list[torch.Tensor]: ...
+
+    def __getitem__(self, row: int | slice) -> torch.Tensor | list[torch.Tensor]:
+        if isinstance(row, slice):
+            return [self[each] for each in range(len(self))[row]]
+        return self._store.crop(int(self._places[row]), int(self._top[row]), int(self._left[row]))
 
 
 def _boot_id() -> str:

@@ -19,7 +19,7 @@ from pipeline.index import SampleIndex
 from pipeline.loader import Batch, TrainLoader
 from pipeline.pixels import Form
 from pipeline.reader import Quarantine
-from pipeline.resident import ResidentLoader, uploaded
+from pipeline.resident import ResidentLoader
 from pipeline.squares import TestLoader
 from pipeline.stats import Stats, compute
 from pipeline.store import RamStore
@@ -236,7 +236,8 @@ def test_what_goes_to_a_device_becomes_the_same_crops(photos: SampleIndex, stats
         assert isinstance(found, RamStore) and found.form == Form(kind, 76, 67)
         ids = photos.ids("train")[5:30]
         drawn = train.draws(ids, np.zeros_like(ids))
-        crops = uploaded(found, ids, drawn, pool, 2, torch.device("cpu"))
+        crops = found.uploaded(ids, drawn.top, drawn.left, pool, 2, torch.device("cpu"))
+        assert all(torch.equal(*pair) for pair in zip(crops, found.crops(ids, drawn.top, drawn.left)[:], strict=True))
         for crop, place, top, left in zip(crops, ids, drawn.top, drawn.left, strict=True):
             assert torch.equal(crop, found.crop(int(place), int(top), int(left)))
 

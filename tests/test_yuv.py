@@ -64,6 +64,13 @@ def test_greys_come_back_exactly_and_flat_colours_nearly() -> None:
     assert np.abs(yuv.decode(yuv.encode(squares), 2).astype(int) - squares).max() <= 2
 
 
+def test_planes_are_views_however_many_rows_there_are() -> None:
+    rows = np.zeros((5, yuv.row_bytes(9)), np.uint8)
+    for planes in (yuv.planes(rows, 9), yuv.planes(torch.from_numpy(rows), 9)):
+        assert [tuple(plane.shape) for plane in planes] == [(5, 9, 9), (5, 2, 5, 5)]
+        assert all(np.shares_memory(rows, np.asarray(plane)) for plane in planes)
+
+
 @pytest.mark.parametrize("size,crop_px", [(9, 5), (9, 4), (10, 7), (10, 10), (9, 9), (6, 1)])
 def test_a_crop_is_that_of_the_square_on_every_path(size: int, crop_px: int) -> None:
     squares = noise(size, 3)
