@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,13 +46,14 @@ class Finish:
 
 
 class Buffers:
-    """Float32 CPU tensors whose memory is used again once nobody refers to it.
+    """CPU tensors of one type whose memory is used again once nobody refers to it.
 
     A fresh 40 MB tensor costs 10,000 page faults, half as much as the arithmetic that fills it.
     """
 
-    def __init__(self) -> None:
-        self._free: dict[tuple[int, ...], deque[npt.NDArray[np.float32]]] = {}
+    def __init__(self, dtype: npt.DTypeLike = np.float32) -> None:
+        self._dtype = dtype
+        self._free: dict[tuple[int, ...], deque[npt.NDArray[Any]]] = {}
 
     def take(self, *shape: int) -> torch.Tensor:
         """A tensor of this shape, contents undefined."""
@@ -59,7 +61,7 @@ class Buffers:
         try:
             memory = free.pop()
         except IndexError:
-            memory = np.empty(shape, np.float32)
+            memory = np.empty(shape, self._dtype)
         # The tensor and all its views keep this very array object alive; when it goes, the memory behind it is free. (Appending
         # to a deque needs no lock, which a finalizer, run at any moment, must not take.)
         alias = memory.view()

@@ -22,11 +22,25 @@ class Regions:
         anchor: (B, 2) int32 first source pixel to decode.
         shape: (B, 2) int32 source pixels to decode.
         start, end: (B, 2) float32 corners of the crop in continuous coordinates of the decoded rectangle.
+        scale: (B, 2) float64 source pixels for one of the resized image.
+        offset: (B, 2) int64 the crop's offset in the resized image.
     """
     anchor: npt.NDArray[np.int32]
     shape: npt.NDArray[np.int32]
     start: npt.NDArray[np.float32]
     end: npt.NDArray[np.float32]
+    scale: npt.NDArray[np.float64]
+    offset: Pairs
+
+    @property
+    def reach(self) -> npt.NDArray[np.int32]:
+        """(B, 2) source pixels from the image's corner to the end of the region."""
+        return self.anchor + self.shape
+
+    def row(self, row: int) -> "Regions":
+        """That of one image, as a batch of one."""
+        one = slice(row, row + 1)
+        return Regions(self.anchor[one], self.shape[one], self.start[one], self.end[one], self.scale[one], self.offset[one])
 
 
 def resized(sizes: Pairs, short_px: int) -> Pairs:
@@ -63,4 +77,4 @@ def regions(sizes: Pairs, resized_sizes: Pairs, offsets: Pairs, crop_px: int | P
     anchor = np.maximum(np.floor(low).astype(np.int64) - margin, 0)
     stop = np.minimum(np.ceil(high).astype(np.int64) + margin, sizes)
     return Regions(anchor.astype(np.int32), (stop - anchor).astype(np.int32), (low - anchor).astype(np.float32),
-                   (high - anchor).astype(np.float32))
+                   (high - anchor).astype(np.float32), sizes / resized_sizes, offsets)

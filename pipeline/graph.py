@@ -1,7 +1,8 @@
 """The DALI graph, one for CPUs and GPUs. The only file that imports `nvidia.dali`.
 
-Order and crops come in as tensors; DALI decodes the region under the crop and resamples it, to uint8 (reflections, mean and
-lighting noise are `pipeline.colour`'s). On a GPU (`device_id`) the decoder is `mixed`, argument tensors stay on the CPU.
+Order and crops come in as tensors; DALI decodes as far as the crop reaches, to uint8. On a GPU (`device_id`), with its `mixed`
+decoder, it resamples there too (argument tensors stay on the CPU); on a CPU `pipeline.resize` does. Reflections, mean and
+lighting noise are `pipeline.colour`'s.
 B samples, S side of the output in pixels.
 """
 from collections import deque
@@ -18,7 +19,8 @@ import torch
 from nvidia.dali.pipeline import Pipeline
 
 from pipeline.config import LoaderConfig
-from pipeline.geometry import Regions, regions
+from pipeline.geometry import Regions
+from pipeline.resize import Resizer, resize
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -52,9 +54,7 @@ class Inputs:
 
     def row(self, row: int) -> "Inputs":
         """The inputs of one sample, as a batch of one."""
-        one = slice(row, row + 1)
-        return Inputs(self.encoded[one], Regions(self.regions.anchor[one], self.regions.shape[one], self.regions.start[one],
-                                                 self.regions.end[one]))
+        return Inputs(self.encoded[row:row + 1], self.regions.row(row))
 
 
 class Graph:
@@ -78,6 +78,7 @@ class Graph:
         self._collected: Inputs | None = None
         self._device_id = device_id
         self._resample = resample
+        self._resizer = Resizer(side_px, threads) if resample and device_id is None else None
         self._pipe: Any = Pipeline(batch_size=batch, num_threads=threads, device_id=device_id,
                                    prefetch_queue_depth=machine.prefetch, seed=0)
         with self._pipe:
@@ -86,7 +87,7 @@ class Graph:
 
     def _define(self, side_px: int, machine: LoaderConfig) -> Any:
         gpu = self._device_id is not None
-        kinds = [types.UINT8, types.INT32, types.INT32] + [types.FLOAT, types.FLOAT] * self._resample
+        kinds = [types.UINT8, types.INT32, types.INT32] + [types.FLOAT, types.FLOAT] * (self._resample and gpu)
         encoded, anchor, shape, *ends = fn.external_source(source=self._pull, num_outputs=len(kinds), batch=True, no_copy=True,
                                                            dtype=kinds, ndim=[1] * len(kinds))
         # EXIF orientation would turn the pixels away from the index's width and height. The hints exist on GPUs only.
@@ -95,7 +96,7 @@ class Graph:
                                  "preallocate_height_hint": machine.preallocate_px} if gpu else {}
         pixels = fn.decoders.image_slice(encoded, start=anchor, shape=shape, axis_names="HW", output_type=types.RGB,
                                          adjust_orientation=False, device="mixed" if gpu else "cpu", **hints)
-        if not self._resample:
+        if not ends:
             return pixels
         return fn.resize(pixels, size=(side_px, side_px), roi_start=ends[0], roi_end=ends[1],
                          interp_type=types.INTERP_LINEAR, antialias=True)
@@ -113,6 +114,8 @@ class Graph:
             raise StopIteration from failure
         self._alive.append(inputs)
         regions = inputs.regions
+        if self._resizer is not None:
+            return inputs.encoded, np.zeros_like(regions.anchor), regions.reach
         ends = (regions.start, regions.end) if self._resample else ()
         return (inputs.encoded, regions.anchor, regions.shape, *ends)
 
@@ -135,10 +138,19 @@ class Graph:
             raise DecodeError(error) from error
         # Kept until the next batch is collected: on a GPU the copy of its bytes may still be under way.
         self._collected = self._alive.popleft()
+        if self._resizer is not None:
+            return self._resizer([torch.from_dlpack(image) for image in output], self._collected.regions)
         return torch.from_dlpack(output.as_tensor())
+
+    @property
+    def workers(self) -> set[int]:
+        """Kernel ids of the threads that resize, so far."""
+        return self._resizer.workers if self._resizer is not None else set()
 
     def close(self) -> None:
         """Free DALI's threads and buffers. Batches already collected stay valid: they own their memory."""
+        if self._resizer is not None:
+            self._resizer.close()
         self._pipe = None
         self._alive.clear()
         self._collected = None
@@ -266,24 +278,20 @@ class WholeImages:
         self._pipe: Any = Pipeline(batch_size=batch, num_threads=threads, device_id=None, prefetch_queue_depth=1, seed=0)
         with self._pipe:
             encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-            start, end, size = (fn.external_source(name=name, dtype=types.FLOAT, ndim=1) for name in ("start", "end", "size"))
-            pixels = fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False)
-            self._pipe.set_outputs(fn.resize(pixels, size=size, roi_start=start, roi_end=end, interp_type=types.INTERP_LINEAR,
-                                             antialias=True))
+            self._pipe.set_outputs(fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False))
         self._pipe.build()
 
     def images(self, encoded: list[Bytes], sizes: npt.NDArray[np.int64], resized: npt.NDArray[np.int64]) -> list[Bytes]:
-        """B images (H, W, 3) uint8 of `sizes` (B, 2), resized to `resized` (B, 2); valid until the next call.
+        """B images (H, W, 3) uint8 of `sizes` (B, 2), resized to `resized` (B, 2).
 
         Raises:
             DecodeError: one of them does not decode; the next call works.
         """
-        where = regions(sizes, resized, np.zeros_like(resized), resized)  # anchored at the first pixel
         try:
-            for name, given in (("encoded", encoded), ("start", where.start), ("end", where.end),
-                                ("size", resized.astype(np.float32))):
-                self._pipe.feed_input(name, given)
-            (self._output,) = self._pipe.run()
+            self._pipe.feed_input("encoded", encoded)
+            (output,) = self._pipe.run()
         except RuntimeError as error:
             raise DecodeError(error) from error
-        return [np.asarray(self._output[i]) for i in range(len(encoded))]
+        scales = sizes / resized
+        return [resize(torch.from_dlpack(image), (0, 0), tuple(size), tuple(scale)).numpy()
+                for image, size, scale in zip(output, resized.tolist(), scales.tolist(), strict=True)]

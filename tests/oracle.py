@@ -13,19 +13,12 @@ Float = npt.NDArray[np.float32]
 
 
 def resized(blob: bytes, short_px: int) -> npt.NDArray[np.uint8]:
-    """(h, w, 3) uint8: the image, its short side `short_px`, by PIL's antialiased linear filter.
-
-    At the image's edge PIL shortens the filter, DALI (and OpenCV) repeat the last pixel, which changes the outermost row and
-    column by up to 13 grey levels. The same is had from PIL by repeating those pixels before the resize.
-    """
+    """(h, w, 3) uint8: the image, its short side `short_px`, by PIL's antialiased linear filter."""
     image = Image.open(io.BytesIO(blob)).convert("RGB")
     width, height = image.size
     scale = short_px / min(width, height)
     size = (max(short_px, int(width * scale + 0.5)), max(short_px, int(height * scale + 0.5)))
-    edge = int(np.ceil(max(1, 1 / scale))) + 1
-    padded = Image.fromarray(np.pad(np.asarray(image), ((edge, edge), (edge, edge), (0, 0)), "edge"))
-    box = (edge, edge, edge + width, edge + height)
-    return np.asarray(padded.resize(size, Image.Resampling.BILINEAR, box=box))
+    return np.asarray(image.resize(size, Image.Resampling.BILINEAR))
 
 
 def square(blob: bytes, square_px: int) -> npt.NDArray[np.uint8]:

@@ -16,9 +16,9 @@ from pipeline.reader import Quarantine, SampleError
 from pipeline.squares import TestLoader, views
 from pipeline.stats import Stats, compute
 
-# Decoders agree on JPEG; DALI's linear filter has float weights and rounds once, PIL's has fixed-point weights and rounds
-# after rows and after columns, so pixels differ by one grey level at most. Measured on 300 ImageNet photographs: mean 0.158.
-MEAN_TOLERANCE, LARGEST_TOLERANCE = 0.25, 1.01
+# Decoders agree on JPEG, and torch resizes as PIL does, rounding after columns and after rows, but with weights of 16 bits where
+# PIL's have 22. Measured on ImageNet photographs: mean 0.002, largest 2.
+MEAN_TOLERANCE, LARGEST_TOLERANCE = 0.07, 2.01
 PAPER = DataConfig(region="square", square_px=256, crop_px=227, mirror=True, lighting=0.1, mean="image")
 SMALL = DataConfig(region="square", square_px=76, crop_px=67, mirror=True, lighting=0.1, mean="channel")
 
