@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools import bench_loader, demo, make_demo, show_batch, show_kernels
+from tools import bench, demo, make_demo, show_batch, show_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = [[f"tools/{path.name}"] for path in sorted((ROOT / "tools").glob("*.py"))
@@ -28,7 +28,7 @@ def test_help_imports_neither_torch_nor_dali_nor_scipy(words: list[str]) -> None
     assert imported & {"torch", "nvidia.dali", "scipy", "matplotlib"} == set()
 
 
-@pytest.mark.parametrize("tool, words", [(bench_loader, []), (show_batch, ["--config", "x", "--out", "y"]), (demo, []),
+@pytest.mark.parametrize("tool, words", [(bench, []), (show_batch, ["--config", "x", "--out", "y"]), (demo, []),
                                          (show_kernels, ["--run", "x", "--out", "y"])])
 def test_ctrl_c_is_one_line_and_exit_130(tool: object, words: list[str], monkeypatch: pytest.MonkeyPatch,
                                          capsys: pytest.CaptureFixture[str]) -> None:
@@ -237,61 +237,6 @@ def test_kernels_are_stretched_one_by_one_and_laid_out_by_tower() -> None:
 def test_kernels_of_no_checkpoint_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert show_kernels.main(["--checkpoint", str(tmp_path / "no"), "--out", str(tmp_path / "k.png")]) == 2
     assert "does not exist; give a run folder with --run or a checkpoint" in capsys.readouterr().err
-
-
-# --- bench_loader.py
-
-def test_both_sides_of_the_benchmark_do_the_same_work(index: Path) -> None:
-    """With nothing drawn at random the two give the same pixels, up to the decoders' and the resize's rounding."""
-    from dataclasses import replace
-    from pipeline import LoaderConfig, SampleIndex, TrainLoader
-    from pipeline.stats import compute
-
-    found = SampleIndex.load(index)
-    stats = compute(found, "train", 256, machine=LoaderConfig(quarantine_budget=0.05))
-    side = bench_loader.PilDataset(found, "train", replace(stats, eigenvalues=np.zeros(3)))
-    data = bench_loader.data_config()
-    with TrainLoader(found, "train", replace(data, mirror=False, lighting=0.0), 4, 0, stats) as loader:
-        batch = next(iter(loader))
-        assert batch.images.shape[1:] == side[0][0].shape == (3, 227, 227)
-        assert batch.images.dtype == side[0][0].dtype
-        drawn = loader.draws(batch.ids, batch.epochs)
-    for row, id in enumerate(batch.ids):
-        image = Image.open(io.BytesIO(found.read(int(id))))
-        if image.mode != "RGB":
-            continue
-        position = int(np.flatnonzero(side.ids == id)[0])
-        crop, label = same_draws(side, position, int(drawn.left[row]), int(drawn.top[row]))
-        assert label == int(batch.labels[row])
-        assert np.abs(crop - batch.images[row].numpy()).mean() < 1.0
-
-
-def same_draws(side: bench_loader.PilDataset, position: int, left: int, top: int) -> tuple[np.ndarray, int]:
-    """An item of the PIL side whose generator happened to draw this offset and no reflection."""
-    class Fixed:
-        randint = staticmethod(lambda low, high, count: np.array([left, top]))
-        normal = staticmethod(lambda mean, spread, count: np.zeros(count))
-        random = staticmethod(lambda: 0.9)
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("randint", "normal", "random"):
-            patch.setattr(np.random, name, getattr(Fixed, name))
-        crop, label = side[position]
-    return crop.numpy(), label
-
-
-def test_benchmark_refuses_nonsense(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench_loader.main(["--rounds", "0"]) == 2
-    assert "--rounds (=0) must be at least 1; " in capsys.readouterr().err
-    assert bench_loader.main(["/nonexistent"]) == 2
-    assert capsys.readouterr().err.startswith("error: ")
-
-
-@pytest.mark.slow
-def test_benchmark_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench_loader.main(["--rounds", "1", "--batches", "1", "--photographs", "64", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["ratio"] > 0 and len(found["images_per_s"]["pil"]) == 1
 
 
 # --- README.md

@@ -22,10 +22,12 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if TYPE_CHECKING:
+    from pipeline.index import SampleIndex
     from tools.bench_report import Result
     from tools.bench_work import Work
 
 ROOT = Path(__file__).resolve().parent.parent
+BUDGET = 0.05       # share of the photographs that may be unreadable; ours and the packed ones go on without them
 
 
 def drawn_index(folder: Path, photographs: int) -> Path:
@@ -40,19 +42,17 @@ def drawn_index(folder: Path, photographs: int) -> Path:
     return folder / "index"
 
 
-def pack(index: Path, folder: Path) -> Path | None:
-    """The photographs packed at 256 px by tools/pack_shards.py with its defaults; None when that tool is not there."""
-    tool = ROOT / "tools" / "pack_shards.py"
-    if not tool.exists():
-        return None
-    done = subprocess.run([sys.executable, str(tool), str(index), str(folder)], stdout=sys.stderr)
+def pack(index: Path, folder: Path) -> Path:
+    """The photographs packed at 256 px by tools/pack_shards.py with its defaults."""
+    done = subprocess.run([sys.executable, str(ROOT / "tools" / "pack_shards.py"), str(index), str(folder), "--split", "train",
+                           "--budget", str(BUDGET)], stdout=sys.stderr)
     if done.returncode:
-        raise RuntimeError(f"packing {index} (=exit code {done.returncode}) failed; its message is above")
+        raise RuntimeError(f"packing {index} failed (exit code {done.returncode}); its message is above")
     return folder
 
 
-def prepare(asked: argparse.Namespace, scratch: Path) -> Work:
-    """Index, statistics and packed shards, made where they are not given.
+def prepare(asked: argparse.Namespace, chosen: Sequence[str], scratch: Path) -> Work:
+    """Index, statistics and packed shards, made where they are not given; all bytes in the page cache.
 
     Raises:
         ValueError: an index is not one, or the packed one is not of the same photographs.
@@ -60,6 +60,7 @@ def prepare(asked: argparse.Namespace, scratch: Path) -> Work:
     from pipeline.config import LoaderConfig
     from pipeline.index import SampleIndex
     from pipeline.stats import Stats, compute
+    from tools.bench_sides import BY_NAME
     from tools.bench_work import SQUARE_PX, Work
 
     path = drawn_index(scratch, asked.photographs) if asked.index is None else asked.index.absolute()
@@ -67,20 +68,26 @@ def prepare(asked: argparse.Namespace, scratch: Path) -> Work:
     index.check_archives("train")
     try:
         stats = Stats.for_index(index, SQUARE_PX)
-    except ValueError:
-        stats = compute(index, "train", SQUARE_PX, machine=LoaderConfig(quarantine_budget=0.05))
+    except ValueError:      # none there, or of another size: they are computed, and not left beside the index
+        stats = compute(index, "train", SQUARE_PX, machine=LoaderConfig(quarantine_budget=BUDGET))
     stats.save(scratch / "stats.npz")
-    packed = pack(path, scratch / "packed") if asked.packed is None else asked.packed.absolute()
-    if packed is not None:
-        there, here = SampleIndex.load(packed), index.ids("train")
-        if len(there.ids("train")) == 0 or not set(there.ids("train").tolist()) <= set(here.tolist()):
-            raise ValueError(f"packed shards (={packed}) must hold photographs of {path}; give the folder that "
-                             f"`python tools/pack_shards.py {path} OUT` wrote")
-    for archive in {index.archive_path(int(position)) for position in set(index.samples["archive"][index.ids("train")].tolist())}:
-        with open(archive, "rb") if archive.is_file() else contextlib.nullcontext() as file:    # into the page cache
-            while file is not None and file.read(1 << 24):
-                pass
+    packed = None
+    if any(BY_NAME[name].data == "packed" for name in chosen):
+        packed = pack(path, scratch / "packed") if asked.packed is None else asked.packed.absolute()
+        about = SampleIndex.load(packed).packed
+        if about is None or about["source"].get("train") != index.split_sha256("train"):
+            raise ValueError(f"--packed (={packed}) must hold the photographs of {path}; give the folder that `python "
+                             f"tools/pack_shards.py {path} OUT` wrote, or leave it out")
+    for folder in (path, packed):
+        if folder is not None:
+            warm(SampleIndex.load(folder))
     return Work(path, packed, scratch / "stats.npz", scratch, "train", asked.batch, asked.workers)
+
+
+def warm(index: SampleIndex) -> None:
+    """Read every training image once, so that it lies in the page cache."""
+    for id in index.ids("train").tolist():
+        index.read(id)
 
 
 def measure(work: Work, chosen: Sequence[str], rounds: int, seconds: float) -> list[Result]:
@@ -129,7 +136,7 @@ def run(asked: argparse.Namespace) -> None:
     if not asked.seconds > 0:
         raise ValueError(f"--seconds (={asked.seconds}) must be above 0; leave it out for the default")
     from tools import bench_report
-    from tools.bench_work import need
+    from tools.bench_work import Material, need
     for module, what in (("PIL", "demo"), ("matplotlib", "plots")):
         try:
             need(module)
@@ -143,9 +150,8 @@ def run(asked: argparse.Namespace) -> None:
         raise ValueError(f"--without (={','.join(asked.without)}) must leave a side; leave some out of it")
     from rich.console import Console
     with tempfile.TemporaryDirectory(dir=asked.scratch) as folder:
-        work = prepare(asked, Path(folder))
-        from pipeline.index import SampleIndex
-        images = len(SampleIndex.load(work.index).ids("train"))
+        work = prepare(asked, chosen, Path(folder))
+        images = len(Material(work, "original").ids)
         results = measure(work, chosen, asked.rounds, asked.seconds)
     about = {"what": "training crops, 227 of 256, float32, warm page cache", "date": datetime.date.today().isoformat(),
              "command": shlex.join(["python", "tools/bench.py", *asked.words]),

@@ -85,7 +85,7 @@ def ffcv(material: Material, raw: bool = False) -> Running:
     table = material.draw(np.random.default_rng(0), _DRAWS)
     tops, lefts = table[:, 0].astype(np.int64), table[:, 1].astype(np.int64)
     mirrors, shifts = table[:, 2] > 0, np.ascontiguousarray(table[:, 3:])
-    mean = material.stats.mean_image
+    mean = material.stats.mean_image_chw
 
     class Crop(images.SimpleRGBImageDecoder):   # type: ignore[name-defined]
         """Bytes → (crop, crop, 3) uint8."""
@@ -117,14 +117,15 @@ def ffcv(material: Material, raw: bool = False) -> Running:
                     short = min(height, width)
                     top, left = tops[draw], lefts[draw]
                     if height == SQUARE_PX and width == SQUARE_PX:
-                        out[at] = pixels[top:top + CROP_PX, left:left + CROP_PX]
+                        lines, to = pixels.reshape(SQUARE_PX, 3 * SQUARE_PX), out[at].reshape(CROP_PX, 3 * CROP_PX)
+                        for y in range(CROP_PX):
+                            to[y] = lines[top + y, 3 * left:3 * (left + CROP_PX)]
                     else:
                         scale = short / SQUARE_PX
-                        y = np.int64(np.round((height - short) / 2 + top * scale))
-                        x = np.int64(np.round((width - short) / 2 + left * scale))
                         side = np.int64(np.round(CROP_PX * scale))
-                        y, x = min(y, np.int64(height) - side), min(x, np.int64(width) - side)
-                        resize(pixels, y, y + side, x, x + side, out[at])
+                        first = min(np.int64(np.round((height - short) / 2 + top * scale)), np.int64(height) - side)
+                        begin = min(np.int64(np.round((width - short) / 2 + left * scale)), np.int64(width) - side)
+                        resize(pixels, first, first + side, begin, begin + side, out[at])
                 return out[:len(positions)]
 
             crop.is_parallel = True     # type: ignore[attr-defined]
@@ -144,11 +145,16 @@ def ffcv(material: Material, raw: bool = False) -> Running:
                 for at in each(len(positions)):
                     draw = positions[at] % _DRAWS
                     top, left, shift = tops[draw], lefts[draw], shifts[draw]
-                    for y in range(CROP_PX):
-                        for x in range(CROP_PX):
-                            to = CROP_PX - 1 - x if mirrors[draw] else x
-                            for c in range(3):
-                                out[at, c, y, to] = np.float32(crops[at, y, x, c]) - mean[top + y, left + x, c] + shift[c]
+                    for c in range(3):
+                        for y in range(CROP_PX):
+                            if mirrors[draw]:
+                                for x in range(CROP_PX):
+                                    there = CROP_PX - 1 - x
+                                    out[at, c, y, x] = (np.float32(crops[at, y, there, c]) - mean[c, top + y, left + there]
+                                                        + shift[c])
+                            else:
+                                for x in range(CROP_PX):
+                                    out[at, c, y, x] = np.float32(crops[at, y, x, c]) - mean[c, top + y, left + x] + shift[c]
                 return out[:len(positions)]
 
             colour.is_parallel = True       # type: ignore[attr-defined]

@@ -100,7 +100,8 @@ def ratios(results: Sequence[Result]) -> list[Ratio]:
     def ffcv(over: str, name: str, aim: float) -> list[Ratio]:
         best = best_peer(results, BY_NAME[over].data)
         if name in ran:
-            return ratio(over, ran[name], BY_NAME[name].label, aim) + ratio(over, best, "best peer", None)
+            return (ratio(over, ran[name], BY_NAME[name].label, aim)
+                    + (ratio(over, best, "best peer", None) if best is not ran[name] else []))
         return ratio(over, best, "best peer (FFCV did not run)", aim)
 
     return (ratio("archives", best_peer(results, "original"), "best peer", 1.15)

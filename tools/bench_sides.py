@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tools import bench_ffcv, bench_peers
-from tools.bench_work import Material, NotAvailable, Running, Told, Work, data_config, need
+from tools.bench_work import Material, Running, Told, Work, data_config
 
 if TYPE_CHECKING:
     from pipeline.loader import Batch
@@ -24,13 +24,7 @@ def ours(work: Work, tier: str) -> Running:
     """Our loader in tier `tier`, settings at their defaults but for the number of threads."""
     from pipeline.config import LoaderConfig
     from pipeline.draws import lighting_shift
-    try:
-        train_loader = need("pipeline.tiers").train_loader
-    except NotAvailable:
-        if tier != "archives":
-            raise
-        from pipeline.loader import TrainLoader
-        train_loader = lambda tier, *rest, **more: TrainLoader(*rest, **more)   # noqa: E731
+    from pipeline.tiers import train_loader
     original, packed = Material(work, "original"), Material(work, "packed")
     index = packed.index if tier in ("packed", "streamed") else original.index
     settings: dict[str, Any] = {"threads": work.workers, "quarantine_budget": 0.05}

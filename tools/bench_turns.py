@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import signal
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -117,6 +118,8 @@ def serve(pipe: Connection, name: str, work: Work) -> None:
             turn = take_turn(running.batches, work.batch, *asked)
             rest(os.getpid())
             pipe.send(("turn", turn))
+    except EOFError:    # who told it what to do is gone
+        pass
     except NotAvailable as error:
         pipe.send(("not available", str(error)))
     except Exception as error:      # told to the other process, which says whose it is
@@ -127,6 +130,11 @@ def serve(pipe: Connection, name: str, work: Work) -> None:
         running = first = None      # worker processes end with the iterator that started them, cleanly while they are idle
         gc.collect()
         pipe.close()
+
+
+def _process(pipe: Connection, name: str, work: Work) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is for the command, which ends its sides
+    serve(pipe, name, work)
 
 
 class Player:
@@ -141,7 +149,7 @@ class Player:
         self.name = name
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
-        self._process = context.Process(target=serve, args=(other, name, work), name=f"bench {name}")
+        self._process = context.Process(target=_process, args=(other, name, work), name=f"bench {name}")
         self._process.start()
         other.close()
         try:
@@ -167,7 +175,7 @@ class Player:
             self._process.join()
         for pid in children:
             with suppress(ProcessLookupError):
-                os.kill(pid, 15)
+                os.kill(pid, signal.SIGTERM)
         self._pipe.close()
 
     def _told(self, seconds: float) -> Any:
