@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.imageinfo import HEAD_BYTES, NeedMore, probe
 from pipeline.index import SampleIndex
 
 Bytes = npt.NDArray[np.uint8]
@@ -26,6 +27,28 @@ class SampleError(RuntimeError):
         self.id, self.reason = id, reason
         super().__init__(f"sample {id} (={index.safe_name(id)} in {index.path}) {reason}; run "
                          f"`python tools/build_index.py verify {index.path} --scrub --exclude` to leave it out")
+
+
+def check(index: SampleIndex, id: int, view: Bytes, crc: bool) -> None:
+    """Whether these are the bytes that were indexed: by their CRC-32, or at least by their header.
+
+    One that cannot be read must not reach DALI 2.4: it throws while its other threads still work on the batch, and now and then the
+    process dies of it.
+
+    Raises:
+        SampleError: they are not.
+    """
+    row = index.samples[id]
+    if crc:
+        if zlib.crc32(view.data) != int(row["crc32"]):
+            raise SampleError(index, id, "has another CRC-32 than the index")
+        return
+    try:
+        found = probe(view[:HEAD_BYTES].tobytes(), len(view) <= HEAD_BYTES)
+    except NeedMore:
+        found = probe(view.tobytes(), True)
+    if found.problem or (found.width, found.height) != (int(row["width"]), int(row["height"])):
+        raise SampleError(index, id, "has another header than the index")
 
 
 class Reader:
@@ -69,8 +92,7 @@ class Reader:
         else:
             offset = int(row["offset"])
             view = self._map(int(row["archive"]))[1][offset:offset + size]
-        if self._check_crc and zlib.crc32(view.data) != int(row["crc32"]):
-            raise SampleError(self._index, id, "has another CRC-32 than the index")
+        check(self._index, id, view, self._check_crc)
         return view
 
     def _map(self, position: int) -> tuple[mmap.mmap, Bytes]:
@@ -123,8 +145,9 @@ class Quarantine:
                 with open(self._path, "a") as file:
                     file.write("\n")
 
-    def add(self, index: SampleIndex, error: SampleError, **where: Any) -> None:
-        """Note a sample. `where` (epoch, step, substitute …) goes into its line.
+    def add(self, index: SampleIndex, error: SampleError, *, archive: str = "", **where: Any) -> None:
+        """Note a sample. `where` (epoch, step, substitute …) goes into its line; `archive`: URI of its archive when that is no
+        local file.
 
         Raises:
             RuntimeError: more samples than the budget allows have failed.
@@ -135,7 +158,7 @@ class Quarantine:
             if new and self._writes and self._path is not None:
                 row = index.samples[error.id]
                 line = {"id": error.id, "member": index.safe_name(error.id),
-                        "archive": str(index.archive_path(int(row["archive"]))), "reason": error.reason, **where}
+                        "archive": archive or str(index.archive_path(int(row["archive"]))), "reason": error.reason, **where}
                 with open(self._path, "a") as file:
                     file.write(json.dumps(line) + "\n")
             if len(self.ids) > self.budget:

@@ -94,6 +94,11 @@ class Window:
         """Bytes held."""
         return self._content.nbytes
 
+    def name(self, id: int) -> str:
+        """Name of a sample in its shard, from the tar header before it; "?" where there is none."""
+        at = self._places[id][0]
+        return self._content[at - BLOCK:at - BLOCK + 100].tobytes().split(b"\0")[0].decode("utf-8", "replace") or "?"
+
     def read(self, id: int) -> Bytes:
         """(size,) uint8 bytes of a sample of this window, a view.
 

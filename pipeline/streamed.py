@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import counter
-from pipeline.config import DataConfig, LoaderConfig
+from pipeline.config import LANES, WINDOW, DataConfig, LoaderConfig
 from pipeline.index import SampleIndex
 from pipeline.loader import Batch, TrainLoader
 from pipeline.meter import Meter
@@ -25,7 +25,6 @@ from pipeline.sequential import Lane, Passage, Window
 from pipeline.stats import Stats
 from pipeline.stream import Prepared
 
-WINDOW, LANES = 4096, 8
 _SUBSTITUTES = 100
 
 
@@ -213,7 +212,9 @@ class StreamedLoader(TrainLoader):
             candidate = int(window.ids[int(drawn % np.uint64(len(window.ids)))])
             if candidate == origin:
                 continue
-            self._quarantine.add(self.index, error, epoch=epoch, step=step, substitute=candidate)
+            at = self._where(int(self.index.samples[error.id]["archive"])) if self._store else ""
+            self._quarantine.add(self.index, error, archive=at, member=window.name(error.id), epoch=epoch, step=step,
+                                 substitute=candidate)
             try:
                 return candidate, attempt + 1, window.read(candidate)
             except SampleError as other:

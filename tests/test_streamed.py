@@ -165,7 +165,9 @@ def test_unreadable_samples_are_replaced_from_their_window(packed: SampleIndex, 
     with loader(index, stats, quarantine=Quarantine(3, note)) as train:
         batches = epochs_of(train, 3)
         sampler = train._sampler
-    reasons = {line["id"]: line["reason"] for line in map(json.loads, note.read_text().splitlines())}
+    lines = [json.loads(line) for line in note.read_text().splitlines()]
+    reasons = {line["id"]: line["reason"] for line in lines}
+    assert all(line["member"] == f"{line['id']:08d}.jpg" and line["archive"].startswith(str(tmp_path)) for line in lines)
     assert reasons.keys() == {3, 7, 11} and reasons[11] == "has another CRC-32 than the index"
     assert reasons[3].startswith("cannot be decoded") and reasons[7].startswith("cannot be decoded")
     with loader(packed, stats) as train:
@@ -212,6 +214,7 @@ def test_shards_come_from_an_object_store(packed: SampleIndex, stats: Stats, tmp
     index = write_packed(folder, blobs(), 9)
     remote = store.root / "bucket" / "imagenet"
     remote.mkdir(parents=True)
+    broken = index.samples[11]
     for shard in folder.glob("*.tar"):
         shard.rename(remote / shard.name)
     with loader(packed, stats) as train:
@@ -221,6 +224,15 @@ def test_shards_come_from_an_object_store(packed: SampleIndex, stats: Stats, tmp
         assert digest(epochs_of(train, 2)) == expected
     gets = [request for request in store.requests if request[0] == "GET" and request[1].startswith("/bucket/imagenet/")]
     assert len(gets) < 2 * COUNT, "runs of samples are asked for, not samples"
+    with open(remote / index.archives[int(broken["archive"])].path.name, "r+b") as file:
+        file.seek(int(broken["offset"]) - 512 + 200)
+        file.write(bytes(312))
+    note = tmp_path / "quarantine.jsonl"
+    with loader(index, stats, store="s3://bucket/imagenet", quarantine=Quarantine(1, note)) as train:
+        assert 11 not in np.concatenate([batch.ids for batch in epochs_of(train, 1)])
+    (line,) = [json.loads(line) for line in note.read_text().splitlines()]
+    assert line["archive"].startswith("s3://bucket/imagenet/train-") and line["member"] == "00000011.jpg"
+    assert line["reason"] == "does not lie where the index has it"
 
 
 def test_wrong_use_is_explained(packed: SampleIndex, stats: Stats, tmp_path: Path) -> None:
