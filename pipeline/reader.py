@@ -32,8 +32,8 @@ class SampleError(RuntimeError):
 def check(index: SampleIndex, id: int, view: Bytes, crc: bool) -> None:
     """Whether these are the bytes that were indexed: by their CRC-32, or at least by their header.
 
-    One that cannot be read must not reach DALI 2.4: it throws while its other threads still work on the batch, and now and then the
-    process dies of it.
+    One that cannot be read must not reach DALI 2.4: it throws while its other threads still work on the batch, and now and then
+    the process dies of it.
 
     Raises:
         SampleError: they are not.

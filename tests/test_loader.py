@@ -191,7 +191,7 @@ def broken_set(folder: Path, spoil: dict[int, bytes]) -> SampleIndex:
     return write_set(folder, blobs, blobs[:4])
 
 
-GARBAGE = b"this is no picture " * 40
+GARBAGE = encode(picture(0, 100, 100))[:1000]  # a header, and hardly anything after it
 
 
 def test_undecodable_samples_are_replaced_named_and_bounded(tmp_path: Path) -> None:
