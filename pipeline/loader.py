@@ -167,6 +167,11 @@ class TrainLoader(Loader, Iterator[Batch]):
         self._end = self._sampler.steps(0).stop
 
     @property
+    def note(self) -> str:
+        """What a person should know before it begins; mostly nothing."""
+        return ""
+
+    @property
     def step(self) -> int:
         """Global batches consumed since the start of training."""
         return self._step
@@ -255,7 +260,16 @@ class TrainLoader(Loader, Iterator[Batch]):
         return self._assemble(step, ids, epochs, views, origins, tries)
 
     def _substitute(self, error: SampleError, origin: int, tries: int, epoch: int, step: int) -> tuple[int, int, Bytes]:
-        """A readable stand-in for `origin`, how many it has had, and its bytes.
+        """A readable stand-in for `origin`, how many it has had, and its bytes."""
+        while True:
+            candidate, tries = self._stand_in(error, origin, tries, epoch, step)
+            try:
+                return candidate, tries, self._reader.read(candidate)
+            except SampleError as other:
+                error = other
+
+    def _stand_in(self, error: SampleError, origin: int, tries: int, epoch: int, step: int) -> tuple[int, int]:
+        """The next stand-in for `origin` after `tries` of them, and its number. `error` is what the last one suffers from.
 
         The n-th stand-in is a function of (seed, epoch, origin, n), so the same comes out whenever, on whatever rank, and
         after whatever other samples the same one fails.
@@ -263,13 +277,9 @@ class TrainLoader(Loader, Iterator[Batch]):
         for attempt in range(tries, _SUBSTITUTES):
             place = bits(self._seed, Purpose.SUBSTITUTE, epoch, origin, attempt)[0] % np.uint64(len(self._ids))
             candidate = int(self._ids[int(place)])
-            if candidate == origin:
-                continue
-            self._quarantine.add(self.index, error, epoch=epoch, step=step, substitute=candidate)
-            try:
-                return candidate, attempt + 1, self._reader.read(candidate)
-            except SampleError as other:
-                error = other
+            if candidate != origin:
+                self._quarantine.add(self.index, error, epoch=epoch, step=step, substitute=candidate)
+                return candidate, attempt + 1
         raise RuntimeError(f"sample {origin} has no readable stand-in among {_SUBSTITUTES}; the last one: {error}") from error
 
     def _mend(self, prepared: Prepared, row: int, reason: str) -> Prepared:

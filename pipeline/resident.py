@@ -22,7 +22,6 @@ from pipeline import geometry
 from pipeline.ahead import Ahead
 from pipeline.colour import Colour, Finish
 from pipeline.config import DataConfig, LoaderConfig
-from pipeline.counter import Purpose, bits
 from pipeline.draws import Draws
 from pipeline.graph import Inputs
 from pipeline.index import SampleIndex
@@ -36,7 +35,6 @@ from pipeline.stats import Stats
 from pipeline.store import RamStore
 from pipeline.stream import Prepared, Stream
 
-_SUBSTITUTES = 100  # as in `TrainLoader`
 _PATIENCE = 16  # steps with nothing to fill, after which whatever is left is filled in the order of the rows
 _AT_LEAST = 64  # squares that may be decoded together, however small the batch
 
@@ -189,15 +187,6 @@ class ResidentLoader(TrainLoader):
                 reason = self._reasons.get(int(places[row]), "cannot be read by the rank that holds it")
                 error = SampleError(self.index, int(ids[row]), reason)
                 ids[row], tries[row] = self._stand_in(error, int(origins[row]), int(tries[row]), int(epochs[row]), step)
-
-    def _stand_in(self, error: SampleError, origin: int, tries: int, epoch: int, step: int) -> tuple[int, int]:
-        for attempt in range(tries, _SUBSTITUTES):
-            place = bits(self._seed, Purpose.SUBSTITUTE, epoch, origin, attempt)[0] % np.uint64(len(self._ids))
-            candidate = int(self._ids[int(place)])
-            if candidate != origin:
-                self._quarantine.add(self.index, error, epoch=epoch, step=step, substitute=candidate)
-                return candidate, attempt + 1
-        raise RuntimeError(f"sample {origin} has no readable stand-in among {_SUBSTITUTES}; the last one: {error}") from error
 
     # From here on: the filling.
 

@@ -69,6 +69,8 @@ def run(request: Request, where: Topology) -> int:
                                fingerprint=config.fingerprint(), machine=config.as_dict()["machine"])
         console.say(f"{folder}: {len(index.ids(config.data.train_split))} images of {len(index.classes)} classes, "
                     f"{config.train.epochs} epochs, {job.steps} steps of {config.train.batch}, on {where.device}")
+        if loader.note:
+            console.say(loader.note)
         if config.model.classes > len(index.classes):
             console.warn(f"model.classes (={config.model.classes}) is more than the {len(index.classes)} of the index; the "
                          "others have no images")
