@@ -106,7 +106,8 @@ class StreamedSampler(Sampler):
         sizes = np.bincount(lane_of, minlength=self.lanes)
         bounds, lanes, low = [], [], 0
         for lane, size in enumerate(sizes.tolist()):
-            parts = -(-size * self.lanes // self.window)  # windows of nearly equal size: a short last one could lack a stand-in
+            # Windows of nearly equal size: a short last one could lack a stand-in.
+            parts = min(size, -(-size * self.lanes // self.window))
             bounds += [low + part * size // parts for part in range(parts)]
             lanes += [lane] * parts
             low += size

@@ -83,6 +83,8 @@ def test_each_epoch_holds_every_sample_once_shuffled_within_windows(packed: Samp
         orders = [tuple(sampler.order(epoch)) for epoch in range(3)]
         assert len(set(orders)) == 3
         assert tuple(StreamedSampler(packed, ids, BATCH, 8, window=WINDOW, lanes=lanes).order(0)) not in orders
+    narrow = StreamedSampler(packed, ids, BATCH, 7, window=2, lanes=4)
+    assert sorted(narrow.order(1)) == list(ids) and (np.diff(narrow.plan(1).bounds) == 1).all()
     whole = StreamedSampler(packed, ids, BATCH, 7, window=COUNT, lanes=8)
     assert whole.lanes == 1 and len(whole.plan(0).lanes) == 1  # what fits in a window is truly permuted
 
