@@ -200,6 +200,7 @@ def test_ratios_are_of_medians_against_the_best_that_ran() -> None:
     found = {(ratio.over, ratio.under): ratio for ratio in bench_report.ratios(FOUND)}
     best = found["archives", "torch"]
     assert (best.value, best.least, best.most, best.aim, best.met) == (1.25, 1.125, 1.5, 1.15, True)
+    assert best.by_cpu == 1.0           # made up: each used 2 ms an image
     assert found["archives", "decode"].value == 0.5 and found["archives", "decode"].met is False
     assert found["packed", "archives"].value == 3.1 and found["packed", "archives"].least == 3100 / 1200
     assert found["packed", "packed_ffcv"].value == 2.0 and found["packed", "packed_ffcv"].aim == 1.25
@@ -258,8 +259,14 @@ def test_missing_packages_that_it_needs_are_named(monkeypatch: pytest.MonkeyPatc
 
 
 def test_packed_shards_of_other_photographs_are_refused(index: SampleIndex, capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.main([str(index.path), "--only", "packed", "--packed", str(index.path)]) == 2
+    assert bench.main([str(index.path), "--only", "packed", "--batch", "4", "--packed", str(index.path)]) == 2
     assert f"--packed (={index.path}) must hold the photographs of {index.path}; give" in capsys.readouterr().err
+
+
+def test_a_batch_larger_than_the_set_is_refused(index: SampleIndex, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main([str(index.path), "--only", "pil"]) == 2
+    assert capsys.readouterr().err == ("error: --batch (=64) must not exceed the 10 photographs; lower it, or give an index of "
+                                       "more\n")
 
 
 def test_pictures_are_drawn_without_an_index(tmp_path: Path) -> None:

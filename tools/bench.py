@@ -66,6 +66,9 @@ def prepare(asked: argparse.Namespace, chosen: Sequence[str], scratch: Path) -> 
     path = drawn_index(scratch, asked.photographs) if asked.index is None else asked.index.absolute()
     index = SampleIndex.load(path)
     index.check_archives("train")
+    if asked.batch > len(index.ids("train")):
+        raise ValueError(f"--batch (={asked.batch}) must not exceed the {len(index.ids('train'))} photographs; lower it, or give "
+                         "an index of more")
     try:
         stats = Stats.for_index(index, SQUARE_PX)
     except ValueError:      # none there, or of another size: they are computed, and not left beside the index

@@ -90,7 +90,10 @@ def cut_spdl(data: Any, top: int, left: int) -> Pixels:
     """spdl's own decoder, FFmpeg: decode, scale and crop in one filter graph."""
     sio, simplejpeg = need("spdl.io"), need("simplejpeg")
     content = bytes(data)
-    height, width = simplejpeg.decode_jpeg_header(content)[:2]
+    try:
+        height, width = simplejpeg.decode_jpeg_header(content)[:2]
+    except ValueError:      # one in thousands is CMYK or a PNG
+        return cut_torch(data, top, left)
     size = resized_size((width, height))
     rows, columns = _place(*size, top, left)
     scale = "" if size == (width, height) else f"scale=w={size[0]}:h={size[1]}:flags=bilinear,"

@@ -64,6 +64,8 @@ class Ratio:
         under: name of the one below it.
         of: what `under` stands for: "best peer", "FFCV" …
         value, least, most: ratio of the medians; smallest and largest within a round.
+        by_cpu: the inverse ratio of CPU time an image, which says what `value` would be with every core busy; beside other
+            work on the machine it is the steadier of the two.
         aim: what it should reach; None: nothing was aimed at.
     """
     over: str
@@ -72,6 +74,7 @@ class Ratio:
     value: float
     least: float
     most: float
+    by_cpu: float
     aim: float | None
 
     @property
@@ -95,7 +98,8 @@ def ratios(results: Sequence[Result]) -> list[Ratio]:
         if over not in ran or under is None:
             return []
         rounds = [above.rate / below.rate for above, below in zip(ran[over].turns, under.turns)]
-        return [Ratio(over, under.side.name, of, ran[over].rate / under.rate, min(rounds), max(rounds), aim)]
+        return [Ratio(over, under.side.name, of, ran[over].rate / under.rate, min(rounds), max(rounds),
+                      under.cpu_ms / ran[over].cpu_ms, aim)]
 
     def ffcv(over: str, name: str, aim: float) -> list[Ratio]:
         best = best_peer(results, BY_NAME[over].data)
@@ -158,7 +162,7 @@ def as_json(results: Sequence[Result], about: dict[str, Any]) -> dict[str, Any]:
         return entry
 
     found = [{"over": ratio.over, "under": ratio.under, "under_is": ratio.of, "value": ratio.value, "min": ratio.least,
-              "max": ratio.most, "aim": ratio.aim, "met": ratio.met} for ratio in ratios(results)]
+              "max": ratio.most, "by_cpu": ratio.by_cpu, "aim": ratio.aim, "met": ratio.met} for ratio in ratios(results)]
     return {**about, "commit": commit(), "hardware": hardware(), "versions": versions(),
             "sides": [of(result) for result in results], "ratios": found}
 
@@ -190,13 +194,13 @@ def show(results: Sequence[Result], console: Console) -> None:
         table.add_section()
     console.print(table)
     table = Table(title="ratios (smallest–largest within a round)")
-    for name in ("over", "under", "ratio", "", "aim", ""):
-        table.add_column(name, justify="right" if name in ("ratio", "aim") else "left")
+    for name in ("over", "under", "ratio", "", "by CPU time", "aim", ""):
+        table.add_column(name, justify="right" if name in ("ratio", "by CPU time", "aim") else "left")
     for ratio in ratios(results):
         under = ratio.of + (f": {BY_NAME[ratio.under].label}" if "best" in ratio.of else "")
         verdict = {None: "", True: "[green]met[/]", False: "[red]missed[/]"}[ratio.met]
         table.add_row(BY_NAME[ratio.over].label, under, f"{ratio.value:.2f}", f"({ratio.least:.2f}–{ratio.most:.2f})",
-                      "" if ratio.aim is None else f"{ratio.aim:g}", verdict)
+                      f"{ratio.by_cpu:.2f}", "" if ratio.aim is None else f"{ratio.aim:g}", verdict)
     console.print(table)
 
 

@@ -123,7 +123,8 @@ def serve(pipe: Connection, name: str, work: Work) -> None:
     except NotAvailable as error:
         pipe.send(("not available", str(error)))
     except Exception as error:      # told to the other process, which says whose it is
-        pipe.send(("failed", f"{type(error).__name__}: {error}"))
+        last = (str(error).strip().splitlines() or [""])[-1]    # of a worker's traceback what it ends with
+        pipe.send(("failed", f"{type(error).__name__}: {last}"))
     finally:
         if running is not None:
             running.close()
