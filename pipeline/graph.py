@@ -293,5 +293,5 @@ class WholeImages:
         except RuntimeError as error:
             raise DecodeError(error) from error
         scales = sizes / resized
-        return [resize(torch.from_dlpack(image), (0, 0), tuple(size), tuple(scale)).numpy()
+        return [resize(torch.from_dlpack(image), (0, 0), size, scale).numpy().reshape(*size, 3)
                 for image, size, scale in zip(output, resized.tolist(), scales.tolist(), strict=True)]
