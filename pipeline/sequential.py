@@ -163,6 +163,7 @@ class _Pass:
         except RuntimeError as error:
             raise RuntimeError(f"shard {self._culprit(str(error), run)} cannot be read ({_plain(str(error))}); restore it, or "
                                "the connection, and resume") from error
+        self._folder.cleanup()  # DALI has read them all before its first piece: a process killed later leaves nothing behind
         if len(piece) != self._runs.sizes[run]:
             raise RuntimeError(f"shard {self._where[run]} (from byte {self._runs.starts[run]} on) must give "
                                f"{self._runs.sizes[run]} bytes, not {len(piece)}; restore it, and resume")
