@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from pipeline.reader import Quarantine, SampleError
     from pipeline.squares import TestLoader
     from pipeline.stats import Stats
+    from pipeline.tiers import train_loader
 
 __all__ = ["Batch", "DataConfig", "LoaderConfig", "Quarantine", "SampleError", "SampleIndex", "Stats", "TestLoader",
-           "TrainLoader"]
+           "TrainLoader", "train_loader"]
 
 _HOME = {"DataConfig": "config", "LoaderConfig": "config", "SampleIndex": "index", "Batch": "loader", "TestLoader": "squares",
-         "TrainLoader": "loader", "Quarantine": "reader", "SampleError": "reader", "Stats": "stats"}
+         "TrainLoader": "loader", "Quarantine": "reader", "SampleError": "reader", "Stats": "stats",
+         "train_loader": "tiers"}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,7 @@ B samples of a batch, S side of the central square, crop the side the network se
 """
 import contextlib
 import itertools
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -49,6 +49,25 @@ class Batch:
     step: int
 
 
+class Pairs:
+    """(images, labels) of each batch, for loops that expect what a DataLoader gives. Iterating again gives the next epoch.
+
+    Args:
+        loader: gives the batches.
+        image: what is made of a batch's images.
+    """
+
+    def __init__(self, loader: "Loader", image: Callable[[torch.Tensor], torch.Tensor] = lambda images: images) -> None:
+        self._loader, self._image = loader, image
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for batch in self._loader:
+            yield self._image(batch.images), batch.labels
+
+
 class Loader:
     """What training and tests share: reading, decoding, labels, device.
 
@@ -81,6 +100,16 @@ class Loader:
         resample = bool((sizes != geometry.resized(sizes, self.data.square_px)).any())
         return Stream(steps, self._prepare, self._mend, GraphPlan(batch, side_px, resample, self.machine, self.threads,
                                                                   self._device_id), self.meter)
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Batch]:
+        raise NotImplementedError
+
+    def pairs(self) -> Pairs:
+        """(images, labels) instead of batches."""
+        return Pairs(self)
 
     def _prepare(self, step: int) -> Prepared:
         raise NotImplementedError

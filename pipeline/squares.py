@@ -14,7 +14,7 @@ from pipeline.colour import Finish
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.graph import Inputs
 from pipeline.index import SampleIndex
-from pipeline.loader import Batch, Loader
+from pipeline.loader import Batch, Loader, Pairs
 from pipeline.meter import Meter
 from pipeline.reader import Bytes, SampleError
 from pipeline.sampler import Ids
@@ -87,6 +87,10 @@ class TestLoader(Loader):
                     yield (self._batch(prepared.step, prepared.ids, prepared.epochs, pixels) if self._stats is None
                            else self._finished(colour, prepared, pixels))
                 del pixels
+
+    def pairs(self) -> Pairs:
+        """(centre crops, labels) instead of batches."""
+        return Pairs(self, lambda images: next(self.views(images, 1)))
 
     def views(self, images: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
         """The test views of a batch's squares, one after the other: (B, 3, crop, crop) each.
