@@ -27,7 +27,7 @@ class _DecodePlan(GraphPlan):
     """A plan whose graph ends after the decoder."""
 
     def build(self, source: Iterator[Inputs]) -> Graph:
-        return DecodeGraph(source, self.batch, self.side_px, resample=False, machine=self.machine, threads=self.threads,
+        return DecodeGraph(source, self.batch, self.side_px, resample=self.resample, machine=self.machine, threads=self.threads,
                            device_id=self.device_id)
 
 

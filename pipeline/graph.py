@@ -6,7 +6,7 @@ lighting noise are `pipeline.colour`'s.
 B samples, S side of the output in pixels.
 """
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import tee
 from typing import Any
@@ -189,17 +189,38 @@ class SizeProbe:
 class DecodeGraph(Graph):
     """`Graph` cut off after the decoder, for measuring; gives the shapes of what was decoded, (B, 3) int64, not the pixels."""
 
+    def __init__(self, source: Iterator[Inputs], batch: int, side_px: int, *, resample: bool = True, machine: LoaderConfig,
+                 threads: int, device_id: int | None) -> None:
+        super().__init__(source, batch, side_px, resample=resample and device_id is None, machine=machine, threads=threads,
+                         device_id=device_id)
+        if self._resizer is not None:
+            self._resizer.close()
+            self._resizer = _Shapes()
+
     def _define(self, side_px: int, machine: LoaderConfig) -> Any:
-        return super()._define(side_px, machine).shape()
+        pixels = super()._define(side_px, machine)
+        return pixels.shape() if self._resizer is None else pixels
+
+
+class _Shapes(Resizer):
+    """In the place of a resizer: gives the shapes of decoded images."""
+
+    def __init__(self) -> None:
+        self.workers: set[int] = set()
+
+    def __call__(self, decoded: Sequence[torch.Tensor], regions: Regions) -> torch.Tensor:
+        return torch.tensor([image.shape for image in decoded])
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 class ResizeGraph:
-    """The other half of `Graph`, for measuring: pixels that are decoded already, resized.
+    """The other half of `Graph` on a GPU, for measuring: pixels that are decoded already, resized. (On a CPU it is `Resizer`.)
 
     Args:
-        source: gives, without end, B images (H, W, 3) uint8, NumPy arrays (on a GPU: its tensors), and where to sample them;
-            all stay alive.
-        batch, side_px, machine, threads, device_id: as for `Graph`.
+        source: gives, without end, B regions (H, W, 3) uint8 on the GPU and where they lie; all stay alive.
+        batch, side_px, machine, threads, device_id: as for `Graph`; None, for tests: NumPy arrays on the CPU.
     """
 
     def __init__(self, source: Iterator[tuple[list[Any], Regions]], batch: int, side_px: int, *, machine: LoaderConfig,

@@ -4,7 +4,7 @@ The one concept: a stage alone gets what it needs ready-made and is thrown away 
 everything else were free, and the CPU times of all stages add up to the loader's. The code that runs is the loader's own.
 
     order      ids, draws, regions          read    map the bytes and touch every page          crc       check them
-    decode     DALI, of the region          resize  DALI, of decoded pixels                     colour    `Colour`
+    decode     DALI, of the region          resize  of decoded pixels                           colour    `Colour`
     copy       to a GPU                     hand-over   labels, `Batch`, the queue between threads
 
 B batch, H row, W column.
@@ -18,7 +18,6 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +30,7 @@ from pipeline.loader import Batch, TrainLoader
 from pipeline.meter import Meter
 from pipeline.reader import Reader
 from pipeline.resident import ResidentLoader
+from pipeline.resize import Resizer
 from pipeline.sampler import Ids
 from pipeline.store import RamStore
 from pipeline.stream import GraphPlan, Prepared, Stream
@@ -48,11 +48,11 @@ class Ready:
 
     Attributes:
         prepared: some batches as the loader prepares them, their bytes in memory of our own.
-        decoded: of the first of them, the B regions that were decoded, (H, W, 3) uint8.
+        decoded: of the first of them, what the loader decodes of each image, (H, W, 3) uint8.
         pixels: of the same, (B, S, S, 3) uint8.
     """
     prepared: list[Prepared]
-    decoded: list[list[Any]]
+    decoded: list[list[torch.Tensor]]
     pixels: list[torch.Tensor]
 
 
@@ -61,7 +61,7 @@ def make_ready(loader: TrainLoader) -> Ready:
     cannot be decoded are replaced, as in training."""
     prepared: list[Prepared] = []
     pixels: list[torch.Tensor] = []
-    decoded: list[list[Any]] = []
+    decoded: list[list[torch.Tensor]] = []
     encoded_bytes = decoded_bytes = 0
     steps = range(min(len(loader), _MOST_BATCHES))
     with closing(Stream(steps, loader._prepare, loader._mend, graph_plan(loader, loader._sampler.share), Meter())) as stream:
@@ -78,13 +78,16 @@ def make_ready(loader: TrainLoader) -> Ready:
     return Ready(prepared, decoded, pixels)
 
 
-def _decode(loader: TrainLoader, prepared: Prepared) -> list[Any]:
-    """The regions of a batch, decoded one by one."""
-    rows = iter([prepared.inputs.row(row) for row in range(len(prepared.ids))])
+def _decode(loader: TrainLoader, prepared: Prepared) -> list[torch.Tensor]:
+    """What the loader decodes of each image of a batch, decoded one by one."""
+    inputs = prepared.inputs
+    if loader._device_id is None:   # from the image's corner, see pipeline/resize.py
+        regions = inputs.regions
+        inputs = replace(inputs, regions=replace(regions, anchor=np.zeros_like(regions.anchor), shape=regions.reach))
+    rows = iter([inputs.row(row) for row in range(len(prepared.ids))])
     one = replace(loader.machine, prefetch=1)
     with closing(Graph(rows, 1, 0, resample=False, machine=one, threads=1, device_id=loader._device_id)) as graph:
-        images = [graph.collect()[0].clone() for _ in prepared.ids]
-    return images if loader._device_id is not None else [image.numpy() for image in images]
+        return [graph.collect()[0].clone() for _ in prepared.ids]
 
 
 def graph_plan(loader: TrainLoader, batch: int) -> GraphPlan:
@@ -118,14 +121,11 @@ def alone(loader: TrainLoader, closers: ExitStack) -> list[Work]:
         works.append(Work("crc", pooled(lambda step: _check(prepared[step].inputs.encoded), steps, machine.read_threads,
                                         closers), reading, None, reading, mean_bytes))
     inputs = itertools.cycle([one.inputs for one in prepared])
-    decode = closers.enter_context(closing(DecodeGraph(inputs, plan.batch, plan.side_px, resample=False, machine=machine,
-                                                       threads=threads, device_id=loader._device_id)))
+    decode = closers.enter_context(closing(DecodeGraph(inputs, plan.batch, plan.side_px, resample=plan.resample,
+                                                       machine=machine, threads=threads, device_id=loader._device_id)))
     works.append(Work("decode", _collected(decode.collect), machine.prefetch + 1, None, threads, mean_bytes))
     if plan.resample:
-        given = itertools.cycle([(images, one.inputs.regions) for images, one in zip(ready.decoded, prepared)])
-        resize = closers.enter_context(closing(ResizeGraph(given, plan.batch, plan.side_px, machine=machine, threads=threads,
-                                                           device_id=loader._device_id)))
-        works.append(Work("resize", _collected(resize.collect), machine.prefetch + 1, None, threads))
+        works.append(Work("resize", _resized(loader, plan, ready, closers), machine.prefetch + 1, None, threads))
     works.append(Work("colour", closers.enter_context(closing(_coloured(loader, ready))), 2, None,
                       threads if loader._device_id is None else 1))
     if loader._device_id is not None:
@@ -213,6 +213,15 @@ def pooled(work: Callable[[int], int], steps: range, threads: int, closers: Exit
             if len(waiting) > threads:
                 yield waiting.popleft().result()
     return results()
+
+
+def _resized(loader: TrainLoader, plan: GraphPlan, ready: Ready, closers: ExitStack) -> Iterator[int]:
+    given = itertools.cycle([(images, one.inputs.regions) for images, one in zip(ready.decoded, ready.prepared)])
+    if plan.device_id is None:
+        resizer = closers.enter_context(closing(Resizer(plan.side_px, plan.threads)))
+        return _collected(lambda: resizer(*next(given)))
+    graph = ResizeGraph(given, plan.batch, plan.side_px, machine=plan.machine, threads=plan.threads, device_id=plan.device_id)
+    return _collected(closers.enter_context(closing(graph)).collect)
 
 
 def _coloured(loader: TrainLoader, ready: Ready) -> Generator[int, None, None]:

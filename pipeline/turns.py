@@ -1,8 +1,9 @@
 """Measuring several things fairly: they take turns, so that whatever disturbs the machine disturbs all of them alike.
 
 The one concept: a `Work` does one piece (a batch) each time it is asked; `take_turns` lets every work run for a while, again
-and again, and keeps a figure of each turn. Before the clock of a turn starts, what was made ahead is used up and what
-others made ahead is finished. Seconds on the wall; CPU time is the whole process's, of all its threads.
+and again, and keeps a figure of each turn. The clock starts when what was made ahead is used up. CPU time is the whole process's,
+of all its threads, from rest to rest: what is ahead when a turn begins is made ahead again when it ends, so that as many
+pieces were made as were taken.
 """
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from pipeline.meter import STATES, Meter, Waits
 
-_QUIET_S, _QUIET_CPU_S, _SETTLE_S = 0.03, 0.003, 3.0
+_QUIET_S, _QUIET_CPU_S, _SETTLE_S = 0.02, 0.002, 5.0
 
 
 @dataclass(frozen=True)
@@ -90,43 +91,46 @@ def take_turns(works: Sequence[Work], seconds: float, repeats: int) -> dict[str,
     if len({work.name for work in works}) < len(works):
         raise ValueError(f"works (={[work.name for work in works]}) must have different names; rename one")
     found = {work.name: Turns() for work in works}
+    for work in works:
+        next(work.steps)  # whatever it starts at its first piece is started
     for _ in range(repeats):
         for work in works:
             settle()
-            for _ in range(work.warm):
-                next(work.steps)
-            _turn(work, found[work.name], seconds)
+            cpu = time.process_time()
+            images = sum(next(work.steps) for _ in range(work.warm)) + _turn(work, found[work.name], seconds)
+            settle()
+            found[work.name].cpu_ms.append((time.process_time() - cpu) / images * 1e3)
     return found
 
 
-def _turn(work: Work, turns: Turns, seconds: float) -> None:
+def _turn(work: Work, turns: Turns, seconds: float) -> int:
+    """One turn against the clock; the images that were taken."""
     before = work.meter.waits if work.meter else Waits()
     memory = rss_mb()
     peak, images, pieces = memory, 0, 0
-    cpu, start = time.process_time(), time.perf_counter()
-    now = start
+    now = start = time.perf_counter()
     while now - start < seconds or pieces < 2:
         images += next(work.steps)
         pieces, asked, now = pieces + 1, now, time.perf_counter()
         turns.latencies_ms.append((now - asked) * 1e3)
         peak = max(peak, rss_mb())
     turns.rates.append(images / (now - start))
-    turns.cpu_ms.append((time.process_time() - cpu) / images * 1e3)
     if work.meter:
         turns.add_waits(work.meter.waits.since(before))
         turns.depth += [(turns.wall_s + at - start, count) for at, count in list(work.meter.depths) if start <= at <= now]
     turns.wall_s += now - start
     turns.rss_mb = (turns.rss_mb[0] or memory, rss_mb(), max(turns.rss_mb[2], peak))
+    return images
 
 
 def settle() -> None:
     """Wait until this process is idle: what is being made ahead is finished. At most some seconds."""
     end = time.perf_counter() + _SETTLE_S
-    while time.perf_counter() < end:
+    quiet = 0
+    while quiet < 2 and time.perf_counter() < end:  # twice: once may be another program that has the cores
         before = time.process_time()
         time.sleep(_QUIET_S)
-        if time.process_time() - before < _QUIET_CPU_S:
-            return
+        quiet = quiet + 1 if time.process_time() - before < _QUIET_CPU_S else 0
 
 
 def machine_cpu_s() -> float:

@@ -14,7 +14,8 @@ NETWORK = "network"
 # Which stages the loader may be in when its meter says so.
 CAUSES = {"read": ("order", "read", "crc"), "decode": ("decode", "resize"), "colour": ("colour",),
           "copy": ("copy", "hand-over")}
-_DOING = {"read": "waiting for bytes", "decode": "waiting for DALI", "colour": "finishing pixels", "copy": "handing over"}
+_DOING = {"read": "waiting for bytes", "decode": "waiting for decoded and resized pixels", "colour": "finishing pixels",
+          "copy": "handing over"}
 _WAITED = 0.05      # share of the loop's time below which its waiting for the loader is not worth a word
 _LATE = 0.15        # share of the producing thread's time spent in stages before its own from which on those are late
 _BUSY = 0.85        # share of the cores in use from which on more threads find no core
@@ -79,8 +80,8 @@ def limiting(measured: Measured, gpu: bool = False) -> tuple[str, str]:
     """(stage, evidence): the stage that limits the loader, and which evidence named it: a state of the meter, "own" when it
     was never the producing side that was waited for, or "alone" for the rates of the stages.
 
-    The producing thread waits for bytes and for DALI, and finishes pixels itself while both work on. So, when it waits for
-    one of them at all, that one is late; only when it does not is it the finishing, however much time that takes.
+    The producing thread waits for bytes and for decoded pixels, and finishes pixels itself while both are made. So, when it
+    waits for one of them at all, that one is late; only when it does not is it the finishing, however much time that takes.
     """
     loader = measured.loader
     if loader.waited < 0.5:  # asked without pause, yet seldom waiting: the time goes where batches change hands

@@ -134,12 +134,15 @@ def test_trace_is_of_the_trace_event_format() -> None:
 
 def test_tables_say_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
     sweep = (({"threads": 2.0, "batch": 64.0}, 800.0, 1.1), ({"threads": 1.0, "batch": 64.0}, 500.0, 1.0))
-    profile_report.show(profile(cold_note="1 file, 3 MB forgotten", compared={"DataLoader + PIL": (400.0, 420.0)}, sweep=sweep,
-                                cold=profile().measured.loader), sys.stdout)
+    profile_report.show(profile(cold_note="1 file, 3 MB forgotten", sweep=sweep, cold=profile().measured.loader,
+                                compared={"ours": (800.0, 810.0), "DataLoader + PIL": (400.0, 410.0)},
+                                absent=("FFCV: ffcv is not installed",)), sys.stdout)
     said = " ".join(capsys.readouterr().out.split())
     for words in ("80,000…96,000", "700…800", "stages 1.120, end to end 1.200, remainder +0.080 (+6.7%)",
                   "cold: 1 file, 3 MB forgotten", "300 MB before, 400 after, 450 at most", "DataLoader + PIL",
-                  "this loader is 1.83×", "threads 2, batch 64", "machine: threads: 2", "head-room 0.75×", "0.92 of the slower alone, 0.69 of the need; waited 30.0%",
+                  "0.50 of this loader", "did not run: FFCV: ffcv is not", "threads 2, batch 64", "machine: threads: 2",
+                  "head-room 0.75×",
+                  "0.92 of the slower alone, 0.69 of the need; waited 30.0%",
                   "decode limits", "tier: packed"):
         assert words in said, words
 
@@ -154,5 +157,6 @@ def test_sparkline() -> None:
 
 
 def test_plot(tmp_path: Path) -> None:
-    profile_report.plot(profile(compared={"DataLoader + PIL": (400.0, 420.0)}), tmp_path / "made" / "p.png")
+    compared = {"ours": (800.0, 810.0), "DataLoader + PIL": (400.0, 410.0)}
+    profile_report.plot(profile(compared=compared), tmp_path / "made" / "p.png")
     assert (tmp_path / "made" / "p.png").read_bytes().startswith(b"\x89PNG")

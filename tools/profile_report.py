@@ -37,7 +37,8 @@ class Profile:
         cold_note: what is to be said about that.
         need_from: where the need comes from.
         sweep: (settings, images/s, CPU ms an image), best first.
-        compared: other loaders doing the same work: name → images/s, one figure a repeat.
+        compared: this loader and others doing the same work in turns: name → images/s, one figure a turn; this one first.
+        absent: others that could not run, and why.
         versions: of libraries.
     """
     title: str
@@ -51,6 +52,7 @@ class Profile:
     need_from: str = ""
     sweep: tuple[tuple[dict[str, float], float, float], ...] = ()
     compared: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    absent: tuple[str, ...] = ()
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -82,6 +84,7 @@ def figures(profile: Profile) -> dict[str, Any]:
     plain["verdict"] = dataclasses.asdict(profile.verdict)
     plain["sweep"] = [{"settings": settings, "rate": rate, "cpu_ms": cpu} for settings, rate, cpu in profile.sweep]
     plain["compared"] = {name: {"rates": rates, "rate": statistics.median(rates)} for name, rates in profile.compared.items()}
+    plain["absent"] = profile.absent
     return plain
 
 
@@ -178,14 +181,16 @@ def _need_lines(profile: Profile) -> Iterable[str]:
 
 def _show_lists(console: Console, profile: Profile) -> None:
     if profile.compared:
-        console.print("the same work:", markup=False)
-        ours = profile.measured.loader.rate
+        console.print("the same work in turns, each in a process of its own:", markup=False)
+        ours = statistics.median(next(iter(profile.compared.values())))
         for name, rates in sorted(profile.compared.items(), key=lambda item: -statistics.median(item[1])):
             rate = statistics.median(rates)
-            console.print(f"  {name:32} {rate:9,.0f} img/s  ({spread(rates)})  this loader is {ours / rate:.2f}×", markup=False)
+            console.print(f"  {name:45} {rate:9,.0f} img/s  ({spread(rates)})  {rate / ours:.2f} of this loader", markup=False)
+        for line in profile.absent:
+            console.print(f"  did not run: {line}", markup=False)
     if profile.sweep:
         console.print("sweep, best first:", markup=False)
-        for settings, rate, cpu in profile.sweep[:8]:
+        for settings, rate, cpu in profile.sweep[:10]:
             said = ", ".join(f"{name} {value:g}" for name, value in settings.items())
             console.print(f"  {said:60} {rate:9,.0f} img/s  {cpu:6.3f} CPU ms", markup=False)
         console.print("best setting:", markup=False)

@@ -128,6 +128,8 @@ def measure(asked: argparse.Namespace) -> tuple[Profile, Sequence[Event], Sequen
     device = asked.device or (config.machine.device if config else "auto")
     with topology(towers=config.model.towers if config else 1, device=device, timeout_s=60.0) as where:
         what = subject(asked, where, config)
+        if asked.compare:
+            _check_comparable(what.data)
         warm = _warm(asked, what, where)
         # From here on threads are idle, and no loader has the archives mapped.
         cold, note = None, ""
@@ -136,11 +138,11 @@ def measure(asked: argparse.Namespace) -> tuple[Profile, Sequence[Event], Sequen
                                     min(3, asked.repeats))
             cold = stages.as_loader(turns)
         points = _swept(what, asked.seconds) if asked.sweep else []
-        others = compared(what, asked.seconds, asked.repeats) if asked.compare else {}
+        others, absent = compared(what, asked.seconds, asked.repeats) if asked.compare else ({}, ())
     measured, found = warm.measured, facts(what, warm.others)
     need_from = "" if measured.need is None else "the network's own step, measured" if asked.model else "as stated"
     profile = Profile(what.title, what.batch, measured, found, verdict(measured, found), warm.cumulative, cold, note, need_from,
-                      tuple((point.settings, point.rate, point.cpu_ms) for point in points), others, _versions())
+                      tuple((point.settings, point.rate, point.cpu_ms) for point in points), others, absent, _versions())
     return profile, warm.events, warm.depths
 
 
@@ -219,33 +221,29 @@ def _spinning(index: SampleIndex, split: str) -> bool:
     return False
 
 
-def compared(what: Subject, seconds: float, repeats: int) -> dict[str, tuple[float, ...]]:
-    """Other loaders doing the same work on the same kind of files, with as many workers as this one has threads; those that
-    are installed. Raises ValueError when the crops are not the paper's, which is what they make."""
-    from tools import bench_work
+def _check_comparable(data: DataConfig) -> None:
+    """Raises ValueError when the crops are not the paper's, which is what the other loaders make too."""
+    if (data.region, data.square_px, data.crop_px) != (PAPER.region, PAPER.square_px, PAPER.crop_px):
+        raise ValueError(f"--compare (=True) has {PAPER.crop_px} of {PAPER.square_px} px, and this recipe {data.crop_px} of "
+                         f"{data.square_px}; leave it out, or profile the paper's crops with --index")
+
+
+def compared(what: Subject, seconds: float, repeats: int) -> tuple[dict[str, tuple[float, ...]], tuple[str, ...]]:
+    """This tier and other people's loaders on the same kind of files, in turns, each in a process of its own with as many
+    workers (tools/bench.py): label → images/s of each turn, ours first; and those that could not run, with the reason.
+    """
+    from tools import bench, bench_work
     from tools.bench_sides import SIDES
 
-    ours, theirs = (what.data.square_px, what.data.crop_px), (bench_work.SQUARE_PX, bench_work.CROP_PX)
-    if ours != theirs:
-        raise ValueError(f"--compare (=True) has {theirs[1]} of {theirs[0]} px, and this recipe {ours[1]} of {ours[0]}; leave it "
-                         "out, or profile the paper's crops with --index")
     packed = what.index.path if what.index.packed is not None else None
     stats = stats_path(what.index.path, what.data.square_px, what.split)
     kind = {"archives": "original", "resident": "decoded"}.get(what.tier, "packed")
-    found = {}
+    chosen = [what.tier, *(side.name for side in SIDES if side.role != "ours" and side.data == kind)]
     with tempfile.TemporaryDirectory() as scratch:
         work = bench_work.Work(what.index.path, packed, stats, Path(scratch), what.split, what.batch, what.machine.threads)
-        for side in SIDES:
-            if side.role == "ours" or side.data != kind:
-                continue
-            try:
-                running = side.start(work)
-                with contextlib.closing(running):
-                    turns = take_turns([Work(side.label, (what.batch for _ in running.batches), 8)], seconds, repeats)
-            except bench_work.NotAvailable:
-                continue
-            found[side.label] = tuple(turns[side.label].rates)
-    return found
+        results = bench.measure(work, chosen, repeats, seconds)
+    return ({result.side.label: tuple(turn.rate for turn in result.turns) for result in results if result.turns},
+            tuple(f"{result.side.label}: {result.reason}" for result in results if not result.turns))
 
 
 def _versions() -> dict[str, str]:
