@@ -9,7 +9,6 @@ import ctypes
 import mmap
 import tempfile
 import threading
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy.typing as npt
 
 from pipeline.archive import BLOCK
 from pipeline.index import SampleIndex
-from pipeline.reader import Bytes, SampleError
+from pipeline.reader import Bytes, SampleError, check
 from pipeline.sampler import Ids
 
 RUN_BYTES = 8 << 20  # 8 MiB: at 100 MB/s long beside an object store's latency, short beside a window
@@ -87,7 +86,7 @@ class Window:
         self.ids, self.last_step = ids, last_step
         self._index, self._content, self._crc = index, content, crc
         rows = index.samples[ids]
-        self._places = dict(zip(ids.tolist(), zip(at.tolist(), rows["size"].tolist(), rows["crc32"].tolist()), strict=True))
+        self._places = dict(zip(ids.tolist(), zip(at.tolist(), rows["size"].tolist()), strict=True))
 
     @property
     def nbytes(self) -> int:
@@ -105,14 +104,13 @@ class Window:
         Raises:
             SampleError: another file lies in its place, or its bytes differ from what the index recorded.
         """
-        at, size, crc32 = self._places[id]
+        at, size = self._places[id]
         header = self._content[at - BLOCK:at].tobytes()
         # Holds for indexes without CRC-32 too: a shard that was written anew has its headers elsewhere.
         if header[257:262] != b"ustar" or header[124:135] != b"%011o" % size:
             raise SampleError(self._index, id, "does not lie where the index has it")
         view = self._content[at:at + size]
-        if self._crc and zlib.crc32(view.data) != crc32:
-            raise SampleError(self._index, id, "has another CRC-32 than the index")
+        check(self._index, id, view, self._crc)
         return view
 
 

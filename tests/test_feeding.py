@@ -37,6 +37,7 @@ def test_the_sentence_says_who_waited() -> None:
     assert starved.sentence(MACHINE, 2, False).startswith(
         "the network waited for the loader 40.0% of the time (read 75%, decode 25%): put the archives on faster storage or raise "
         "machine.read_threads")
+    assert "raise data.lanes" in starved.sentence(MACHINE, 2, False, "streamed")
     assert "data.tier: packed" in Feeding(Waits(40.0, decode=40.0, batches=50), used).sentence(MACHINE, 2, False)
     assert Feeding().sentence(MACHINE, 2, False) == ""
 

@@ -5,13 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.packed_set import tiny_s3, write_packed
+from tests.small_set import encode, picture
 
 from pipeline.index import SampleIndex
 from pipeline.reader import SampleError
 from pipeline.sampler import Ids
 from pipeline.sequential import Lane, Passage, Window, runs
 
-BLOBS = [np.random.default_rng(i).bytes(700 + 350 * (i % 5)) for i in range(40)]
+HEAD = encode(picture(0, 24, 24))  # a whole JPEG; whatever follows it is no matter
+BLOBS = [HEAD + np.random.default_rng(i).bytes(700 + 350 * (i % 5)) for i in range(40)]
 
 
 @pytest.fixture
@@ -90,7 +92,7 @@ def test_changed_bytes_and_samples_out_of_place_are_named(index: SampleIndex) ->
     first, second, third = in_order(index)[:3].tolist()
     path = index.archive_path(0)
     content = bytearray(path.read_bytes())
-    content[int(index.samples[first]["offset"]) + 300] ^= 4
+    content[int(index.samples[first]["offset"]) + len(HEAD) + 300] ^= 4
     at = int(index.samples[second]["offset"]) - 512
     content[at:at + 512] = bytes(512)
     path.write_bytes(content)

@@ -89,6 +89,8 @@ def test_what_was_waited_for_is_told(recipe: Path, tmp_path: Path) -> None:
     (["--data.tier=resident", "--data.region=full", "--data.mean=channel"],
      "data.region (=full) must be square for tier resident"),
     (["--data.tier=resident", "--machine.resident_memory=disk"], "machine.resident_memory (=disk) must be ram or gpu"),
+    (["--machine.archives=s3://bucket"],
+     "machine.archives (=s3://bucket) cannot be read by tier archives; use data.tier: streamed"),
     (["--machine.queue=0"], "machine.queue (=0) must be at least 1"),
 ])
 def test_a_tier_that_cannot_be_is_explained(recipe: Path, packed: Path, tiny_set: TinySet, tmp_path: Path, argv: list[str],

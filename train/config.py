@@ -251,6 +251,8 @@ class Config:
     def __post_init__(self) -> None:
         _need(self.model.input_px == self.data.crop_px, "model.input_px", self.model.input_px,
               f"must equal data.crop_px (={self.data.crop_px}); the network takes the crop whole")
+        _need(self.data.tier == "streamed" or not self.machine.archives.startswith("s3://"), "machine.archives",
+              self.machine.archives, f"cannot be read by tier {self.data.tier}; use data.tier: streamed")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values only (tuples as lists), as they stand in a YAML file."""

@@ -26,6 +26,9 @@ ADVICE = {
     "copy": "raise machine.queue",
 }
 
+STREAMED = ("raise data.lanes (another order, so another run), or copy the shards to a disk of this machine (data.tier: packed), "
+            "or keep the images in memory (data.tier: resident)")
+
 
 @dataclass
 class Feeding:
@@ -44,13 +47,14 @@ class Feeding:
             self.waits = self.waits.plus(loader.meter.waits.since(waits))
             self.used = self.used.plus(usage(loader.meter), before)
 
-    def sentence(self, machine: LoaderConfig, threads: int, on_gpu: bool) -> str:
+    def sentence(self, machine: LoaderConfig, threads: int, on_gpu: bool, tier: str = "archives") -> str:
         """Who waited for whom, with head-room or advice; empty when nothing was trained.
 
         Args:
             machine: settings of the loader.
             threads: its decoding threads.
             on_gpu: decoding runs on a GPU, whose head-room the CPU's threads do not show.
+            tier: where the images come from.
         """
         if self.used.time <= 0 or not self.waits.batches:
             return ""
@@ -60,7 +64,8 @@ class Feeding:
             more = "" if on_gpu else f", {room.times:.1f}× head-room ({room.stage} is its busiest part)"
             return f"the loader waited for the network{more}; the network waited {share:.1%} of the time"
         cause = self.waits.cause
+        advice = STREAMED if tier == "streamed" and cause == "read" else ADVICE[cause]
         parts = ", ".join(f"{state} {getattr(self.waits, state) / self.waits.seconds:.0%}" for state in STATES
                           if getattr(self.waits, state) >= 0.005 * self.waits.seconds)
-        return (f"the network waited for the loader {share:.1%} of the time ({parts}): {ADVICE[cause]}; `python "
+        return (f"the network waited for the loader {share:.1%} of the time ({parts}): {advice}; `python "
                 "tools/profile_pipeline.py --config RECIPE` measures what would help")

@@ -75,7 +75,7 @@ def run(request: Request, where: Topology) -> int:
             console.warn(f"model.classes (={config.model.classes}) is more than the {len(index.classes)} of the index; the "
                          "others have no images")
         finished = train(job)
-        if told := job.feeding.sentence(config.machine, loader.threads, where.device.type == "cuda"):
+        if told := job.feeding.sentence(config.machine, loader.threads, where.device.type == "cuda", config.data.tier):
             console.say(told)
         score = test(job, config.data.test_split, config.train.test_views, "test") if finished else None
         if score is None:
