@@ -17,7 +17,7 @@ from pipeline.config import LoaderConfig
 from pipeline.graph import DecodeGraph, Graph, Inputs
 from pipeline.loader import Batch, TrainLoader
 from pipeline.resident import ResidentLoader
-from pipeline.stages import graph_plan, image_bytes, touch
+from pipeline.stages import arrived, graph_plan, image_bytes, touch
 from pipeline.stream import GraphPlan, Prepared, Stream
 from pipeline.streamed import StreamedLoader
 from pipeline.turns import Work
@@ -97,8 +97,7 @@ def _through(loader: TrainLoader, last: str) -> Generator[int, None, None]:
         for step in itertools.count(1):
             batch = next(batches)
             loader._step = step
-            if loader._device_id is not None:
-                torch.cuda.synchronize(loader.device)
+            arrived(loader.device)
             yield len(batch.ids)
 
 

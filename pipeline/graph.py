@@ -225,6 +225,7 @@ class ResizeGraph:
 
     def __init__(self, source: Iterator[tuple[list[Any], Regions]], batch: int, side_px: int, *, machine: LoaderConfig,
                  threads: int, device_id: int | None) -> None:
+        self._device_id = device_id
         pixels, regions = tee(source)
         self._pipe: Any = Pipeline(batch_size=batch, num_threads=threads, device_id=device_id,
                                    prefetch_queue_depth=machine.prefetch, seed=0)
@@ -239,7 +240,8 @@ class ResizeGraph:
 
     def collect(self) -> torch.Tensor:
         """The next batch, (B, S, S, 3) uint8."""
-        (output,) = self._pipe.run()
+        stream = None if self._device_id is None else torch.cuda.current_stream(self._device_id).cuda_stream
+        (output,) = self._pipe.run(stream)
         return torch.from_dlpack(output.as_tensor())
 
     def close(self) -> None:

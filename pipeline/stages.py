@@ -123,7 +123,7 @@ def alone(loader: TrainLoader, closers: ExitStack) -> list[Work]:
     inputs = itertools.cycle([one.inputs for one in prepared])
     decode = closers.enter_context(closing(DecodeGraph(inputs, plan.batch, plan.side_px, resample=plan.resample,
                                                        machine=machine, threads=threads, device_id=loader._device_id)))
-    works.append(Work("decode", _collected(decode.collect), machine.prefetch + 1, None, threads, mean_bytes))
+    works.append(Work("decode", _collected(decode.collect, loader.device), machine.prefetch + 1, None, threads, mean_bytes))
     if plan.resample:
         works.append(Work("resize", _resized(loader, plan, ready, closers), machine.prefetch + 1, None, threads))
     works.append(Work("colour", closers.enter_context(closing(_coloured(loader, ready))), 2, None,
@@ -154,8 +154,7 @@ def _resident(loader: ResidentLoader, closers: ExitStack) -> list[Work]:
     def coloured(step: int) -> int:
         _, ids, epochs = taken[step]
         loader._images(colour, pool, ids, loader.draws(ids, epochs))
-        if loader._device_id is not None:
-            torch.cuda.synchronize(loader.device)
+        arrived(loader.device)
         return len(ids)
 
     return [Work("order", _endless(order, steps)),
@@ -167,9 +166,17 @@ def _endless(work: Callable[[int], int], steps: range) -> Iterator[int]:
     return map(work, itertools.cycle(steps))
 
 
-def _collected(collect: Callable[[], torch.Tensor]) -> Iterator[int]:
+def _collected(collect: Callable[[], torch.Tensor], device: torch.device) -> Iterator[int]:
     while True:
-        yield len(collect())
+        count = len(collect())
+        arrived(device)
+        yield count
+
+
+def arrived(device: torch.device) -> None:
+    """Wait until what this thread was given is there: on a GPU it may still be on its way; what is made ahead goes on."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _order(loader: TrainLoader, step: int) -> int:
@@ -219,9 +226,9 @@ def _resized(loader: TrainLoader, plan: GraphPlan, ready: Ready, closers: ExitSt
     given = itertools.cycle([(images, one.inputs.regions) for images, one in zip(ready.decoded, ready.prepared)])
     if plan.device_id is None:
         resizer = closers.enter_context(closing(Resizer(plan.side_px, plan.threads)))
-        return _collected(lambda: resizer(*next(given)))
+        return _collected(lambda: resizer(*next(given)), loader.device)
     graph = ResizeGraph(given, plan.batch, plan.side_px, machine=plan.machine, threads=plan.threads, device_id=plan.device_id)
-    return _collected(closers.enter_context(closing(graph)).collect)
+    return _collected(closers.enter_context(closing(graph)).collect, loader.device)
 
 
 def _coloured(loader: TrainLoader, ready: Ready) -> Generator[int, None, None]:
@@ -232,7 +239,7 @@ def _coloured(loader: TrainLoader, ready: Ready) -> Generator[int, None, None]:
                 colour(list(planar), prepared.finish)
             else:
                 colour.whole(planar, prepared.finish)
-                torch.cuda.synchronize(loader.device)
+                arrived(loader.device)
             yield len(pixels)
 
 
@@ -241,7 +248,7 @@ def _copied(loader: TrainLoader, ready: Ready) -> Iterator[int]:
     pinned = [torch.from_numpy(np.concatenate(one.inputs.encoded)).pin_memory() for one in ready.prepared]
     for bytes, one in itertools.cycle(list(zip(pinned, ready.prepared))):
         bytes.to(loader.device, non_blocking=True)
-        torch.cuda.synchronize(loader.device)
+        arrived(loader.device)
         yield len(one.ids)
 
 
@@ -277,6 +284,7 @@ def _batches(loader: TrainLoader, consume: Callable[[Batch], None]) -> Iterator[
     while True:
         for batch in loader:
             consume(batch)
+            arrived(loader.device)
             count = len(batch.ids)
             del batch
             yield count

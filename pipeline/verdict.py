@@ -14,8 +14,8 @@ NETWORK = "network"
 # Which stages the loader may be in when its meter says so.
 CAUSES = {"read": ("order", "read", "crc"), "decode": ("decode", "resize"), "colour": ("colour",),
           "copy": ("copy", "hand-over")}
-_DOING = {"read": "waiting for bytes", "decode": "waiting for decoded and resized pixels", "colour": "finishing pixels",
-          "copy": "handing over"}
+_DOING = {"read": "waited for bytes", "decode": "waited for decoded and resized pixels", "colour": "was finishing pixels",
+          "copy": "was handing over"}
 _WAITED = 0.05      # share of the loop's time below which its waiting for the loader is not worth a word
 _LATE = 0.15        # share of the producing thread's time spent in stages before its own from which on those are late
 _BUSY = 0.85        # share of the cores in use from which on more threads find no core
@@ -121,9 +121,9 @@ def _sentence(measured: Measured, facts: Facts, name: str, cause: str) -> str:
     if both is not None:
         parts.append(f"together they reach {both.rate:,.0f}, and {both.waited:.0%} of the time is waiting for the loader")
     if cause in CAUSES:
-        parts.append(f"asked without pause, it was {_DOING[cause]} in {loader.causes[cause]:.0%} of the time waited")
+        parts.append(f"asked without pause, its own thread {_DOING[cause]} in {loader.causes[cause]:.0%} of the time")
         if cause in ("read", "decode") and loader.causes[cause] < 0.5:
-            parts[-1] += ", while which it also does the rest"
+            parts[-1] += ", although it had other pixels to finish meanwhile"
     elif cause == "own":
         parts.append(f"asked without pause, it was waited for in {loader.waited:.0%} of the time only: the rest is handing over")
     threads = f"{stage.threads} thread{'s' * (stage.threads != 1)}"

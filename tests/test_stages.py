@@ -126,8 +126,8 @@ def test_the_halves_of_the_graph_are_the_graph(small: tuple[SampleIndex, Stats])
 
 
 def test_the_half_that_resizes_on_a_gpu(small: tuple[SampleIndex, Stats]) -> None:
-    """DALI's, here on the CPU: it takes the region's pixels, and gives those of the CPU's resize but for rounding, and but for the
-    outermost row or column, where DALI repeats pixels and PIL shortens the filter (docs/lab-log.md: up to 13)."""
+    """DALI's, here on the CPU: it takes the region's pixels, and gives those of the CPU's resize but for rounding, and but for
+    the outermost row or column, where DALI repeats pixels and PIL shortens the filter (docs/lab-log.md: up to 13)."""
     with opened(small) as loader:
         ready = stages.make_ready(loader)
     regions = ready.prepared[0].inputs.regions

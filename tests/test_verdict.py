@@ -63,7 +63,7 @@ def test_finishing_pixels_while_dali_is_late_is_no_evidence_against_colour() -> 
 def test_the_slowest_of_the_stages_before_decoding() -> None:
     slow = tuple(replace(one, rates=(50.0,)) if one.name == "read" else one for one in STAGES)
     found = judge(loader(50, cpu_ms=1.9, read=0.97, decode=0.03), stages=slow, need=1000)
-    assert found.limit == "read" and "MB/s" in found.sentence and "waiting for bytes in 97%" in found.sentence
+    assert found.limit == "read" and "MB/s" in found.sentence and "waited for bytes in 97%" in found.sentence
     assert pasted(found) == {"machine": {"read_threads": 4}, "data": {"tier": "packed", "packed": "FOLDER"}}
     checks = tuple(replace(one, rates=(50.0,)) if one.name == "crc" else one for one in STAGES)
     found = judge(loader(50, read=0.97), stages=checks)

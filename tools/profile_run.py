@@ -193,13 +193,18 @@ def _in_turns(asked: argparse.Namespace, what: Subject, where: Topology, loader:
 
 
 class _Pace:
-    """A consumer of so many images/s: it holds a batch as long as a network of that rate would."""
+    """A consumer of so many images/s: it holds a batch as long as a network of that rate would. That the clock wakes it late is
+    made up for; that it waits for a batch is not."""
 
     def __init__(self, rate: float) -> None:
         self._rate = rate
+        self._done = self._asked = 0.0  # when it should have been done with a batch, and when it asked for the next
 
     def __call__(self, batch: Batch) -> None:
-        time.sleep(len(batch.ids) / self._rate)
+        now = time.perf_counter()
+        self._done = max(now, self._done + (now - self._asked) + len(batch.ids) / self._rate)
+        time.sleep(max(0.0, self._done - time.perf_counter()))
+        self._asked = time.perf_counter()
 
 
 def facts(what: Subject, others: float) -> Facts:
