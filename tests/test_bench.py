@@ -84,6 +84,15 @@ def test_a_file_that_is_no_jpeg_is_decoded_too(work: Work) -> None:
     assert resized_size((500, 375)) == (341, 256)
 
 
+def test_decoded_squares_are_made_before_anybody_shares_them(work: Work) -> None:
+    import pickle
+    cutter = bench_peers.Cutter(Material(work, "original"), None)
+    cutter.open()
+    assert (work.scratch / "squares-original.npy").exists()
+    crop = pickle.loads(pickle.dumps(cutter))(7, 3, 4)
+    np.testing.assert_array_equal(crop, Material(work, "original").square(7)[3:3 + CROP_PX, 4:4 + CROP_PX])
+
+
 def test_shards_for_webdataset_hold_the_original_bytes(work: Work, index: SampleIndex) -> None:
     material = Material(work, "original")
     found = {}

@@ -109,13 +109,22 @@ class Cutter:
         self.material, self.cut = material, cut
         self._squares: Any = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Cutter, (self.material, self.cut)
+
+    def open(self) -> None:
+        """Make and open what is read, before there are several threads or processes that would."""
+        self.material.read(int(self.material.ids[0]))
+        if self.cut is None:
+            # copy on write: torch warns of arrays it must not write to
+            self._squares = np.load(self.material.squares(), mmap_mode="c")
+
     def __call__(self, id: int, top: int, left: int) -> Pixels:
         """(crop, crop, 3) uint8."""
         if self.cut is not None:
             return self.cut(self.material.read(id), top, left)
         if self._squares is None:
-            # copy on write: torch warns of arrays it must not write to
-            self._squares = np.load(self.material.squares(), mmap_mode="c")
+            self.open()
         row = int(np.searchsorted(self.material.ids, id))
         crop: Pixels = self._squares[row, top:top + CROP_PX, left:left + CROP_PX]
         return crop
@@ -220,8 +229,7 @@ def dataloader(cutter: Cutter, *, items: bool = False) -> Running:
     """torch's DataLoader with worker processes; `items`: floats of single images, else uint8 of batches."""
     from torch.utils.data import DataLoader
     work = cutter.material.work
-    if cutter.cut is None:
-        cutter.material.squares()       # made once, before there are several who would
+    cutter.open()
     dataset = ItemDataset(cutter) if items else CropDataset(cutter)
     loader = DataLoader(dataset, batch_sampler=Endless(cutter.material.ids, work.batch),   # type: ignore[arg-type,var-annotated]
                         num_workers=work.workers, collate_fn=None if items else as_it_is, multiprocessing_context="spawn")
@@ -286,7 +294,7 @@ def spdl(cutter: Cutter) -> Running:
     one_thread()
     arithmetic = Arithmetic(material, lasting=2 * work.workers + 4)     # in work, in spdl's queues, and with the consumer
     random = np.random.default_rng(0)
-    _ = material.ids, material.stats, material.draw(random, 1)          # opened before there are threads
+    cutter.open()
 
     def source() -> Iterator[tuple[npt.NDArray[np.int64], Draws]]:
         while True:
