@@ -1,6 +1,6 @@
 # make demo   generate a small ILSVRC2012-shaped set, index it, train on it, test it      make demo DATA=folder   the same on real archives
 # make test   the tests                                                                     make lint               flake8 and mypy
-# make bench-loader   our loader against torch's DataLoader + PIL                            make clean              everything made here
+# make bench   every tier against other people's loaders (INDEX=, PACKED=)                  make clean              everything made here
 # All of them first install what is missing into $(VENV); a stamp file makes that step instant until setup.cfg or constraints.txt change.
 
 VENV  ?= .venv
@@ -16,8 +16,9 @@ DATA   ?=
 RECIPE ?=
 OUT    ?= $(if $(DATA),demo-data,demo)
 INDEX  ?=
+PACKED ?=
 
-.PHONY: install demo test lint bench-loader clean
+.PHONY: install demo test lint bench clean
 
 install: $(STAMP)
 
@@ -43,8 +44,9 @@ lint: $(STAMP)
 	$(BIN)/python -m flake8 pipeline model train tools tests
 	$(BIN)/python -m mypy
 
-bench-loader: $(STAMP)
-	$(BIN)/python -m tools.bench_loader $(INDEX)
+bench: $(STAMP)
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m tools.bench $(INDEX) $(if $(PACKED),--packed '$(PACKED)') $(ARGS)
 
 clean:
 	test ! -e demo/DRAWN || rm -rf demo

@@ -6,13 +6,25 @@ producer did meanwhile is why the consumer waited. `span` measures any piece of 
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 STATES = ("read", "decode", "colour", "copy")  # what a producer can be busy with, in a batch's order; else it is "idle"
-_DEPTHS = 100_000  # queue depths kept
+_DEPTHS = 4096  # queue depths kept
+_LATE = 0.15  # share of the waiting for bytes and pixels from which on these are late, whatever the rest
+
+
+def cause_of(seconds: Mapping[str, float]) -> str:
+    """Which of STATES is late, given how long each was waited for.
+
+    The producing thread finishes pixels itself while others read and decode the next ones. So when it stands waiting for these at
+    all, they are late; only when it does not is it the finishing, however much time that takes.
+    """
+    late, own = STATES[:2], STATES[2:]
+    total = sum(seconds[state] for state in STATES)
+    return max(late if sum(seconds[state] for state in late) > _LATE * total else own, key=lambda state: seconds[state])
 
 
 @dataclass(frozen=True)
@@ -40,8 +52,8 @@ class Waits:
 
     @property
     def cause(self) -> str:
-        """The state that most of the waiting is due to."""
-        return max(STATES, key=lambda state: getattr(self, state))
+        """The state that the waiting is due to, see `cause_of`."""
+        return cause_of({state: getattr(self, state) for state in STATES})
 
 
 @dataclass(frozen=True)

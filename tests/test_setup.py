@@ -100,7 +100,7 @@ def test_no_host_and_no_path_of_a_machine_in_the_set_up() -> None:
 
 
 def test_make_knows_its_targets_and_says_what_an_install_needs() -> None:
-    for target in ("demo", "test", "lint", "bench-loader", "clean"):
+    for target in ("demo", "test", "lint", "bench", "clean"):
         result = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
     result = subprocess.run(["make", "install", "VENV=/nonexistent/venv", "PYTHON="], cwd=ROOT, capture_output=True,

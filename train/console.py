@@ -12,7 +12,7 @@ from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from pipeline.meter import STATES, Waits
+from pipeline.meter import STATES, Waits, cause_of
 
 _WINDOW = 50  # steps over which the rates are taken
 
@@ -43,8 +43,8 @@ class Pace:
 
     @property
     def why(self) -> str:
-        """What most of the waiting is for, as "(decode)"; empty when there is hardly any."""
-        return f" ({max(self.causes, key=lambda cause: self.causes[cause])})" if self.waited >= 0.005 else ""
+        """What the waiting is for, as "(decode)"; empty when there is hardly any."""
+        return f" ({cause_of(self.causes)})" if self.waited >= 0.005 else ""
 
 
 class Rates:
