@@ -17,7 +17,7 @@ from pipeline.config import LoaderConfig
 from pipeline.graph import DecodeGraph, Graph, Inputs
 from pipeline.loader import Batch, TrainLoader
 from pipeline.resident import ResidentLoader
-from pipeline.stages import arrived, graph_plan, image_bytes, touch
+from pipeline.stages import arrived, image_bytes, touch
 from pipeline.stream import GraphPlan, Prepared, Stream
 from pipeline.streamed import StreamedLoader
 from pipeline.turns import Work
@@ -43,6 +43,9 @@ class _NoGraph(Graph):
             for view in inputs.encoded:
                 touch(view)
         return torch.empty(0)
+
+    def rows(self) -> list[torch.Tensor]:
+        return list(self.collect())
 
     def close(self) -> None:
         pass
@@ -87,7 +90,7 @@ def read_alone(make: Callable[[LoaderConfig], TrainLoader], machine: LoaderConfi
 
 def _through(loader: TrainLoader, last: str) -> Generator[int, None, None]:
     """Batches of a loader that ends after the stage `last`, without end."""
-    plan = graph_plan(loader, loader._sampler.share)
+    plan = loader.plan(loader._sampler.share, loader.data.crop_px)
     if last != "colour":
         kind = {"read": _ReadPlan, "crc": _ReadPlan, "decode": _DecodePlan}.get(last, GraphPlan)
         ending = kind(plan.batch, plan.side_px, plan.resample, plan.machine, plan.threads, plan.device_id)
@@ -101,6 +104,6 @@ def _through(loader: TrainLoader, last: str) -> Generator[int, None, None]:
             yield len(batch.ids)
 
 
-def _unfinished(colour: object, prepared: Prepared, pixels: torch.Tensor) -> Batch:
+def _unfinished(colour: object, prepared: Prepared, pixels: object) -> Batch:
     """A batch that is none yet."""
-    return Batch(pixels, torch.empty(0), prepared.ids, np.zeros(0, np.int64), prepared.step)
+    return Batch(torch.empty(0), torch.empty(0), prepared.ids, np.zeros(0, np.int64), prepared.step)

@@ -20,7 +20,7 @@ from nvidia.dali.pipeline import Pipeline
 
 from pipeline.config import LoaderConfig
 from pipeline.geometry import Regions
-from pipeline.resize import Resizer, resize
+from pipeline.resize import Crops, Resizer, resize
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -77,7 +77,7 @@ class Graph:
         self._alive: deque[Inputs] = deque()  # DALI reads them in place
         self._collected: Inputs | None = None
         self._device_id = device_id
-        self._resample = resample
+        self._resample, self._side = resample, side_px
         self._resizer = Resizer(side_px, threads) if resample and device_id is None else None
         self._pipe: Any = Pipeline(batch_size=batch, num_threads=threads, device_id=device_id,
                                    prefetch_queue_depth=machine.prefetch, seed=0)
@@ -120,12 +120,28 @@ class Graph:
         return (inputs.encoded, regions.anchor, regions.shape, *ends)
 
     def collect(self) -> torch.Tensor:
-        """The next batch, (B, S, S, 3) uint8 on the graph's device, without a copy.
+        """The next batch, (B, S, S, 3) uint8 on the graph's device.
+
+        Raises: see `rows`.
+        """
+        output, inputs = self._run()
+        if self._resizer is not None:
+            return self._resizer([torch.from_dlpack(image) for image in output], inputs.regions)
+        return torch.from_dlpack(output.as_tensor())
+
+    def rows(self) -> Sequence[torch.Tensor]:
+        """The next batch as B views (3, S, S) uint8 in CPU memory, each to be used before the same thread asks for another.
 
         Raises:
             DecodeError: some sample of this batch could not be decoded. The batches after it are not touched.
             StopIteration: the source has ended. What the source raised, if it failed.
         """
+        output, inputs = self._run()
+        if self._resizer is not None:
+            return Crops([torch.from_dlpack(image) for image in output], inputs.regions, self._side)
+        return list(torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2))
+
+    def _run(self) -> tuple[Any, Inputs]:
         stream = None if self._device_id is None else torch.cuda.current_stream(self._device_id).cuda_stream
         try:
             (output,) = self._pipe.run(stream)
@@ -138,14 +154,7 @@ class Graph:
             raise DecodeError(error) from error
         # Kept until the next batch is collected: on a GPU the copy of its bytes may still be under way.
         self._collected = self._alive.popleft()
-        if self._resizer is not None:
-            return self._resizer([torch.from_dlpack(image) for image in output], self._collected.regions)
-        return torch.from_dlpack(output.as_tensor())
-
-    @property
-    def workers(self) -> set[int]:
-        """Kernel ids of the threads that resize, so far."""
-        return self._resizer.workers if self._resizer is not None else set()
+        return output, self._collected
 
     def close(self) -> None:
         """Free DALI's threads and buffers. Batches already collected stay valid: they own their memory."""
@@ -197,6 +206,9 @@ class DecodeGraph(Graph):
             self._resizer.close()
             self._resizer = _Shapes()
 
+    def rows(self) -> Sequence[torch.Tensor]:
+        return list(self.collect())
+
     def _define(self, side_px: int, machine: LoaderConfig) -> Any:
         pixels = super()._define(side_px, machine)
         return pixels.shape() if self._resizer is None else pixels
@@ -206,7 +218,7 @@ class _Shapes(Resizer):
     """In the place of a resizer: gives the shapes of decoded images."""
 
     def __init__(self) -> None:
-        self.workers: set[int] = set()
+        """No threads."""
 
     def __call__(self, decoded: Sequence[torch.Tensor], regions: Regions) -> torch.Tensor:
         return torch.tensor([image.shape for image in decoded])

@@ -4,7 +4,7 @@ B samples of a batch, S side of the central square, crop the side the network se
 """
 import contextlib
 import itertools
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -96,10 +96,13 @@ class Loader:
 
     def _open(self, steps: Iterator[int], batch: int, side_px: int) -> Stream:
         """The stream of the batches `steps`: of at most `batch` samples, (B, side_px, side_px, 3) uint8."""
+        return Stream(steps, self._prepare, self._mend, self.plan(batch, side_px), self.meter)
+
+    def plan(self, batch: int, side_px: int) -> GraphPlan:
+        """The plan of a graph for batches of at most `batch` samples, (B, side_px, side_px, 3)."""
         sizes = self._sizes(self._ids)
         resample = bool((sizes != geometry.resized(sizes, self.data.square_px)).any())
-        return Stream(steps, self._prepare, self._mend, GraphPlan(batch, side_px, resample, self.machine, self.threads,
-                                                                  self._device_id), self.meter)
+        return GraphPlan(batch, side_px, resample, self.machine, self.threads, self._device_id)
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -120,12 +123,16 @@ class Loader:
     def _colour(self, side_px: int, mean_image: npt.NDArray[np.float32] | None) -> Colour:
         return Colour(side_px, mean_image, threads=self.threads, device=self.device)
 
-    def _finished(self, colour: Colour, prepared: Prepared, pixels: torch.Tensor) -> Batch:
-        """A batch from its (B, S, S, 3) uint8 pixels."""
+    def _collect(self, stream: Stream) -> tuple[Prepared, Sequence[torch.Tensor] | torch.Tensor]:
+        """The stream's next batch as `_finished` wants it: rows for a CPU's threads, all of it for a GPU."""
+        return stream.rows() if self._device_id is None else stream.collect()
+
+    def _finished(self, colour: Colour, prepared: Prepared, pixels: Sequence[torch.Tensor] | torch.Tensor) -> Batch:
+        """A batch from its uint8 pixels: B views (3, S, S), or (B, S, S, 3)."""
         self.meter.enter("colour")
         with self.meter.span("colour", prepared.step):
-            planar = pixels.permute(0, 3, 1, 2)
-            images = colour(list(planar), prepared.finish) if self._device_id is None else colour.whole(planar, prepared.finish)
+            images = (colour.whole(pixels.permute(0, 3, 1, 2), prepared.finish) if isinstance(pixels, torch.Tensor)
+                      else colour(pixels, prepared.finish))
         return self._batch(prepared.step, prepared.ids, prepared.epochs, images)
 
     def _batch(self, step: int, ids: Ids, epochs: Ids, images: torch.Tensor) -> Batch:
@@ -236,7 +243,7 @@ class TrainLoader(Loader, Iterator[Batch]):
         with contextlib.closing(self._colour(self.data.crop_px, self._mean_image())) as colour, \
                 contextlib.closing(self._open(itertools.count(first), self._sampler.share, self.data.crop_px)) as stream:
             while True:
-                prepared, pixels = stream.collect()
+                prepared, pixels = self._collect(stream)
                 yield self._finished(colour, prepared, pixels)
                 del pixels
 

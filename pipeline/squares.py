@@ -80,13 +80,19 @@ class TestLoader(Loader):
                 contextlib.closing(self._open(iter(self._steps), self._per_batch, side)) as stream:
             while True:
                 try:
-                    prepared, pixels = stream.collect()
+                    if self._stats is None:
+                        prepared, whole = stream.collect()
+                        batch = self._batch(prepared.step, prepared.ids, prepared.epochs, whole)
+                        del whole
+                    else:
+                        prepared, pixels = self._collect(stream)
+                        batch = self._finished(colour, prepared, pixels)
+                        del pixels
                 except StopIteration:
                     return
                 if len(prepared.ids):
-                    yield (self._batch(prepared.step, prepared.ids, prepared.epochs, pixels) if self._stats is None
-                           else self._finished(colour, prepared, pixels))
-                del pixels
+                    yield batch
+                del batch
 
     def pairs(self) -> Pairs:
         """(centre crops, labels) instead of batches."""

@@ -23,7 +23,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline import geometry
 from pipeline.figures import EndToEnd, Stage, Together
 from pipeline.graph import Bytes, DecodeGraph, Graph, ResizeGraph
 from pipeline.loader import Batch, TrainLoader
@@ -64,7 +63,8 @@ def make_ready(loader: TrainLoader) -> Ready:
     decoded: list[list[torch.Tensor]] = []
     encoded_bytes = decoded_bytes = 0
     steps = range(min(len(loader), _MOST_BATCHES))
-    with closing(Stream(steps, loader._prepare, loader._mend, graph_plan(loader, loader._sampler.share), Meter())) as stream:
+    plan = loader.plan(loader._sampler.share, loader.data.crop_px)
+    with closing(Stream(steps, loader._prepare, loader._mend, plan, Meter())) as stream:
         for _ in steps:
             one, resized = stream.collect()
             encoded_bytes += sum(view.nbytes for view in one.inputs.encoded)
@@ -90,13 +90,6 @@ def _decode(loader: TrainLoader, prepared: Prepared) -> list[torch.Tensor]:
         return [graph.collect()[0].clone() for _ in prepared.ids]
 
 
-def graph_plan(loader: TrainLoader, batch: int) -> GraphPlan:
-    """The plan of the graph that a loader of archives or shards opens."""
-    sizes = loader._sizes(loader._ids)
-    resample = bool((sizes != geometry.resized(sizes, loader.data.square_px)).any())
-    return GraphPlan(batch, loader.data.crop_px, resample, loader.machine, loader.threads, loader._device_id)
-
-
 def alone(loader: TrainLoader, closers: ExitStack) -> list[Work]:
     """Each stage by itself, in the order of a batch's way; what they hold is closed by `closers`.
 
@@ -111,7 +104,7 @@ def alone(loader: TrainLoader, closers: ExitStack) -> list[Work]:
     ready = make_ready(plain)
     prepared, steps = ready.prepared, range(len(ready.prepared))
     mean_bytes = float(np.mean([view.nbytes for one in prepared for view in one.inputs.encoded]))
-    plan = graph_plan(loader, len(prepared[0].ids))
+    plan = loader.plan(len(prepared[0].ids), loader.data.crop_px)
     reading = max(1, machine.read_threads)
     works: list[Work] = []
     if not streamed:    # else its reading draws the order itself, see pipeline/cutoff.py

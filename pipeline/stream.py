@@ -3,9 +3,10 @@
 B samples of a batch.
 """
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from pipeline.graph import DecodeError, Graph, Inputs
 from pipeline.meter import Meter
 
 Ids = npt.NDArray[np.int64]
+Pixels = TypeVar("Pixels")
 
 
 @dataclass(frozen=True)
@@ -106,12 +108,23 @@ class Stream:
         Raises:
             StopIteration: no batch is left. Whatever `prepare` or `mend` raise.
         """
+        return self._next(self._graph.collect, lambda whole: whole)
+
+    def rows(self) -> tuple[Prepared, Sequence[torch.Tensor]]:
+        """The next batch and its pixels as B views (3, S, S) uint8, each to be used before the same thread asks for another.
+
+        Raises: as `collect`.
+        """
+        return self._next(self._graph.rows, lambda whole: list(whole.permute(0, 3, 1, 2)) if len(whole) else [])
+
+    def _next(self, collect: Callable[[], Pixels], rescued: Callable[[torch.Tensor], Pixels]) -> tuple[Prepared, Pixels]:
         self._meter.enter("decode")
         try:
             with self._meter.span("decode", self._waiting[0].step if self._waiting else -1):
-                pixels = self._graph.collect()
+                pixels = collect()
         except DecodeError as error:
-            return self._rescue(self._waiting.popleft(), error)
+            prepared, whole = self._rescue(self._waiting.popleft(), error)
+            return prepared, rescued(whole)
         if self._before is not None:
             self._meter.decoders, self._before = headroom.decoders(self._before), None
         return self._waiting.popleft(), pixels

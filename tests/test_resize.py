@@ -5,10 +5,12 @@ from PIL import Image
 from tests.small_set import SIZES, picture
 
 from pipeline import geometry
-from pipeline.resize import Resizer
+from pipeline.resize import Crops, Resizer, needed
 
 SIDE, CROP = 64, 51
-IMAGES = [np.array(picture(number, *size)) for number, size in enumerate(SIZES)]
+# Besides usual sizes those just below the squares of the tests, where what is decoded has as many lines as the result.
+NEAR = [(75, 75), (62, 62), (63, 80), (61, 61), (252, 252), (252, 336), (253, 337), (254, 508), (255, 300), (30, 30), (29, 43)]
+IMAGES = [np.array(picture(number, *size)) for number, size in enumerate([*SIZES, *NEAR])]
 
 
 def crops(offsets: np.ndarray, side: int, short: int = SIDE, threads: int = 2) -> np.ndarray:
@@ -19,7 +21,6 @@ def crops(offsets: np.ndarray, side: int, short: int = SIDE, threads: int = 2) -
     decoded = [torch.from_numpy(image[:rows, :columns].copy()) for image, (rows, columns) in zip(IMAGES, where.reach)]
     resizer = Resizer(side, threads)
     found = resizer(decoded, where).numpy().copy()
-    assert 1 <= len(resizer.workers) <= threads
     resizer.close()
     return found
 
@@ -43,3 +44,23 @@ def test_squares_are_those_of_pil() -> None:
         top, left = (height - SIDE) // 2, (width - SIDE) // 2
         difference = np.abs(whole[top:top + SIDE, left:left + SIDE].astype(int) - pixels)
         assert difference.max() <= 2 and difference.mean() < 0.07  # weights of 16 bits, PIL's have 22
+
+
+def test_freaks_need_little_memory_and_are_hardly_off() -> None:
+    """A picture of 3 × 4000 pixels resized to a short side of 256 would take 260 MB up to its middle."""
+    image = np.array(picture(1, 3, 4000))
+    size, resized = np.array([image.shape[:2]], np.int64), geometry.resized(np.array([image.shape[:2]], np.int64), 256)
+    first = geometry.central(resized, 256)
+    where = geometry.regions(size, resized, first, 227)
+    rows, columns = where.reach[0]
+    found = Crops([torch.from_numpy(image[:rows, :columns].copy())], where, 227)[0]
+    piece = Image.fromarray(image).resize((227, 227), Image.Resampling.BILINEAR, box=tuple(
+        float(number) for number in (first[0, 1] * 3 / 256, 0, (first[0, 1] + 227) * 3 / 256, 227 * 3 / 256)))
+    assert needed(first[0].tolist(), (227, 227)) > 64 << 20
+    difference = np.abs(found.permute(1, 2, 0).numpy().astype(int) - np.asarray(piece))
+    assert difference.mean() < 0.5
+
+
+def test_crops_share_memory_and_say_so() -> None:
+    with pytest.raises(TypeError, match="ask for one after the other"):
+        Crops([], geometry.regions(np.ones((1, 2), np.int64), np.ones((1, 2), np.int64), np.zeros((1, 2), np.int64), 1), 1)[0:1]

@@ -115,7 +115,7 @@ def test_a_slow_network_is_named(small: tuple[SampleIndex, Stats]) -> None:
 def test_the_halves_of_the_graph_are_the_graph(small: tuple[SampleIndex, Stats]) -> None:
     with opened(small) as loader:
         ready = stages.make_ready(loader)
-        assert stages.graph_plan(loader, BATCH).resample
+        assert loader.plan(BATCH, 67).resample
         with closing(Resizer(67, 2)) as resizer:
             for images, one, pixels in zip(ready.decoded, ready.prepared, ready.pixels):
                 assert (resizer(images, one.inputs.regions) == pixels).all()
