@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 from pipeline.meter import Meter
 
 T = TypeVar("T")
+_CLOSED = "this loader was closed, or iterated anew, while its batches were being taken; take them from one iterator at a time"
 
 
 class Ahead(Generic[T]):
@@ -20,7 +21,7 @@ class Ahead(Generic[T]):
     """
 
     def __init__(self, produce: Generator[T, None, None], depth: int, meter: Meter) -> None:
-        self._produce, self._meter = produce, meter
+        self._produce, self._depth, self._meter = produce, depth, meter
         self._ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -48,8 +49,10 @@ class Ahead(Generic[T]):
         return self
 
     def __next__(self) -> T:
-        """The next item. Raises what the generator raised, in its place; StopIteration at its end."""
-        if self._thread is None:
+        """The next item. Raises what the generator raised, in its place; StopIteration at its end; RuntimeError when closed."""
+        if not self._depth:
+            if self._stop.is_set():
+                raise RuntimeError(_CLOSED)
             self._meter.depth(0)
             try:
                 return next(self._produce)
@@ -63,15 +66,24 @@ class Ahead(Generic[T]):
         return item  # type: ignore[return-value]
 
     def close(self) -> None:
-        """Stop the thread, after the item it is at; what was ready is lost."""
-        if self._thread is not None:
-            self._stop.set()
-            while self._thread.is_alive():
-                try:
-                    self._ready.get(timeout=0.01)
-                except queue.Empty:
-                    pass
-            self._thread.join()
+        """Stop the thread, after the item it is at; what was ready is lost. Whoever waits for an item, or asks, is told so."""
+        self._stop.set()
+        thread = self._thread
+        if thread is threading.current_thread():
+            return  # the garbage collector ran in it; it ends after this item
+        if thread is not None:
+            while thread.is_alive():
+                self._drain()
+                thread.join(timeout=0.01)
+            self._drain()
+            self._ready.put((None, RuntimeError(_CLOSED)))
             self._thread = None
             atexit.unregister(self.close)
         self._produce.close()
+
+    def _drain(self) -> None:
+        try:
+            while True:
+                self._ready.get_nowait()
+        except queue.Empty:
+            return

@@ -5,6 +5,7 @@
 On a CPU row by row in threads: a row stays in the core's cache through its three passes. On a GPU the whole batch at once.
 Both give the same bits. B batch, C channel, H row, W column, S side of the mean image.
 """
+import math
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-_SPARE = 4  # free buffers kept of each shape
+_SPARE = 4  # free buffers kept
 _SERIAL = 32768  # values from which torch works in several threads (at::internal::GRAIN_SIZE)
 
 
@@ -52,19 +53,22 @@ class Buffers:
     """
 
     def __init__(self, dtype: npt.DTypeLike = np.float32) -> None:
-        self._dtype = dtype
-        self._free: dict[tuple[int, ...], deque[npt.NDArray[Any]]] = {}
+        self._dtype, self._size = dtype, 0
+        self._free: deque[npt.NDArray[Any]] = deque(maxlen=_SPARE)
 
     def take(self, *shape: int) -> torch.Tensor:
         """A tensor of this shape, contents undefined."""
-        free = self._free.setdefault(shape, deque(maxlen=_SPARE))
+        size = math.prod(shape)
+        if size > self._size:  # what there is, is too small: from now on all are of this size
+            self._size, self._free = size, deque(maxlen=_SPARE)
+        free = self._free
         try:
             memory = free.pop()
         except IndexError:
-            memory = np.empty(shape, self._dtype)
+            memory = np.empty(self._size, self._dtype)
         # The tensor and all its views keep this very array object alive; when it goes, the memory behind it is free. (Appending
         # to a deque needs no lock, which a finalizer, run at any moment, must not take.)
-        alias = memory.view()
+        alias = memory[:size].reshape(shape)
         weakref.finalize(alias, free.append, memory).atexit = False
         return torch.from_numpy(alias)
 
@@ -85,8 +89,8 @@ class Colour:
         self._mean = None if mean_image is None else np.ascontiguousarray(mean_image)
         self._mean_there = None if mean_image is None else torch.from_numpy(self._mean).to(device)
         self._reflected = None if mean_image is None else np.ascontiguousarray(mean_image[..., ::-1])
-        # NumPy reflects bytes one by one, torch many at once; but from this many values on torch starts threads of its own,
-        # which on a busy machine wait for each other longer than they work.
+        # NumPy reflects bytes one by one, torch many at once where they lie densely; but from this many values on torch starts
+        # threads of its own, which on a busy machine wait for each other longer than they work.
         self._flipped = max(1, (_SERIAL - 1) // (3 * crop_px))
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, "colour") if threads > 1 and device.type == "cpu" else None
@@ -110,17 +114,20 @@ class Colour:
         for row in range(low, high):
             top, left, image = int(finish.top[row]), int(finish.left[row]), images[row]
             pixels = rows[row][:, top:top + size, left:left + size]
-            if finish.mirror[row]:
+            mirrored = bool(finish.mirror[row])
+            dense = pixels.stride(2) == 1 or pixels.stride(1) == 3 * size
+            if mirrored and dense:
                 for first in range(0, size, self._flipped):
                     block = slice(first, first + self._flipped)
                     np.copyto(image[:, block], pixels[:, block].flip(-1).numpy())
+            planes = pixels.numpy()[:, :, ::-1] if mirrored else pixels.numpy()
             top, left, mean = int(finish.mean_top[row]), int(finish.mean_left[row]), self._mean
             if self._reflected is not None and finish.mean_mirror[row]:
                 mean, left = self._reflected, self._reflected.shape[-1] - size - left
             for channel in range(3):
                 plane = image[channel]
-                if not finish.mirror[row]:
-                    np.copyto(plane, pixels[channel].numpy())
+                if not (mirrored and dense):
+                    np.copyto(plane, planes[channel])
                 if mean is not None:
                     np.subtract(plane, mean[channel, top:top + size, left:left + size], out=plane)
                 np.add(plane, finish.shift[row, channel], out=plane)

@@ -160,9 +160,8 @@ class Graph:
         """Free DALI's threads and buffers. Batches already collected stay valid: they own their memory."""
         if self._resizer is not None:
             self._resizer.close()
-        self._pipe = None
-        self._alive.clear()
-        self._collected = None
+        # What DALI still reads lives as long as its pipe, whose callback holds this graph. A failure's traceback would too.
+        self._pipe = self._failure = None
 
 
 class SizeProbe:

@@ -1,7 +1,8 @@
 """How much more a loader could do than it is asked for, measured while it works.
 
 A stage is busy for some share of the time its threads have. The busiest stage limits: used half of the time, the loader could
-feed a network twice as fast. Decoding happens in DALI's threads, whose CPU time the kernel counts.
+feed a network twice as fast. Decoding happens in DALI's threads, whose CPU time the kernel counts; finishing, and waiting for
+what is late, in the thread that makes the batches, which is busy whenever its queue is not full.
 """
 import os
 from dataclasses import dataclass
@@ -12,12 +13,11 @@ from pipeline.meter import Meter
 
 @dataclass(frozen=True)
 class Usage:
-    """What a loader has used up to a moment, in seconds. `time` is the moment."""
+    """What a loader has used up to a moment, in seconds. `time` is the moment, `making` how long its queue was not full."""
     time: float = 0.0
     read: float = 0.0
     decode: float = 0.0
-    colour: float = 0.0
-    copy: float = 0.0
+    making: float = 0.0
 
     def plus(self, other: "Usage", earlier: "Usage") -> "Usage":
         """This, and what was used from `earlier` to `other`."""
@@ -38,13 +38,13 @@ def usage(meter: Meter) -> Usage:
     totals, spans = meter.totals(), meter.spans()
     read = spans["read"].wall_s if "read" in spans else 0.0
     decode = sum(_cpu_s(thread) for thread in meter.decoders)
-    return Usage(meter.now(), read, decode, totals["colour"], totals["copy"])
+    return Usage(meter.now(), read, decode, sum(seconds for state, seconds in totals.items() if state != "idle"))
 
 
 def headroom(used: Usage, machine: LoaderConfig, decoding: int) -> Headroom:
     """Head-room of a loader that used so much in `used.time` seconds with so many `decoding` threads."""
     shares = {"read": used.read / max(1, machine.read_threads), "decode": used.decode / max(1, decoding),
-              "colour and copy": used.colour + used.copy}
+              "making batches": used.making}
     stage = max(shares, key=lambda name: shares[name])
     return Headroom(used.time / max(shares[stage], 1e-9), stage)
 
@@ -58,12 +58,12 @@ def threads() -> set[int]:
 
 
 def decoders(before: set[int]) -> set[int]:
-    """DALI's worker threads among those that came after `before`. (They call themselves [DALI][TP0], [DALI][TP1] ….)"""
+    """DALI's threads among those that came after `before`. (With one worker its executor decodes, with more the workers do.)"""
     found = set()
     for thread in threads() - before:
         try:
             with open(f"/proc/self/task/{thread}/comm") as file:
-                if file.read().startswith("[DALI][TP"):
+                if file.read().startswith("[DALI]"):
                     found.add(thread)
         except OSError:  # it has ended
             continue

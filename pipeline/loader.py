@@ -150,9 +150,9 @@ class Loader:
 
     def close(self) -> None:
         """Free threads and buffers. The loader can be used again; it starts where it was."""
-        if self._ahead is not None:
-            self._ahead.close()
-            self._ahead = None
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.close()
 
     def __enter__(self) -> Self:
         return self
@@ -168,6 +168,9 @@ def quarantine_budget(machine: LoaderConfig, samples: int) -> int:
 
 class TrainLoader(Loader, Iterator[Batch]):
     """Training batches: shuffled, cropped, reflected, lit (paper §4.1), without end.
+
+    Close it, or use it in a `with`: its threads and buffers go when it is closed, or with the process, not with the last
+    reference.
 
     `for batch in loader` gives the batches of the current epoch, or what is left of it; the next `for` gives the next
     epoch. Reading ahead goes on across the boundary.

@@ -137,6 +137,7 @@ class Meter:
     @contextmanager
     def waiting(self, step: int, stream: Any = None) -> Iterator[None]:
         """The consumer waits for batch `step`. `stream`: its CUDA stream, on whose clock the waiting is measured, or None."""
+        self._settle()
         before, start = self.totals(), self.now()
         begun = None if stream is None else _mark(stream)
         with self.span("wait", step):
@@ -151,13 +152,19 @@ class Meter:
     @property
     def waits(self) -> Waits:
         """All waiting so far (on a GPU: as far as the device has come)."""
+        self._settle()
+        return self._waits
+
+    def _settle(self) -> None:
+        """Count the waits whose end the device has reached."""
         while self._pending and self._pending[0][1].query():
             start, end, wait = self._pending.popleft()
             seconds = start.elapsed_time(end) / 1e3
-            # What the device waited beyond the host's own waiting, it waited for the decoder's kernels.
-            decode = max(0.0, seconds - wait.read - wait.colour - wait.copy)
-            self._waits = self._waits.plus(Waits(seconds, wait.read, decode, wait.colour, wait.copy, 1))
-        return self._waits
+            # The device may have been busy while the host waited, and may wait for the loader's kernels when it no longer does.
+            share = min(1.0, seconds / max(sum(getattr(wait, state) for state in STATES), 1e-9))
+            parts = {state: share * getattr(wait, state) for state in STATES}
+            parts["decode"] += max(0.0, seconds - sum(parts.values()))
+            self._waits = self._waits.plus(Waits(seconds, **parts, batches=1))
 
 
 def _mark(stream: Any) -> Any:

@@ -74,7 +74,8 @@ class ResidentLoader(TrainLoader):
         shards, self._group = [shard], None
         if machine.resident_memory == "ram":
             folder = Path(machine.resident_folder) if machine.resident_folder else index.path / "resident"
-            self._store = RamStore(folder, split, index.split_sha256(split), len(self._ids), form, gpus=_gpu_bytes())
+            self._store = RamStore(folder, split, index.split_sha256(split), len(self._ids), form,
+                                   decoder="cpu" if device_id is None else "gpu", gpus=_gpu_bytes())
         else:
             self._group = group
             self._store = SpreadStore(len(self._ids), form, self.device, group)
@@ -123,6 +124,7 @@ class ResidentLoader(TrainLoader):
                     progress(min(done * self._most, len(todo)), len(todo))
         finally:
             self._stop_filling()
+            self.meter.enter("idle")
 
     def close(self) -> None:
         """Free threads and buffers; the squares stay. The loader can be used again; it starts where it was."""
@@ -145,6 +147,7 @@ class ResidentLoader(TrainLoader):
             self._order = (self._places(self._rows(step)[0]) for step in itertools.count(first))
             self._seal_if_complete()
             for step in itertools.count(first):
+                self.meter.enter("read")
                 ids, epochs = self._present(step)
                 self.meter.enter("colour")
                 with self.meter.span("colour", step):
@@ -280,6 +283,7 @@ class ResidentLoader(TrainLoader):
     def _seal_if_complete(self) -> None:
         if not np.any((self._store.have == 0) & ~self._failed):
             self._store.seal()
+            self._stop_filling()  # a decoder has nothing left to do, and its memory is wanted
 
     def _stop_filling(self) -> None:
         if self._filling is not None:

@@ -2,15 +2,16 @@
 
 The file lies on a disk of the node or in /dev/shm. Its rows are in the order of `index.ids(split)`:
 
-    header    4096 bytes: JSON (magic, version, split and its SHA-256, S, kind, rows, row_bytes, boot_id), then spaces; the
-              last byte is 1 once every row that is marked is on the disk, else 0
+    header    4096 bytes: JSON (magic, version, split and its SHA-256, S, kind, decoder, rows, row_bytes, boot_id), then
+              spaces; the last byte is 1 once every row that is marked is on the disk, else 0
     marks     a byte a row, 1 when the row is filled; zeros up to a multiple of 4096
     rows      N × row_bytes, see `pipeline.pixels`
 
 It is made sparse, under a lock, and put in place whole, so of processes that start together one makes it. Any of them may fill
 any row, and would write the same bytes; a row is marked after its pixels are written, so a process killed in between leaves it to
 be filled again. Pages that were not yet on the disk when a machine stops are lost: a file without the last byte is used only
-while `boot_id` is this boot's, and else filled anew. Nodes must not share a file that is being filled: each needs a folder.
+while `boot_id` is this boot's, and else filled anew. Nodes must not share a file that is being filled: each needs a folder (a
+lock, held while the file is open, tells).
 
 N rows, B samples, S side of a square.
 """
@@ -35,7 +36,7 @@ from pipeline import room
 from pipeline.atomic import replacing
 from pipeline.pixels import Form
 
-MAGIC, VERSION = "alexnet-resident-squares", 1
+MAGIC, VERSION = "alexnet-resident-squares", 2  # the version of the pixels too: raise it when decoding or resizing changes
 _PAGE = 4096
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 Places = npt.NDArray[np.int64]
@@ -50,6 +51,7 @@ class RamStore:
         split, split_sha256: whose squares.
         rows: N.
         form: how a square lies in its row.
+        decoder: who decodes, "cpu" or "gpu"; their pixels differ by a grey level here and there.
         gpus: bytes of all GPUs of the machine, for advice.
 
     Attributes:
@@ -60,14 +62,16 @@ class RamStore:
         note: what was found and not used, in words; empty when all is well.
 
     Raises:
-        RuntimeError: the squares do not fit, or the folder cannot be written.
+        RuntimeError: the squares do not fit, the folder cannot be written, or another machine is filling the file.
     """
 
-    def __init__(self, folder: Path, split: str, split_sha256: str, rows: int, form: Form, *, gpus: int = 0) -> None:
+    def __init__(self, folder: Path, split: str, split_sha256: str, rows: int, form: Form, *, decoder: str = "cpu",
+                 gpus: int = 0) -> None:
         self.form, self.rows, self.note = form, rows, ""
-        self.path = Path(folder) / f"{split}-{form.square_px}-{form.kind}-{split_sha256[:16]}.squares"
+        self.path = Path(folder) / f"{split}-{form.square_px}-{form.kind}-{decoder}-{split_sha256[:16]}.squares"
         self._header = {"magic": MAGIC, "version": VERSION, "split": split, "split_sha256": split_sha256,
-                        "square_px": form.square_px, "kind": form.kind, "rows": rows, "row_bytes": form.row_bytes}
+                        "square_px": form.square_px, "kind": form.kind, "decoder": decoder, "rows": rows,
+                        "row_bytes": form.row_bytes}
         self._first = _PAGE + -(-rows // _PAGE) * _PAGE  # offset of row 0
         self._size = self._first + rows * form.row_bytes
         self._seal: threading.Thread | None = None
@@ -80,6 +84,7 @@ class RamStore:
                 if not usable:
                     self._make()
                 self._file = os.open(self.path, os.O_RDWR)
+                fcntl.flock(self._file, fcntl.LOCK_SH)  # for as long as it is open; see `_usable`
                 weakref.finalize(self, os.close, self._file)
         except OSError as error:
             raise RuntimeError(f"resident store (={self.path}) cannot be made or opened ({error.strerror}); give a folder that "
@@ -111,6 +116,12 @@ class RamStore:
         if header != self._header or size != self._size:
             self.note = f"resident store {self.path} is not one of these squares; it is made anew"
         elif block[-1:] != b"\1" and boot != _boot_id():
+            with open(self.path, "rb") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise RuntimeError(f"resident store (={self.path}) is being filled by another machine; give each machine a "
+                                       "machine.resident_folder of its own") from None
             self.note = f"resident store {self.path} was not complete when the machine stopped; it is filled anew"
         if self.note:
             _log.warning(self.note)

@@ -2,6 +2,7 @@
 
 B samples of a batch.
 """
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -126,7 +127,8 @@ class Stream:
             prepared, whole = self._rescue(self._waiting.popleft(), error)
             return prepared, rescued(whole)
         if self._before is not None:
-            self._meter.decoders, self._before = headroom.decoders(self._before), None
+            self._meter.decoders |= headroom.decoders(self._before)
+            self._before = None
         return self._waiting.popleft(), pixels
 
     def _rescue(self, prepared: Prepared, error: DecodeError) -> tuple[Prepared, torch.Tensor]:
@@ -135,14 +137,14 @@ class Stream:
         alone = replace(self._plan, batch=1, machine=replace(self._plan.machine, prefetch=1)).build(iter(slot.pop, None))
         rows: list[torch.Tensor] = []
         mended = False
-        while len(rows) < len(prepared.ids):
-            slot.append(prepared.inputs.row(len(rows)))
-            try:
-                rows.append(alone.collect().clone())
-            except DecodeError as failure:
-                prepared = self._mend(prepared, len(rows), failure.reason)
-                mended = True
-        alone.close()
+        with contextlib.closing(alone):
+            while len(rows) < len(prepared.ids):
+                slot.append(prepared.inputs.row(len(rows)))
+                try:
+                    rows.append(alone.collect().clone())
+                except DecodeError as failure:
+                    prepared = self._mend(prepared, len(rows), failure.reason)
+                    mended = True
         if not mended:
             raise error  # every sample decodes alone: the fault lies elsewhere
         if not rows:

@@ -335,3 +335,12 @@ def test_wrong_use_is_explained(photos: SampleIndex, stats: dict[int, Stats]) ->
         loader(photos, stats, batch=24)
     with pytest.raises(ValueError, match=r"batch \(=0\) must be at least 1"):
         TestLoader(photos, "val", SMALL, 0, stats[76])
+
+
+def test_taking_from_two_iterators_at_once_is_told(photos: SampleIndex, stats: dict[int, Stats]) -> None:
+    with TestLoader(photos, "train", SMALL, 4, stats[76]) as test:
+        first = iter(test)
+        next(first)
+        assert len(next(iter(test)).ids) == 4
+        with pytest.raises(RuntimeError, match="this loader was closed, or iterated anew, while its batches were being taken"):
+            list(first)

@@ -1,3 +1,4 @@
+import gc
 import json
 import logging
 import multiprocessing
@@ -34,7 +35,7 @@ def holds(found: RamStore, places: npt.NDArray[np.int64]) -> bool:
 def test_what_is_put_is_there_for_all_and_after_a_restart(tmp_path: Path, kind: str) -> None:
     form = Form(kind, 10, 7)
     first, second = opened(tmp_path, form), opened(tmp_path, form)
-    assert first.path == second.path == tmp_path / f"train-10-{kind}-abababababababab.squares" and not first.have.any()
+    assert first.path == second.path == tmp_path / f"train-10-{kind}-cpu-abababababababab.squares" and not first.have.any()
     places = np.array([3, 39, 0])
     first.put(places, squares()[places])
     assert np.flatnonzero(second.have).tolist() == [0, 3, 39] and holds(second, places)
@@ -203,3 +204,23 @@ def test_a_store_of_one_device_gives_what_was_put(kind: str) -> None:
     wanted = np.array([20, 7, 20]), np.array([0, 3, 1]), np.array([2, 0, 3])
     expected = [form.crop(form.encode(squares()[place].numpy()), top, left) for place, top, left in zip(*wanted, strict=True)]
     assert np.array_equal(found.crops([wanted]).numpy(), np.stack(expected))
+
+
+def test_a_file_that_another_machine_is_filling_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = opened(tmp_path)
+    mine.put(np.array([1]), squares()[[1]])
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_boot_id", lambda: "another machine's")
+        with pytest.raises(RuntimeError, match=r"resident store \(=.*\) is being filled by another machine; give each machine a"):
+            opened(tmp_path)
+    assert opened(tmp_path).have[1] == 1
+    del mine
+    gc.collect()
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_boot_id", lambda: "another boot's")
+        other = opened(tmp_path)
+    assert not other.have.any() and "was not complete when the machine stopped" in other.note
+
+
+def test_squares_of_another_decoder_are_others(tmp_path: Path) -> None:
+    assert opened(tmp_path).path != RamStore(tmp_path, "train", SHA, ROWS, FORM, decoder="gpu").path

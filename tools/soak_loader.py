@@ -37,7 +37,8 @@ def run(asked: argparse.Namespace) -> None:
     """Run the batches, print what is held at ten moments after the warm-up. Raises ValueError or RuntimeError."""
     for name in ("batches", "warm_up", "batch"):
         if getattr(asked, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} (={getattr(asked, name)}) must be at least 1; leave it out for the default")
+            raise ValueError(f"--{name.replace('_', '-')} (={getattr(asked, name)}) must be at least 1; leave it out for the "
+                             "default")
     import train  # noqa: F401 (before torch: it says how idle threads wait)
     from pipeline.config import DataConfig, LoaderConfig
     from pipeline.index import SampleIndex
@@ -51,7 +52,8 @@ def run(asked: argparse.Namespace) -> None:
     moments = {asked.warm_up + asked.batches * part // 10 for part in range(11)}
     start = time.perf_counter()
     machine = LoaderConfig(quarantine_budget=0.05, resident_folder=asked.folder)
-    with train_loader(asked.tier, index, "train", data, asked.batch, 0, stats, resident=asked.resident, machine=machine) as loader:
+    loader = train_loader(asked.tier, index, "train", data, asked.batch, 0, stats, resident=asked.resident, machine=machine)
+    with loader:
         while loader.step < asked.warm_up + asked.batches:
             for _ in loader:
                 if loader.step in moments:
@@ -61,8 +63,8 @@ def run(asked: argparse.Namespace) -> None:
     seconds = time.perf_counter() - start
     first, last = marks[0], marks[-1]
     grown_mib = (max(mark.memory_kib for mark in marks) - first.memory_kib) / 1024
-    found = {"tier": asked.tier, "batches": asked.batches, "batch": asked.batch, "warm_up": asked.warm_up, "seconds": round(seconds),
-             "memory_mib_after_warm_up": round(first.memory_kib / 1024, 1), "grown_mib": round(grown_mib, 2),
+    found = {"tier": asked.tier, "batches": asked.batches, "batch": asked.batch, "warm_up": asked.warm_up,
+             "seconds": round(seconds), "memory_mib_after_warm_up": round(first.memory_kib / 1024, 1), "grown_mib": round(grown_mib, 2),
              "handles": [first.handles, last.handles], "threads": [first.threads, last.threads],
              "marks": [asdict(mark) for mark in marks]}
     if asked.json:
@@ -77,7 +79,7 @@ def run(asked: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns its exit code: 0; 2 for a mistake in what was asked; 4 when something grew."""
+    """The command. Returns its exit code: 0, or 2 with a message: a mistake, or something grew."""
     parser = argparse.ArgumentParser(prog="soak_loader.py", description="Run many batches through a loader; watch for leaks.")
     parser.add_argument("index", type=Path, metavar="INDEX", help="index to read; its statistics must exist")
     parser.add_argument("--tier", default="archives", help="archives, packed, streamed or resident (archives)")

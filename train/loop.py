@@ -158,9 +158,10 @@ def train_epoch(job: Job, rates: Rates) -> bool:
         loss.backward()
 
         # The root of squares: the largest gradient would be 70 times slower on a CPU (no vector instructions), and gradients
-        # whose squares overflow (1e19) are as lost. Both in one transfer from a GPU.
+        # whose squares overflow (1e19) are as lost. All in one transfer from a GPU.
         norm = get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
-        value, gradient = torch.stack([loss.detach(), norm]).tolist()
+        wrong = (logits.detach().argmax(1) != batch.labels).sum()
+        value, gradient, errors = torch.stack([loss.detach(), norm, wrong]).tolist()
         stop, broken = job.where.agree(job.stop.wanted, not (math.isfinite(value) and math.isfinite(gradient)))
         if broken:
             found = f"loss (={value})" if not math.isfinite(value) else \
@@ -169,8 +170,7 @@ def train_epoch(job: Job, rates: Rates) -> bool:
                             "was not made: lower optimizer.lr and give another --machine.name")
         job.optimizer.step()
 
-        errors = int((logits.detach().argmax(1) != batch.labels).sum())
-        progress.add(len(batch.labels), errors, value)
+        progress.add(len(batch.labels), int(errors), value)
         before, waits = waits, job.loader.meter.waits
         rates.add(len(batch.labels), waits.since(before))
         done, pace = job.loader.step, rates.recent()
