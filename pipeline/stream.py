@@ -116,7 +116,7 @@ class Stream:
 
         Raises: as `collect`.
         """
-        return self._next(self._graph.rows, lambda whole: list(whole.permute(0, 3, 1, 2)) if len(whole) else [])
+        return self._next(self._graph.rows, lambda whole: list(whole.permute(0, 3, 1, 2) if whole.dim() == 4 else whole))
 
     def _next(self, collect: Callable[[], Pixels], rescued: Callable[[torch.Tensor], Pixels]) -> tuple[Prepared, Pixels]:
         self._meter.enter("decode")

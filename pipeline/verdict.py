@@ -12,9 +12,9 @@ from pipeline.room import NETWORK_BYTES, RAM_SHARE
 
 NETWORK = "network"
 # Which stages the loader may be in when its meter says so.
-CAUSES = {"read": ("order", "read", "crc"), "decode": ("decode", "resize"), "colour": ("colour",),
-          "copy": ("copy", "hand-over")}
-_DOING = {"read": "waited for bytes", "decode": "waited for decoded and resized pixels", "colour": "was finishing pixels",
+_CPU = {"read": ("order", "read", "crc"), "decode": ("decode",), "colour": ("resize", "colour"), "copy": ("copy", "hand-over")}
+_GPU = {**_CPU, "decode": ("decode", "resize"), "colour": ("colour",)}    # there DALI resizes
+_DOING = {"read": "waited for bytes", "decode": "waited for decoded pixels", "colour": "was resizing and finishing pixels",
           "copy": "was handing over"}
 _WAITED = 0.05      # share of the loop's time below which its waiting for the loader is not worth a word
 _LATE = 0.15        # share of the producing thread's time spent in stages before its own from which on those are late
@@ -85,13 +85,11 @@ def limiting(measured: Measured, gpu: bool = False) -> tuple[str, str]:
     """
     loader = measured.loader
     if loader.waited < 0.5:  # asked without pause, yet seldom waiting: the time goes where batches change hands
-        return _slowest(measured, CAUSES["copy"]) or _slowest(measured, STAGES), "own"
+        return _slowest(measured, _CPU["copy"]) or _slowest(measured, STAGES), "own"
     for states in (("read", "decode"), ("colour", "copy")):
         state = max(states, key=lambda state: loader.causes.get(state, 0.0))
-        name = _slowest(measured, CAUSES[state])
+        name = _slowest(measured, (_GPU if gpu else _CPU)[state])
         if name and sum(loader.causes.get(other, 0.0) for other in states) > _LATE:
-            if state == "decode" and not gpu:  # one team of threads does both: whichever takes more of their time
-                name = max((stage for stage in measured.stages if stage.name in CAUSES[state]), key=lambda stage: stage.cpu).name
             return name, state
     return _slowest(measured, STAGES), "alone"
 
@@ -120,7 +118,7 @@ def _sentence(measured: Measured, facts: Facts, name: str, cause: str) -> str:
         parts[0] += f", {measured.headroom:.2f} of the {measured.need:,.0f} img/s needed"
     if both is not None:
         parts.append(f"together they reach {both.rate:,.0f}, and {both.waited:.0%} of the time is waiting for the loader")
-    if cause in CAUSES:
+    if cause in _CPU:
         parts.append(f"asked without pause, its own thread {_DOING[cause]} in {loader.causes[cause]:.0%} of the time")
         if cause in ("read", "decode") and loader.causes[cause] < 0.5:
             parts[-1] += ", although it had other pixels to finish meanwhile"

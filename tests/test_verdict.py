@@ -51,13 +51,16 @@ def test_busy_cores_get_no_more_threads() -> None:
 
 
 def test_resize_when_it_takes_more_of_the_same_threads() -> None:
-    stages = tuple(replace(one, cpu_ms=(1.5,)) if one.name == "resize" else one for one in STAGES)
-    assert judge(loader(1000, decode=0.9), stages=stages).limit == "resize"
+    assert judge(loader(1000, colour=0.9)).limit == "resize"  # 3,000 img/s alone; colour 10,000
+    stages = tuple(replace(one, rates=(500.0,)) if one.name == "colour" else one for one in STAGES)
+    assert judge(loader(1000, colour=0.9), stages=stages).limit == "colour"
+    assert limiting(Measured(tuple(replace(one, rates=(500.0,)) if one.name == "resize" else one for one in STAGES),
+                             loader(1000, decode=0.9)), gpu=True) == ("resize", "decode")
 
 
 def test_finishing_pixels_while_dali_is_late_is_no_evidence_against_colour() -> None:
     assert limiting(Measured(STAGES, loader(1000, decode=0.3, colour=0.7))) == ("decode", "decode")
-    assert limiting(Measured(STAGES, loader(1000, decode=0.05, colour=0.95))) == ("colour", "colour")
+    assert limiting(Measured(STAGES, loader(1000, decode=0.05, colour=0.95))) == ("resize", "colour")
 
 
 def test_the_slowest_of_the_stages_before_decoding() -> None:
@@ -77,7 +80,8 @@ def test_turning_disks_are_read_forwards() -> None:
 
 
 def test_colour_and_copy() -> None:
-    assert judge(loader(900, colour=0.95)).limit == "colour"
+    packed = tuple(one for one in STAGES if one.name != "resize")
+    assert judge(loader(900, colour=0.95), stages=packed).limit == "colour"
     found = judge(loader(900, copy=0.95))
     assert found.limit == "hand-over" and "no setting lifts this" in found.advice_yaml and not pasted(found)
     own = judge(loader(900, waited=0.1, decode=1.0))

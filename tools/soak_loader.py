@@ -64,7 +64,8 @@ def run(asked: argparse.Namespace) -> None:
     first, last = marks[0], marks[-1]
     grown_mib = (max(mark.memory_kib for mark in marks) - first.memory_kib) / 1024
     found = {"tier": asked.tier, "batches": asked.batches, "batch": asked.batch, "warm_up": asked.warm_up,
-             "seconds": round(seconds), "memory_mib_after_warm_up": round(first.memory_kib / 1024, 1), "grown_mib": round(grown_mib, 2),
+             "seconds": round(seconds), "memory_mib_after_warm_up": round(first.memory_kib / 1024, 1),
+             "grown_mib": round(grown_mib, 2),
              "handles": [first.handles, last.handles], "threads": [first.threads, last.threads],
              "marks": [asdict(mark) for mark in marks]}
     if asked.json:
