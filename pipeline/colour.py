@@ -8,7 +8,7 @@ Both give the same bits. B batch, C channel, H row, W column, S side of the mean
 import math
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -93,19 +93,25 @@ class Colour:
         # threads of its own, which on a busy machine wait for each other longer than they work.
         self._flipped = max(1, (_SERIAL - 1) // (3 * crop_px))
         self._threads = threads
-        self._pool = ThreadPoolExecutor(threads, "colour") if threads > 1 and device.type == "cpu" else None
+        self._pool = ThreadPoolExecutor(threads, "colour") if device.type == "cpu" else None
 
     def __call__(self, rows: Sequence[torch.Tensor], finish: Finish) -> torch.Tensor:
         """(B, 3, crop, crop) float32 from B views (3, H, W) uint8 in CPU memory, each with its own H and W."""
+        return self.begin(rows, finish)()
+
+    def begin(self, rows: Sequence[torch.Tensor], finish: Finish) -> Callable[[], torch.Tensor]:
+        """Begin what a call does, in the threads; gives what waits for it. Each row is asked for by the thread that needs it."""
+        assert self._pool is not None, "rows are for CPUs"
         out = self._buffers.take(len(rows), 3, self._crop, self._crop)
-        if self._pool is None:
-            self._some(rows, finish, out, 0, len(rows))
-        else:
-            edges = np.linspace(0, len(rows), self._threads + 1).astype(int)
-            parts = [self._pool.submit(self._some, rows, finish, out, low, high) for low, high in zip(edges, edges[1:])]
+        edges = np.linspace(0, len(rows), self._threads + 1).astype(int)
+        parts = [self._pool.submit(self._some, rows, finish, out, low, high) for low, high in zip(edges, edges[1:])]
+
+        def end() -> torch.Tensor:
             for part in parts:
                 part.result()
-        return out
+            return out
+
+        return end
 
     def _some(self, rows: Sequence[torch.Tensor], finish: Finish, out: torch.Tensor, low: int, high: int) -> None:
         """Rows low…high. In NumPy, which frees the interpreter's lock and starts no threads of its own, one channel at a time."""

@@ -95,7 +95,7 @@ def _through(loader: TrainLoader, last: str) -> Generator[int, None, None]:
         kind = {"read": _ReadPlan, "crc": _ReadPlan, "decode": _DecodePlan}.get(last, GraphPlan)
         ending = kind(plan.batch, plan.side_px, plan.resample, plan.machine, plan.threads, plan.device_id)
         setattr(loader, "_open", lambda steps, batch, side_px: Stream(steps, loader._prepare, loader._mend, ending, loader.meter))
-        setattr(loader, "_finished", _unfinished)
+        setattr(loader, "_begun", _unfinished)
     with closing(loader._produce(0)) as batches:
         for step in itertools.count(1):
             batch = next(batches)
@@ -104,6 +104,6 @@ def _through(loader: TrainLoader, last: str) -> Generator[int, None, None]:
             yield len(batch.ids)
 
 
-def _unfinished(colour: object, prepared: Prepared, pixels: object) -> Batch:
+def _unfinished(colour: object, prepared: Prepared, pixels: object) -> Callable[[], Batch]:
     """A batch that is none yet."""
-    return Batch(torch.empty(0), torch.empty(0), prepared.ids, np.zeros(0, np.int64), prepared.step)
+    return lambda: Batch(torch.empty(0), torch.empty(0), prepared.ids, np.zeros(0, np.int64), prepared.step)

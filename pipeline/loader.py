@@ -68,6 +68,26 @@ class Pairs:
             yield self._image(batch.images), batch.labels
 
 
+def one_ahead(begun: Iterator[Callable[[], Batch]]) -> Generator[Batch, None, None]:
+    """The batches that are begun, each waited for only when the next one is begun too, so that threads do not run dry.
+
+    When the next one fails, those before it still come out.
+    """
+    waiting: Callable[[], Batch] | None = None
+    while True:
+        try:
+            following = next(begun)
+        except BaseException as failure:
+            if waiting is not None:
+                yield waiting()
+            if isinstance(failure, StopIteration):
+                return
+            raise
+        if waiting is not None:
+            yield waiting()
+        waiting = following
+
+
 class Loader:
     """What training and tests share: reading, decoding, labels, device.
 
@@ -124,16 +144,23 @@ class Loader:
         return Colour(side_px, mean_image, threads=self.threads, device=self.device)
 
     def _collect(self, stream: Stream) -> tuple[Prepared, Sequence[torch.Tensor] | torch.Tensor]:
-        """The stream's next batch as `_finished` wants it: rows for a CPU's threads, all of it for a GPU."""
+        """The stream's next batch as `_begun` wants it: rows for a CPU's threads, all of it for a GPU."""
         return stream.rows() if self._device_id is None else stream.collect()
 
-    def _finished(self, colour: Colour, prepared: Prepared, pixels: Sequence[torch.Tensor] | torch.Tensor) -> Batch:
-        """A batch from its uint8 pixels: B views (3, S, S), or (B, S, S, 3)."""
+    def _begun(self, colour: Colour, prepared: Prepared,
+               pixels: Sequence[torch.Tensor] | torch.Tensor) -> Callable[[], Batch]:
+        """Begin to make a batch of its uint8 pixels, B views (3, S, S) or (B, S, S, 3); gives what waits for it."""
+        if isinstance(pixels, torch.Tensor):
+            whole, finish = pixels.permute(0, 3, 1, 2), prepared.finish
+            return lambda: self._finished(prepared, lambda: colour.whole(whole, finish))
+        images = colour.begin(pixels, prepared.finish)
+        return lambda: self._finished(prepared, images)
+
+    def _finished(self, prepared: Prepared, images: Callable[[], torch.Tensor]) -> Batch:
         self.meter.enter("colour")
         with self.meter.span("colour", prepared.step):
-            images = (colour.whole(pixels.permute(0, 3, 1, 2), prepared.finish) if isinstance(pixels, torch.Tensor)
-                      else colour(pixels, prepared.finish))
-        return self._batch(prepared.step, prepared.ids, prepared.epochs, images)
+            made = images()
+        return self._batch(prepared.step, prepared.ids, prepared.epochs, made)
 
     def _batch(self, step: int, ids: Ids, epochs: Ids, images: torch.Tensor) -> Batch:
         self.meter.enter("copy")
@@ -245,10 +272,7 @@ class TrainLoader(Loader, Iterator[Batch]):
         """All batches from step `first` on."""
         with contextlib.closing(self._colour(self.data.crop_px, self._mean_image())) as colour, \
                 contextlib.closing(self._open(itertools.count(first), self._sampler.share, self.data.crop_px)) as stream:
-            while True:
-                prepared, pixels = self._collect(stream)
-                yield self._finished(colour, prepared, pixels)
-                del pixels
+            yield from one_ahead(self._begun(colour, *self._collect(stream)) for _ in itertools.count())
 
     def _mean_image(self) -> npt.NDArray[np.float32] | None:
         return None if self.data.mean == "channel" else self._stats.mean_image_chw

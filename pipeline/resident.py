@@ -25,7 +25,7 @@ from pipeline.config import DataConfig, LoaderConfig
 from pipeline.draws import Draws
 from pipeline.graph import Inputs
 from pipeline.index import SampleIndex
-from pipeline.loader import Batch, TrainLoader
+from pipeline.loader import Batch, TrainLoader, one_ahead
 from pipeline.meter import Meter
 from pipeline.pixels import Form
 from pipeline.reader import Bytes, Quarantine, SampleError
@@ -146,26 +146,32 @@ class ResidentLoader(TrainLoader):
                 pool = stack.enter_context(ThreadPoolExecutor(self.threads, "pack"))
             self._order = (self._places(self._rows(step)[0]) for step in itertools.count(first))
             self._seal_if_complete()
-            for step in itertools.count(first):
-                self.meter.enter("read")
-                ids, epochs = self._present(step)
-                self.meter.enter("colour")
-                with self.meter.span("colour", step):
-                    images = self._images(colour, pool, ids, self.draws(ids, epochs))
-                yield self._batch(step, ids[self._own], epochs[self._own], images)
-                del images
+            yield from one_ahead(self._begin(colour, pool, step) for step in itertools.count(first))
 
-    def _images(self, colour: Colour, pool: ThreadPoolExecutor | None, ids: Ids, drawn: Draws) -> torch.Tensor:
-        """This rank's images, (B, 3, crop, crop) float32, of the R rows `ids`."""
+    def _begin(self, colour: Colour, pool: ThreadPoolExecutor | None, step: int) -> Callable[[], Batch]:
+        self.meter.enter("read")
+        ids, epochs = self._present(step)
+        images = self._images(colour, pool, ids, self.draws(ids, epochs))
+
+        def end() -> Batch:
+            self.meter.enter("colour")
+            with self.meter.span("colour", step):
+                made = images()
+            return self._batch(step, ids[self._own], epochs[self._own], made)
+
+        return end
+
+    def _images(self, colour: Colour, pool: ThreadPoolExecutor | None, ids: Ids, drawn: Draws) -> Callable[[], torch.Tensor]:
+        """What gives this rank's images, (B, 3, crop, crop) float32, of the R rows `ids`; threads have begun to make them."""
         places, store = self._places(ids), self._store
         finish = self._finish(drawn).rows(self._own)
         if isinstance(store, SpreadStore):
             crops = store.crops([(places[part], drawn.top[part], drawn.left[part]) for part in self._parts])
         elif pool is None:
-            return colour(store.crops(places, drawn.top, drawn.left), finish)
+            return colour.begin(store.crops(places, drawn.top, drawn.left), finish)
         else:
             crops = store.uploaded(places, drawn.top, drawn.left, pool, self.threads, self.device)
-        return colour.whole(crops, finish)
+        return lambda: colour.whole(crops, finish)
 
     def _rows(self, step: int) -> tuple[Ids, Ids]:
         """Ids and epochs, both (R,), of what the ranks sharing the store train on in `step`, rank by rank."""

@@ -3,23 +3,24 @@
 B samples of a batch, S side of the central square, crop the side the network sees.
 """
 import contextlib
+import functools
 import itertools
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import numpy as np
 import torch
 
 from pipeline import geometry
-from pipeline.colour import Finish
+from pipeline.colour import Colour, Finish
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.graph import Inputs
 from pipeline.index import SampleIndex
-from pipeline.loader import Batch, Loader, Pairs
+from pipeline.loader import Batch, Loader, Pairs, one_ahead
 from pipeline.meter import Meter
 from pipeline.reader import Bytes, SampleError
 from pipeline.sampler import Ids
 from pipeline.stats import Stats
-from pipeline.stream import Prepared
+from pipeline.stream import Prepared, Stream
 
 
 class TestLoader(Loader):
@@ -78,21 +79,22 @@ class TestLoader(Loader):
         image = self._stats.mean_image_chw if self._stats is not None and self.data.mean == "image" else None
         with contextlib.closing(self._colour(side, image)) as colour, \
                 contextlib.closing(self._open(iter(self._steps), self._per_batch, side)) as stream:
-            while True:
-                try:
-                    if self._stats is None:
-                        prepared, whole = stream.collect()
-                        batch = self._batch(prepared.step, prepared.ids, prepared.epochs, whole)
-                        del whole
-                    else:
-                        prepared, pixels = self._collect(stream)
-                        batch = self._finished(colour, prepared, pixels)
-                        del pixels
-                except StopIteration:
-                    return
-                if len(prepared.ids):
-                    yield batch
-                del batch
+            yield from one_ahead(self._begin_all(colour, stream))
+
+    def _begin_all(self, colour: Colour, stream: Stream) -> Iterator[Callable[[], Batch]]:
+        begun: Callable[[], Batch]
+        while True:
+            try:
+                if self._stats is None:
+                    prepared, whole = stream.collect()
+                    begun = functools.partial(self._batch, prepared.step, prepared.ids, prepared.epochs, whole)
+                else:
+                    prepared, pixels = self._collect(stream)
+                    begun = self._begun(colour, prepared, pixels)
+            except StopIteration:
+                return
+            if len(prepared.ids):  # else all of it was left out
+                yield begun
 
     def pairs(self) -> Pairs:
         """(centre crops, labels) instead of batches."""

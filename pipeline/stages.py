@@ -146,7 +146,7 @@ def _resident(loader: ResidentLoader, closers: ExitStack) -> list[Work]:
 
     def coloured(step: int) -> int:
         _, ids, epochs = taken[step]
-        loader._images(colour, pool, ids, loader.draws(ids, epochs))
+        loader._images(colour, pool, ids, loader.draws(ids, epochs))()
         arrived(loader.device)
         return len(ids)
 

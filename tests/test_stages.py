@@ -88,7 +88,7 @@ def test_too_few_threads_are_named(small: tuple[SampleIndex, Stats]) -> None:
 
 
 def test_slow_colour_is_named(small: tuple[SampleIndex, Stats], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Colour, "__call__", slowed(Colour.__call__, 0.1))
+    monkeypatch.setattr(Colour, "_some", slowed(Colour._some, 0.1))
     assert judged(small).limit == "colour"
 
 

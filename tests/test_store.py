@@ -73,9 +73,12 @@ def test_after_the_machine_stopped_only_a_complete_file_is_used(tmp_path: Path, 
     monkeypatch.setattr(store, "_BOOT", boot)
     found = opened(tmp_path)
     found.put(np.arange(30), squares()[:30])
+    path = found.path
+    del found  # with the machine go its processes
+    gc.collect()
     boot.write_text("two\n")
     again = opened(tmp_path)
-    assert again.note == f"resident store {found.path} was not complete when the machine stopped; it is filled anew"
+    assert again.note == f"resident store {path} was not complete when the machine stopped; it is filled anew"
     assert not again.have.any()
     again.put(np.arange(39), squares()[:39])  # row 39 cannot be read, let us say: then nothing is left to fill
     again.seal()
