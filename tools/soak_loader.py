@@ -87,7 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--resident", default="rgb", help="form of tier resident: rgb or yuv420 (rgb)")
     parser.add_argument("--folder", default="", help="folder of tier resident's file (beside the index)")
     parser.add_argument("--batches", type=int, default=100_000, metavar="N", help="batches after the warm-up (100000)")
-    parser.add_argument("--warm-up", type=int, default=5_000, metavar="N", help="batches before anything is compared (5000)")
+    parser.add_argument("--warm-up", type=int, default=20_000, metavar="N",
+                        help="batches before anything is compared (20000): heaps take that long to settle")
     parser.add_argument("--batch", type=int, default=8, metavar="B", help="images of a batch (8)")
     parser.add_argument("--square-px", type=int, default=256, metavar="PX", help="side of the square (256)")
     parser.add_argument("--crop-px", type=int, default=227, metavar="PX", help="side of the crop (227)")
