@@ -12,12 +12,14 @@ from tests.small_set import photographs, write_set
 from model.alexnet import AlexNet
 from model.config import LrnConfig, ModelConfig
 from model.lrn import local_response_norm
+from pipeline.colour import Colour, Finish
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index import SampleIndex
 from pipeline.loader import TrainLoader
 from pipeline.reader import Quarantine
 from pipeline.squares import TestLoader
 from pipeline.stats import Stats, compute
+from pipeline.tiers import train_loader
 from train.recipe import parse
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -26,7 +28,7 @@ SMALL = DataConfig(region="square", square_px=76, crop_px=67, mirror=True, light
 NETWORK = ModelConfig(input_px=67, classes=10, channels=(16, 32, 48, 48, 32), hidden=(64, 64), towers=2, dropout=0.5,
                       lrn=LrnConfig(2.0, 5, 1e-4, 0.75), init_std=(0.01,) * 8, init_bias=(0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0))
 # nvJPEG's inverse DCT and chroma upsampling round otherwise than libjpeg-turbo's: a grey level nearly everywhere, more at
-# sharp colour edges.
+# sharp colour edges; and DALI's resize repeats the image's outermost pixels where the CPU's shortens the filter.
 MEAN_TOLERANCE, LARGEST_TOLERANCE = 1.0, 24.0
 
 
@@ -76,6 +78,56 @@ def test_a_corrupt_image_is_replaced_on_the_gpu(tmp_path: Path) -> None:
     with TrainLoader(index, "train", SMALL, 4, 1, stats, device_id=0, quarantine=Quarantine(1)) as loader:
         ids = np.concatenate([batch.ids for batch in loader])
     assert len(ids) == 16 and 5 not in ids
+
+
+def test_images_are_finished_on_the_gpu_as_on_the_cpu() -> None:
+    random = np.random.default_rng(0)
+    places = [random.integers(0, 10, 6) for _ in range(4)]
+    finish = Finish(places[0], places[1], random.random(6) < 0.5, places[2], places[3], random.random(6) < 0.5,
+                    random.normal(0, 20, (6, 3)).astype(np.float32))
+    pixels = torch.from_numpy(random.integers(0, 256, (6, 3, 76, 76)).astype(np.uint8))
+    mean = random.uniform(0, 255, (3, 76, 76)).astype(np.float32)
+    here = Colour(67, mean, threads=1)
+    there = Colour(67, mean, threads=1, device=torch.device("cuda"))
+    assert torch.equal(here(list(pixels), finish), there.whole(pixels.cuda(), finish).cpu())
+    here.close()
+
+
+@pytest.mark.parametrize("kind", ["rgb", "yuv420"])
+@pytest.mark.parametrize("memory", ["ram", "gpu"])
+def test_resident_squares_give_the_crops_that_decoding_gives(photos: SampleIndex, stats: Stats, tmp_path: Path, kind: str,
+                                                             memory: str) -> None:
+    """Both decoded and resized by the GPU; rgb differs by rounding alone, while filling and after."""
+    machine = LoaderConfig(resident_memory=memory, resident_folder=str(tmp_path))
+    with TrainLoader(photos, "train", SMALL, 8, 1, stats, device_id=0) as plain, \
+            train_loader("resident", photos, "train", SMALL, 8, 1, stats, resident=kind, machine=machine,
+                         device_id=0) as resident:
+        for _ in range(3):
+            for here, there in zip(plain, resident, strict=True):
+                assert np.array_equal(here.ids, there.ids) and there.images.device == torch.device("cuda", 0)
+                difference = (here.images - there.images).abs()
+                assert difference.mean() < (0.01 if kind == "rgb" else 3)
+                assert difference.max() <= 1.01 or kind == "yuv420"
+
+
+def test_waiting_is_counted_on_the_devices_clock(photos: SampleIndex, stats: Stats) -> None:
+    with TrainLoader(photos, "train", SMALL, 8, 1, stats, device_id=0) as loader:
+        count = len(list(loader))
+        torch.cuda.synchronize()
+        waits = loader.meter.waits
+    assert waits.batches == count and waits.seconds > 0
+    assert waits.read + waits.decode + waits.colour + waits.copy == pytest.approx(waits.seconds, rel=1e-6)
+
+
+def test_packed_images_decode_on_the_gpu(photos: SampleIndex, stats: Stats, tmp_path: Path) -> None:
+    from tools import pack_shards
+    assert pack_shards.main([str(photos.path), str(tmp_path / "packed"), "--square-px", "76", "--jobs", "1"]) == 0
+    packed = SampleIndex.load(tmp_path / "packed")
+    with TrainLoader(packed, "train", SMALL, 8, 1, stats) as cpu, \
+            TrainLoader(packed, "train", SMALL, 8, 1, stats, device_id=0) as gpu:
+        for here, there in zip(cpu, gpu, strict=True):
+            difference = (here.images - there.images.cpu()).abs()
+            assert difference.mean() < MEAN_TOLERANCE and difference.max() < LARGEST_TOLERANCE
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
