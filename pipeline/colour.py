@@ -114,7 +114,8 @@ class Colour:
         return end
 
     def _some(self, rows: Sequence[torch.Tensor], finish: Finish, out: torch.Tensor, low: int, high: int) -> None:
-        """Rows low…high. In NumPy, which frees the interpreter's lock and starts no threads of its own, one channel at a time."""
+        """Rows low…high. In NumPy, which frees the interpreter's lock and starts no threads of its own; in few calls, since at
+        each one threads wait for each other to get that lock back."""
         size = self._crop
         images = out.numpy()
         for row in range(low, high):
@@ -130,13 +131,11 @@ class Colour:
             top, left, mean = int(finish.mean_top[row]), int(finish.mean_left[row]), self._mean
             if self._reflected is not None and finish.mean_mirror[row]:
                 mean, left = self._reflected, self._reflected.shape[-1] - size - left
-            for channel in range(3):
-                plane = image[channel]
-                if not (mirrored and dense):
-                    np.copyto(plane, planes[channel])
-                if mean is not None:
-                    np.subtract(plane, mean[channel, top:top + size, left:left + size], out=plane)
-                np.add(plane, finish.shift[row, channel], out=plane)
+            if not (mirrored and dense):
+                np.copyto(image, planes)
+            if mean is not None:
+                np.subtract(image, mean[:, top:top + size, left:left + size], out=image)
+            np.add(image, finish.shift[row][:, None, None], out=image)
 
     def whole(self, pixels: torch.Tensor, finish: Finish) -> torch.Tensor:
         """(B, 3, crop, crop) float32 from (B, 3, H, W) uint8 on the device, all at once; the same bits as row by row."""

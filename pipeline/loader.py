@@ -116,6 +116,7 @@ class Loader:
 
     def _open(self, steps: Iterator[int], batch: int, side_px: int) -> Stream:
         """The stream of the batches `steps`: of at most `batch` samples, (B, side_px, side_px, 3) uint8."""
+        self.meter.enter("decode")  # DALI is being started
         return Stream(steps, self._prepare, self._mend, self.plan(batch, side_px), self.meter)
 
     def plan(self, batch: int, side_px: int) -> GraphPlan:

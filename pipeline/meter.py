@@ -13,7 +13,7 @@ from typing import Any
 
 STATES = ("read", "decode", "colour", "copy")  # what a producer can be busy with, in a batch's order; else it is "idle"
 _DEPTHS = 4096  # queue depths kept
-_LATE = 0.15  # share of the waiting for bytes and pixels from which on these are late, whatever the rest
+_LATE = 0.2  # share of the waiting for bytes and pixels from which on these are late, whatever the rest
 
 
 def cause_of(seconds: Mapping[str, float]) -> str:

@@ -103,8 +103,11 @@ class ResidentLoader(TrainLoader):
 
     @property
     def note(self) -> str:
-        """What was found wrong with a store of an earlier run, in words; empty when nothing was."""
-        return self._store.note if isinstance(self._store, RamStore) else ""
+        """What was found wrong with a store of an earlier run, or is slower than it need be; mostly nothing."""
+        if isinstance(self._store, RamStore):
+            return self._store.note
+        return "" if self.device.type == "cuda" else ("machine.resident_memory (=gpu) has no GPU here: the processes hold the "
+                                                      "squares and exchange crops; ram would be faster")
 
     def fill(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Fill the store now, instead of while training: all of it, or of `shard` (k, n) in ``ram`` the k-th part of n.

@@ -17,7 +17,7 @@ _GPU = {**_CPU, "decode": ("decode", "resize"), "colour": ("colour",)}    # ther
 _DOING = {"read": "waited for bytes", "decode": "waited for decoded pixels", "colour": "was resizing and finishing pixels",
           "copy": "was handing over"}
 _WAITED = 0.05      # share of the loop's time below which its waiting for the loader is not worth a word
-_LATE = 0.15        # share of the producing thread's time spent in stages before its own from which on those are late
+_LATE = 0.2         # share of the producing thread's time spent in stages before its own from which on those are late
 _BUSY = 0.85        # share of the cores in use from which on more threads find no core
 _OTHERS = 0.1       # share of the cores used by other programs that is worth a word
 
@@ -154,7 +154,11 @@ def _network_sentence(measured: Measured, facts: Facts) -> str:
 
 def _network_advice(measured: Measured, facts: Facts) -> _Advice:
     advice = _Advice()
-    advice.remarks.append("the loader needs nothing; what makes the network faster makes the run faster")
+    advice.remarks.append("the loader needs nothing; what makes the network faster makes the run faster"
+                          if (measured.headroom or 0) > 1.2 else
+                          "loader and network are about equal: a faster tier, or more cores, would give room")
+    if facts.others > _OTHERS:
+        advice.remarks.append(f"other programs used {facts.others:.0%} of the cores meanwhile: measure again on an idle machine")
     if measured.network_here and not facts.gpu and facts.settings.threads > 1 and (measured.headroom or 0) > 2:
         fewer = max(1, int(facts.settings.threads * 1.5 / (measured.headroom or 1)))
         if fewer < facts.settings.threads:

@@ -36,7 +36,8 @@ def test_waiting_is_divided_by_what_the_producer_did() -> None:
 
 
 @pytest.mark.parametrize("seconds, cause", [
-    ((0.0, 2.0, 7.0, 1.0), "decode"), ((1.2, 0.5, 8.0, 0.0), "read"), ((0.0, 1.0, 7.0, 2.0), "colour"),
+    ((0.0, 2.5, 7.0, 0.5), "decode"), ((1.2, 0.9, 8.0, 0.0), "read"),
+    ((0.8, 0.8, 8.4, 0.0), "colour"), ((0.0, 1.0, 7.0, 2.0), "colour"),
     ((0.1, 0.1, 1.0, 3.0), "copy"), ((0.0, 0.0, 0.0, 0.0), "colour")])
 def test_what_is_waited_for_at_all_is_late(seconds: tuple[float, ...], cause: str) -> None:
     assert Waits(sum(seconds), *seconds).cause == cause

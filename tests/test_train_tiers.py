@@ -83,6 +83,9 @@ def test_what_was_waited_for_is_told(recipe: Path, tmp_path: Path) -> None:
     (["--data.tier=streamed", "--data.packed="], "data.tier (=streamed) needs packed images"),
     (["--data.index=PACKED"], "data.tier (=archives) must name what the index is: PACKED holds packed images"),
     (["--data.tier=tape"], "data.tier"),
+    (["--data.tier=packed", "--data.packed=nowhere"], "data.packed (=nowhere) is no packed folder yet; write it with `python"),
+    (["--data.tier=packed", "--data.square_px=80"],
+     "data.square_px (=80) must be the 76 of the packed images in PACKED; correct"),
     (["--data.tier=streamed", "--data.window=0"], "data.window (=0) must be at least 1"),
     (["--data.tier=streamed", "--data.lanes=0"], "data.lanes (=0) must be at least 1"),
     (["--data.tier=resident", "--data.resident=cmyk"], "data.resident"),
@@ -100,3 +103,10 @@ def test_a_tier_that_cannot_be_is_explained(recipe: Path, packed: Path, tiny_set
         message, argv = message.replace(name, path), [word.replace(name, path) for word in argv]
     _, err = here(recipe, tmp_path, *argv, code=2)
     assert message in err and not (tmp_path / "small").exists()
+
+
+def test_packed_images_of_another_set_are_refused(recipe: Path, tmp_path: Path) -> None:
+    from tests.small_set import photographs, write_set
+    other = write_set(tmp_path / "other", photographs(30))
+    _, err = here(recipe, tmp_path, f"--data.index={other.path}", "--data.tier=packed", code=2)
+    assert f"must hold the images of data.index (={other.path}), and its split train was packed from others" in err

@@ -117,7 +117,8 @@ def show(profile: Profile, stream: IO[str]) -> None:
     _show_lists(console, profile)
     console.print()
     console.print("verdict: " + profile.verdict.sentence, style="bold", markup=False)
-    console.print("advice, to paste into the recipe:", markup=False)
+    console.print("advice, to paste into the recipe" + (" (where it differs from the sweep, take the sweep's):"
+                                                        if profile.sweep else ":"), markup=False)
     console.print(textwrap.indent(profile.verdict.advice_yaml.rstrip(), "    "), markup=False, soft_wrap=True)
 
 

@@ -83,7 +83,7 @@ def subject(asked: argparse.Namespace, where: Topology, config: Config | None) -
     tier = asked.tier or (config.data.tier if config else "archives")
     path = asked.index or (config.data.index if config else None)
     if tier in ("packed", "streamed"):
-        path = asked.packed or (config.data.packed if config else "") or path   # the index may be the packed folder itself
+        path = asked.packed or asked.index or (config.data.packed if config else "") or path  # the index may be the packed folder
     assert path is not None     # checked: --config or --index
     archives = str(asked.archives or (config.machine.archives if config else ""))
     store = archives if archives.startswith("s3://") else ""

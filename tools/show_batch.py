@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,22 +93,26 @@ def draw_sheet(crops: np.ndarray, texts: list[str], title: str, out: Path) -> No
     figure.savefig(out, format="png")
 
 
-def _loader(asked: argparse.Namespace) -> tuple[TrainLoader, Stats]:
+def _loader(asked: argparse.Namespace, scratch: str) -> tuple[TrainLoader, Stats, str]:
     from dataclasses import replace
 
     from pipeline.index import SampleIndex
-    from pipeline.loader import TrainLoader
     from pipeline.stats import Stats
+    from pipeline.tiers import train_loader
     from train.recipe import load
 
     config = load(asked.config)
-    config = replace(config, data=replace(config.data, index=str(asked.index or config.data.index)))
-    index = SampleIndex.load(config.data.index, asked.archives or config.machine.archives or None)
-    stats = Stats.for_index(index, config.data.square_px)
-    loader = TrainLoader(index, config.data.train_split, config.data.pixels(), asked.count, config.train.seed, stats,
-                         machine=config.machine.loader(0))
+    data = replace(config.data, index=str(asked.index or config.data.images), packed="")
+    archives = asked.archives or config.machine.archives
+    store = str(archives) if str(archives).startswith("s3://") else ""
+    index = SampleIndex.load(data.index, None if store else archives or None)
+    stats = Stats.for_index(index, data.square_px)
+    # Tier resident would begin to fill its file: not for a sheet.
+    machine = replace(config.machine.loader(0), resident_memory="ram", resident_folder=scratch)
+    loader = train_loader(data.tier, index, data.train_split, data.pixels(), asked.count, config.train.seed, stats,
+                          resident=data.resident, window=data.window, lanes=data.lanes, store=store, machine=machine)
     loader.load_state_dict({**loader.state_dict(), "step": asked.step})
-    return loader, stats
+    return loader, stats, data.tier
 
 
 def run(asked: argparse.Namespace) -> None:
@@ -117,13 +122,14 @@ def run(asked: argparse.Namespace) -> None:
     if asked.step < 0:
         raise ValueError(f"--step (={asked.step}) must be at least 0; batches are counted from 0")
     need_matplotlib()
-    loader, stats = _loader(asked)
-    with loader:
-        batch = next(iter(loader))
-        drawn = loader.draws(batch.ids, batch.epochs)
+    with tempfile.TemporaryDirectory() as scratch:
+        loader, stats, tier = _loader(asked, scratch)
+        with loader:
+            batch = next(iter(loader))
+            drawn = loader.draws(batch.ids, batch.epochs)
     first = batch.step * asked.count
     draw_sheet(restore(batch, drawn, loader.data, stats), captions(loader.index, batch, drawn, stats),
-               f"{loader.index.path}, training crops {first} to {first + asked.count - 1}, {loader.data}", asked.out)
+               f"{loader.index.path}, tier {tier}, training crops {first} to {first + asked.count - 1}, {loader.data}", asked.out)
     print(f"{len(batch.ids)} crops in {asked.out}")
 
 

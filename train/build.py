@@ -50,7 +50,15 @@ def index(config: Config, *splits: str) -> SampleIndex:
     Raises:
         ValueError: it is no index, lacks a split, an image's label or an archive, or has more classes than the network.
     """
+    if config.data.images != config.data.index and not (Path(config.data.images) / "index.json").is_file():
+        raise ValueError(f"data.packed (={config.data.images}) is no packed folder yet; write it with `python "
+                         f"tools/pack_shards.py {config.data.index} {config.data.images}`, all of its ranks to the end")
     found = SampleIndex.load(config.data.images, None if in_bucket(config) else config.machine.archives or None)
+    if found.packed is not None and found.packed["square_px"] != config.data.square_px:
+        raise ValueError(f"data.square_px (={config.data.square_px}) must be the {found.packed['square_px']} of the packed "
+                         f"images in {config.data.images}; correct the recipe, or pack with --square-px {config.data.square_px}")
+    if config.data.images != config.data.index and (Path(config.data.index) / "index.json").is_file():
+        _same_images(SampleIndex.load(config.data.index), found)
     for split in dict.fromkeys(splits):
         rows = found.samples[found.ids(split)]
         unlabelled = int((rows["label"] < 0).sum())
@@ -64,6 +72,14 @@ def index(config: Config, *splits: str) -> SampleIndex:
         raise ValueError(f"model.classes (={config.model.classes}) must be at least the {len(found.classes)} of the index "
                          f"{config.data.images}; set it in the recipe")
     return found
+
+
+def _same_images(original: SampleIndex, packed: SampleIndex) -> None:
+    """Raise ValueError when `packed` was not made from `original` (as it is now; only named when it is there)."""
+    for split, source in (packed.packed or {}).get("source", {}).items():
+        if split not in original.split_names or original.split_sha256(split) != source:
+            raise ValueError(f"data.packed (={packed.path}) must hold the images of data.index (={original.path}), and its split "
+                             f"{split} was packed from others; pack that index, or correct the recipe")
 
 
 def in_bucket(config: Config) -> bool:

@@ -17,17 +17,21 @@ from pipeline.meter import STATES, Waits
 
 FED = 0.01  # a share of waiting below which the network is fed
 
+_PACK = "write packed shards once (tools/pack_shards.py, data.tier: packed)"
+_KEEP = "keep the images in memory (data.tier: resident)"
+_DECODE = "give the loader more threads (machine.threads)"
+_READ = "put the images on faster storage or raise machine.read_threads"
+# What lifts waiting for a state, by tier.
 ADVICE = {
-    "read": "put the archives on faster storage or raise machine.read_threads; or write packed shards once "
-            "(tools/pack_shards.py, data.tier: packed), or keep the images in memory (data.tier: resident)",
-    "decode": "write packed shards once (tools/pack_shards.py, data.tier: packed), or keep the images in memory (data.tier: "
-              "resident), or give the loader more threads (machine.threads)",
-    "colour": "give the loader more threads (machine.threads)",
-    "copy": "raise machine.queue",
+    "archives": {"read": f"{_READ}; or {_PACK}, or {_KEEP}", "decode": f"{_PACK}, or {_KEEP}, or {_DECODE}", "colour": _DECODE},
+    "packed": {"read": f"{_READ}; or {_KEEP}", "decode": f"{_KEEP}, or {_DECODE}", "colour": f"{_DECODE}, or {_KEEP}"},
+    "streamed": {"read": "raise data.lanes (another order, so another run), or copy the shards to a disk of this machine "
+                         f"(data.tier: packed), or {_KEEP}",
+                 "decode": f"{_KEEP}, or {_DECODE}", "colour": f"{_DECODE}, or {_KEEP}"},
+    "resident": {"read": "nothing to do if the first epoch was among these: it fills the memory, later ones only cut crops",
+                 "decode": "nothing to do if the first epoch was among these: it fills the memory, later ones only cut crops",
+                 "colour": _DECODE},
 }
-
-STREAMED = ("raise data.lanes (another order, so another run), or copy the shards to a disk of this machine (data.tier: packed), "
-            "or keep the images in memory (data.tier: resident)")
 
 
 @dataclass
@@ -36,16 +40,24 @@ class Feeding:
 
     waits: Waits = field(default_factory=Waits)
     used: Usage = field(default_factory=Usage)
+    _begun: tuple[Waits, Usage] = (Waits(), Usage())
+    _started: bool = False
 
     @contextlib.contextmanager
     def watch(self, loader: TrainLoader) -> Iterator[None]:
         """Count what happens inside."""
-        waits, before = loader.meter.waits, usage(loader.meter)
+        self._begun = loader.meter.waits, usage(loader.meter)
         try:
             yield
         finally:
+            waits, before = self._begun
             self.waits = self.waits.plus(loader.meter.waits.since(waits))
             self.used = self.used.plus(usage(loader.meter), before)
+
+    def arrived(self, loader: TrainLoader) -> None:
+        """A batch has come. The first of a run is not counted: until then the loader has been starting."""
+        if not self._started:
+            self._started, self._begun = True, (loader.meter.waits, usage(loader.meter))
 
     def sentence(self, machine: LoaderConfig, threads: int, on_gpu: bool, tier: str = "archives") -> str:
         """Who waited for whom, with head-room or advice; empty when nothing was trained.
@@ -64,8 +76,9 @@ class Feeding:
             more = "" if on_gpu else f", {room.times:.1f}× head-room ({room.stage} is its busiest part)"
             return f"the loader waited for the network{more}; the network waited {share:.1%} of the time"
         cause = self.waits.cause
-        advice = STREAMED if tier == "streamed" and cause == "read" else ADVICE[cause]
-        parts = ", ".join(f"{state} {getattr(self.waits, state) / self.waits.seconds:.0%}" for state in STATES
-                          if getattr(self.waits, state) >= 0.005 * self.waits.seconds)
-        return (f"the network waited for the loader {share:.1%} of the time ({parts}): {advice}; `python "
+        advice = ADVICE[tier].get(cause, "raise machine.queue")
+        shares = {state: getattr(self.waits, state) / self.waits.seconds for state in STATES}
+        shares["other"] = max(0.0, 1 - sum(shares.values()))
+        parts = ", ".join(f"{state} {part:.0%}" for state, part in shares.items() if part >= 0.005)
+        return (f"the network waited for the loader {share:.1%} of the time (of that {parts}): {advice}; `python "
                 "tools/profile_pipeline.py --config RECIPE` measures what would help")

@@ -148,6 +148,7 @@ def train_epoch(job: Job, rates: Rates) -> bool:
     batches = iter(job.loader)
     waits = job.loader.meter.waits
     while (batch := next(batches, None)) is not None:
+        job.feeding.arrived(job.loader)
         lr = job.schedule.lr(batch.step, progress.epoch)
         set_lr(job.optimizer, lr)
 
