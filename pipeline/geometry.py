@@ -3,7 +3,8 @@
 Resizing the whole image and cropping it reads, for a crop at (y, x) of the resized image, the source rectangle
 [y, y+crop)·H/h × [x, x+crop)·W/w. Decoding just that rectangle plus the filter's margin and resampling it *at those
 continuous coordinates* gives the same pixels for less work. (Stretching the rounded rectangle instead is wrong by up to 193
-grey levels.) B samples; H, W source size; h, w size after the resize; all pairs are (rows, columns).
+grey levels.) So on GPUs; on CPUs all from the image's corner to that rectangle's end is decoded, see `pipeline.resize`.
+B samples; H, W source size; h, w size after the resize; all pairs are (rows, columns).
 """
 from dataclasses import dataclass
 
