@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.config import DataConfig, LoaderConfig
     from pipeline.index import SampleIndex
-    from pipeline.loader import Batch, TrainLoader
+    from pipeline.batches import Batch
+    from pipeline.loader import TrainLoader
     from pipeline.reader import Quarantine, SampleError
     from pipeline.squares import TestLoader
     from pipeline.stats import Stats
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Batch", "DataConfig", "LoaderConfig", "Quarantine", "SampleError", "SampleIndex", "Stats", "TestLoader",
            "TrainLoader", "train_loader"]
 
-_HOME = {"DataConfig": "config", "LoaderConfig": "config", "SampleIndex": "index", "Batch": "loader", "TestLoader": "squares",
+_HOME = {"DataConfig": "config", "LoaderConfig": "config", "SampleIndex": "index", "Batch": "batches", "TestLoader": "squares",
          "TrainLoader": "loader", "Quarantine": "reader", "SampleError": "reader", "Stats": "stats",
          "train_loader": "tiers"}
 

@@ -15,7 +15,8 @@ import torch
 
 from pipeline.config import LoaderConfig
 from pipeline.graph import DecodeGraph, Graph, Inputs
-from pipeline.loader import Batch, TrainLoader
+from pipeline.batches import Batch
+from pipeline.loader import TrainLoader
 from pipeline.resident import ResidentLoader
 from pipeline.stages import arrived, image_bytes, touch
 from pipeline.stream import GraphPlan, Prepared, Stream

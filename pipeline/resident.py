@@ -25,7 +25,8 @@ from pipeline.config import DataConfig, LoaderConfig
 from pipeline.draws import Draws
 from pipeline.graph import Inputs
 from pipeline.index import SampleIndex
-from pipeline.loader import Batch, TrainLoader, one_ahead
+from pipeline.batches import Batch, one_ahead
+from pipeline.loader import TrainLoader
 from pipeline.meter import Meter
 from pipeline.pixels import Form
 from pipeline.reader import Bytes, Quarantine, SampleError

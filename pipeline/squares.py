@@ -15,7 +15,7 @@ from pipeline.colour import Colour, Finish
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.graph import Inputs
 from pipeline.index import SampleIndex
-from pipeline.loader import Batch, Loader, Pairs, one_ahead
+from pipeline.batches import Batch, Loader, Pairs, one_ahead
 from pipeline.meter import Meter
 from pipeline.reader import Bytes, SampleError
 from pipeline.sampler import Ids

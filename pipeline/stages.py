@@ -25,7 +25,8 @@ import torch
 
 from pipeline.figures import EndToEnd, Stage, Together
 from pipeline.graph import Bytes, DecodeGraph, Graph, ResizeGraph
-from pipeline.loader import Batch, TrainLoader
+from pipeline.batches import Batch
+from pipeline.loader import TrainLoader
 from pipeline.meter import Meter
 from pipeline.reader import Reader
 from pipeline.resident import ResidentLoader

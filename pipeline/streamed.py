@@ -17,7 +17,8 @@ import numpy as np
 from pipeline import counter
 from pipeline.config import LANES, WINDOW, DataConfig, LoaderConfig
 from pipeline.index import SampleIndex
-from pipeline.loader import Batch, TrainLoader
+from pipeline.batches import Batch
+from pipeline.loader import TrainLoader
 from pipeline.meter import Meter
 from pipeline.reader import Bytes, Quarantine, SampleError
 from pipeline.sampler import Ids, Sampler, epoch_of

@@ -13,7 +13,7 @@ from torch import nn
 
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index import SampleIndex
-from pipeline.loader import Batch
+from pipeline.batches import Batch
 from pipeline.squares import TestLoader, views
 from pipeline.stats import Stats
 from tests.conftest import TinySet

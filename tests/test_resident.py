@@ -16,7 +16,8 @@ from pipeline import yuv
 from pipeline.colour import Colour
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index import SampleIndex
-from pipeline.loader import Batch, TrainLoader
+from pipeline.batches import Batch
+from pipeline.loader import TrainLoader
 from pipeline.pixels import Form
 from pipeline.reader import Quarantine
 from pipeline.resident import ResidentLoader

@@ -18,7 +18,8 @@ from pipeline.cutoff import cut_off, read_alone
 from pipeline.figures import Facts, Measured
 from pipeline.graph import DecodeGraph, ResizeGraph
 from pipeline.index import SampleIndex
-from pipeline.loader import Batch, Loader, TrainLoader
+from pipeline.batches import Batch, Loader
+from pipeline.loader import TrainLoader
 from pipeline.reader import Reader
 from pipeline.resize import Resizer
 from pipeline.stats import Stats, compute

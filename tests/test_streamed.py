@@ -10,7 +10,8 @@ from tests.small_set import encode, photographs, picture, write_set
 
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index import SampleIndex
-from pipeline.loader import Batch, TrainLoader
+from pipeline.batches import Batch
+from pipeline.loader import TrainLoader
 from pipeline.reader import Quarantine
 from pipeline.stats import Stats, compute
 from pipeline.streamed import StreamedLoader, StreamedSampler

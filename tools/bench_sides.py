@@ -15,7 +15,7 @@ from tools import bench_ffcv, bench_peers
 from tools.bench_work import Material, Running, Told, Work, data_config
 
 if TYPE_CHECKING:
-    from pipeline.loader import Batch
+    from pipeline.batches import Batch
 
 DATA = {"original": "the original files", "packed": "files of 256 px", "decoded": "decoded squares"}
 

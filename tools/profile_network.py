@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 from torch.nn.utils import get_total_norm
 
-from pipeline.loader import Batch
+from pipeline.batches import Batch
 from train import build
 from train.config import Config
 from train.distributed import Topology

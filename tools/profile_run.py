@@ -27,7 +27,8 @@ from pipeline.config import DataConfig, LoaderConfig
 from pipeline.cutoff import cut_off, read_alone
 from pipeline.figures import STAGES, Facts, Measured, Stage
 from pipeline.index import SampleIndex
-from pipeline.loader import Batch, TrainLoader
+from pipeline.batches import Batch
+from pipeline.loader import TrainLoader
 from pipeline.meter import Event, Meter
 from pipeline.parallel import cores
 from pipeline.resident import ResidentLoader

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from pipeline.config import DataConfig
     from pipeline.draws import Draws
     from pipeline.index import SampleIndex
-    from pipeline.loader import Batch, TrainLoader
+    from pipeline.batches import Batch
+    from pipeline.loader import TrainLoader
     from pipeline.stats import Stats
 
 
