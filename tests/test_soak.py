@@ -35,6 +35,11 @@ def test_growth_is_told(tiny_set: TinySet, monkeypatch: pytest.MonkeyPatch, caps
     assert "must hold constant memory (within 4.0 MiB), handles and threads" in capsys.readouterr().err
 
 
+def test_what_lasts_a_moment_is_no_leak() -> None:
+    marks = [Holdings(10, 5, 24), Holdings(11, 6, 17), Holdings(12, 5, 17)]
+    assert soak_loader.least(marks) == Holdings(10, 5, 17)
+
+
 def test_mistakes_are_explained(tiny_set: TinySet, capsys: pytest.CaptureFixture[str]) -> None:
     assert soak_loader.main([str(tiny_set.index), "--batches", "0"]) == 2
     assert "--batches (=0) must be at least 1" in capsys.readouterr().err

@@ -33,6 +33,11 @@ def holdings() -> Holdings:
     return Holdings(int(found["RssAnon"]), len(os.listdir("/proc/self/fd")), int(found["Threads"]))
 
 
+def least(marks: list[Holdings]) -> Holdings:
+    """The least of each over `marks`: what is held for good. A file reopened or a pool made for one damaged image is no leak."""
+    return Holdings(min(mark.memory_kib for mark in marks), min(mark.handles for mark in marks), min(mark.threads for mark in marks))
+
+
 def run(asked: argparse.Namespace) -> None:
     """Run the batches, print what is held at ten moments after the warm-up. Raises ValueError or RuntimeError."""
     for name in ("batches", "warm_up", "batch"):
@@ -61,10 +66,10 @@ def run(asked: argparse.Namespace) -> None:
                 if loader.step >= asked.warm_up + asked.batches:
                     break
     seconds = time.perf_counter() - start
-    first, last = marks[0], marks[-1]
-    grown_mib = (max(mark.memory_kib for mark in marks) - first.memory_kib) / 1024
+    first, last = least(marks[:3]), least(marks[-3:])
+    grown_mib = (max(mark.memory_kib for mark in marks) - marks[0].memory_kib) / 1024
     found = {"tier": asked.tier, "batches": asked.batches, "batch": asked.batch, "warm_up": asked.warm_up,
-             "seconds": round(seconds), "memory_mib_after_warm_up": round(first.memory_kib / 1024, 1),
+             "seconds": round(seconds), "memory_mib_after_warm_up": round(marks[0].memory_kib / 1024, 1),
              "grown_mib": round(grown_mib, 2),
              "handles": [first.handles, last.handles], "threads": [first.threads, last.threads],
              "marks": [asdict(mark) for mark in marks]}
@@ -72,9 +77,9 @@ def run(asked: argparse.Namespace) -> None:
         print(json.dumps(found))
     else:
         print(f"tier {asked.tier}: {asked.batches} batches of {asked.batch} in {seconds:.0f} s after {asked.warm_up} of warm-up\n"
-              f"memory {first.memory_kib / 1024:.1f} MiB after the warm-up, at most {grown_mib:+.2f} MiB later\n"
+              f"memory {marks[0].memory_kib / 1024:.1f} MiB after the warm-up, at most {grown_mib:+.2f} MiB later\n"
               f"file handles {first.handles} → {last.handles}, threads {first.threads} → {last.threads}")
-    if grown_mib > asked.limit_mib or len({(mark.handles, mark.threads) for mark in marks}) > 1:
+    if grown_mib > asked.limit_mib or last.handles > first.handles or last.threads > first.threads:
         raise RuntimeError(f"loader (=tier {asked.tier}) must hold constant memory (within {asked.limit_mib} MiB), handles and "
                            "threads; the figures are above")
 
