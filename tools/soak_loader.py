@@ -35,7 +35,7 @@ def holdings() -> Holdings:
 
 def least(marks: list[Holdings]) -> Holdings:
     """The least of each over `marks`: what is held for good. A file reopened or a pool made for one damaged image is no leak."""
-    return Holdings(min(mark.memory_kib for mark in marks), min(mark.handles for mark in marks), min(mark.threads for mark in marks))
+    return Holdings(*(min(getattr(mark, name) for mark in marks) for name in ("memory_kib", "handles", "threads")))
 
 
 def run(asked: argparse.Namespace) -> None:
