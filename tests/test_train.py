@@ -21,7 +21,8 @@ import torch
 from tests.conftest import TinySet
 from tests.recipes import write_recipe
 from train import checkpoint
-from train.distributed import Topology, topology
+from train.config import ParallelConfig
+from train.distributed import Topology, _place, topology
 from train.evaluate import main as evaluate_main
 from train.loop import Stop
 from train.main import main
@@ -300,19 +301,35 @@ def test_two_runs_in_bf16_and_channels_last_finish(recipe: Path, tmp_path: Path)
     assert len(losses) == 10 and all(0 < loss < 10 for loss in losses)
 
 
-@pytest.mark.parametrize("variables, towers, device, message", [
-    ({"WORLD_SIZE": "3"}, 2, "cpu", r"processes \(=3\) must be 1 or 2; a run is one process or a pair of towers"),
-    ({"WORLD_SIZE": "2"}, 1, "cpu", r"model.towers \(=1\) must be 2 for 2 processes"),
-    ({"WORLD_SIZE": "1"}, 2, "cuda", r"machine.device \(=cuda\) needs a GPU for local process 0, but there are 0"),
+@pytest.mark.parametrize("variables, towers, parallel, device, message", [
+    ({"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}, 2, {"towers": 2}, "cpu", r"processes \(=3\) must be even in number"),
+    ({"WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3"}, 2, {}, "cpu", r"processes of this machine \(=3\) must be even in number"),
+    ({"WORLD_SIZE": "2"}, 1, {"towers": 2}, "cpu", r"model.towers \(=1\) must be 2 for two processes to hold a tower each"),
+    ({"WORLD_SIZE": "2"}, 1, {"scheme": "weird"}, "cpu", r"model.towers \(=1\) must be 2 .* \(and scheme towers\)"),
+    ({"WORLD_SIZE": "1"}, 2, {}, "cuda", r"machine.device \(=cuda\) needs a GPU for local process 0, but there are 0"),
 ])
 def test_topologies_that_make_no_sense(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], towers: int,
-                                       device: str, message: str) -> None:
+                                       parallel: dict[str, Any], device: str, message: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", **variables}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises((ValueError, RuntimeError), match=message):
-        with topology(towers=towers, device=device, timeout_s=5):
+        with topology(towers=towers, device=device, timeout_s=5, parallel=ParallelConfig(**parallel)):
             pass
+
+
+@pytest.mark.parametrize("world, towers, parallel, places", [
+    (1, 2, {"towers": 2}, [(0, 1, 0, 1)]),
+    (2, 2, {}, [(0, 1, 0, 2), (0, 1, 1, 2)]),
+    (2, 1, {}, [(0, 2, 0, 1), (1, 2, 0, 1)]),
+    (3, 2, {}, [(0, 3, 0, 1), (1, 3, 0, 1), (2, 3, 0, 1)]),
+    (4, 2, {}, [(0, 2, 0, 2), (0, 2, 1, 2), (1, 2, 0, 2), (1, 2, 1, 2)]),
+    (4, 2, {"towers": 1}, [(rank, 4, 0, 1) for rank in range(4)]),
+    (2, 2, {"scheme": "weird"}, [(0, 1, 0, 2), (0, 1, 1, 2)]),
+])
+def test_towers_of_a_pair_are_neighbours(world: int, towers: int, parallel: dict[str, Any],
+                                         places: list[tuple[int, ...]]) -> None:
+    assert [_place(world, rank, world, towers, ParallelConfig(**parallel)) for rank in range(world)] == places
 
 
 def test_half_an_environment_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,7 @@ def test_loader(config: Config, where: Topology, found: SampleIndex, stats: Stat
 
 def network(config: Config, where: Topology) -> AlexNet:
     """The network, or this process's tower, with its initial values, on its device."""
-    tower = BOTH if where.tower_ranks == 1 else Tower(where.tower_rank, where.tower_ranks)
+    tower = BOTH if where.tower_ranks == 1 else Tower(where.tower_rank, where.tower_ranks, where.group("tower"))
     made = AlexNet(config.model, seed=config.train.seed, tower=tower).to(where.device)
     if config.machine.channels_last:
         made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

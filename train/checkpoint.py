@@ -23,8 +23,7 @@ from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from train.distributed import Topology
 
@@ -222,8 +221,9 @@ def _canonical(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequenc
     """The tensors as parts of the whole network's: a tower holds Shard(0) of each."""
     if where.tower_ranks == 1:
         return {name: tensor.detach() for name, tensor in tensors.items()}
-    mesh = init_device_mesh(where.device.type, (where.tower_ranks,), mesh_dim_names=("tower",))
-    return {name: DTensor.from_local(tensor.detach(), mesh, [Shard(0)], run_check=False, shape=torch.Size(shapes[name]),
+    assert where.mesh is not None
+    return {name: DTensor.from_local(tensor.detach(), where.mesh, [Replicate(), Shard(0)], run_check=False,
+                                     shape=torch.Size(shapes[name]),
                                      stride=torch.empty(tuple(shapes[name]), device="meta").stride())
             for name, tensor in tensors.items()}
 

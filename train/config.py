@@ -1,8 +1,8 @@
 """What a run is: frozen dataclasses, one per group of a recipe, and the fingerprint that a resume compares.
 
 Two kinds of fields. Those that change results (`data`, `model`, `optimizer`, `schedule`, `train`) have no default, so
-a recipe says them all; those of `machine` (threads, device, folders) have one, change speed only, and are left out of
-the fingerprint, as are paths.
+a recipe says them all; those of `machine` (threads, device, folders) and `parallel` (how processes share the work) have one,
+change speed only, and are left out of the fingerprint, as are paths.
 Reading recipes and command lines is train/recipe.py. Imports nothing heavy: `--help` answers at once.
 """
 
@@ -19,6 +19,7 @@ from pipeline.config import LANES, WINDOW, DataConfig, LoaderConfig
 
 # Where things lie is not what they are: the index itself is compared by its hash.
 PATHS = (("data", "index"), ("data", "packed"))
+SPEED = ("machine", "parallel")  # groups that change no result
 
 
 def _need(ok: bool, key: str, value: object, rule: str) -> None:
@@ -72,6 +73,24 @@ class Data(DataConfig):
 
 
 @dataclass(frozen=True)
+class LarsConfig:
+    """Layer-wise adaptive rates for large batches (You, Gitman, Ginsburg 2017, arXiv 1708.03888): the rate of a weight is
+    multiplied by trust ‖w‖ / (‖g‖ + weight_decay ‖w‖ + epsilon). Biases keep theirs.
+
+    Attributes:
+        trust: trust coefficient (the paper's AlexNet: 0.001).
+        epsilon: added to the denominator (1e-8).
+    """
+
+    trust: float
+    epsilon: float
+
+    def __post_init__(self) -> None:
+        _need(self.trust > 0, "optimizer.lars.trust", self.trust, "must be positive; You et al. use 0.001")
+        _need(self.epsilon >= 0, "optimizer.lars.epsilon", self.epsilon, "must not be negative; try 1e-8")
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """The update rule of paper §5: v <- momentum v - weight_decay lr w - lr g; w <- w + v.
 
@@ -80,12 +99,17 @@ class OptimizerConfig:
         momentum: share of the velocity that is kept (paper: 0.9).
         weight_decay: of weights; biases have none (paper: 0.0005).
         bias_lr_factor: learning rate of biases over that of weights (release: 2).
+        base_batch: batch for which the rates of `optimizer` and `schedule` were chosen: they are multiplied by train.batch /
+            base_batch (linear scaling, Goyal et al. 2017, arXiv 1706.02677, with schedule.warmup_steps); 0 for none.
+        lars: layer-wise adaptive rates, for batches of thousands; null for none.
     """
 
     lr: float
     momentum: float
     weight_decay: float
     bias_lr_factor: float
+    base_batch: int = 0
+    lars: Optional[LarsConfig] = None
 
     def __post_init__(self) -> None:
         _need(self.lr > 0, "optimizer.lr", self.lr, "must be positive; the paper starts at 0.01")
@@ -94,6 +118,7 @@ class OptimizerConfig:
               "must not be negative; the paper uses 0.0005")
         _need(self.bias_lr_factor > 0, "optimizer.bias_lr_factor", self.bias_lr_factor,
               "must be positive; the release uses 2")
+        _need(self.base_batch >= 0, "optimizer.base_batch", self.base_batch, "must not be negative; 0 is no scaling")
 
 
 @dataclass(frozen=True)
@@ -182,13 +207,43 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How processes (torchrun) share one run. None of it changes results, up to the rounding of sums in another order.
+
+    Attributes:
+        towers: processes that hold one network together: 2, a tower each (paper §3.2), which exchange activations; 1, each holds
+            all of it. Processes beyond that share the batch. 0 is 2 when the network has two towers and the processes are
+            even in number, else 1.
+        scheme: towers, or weird ("one weird trick", arXiv 1404.5997): every process has all convolutions and an equal share of
+            the images, only the fully connected layers are split in towers.
+        feed: how the two towers get the same images: split, each decodes half of them and they swap halves; replicate, each
+            decodes all of them.
+        overlap: compute while activations and gradients travel.
+        accumulate: pieces in which each process computes its images, one after the other, to need less memory.
+    """
+
+    towers: Literal[0, 1, 2] = 0
+    scheme: Literal["towers", "weird"] = "towers"
+    feed: Literal["split", "replicate"] = "split"
+    overlap: bool = True
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        _need(self.accumulate >= 1, "parallel.accumulate", self.accumulate, "must be at least 1; 1 is all images at once")
+        _need(self.scheme == "towers" or self.towers != 1, "parallel.towers", self.towers,
+              "must be 2 in scheme weird, which splits the fully connected layers; or use parallel.scheme: towers")
+        _need(self.scheme == "towers" or self.accumulate == 1, "parallel.accumulate", self.accumulate,
+              "must be 1 in scheme weird; or use parallel.scheme: towers")
+
+
+@dataclass(frozen=True)
 class MachineConfig(LoaderConfig):
     """Where and how fast. Up to rounding none of it changes results; bit for bit it must stay the same.
 
     Attributes:
         device: auto takes a GPU when there is one.
         precision: fp32 is full float32, without TF32 on a GPU; bf16 computes the network under autocast, while weights,
-            velocity and loss stay float32.
+            velocity and loss stay float32; fp64 is all float64, to compare ways of computing.
         channels_last: memory layout of images and kernels.
         deterministic: on a GPU, only kernels that give the same bits each time.
         torch_threads: of the network on a CPU, per process; 0 means the cores divided by the processes.
@@ -202,12 +257,14 @@ class MachineConfig(LoaderConfig):
             0 for never.
         metrics_steps: a line of metrics.jsonl every so many steps (and every epoch).
         test_batch: images of one batch of validation and test.
-        timeout_s: seconds without an answer from the other process after which a run gives up.
+        timeout_s: seconds a step, a batch of a test or a save may take at most; then every thread's stack is printed and the
+            run ends.
+        silence_s: seconds without a sign of life from another process after which it counts as dead and the run ends.
         log_s: seconds between two lines when the output is no terminal.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     channels_last: bool = False
     deterministic: bool = True
     torch_threads: int = 0
@@ -220,6 +277,7 @@ class MachineConfig(LoaderConfig):
     metrics_steps: int = 10
     test_batch: int = 128
     timeout_s: float = 600.0
+    silence_s: float = 30.0
     log_s: float = 10.0
 
     def __post_init__(self) -> None:
@@ -228,7 +286,7 @@ class MachineConfig(LoaderConfig):
                           ("metrics_steps", 1), ("test_batch", 1)):
             value = getattr(self, name)
             _need(value >= low, f"machine.{name}", value, f"must be at least {low}; raise it")
-        for name in ("timeout_s", "log_s"):
+        for name in ("timeout_s", "silence_s", "log_s"):
             _need(getattr(self, name) > 0, f"machine.{name}", getattr(self, name), "must be positive; give seconds")
 
     def loader(self, threads: int) -> LoaderConfig:
@@ -247,6 +305,7 @@ class Config:
     schedule: ScheduleConfig
     train: TrainConfig
     machine: MachineConfig = field(default_factory=MachineConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         _need(self.model.input_px == self.data.crop_px, "model.input_px", self.model.input_px,
@@ -260,20 +319,21 @@ class Config:
         return plain
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of everything that changes results: all groups but `machine`, without paths."""
+        """SHA-256 (hex) of everything that changes results: all groups but those of SPEED, without paths."""
         values = self.as_dict()
-        del values["machine"]
+        for group in SPEED:
+            del values[group]
         for group, name in PATHS:
             del values[group][name]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
-    """Keys whose values differ, machine and paths left out, as `key: theirs -> ours` lines."""
+    """Keys whose values differ, groups of SPEED and paths left out, as `key: theirs -> ours` lines."""
     lines = []
     for key in sorted(ours.keys() | theirs.keys()):
         name = f"{prefix}{key}"
-        if name == "machine" or tuple(name.split(".")) in PATHS:
+        if name in SPEED or tuple(name.split(".")) in PATHS:
             continue
         mine, other = ours.get(key), theirs.get(key)
         if isinstance(mine, dict) and isinstance(other, dict):

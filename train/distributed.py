@@ -1,8 +1,8 @@
 """How many processes there are, and what this one is. The only file that reads os.environ (torchrun's variables)
 and, but for train/__init__.py, writes it.
 
-`data_rank` says which slice of a batch a process gets, `tower_rank` which half of the network it holds. Today: one
-process holds both towers, or two hold one each and see the same batch. More slices of data would join in `_place`.
+A mesh ("data", "tower"): `data_rank` says which slice of a batch a process gets, `tower_rank` which half of the network it
+holds. The two towers of a pair are neighbours, so they lie on one machine and on neighbouring GPUs.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import contextlib
 import datetime
 import os
 from dataclasses import dataclass
-from typing import Iterator, Optional
+from typing import Any, Iterator, Optional, Sequence
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from train.config import ParallelConfig
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
@@ -28,6 +31,7 @@ class Topology:
         tower_rank, tower_ranks: which part of the network it holds, of how many; 1 means both towers.
         local_rank, local_ranks: which process of this machine it is, of how many.
         device: where its network lies.
+        mesh: of all processes, dimensions "data" and "tower"; None for one process.
     """
 
     data_rank: int
@@ -37,45 +41,71 @@ class Topology:
     local_rank: int
     local_ranks: int
     device: torch.device
+    mesh: Optional[DeviceMesh] = None
+
+    @property
+    def rank(self) -> int:
+        """This process's number among all, from 0; towers of a pair are neighbours."""
+        return self.data_rank * self.tower_ranks + self.tower_rank
+
+    @property
+    def ranks(self) -> int:
+        """How many processes there are."""
+        return self.data_ranks * self.tower_ranks
 
     @property
     def is_main(self) -> bool:
         """True in the one process that prints and writes."""
-        return self.data_rank == 0 and self.tower_rank == 0
+        return self.rank == 0
 
     @property
     def is_alone(self) -> bool:
         """True when there is one process only."""
-        return self.data_ranks * self.tower_ranks == 1
+        return self.ranks == 1
+
+    def group(self, dimension: str) -> Optional[dist.ProcessGroup]:
+        """The processes that differ from this one in "data" or in "tower" only; None where there is no other."""
+        size = {"data": self.data_ranks, "tower": self.tower_ranks}[dimension]
+        return self.mesh.get_group(dimension) if self.mesh is not None and size > 1 else None
 
     def node_group(self) -> Optional[dist.ProcessGroup]:
-        """A process group of its own of the processes on this machine, or None for one process; all of them must ask.
-
-        Raises:
-            RuntimeError: there are processes on other machines too.
-        """
+        """A process group of its own of the processes on this machine, or None for one process; all processes must ask."""
         if self.is_alone:
             return None
-        if self.local_ranks != self.data_ranks * self.tower_ranks:
-            raise RuntimeError(f"processes (={self.data_ranks * self.tower_ranks}, {self.local_ranks} of them here) must be on "
-                               "one machine to share images; use --machine.resident_memory=ram")
-        return dist.new_group()
+        firsts = self.gather(self.rank - self.local_rank)
+        mine: Optional[dist.ProcessGroup] = None
+        for first in sorted(set(firsts)):  # every process must take part in making every group
+            made = dist.new_group([rank for rank, other in enumerate(firsts) if other == first])
+            mine = made if first == self.rank - self.local_rank else mine
+        return mine
 
     def agree(self, *flags: bool) -> list[bool]:
         """Which flags are up in any process: the same answer in all of them, which all must ask."""
+        return list(flags) if self.is_alone else [total > 0 for total in self.total(flags)]
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Sums over all processes, in float64: the same in all of them, which all must ask."""
         if self.is_alone:
-            return list(flags)
-        device = self.device if dist.get_backend() == "nccl" else torch.device("cpu")
-        votes = torch.tensor(flags, dtype=torch.int32, device=device)
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-        return [bool(vote) for vote in votes.tolist()]
+            return list(values)
+        numbers = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(numbers)
+        found: list[float] = numbers.tolist()
+        return found
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process gives (anything that can be pickled), in the order of their ranks; all must ask."""
+        if self.is_alone:
+            return [value]
+        found: list[Any] = [None] * self.ranks
+        dist.all_gather_object(found, value)
+        return found
 
     def share(self, text: str) -> str:
         """The main process's text, in every process."""
         if self.is_alone:
             return text
         box = [text]
-        dist.broadcast_object_list(box, src=0, device=self.device if dist.get_backend() == "nccl" else None)
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
 
@@ -90,16 +120,22 @@ def _environment() -> dict[str, int]:
     return {name: int(os.environ[name]) for name in VARIABLES}
 
 
-def _place(world: int, rank: int, towers: int) -> tuple[int, int, int, int]:
-    """(data_rank, data_ranks, tower_rank, tower_ranks) of one of `world` processes."""
+def _place(world: int, rank: int, local_ranks: int, towers: int, parallel: ParallelConfig) -> tuple[int, int, int, int]:
+    """(data_rank, data_ranks, tower_rank, tower_ranks) of one of `world` processes. One alone always holds everything."""
     if world == 1:
         return 0, 1, 0, 1
-    if world != 2:
-        raise ValueError(f"processes (={world}) must be 1 or 2; a run is one process or a pair of towers "
-                         "(torchrun --nproc-per-node 2)")
-    if towers != 2:
-        raise ValueError(f"model.towers (={towers}) must be 2 for 2 processes; start one process, or give two towers")
-    return 0, 1, rank, 2
+    weird = parallel.scheme == "weird"
+    together = parallel.towers or (2 if weird or (towers == 2 and world % 2 == 0) else 1)
+    if together == 2 and towers != 2:
+        raise ValueError(f"model.towers (={towers}) must be 2 for two processes to hold a tower each; use --parallel.towers=1 "
+                         "(and scheme towers), where processes only share the batch")
+    if world % together:
+        raise ValueError(f"processes (={world}) must be even in number for two towers each; start one more or fewer, or use "
+                         "--parallel.towers=1")
+    if local_ranks % together:
+        raise ValueError(f"processes of this machine (={local_ranks}) must be even in number, so that no pair of towers lies on "
+                         "two machines; start one more or fewer on each, or use --parallel.towers=1")
+    return rank // together, world // together, rank % together, together
 
 
 def _device(wanted: str, local_rank: int) -> torch.device:
@@ -116,31 +152,37 @@ def _device(wanted: str, local_rank: int) -> torch.device:
 
 
 @contextlib.contextmanager
-def topology(*, towers: int, device: str, timeout_s: float) -> Iterator[Topology]:
+def topology(*, towers: int, device: str, timeout_s: float,
+             parallel: ParallelConfig = ParallelConfig()) -> Iterator[Topology]:
     """Join the process group, when there is one, and leave it at the end.
 
     Args:
         towers: of the model, 1 or 2.
         device: auto, cpu or cuda.
-        timeout_s: after so many seconds without an answer from the other process, give up with an error.
+        timeout_s: after so many seconds without an answer from the other processes, give up with an error.
+        parallel: how processes share the work.
 
     Raises:
         ValueError: a number of processes that makes no sense for the model.
         RuntimeError: no GPU for this process, or torchrun's variables are incomplete.
     """
     environment = _environment()
-    world, rank, local_rank = (environment[name] for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
-    placed = _place(world, rank, towers)
+    world, rank, local_rank, local_ranks = (environment[name] for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK",
+                                                                           "LOCAL_WORLD_SIZE"))
+    placed = _place(world, rank, local_ranks, towers, parallel)
     chosen = _device(device, local_rank)
     if chosen.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts; deterministic cuBLAS asks for it
         torch.cuda.set_device(chosen)
+    mesh = None
     if world > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=world,
+        # gloo beside NCCL: objects, and checkpoints written while training goes on, travel between CPUs.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=world,
                                 timeout=datetime.timedelta(seconds=timeout_s),
                                 device_id=chosen if chosen.type == "cuda" else None)
+        mesh = init_device_mesh(chosen.type, (placed[1], placed[3]), mesh_dim_names=("data", "tower"))
     try:
-        yield Topology(*placed, local_rank, environment["LOCAL_WORLD_SIZE"], chosen)
+        yield Topology(*placed, local_rank, local_ranks, chosen, mesh)
     finally:
         if world > 1:
             dist.destroy_process_group()

@@ -195,7 +195,8 @@ def run(asked: argparse.Namespace) -> None:
                                           ("device", asked.device)) if value is not None})
     config = replace(config, machine=machine, data=replace(config.data, index=asked.index or config.data.images, packed=""))
     split, views = asked.split or config.data.test_split, asked.views or config.train.test_views
-    with topology(towers=config.model.towers, device=machine.device, timeout_s=machine.timeout_s) as where:
+    with topology(towers=config.model.towers, parallel=config.parallel, device=machine.device,
+                  timeout_s=machine.timeout_s) as where:
         build.settle(config, where)
         index = build.index(config, split)  # it need not have the others
         if build.classes_sha256(index) != checkpoint.read_state(path)["classes"]:

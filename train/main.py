@@ -64,7 +64,7 @@ def run(request: Request, where: Topology) -> int:
                 raise ValueError(f"machine.stop_after (={config.machine.stop_after}) must lie after step {loader.step}, where "
                                  "this run stands: it counts from the start of training; raise it or leave it out")
         if where.is_main:
-            folders.note_start(folder, resumed_at=loader.step, processes=where.data_ranks * where.tower_ranks,
+            folders.note_start(folder, resumed_at=loader.step, processes=where.ranks,
                                device=str(where.device), index=index.sha256, stats=stats.sha256,
                                fingerprint=config.fingerprint(), machine=config.as_dict()["machine"])
         console.say(f"{folder}: {len(index.ids(config.data.train_split))} images of {len(index.classes)} classes, "
@@ -105,7 +105,8 @@ def main(argv: Sequence[str]) -> int:
 
     machine, is_main = request.config.machine, True
     try:
-        with topology(towers=request.config.model.towers, device=machine.device, timeout_s=machine.timeout_s) as where:
+        with topology(towers=request.config.model.towers, parallel=request.config.parallel, device=machine.device,
+                      timeout_s=machine.timeout_s) as where:
             is_main = where.is_main
             return run(request, where)
     except NotFinite as error:

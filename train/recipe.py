@@ -19,10 +19,11 @@ import jsonargparse
 import yaml
 
 from model.config import ModelConfig
-from train.config import Config, Data, MachineConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from train.config import Config, Data, MachineConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, TrainConfig
 
 GROUPS: dict[str, type] = {"data": Data, "model": ModelConfig, "optimizer": OptimizerConfig,
-                           "schedule": ScheduleConfig, "train": TrainConfig, "machine": MachineConfig}
+                           "schedule": ScheduleConfig, "train": TrainConfig, "machine": MachineConfig,
+                           "parallel": ParallelConfig}
 MODE = "strict_yaml"
 
 
