@@ -8,6 +8,7 @@ Legend: B batch, C channel (tower a's first), H row, W column, K classes.
 """
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -121,12 +122,13 @@ class AlexNet(nn.Module):
     Raises ValueError when `tower` is one of two but the configuration has a single tower.
     """
 
-    def __init__(self, config: ModelConfig, *, seed: int, tower: Tower = BOTH) -> None:
+    def __init__(self, config: ModelConfig, *, seed: int, tower: Tower = BOTH, scheme: Literal["towers", "weird"] = "towers",
+                 overlap: bool = True) -> None:
         super().__init__()
         if tower.count > config.towers:
             raise ValueError(f"model.towers (={config.towers}) cannot be held by {tower.count} processes; use one "
                              f"process, or model.towers=2")
-        self.config, self.seed, self.tower = config, seed, tower
+        self.config, self.seed, self.tower, self.scheme, self.overlap = config, seed, tower, scheme, overlap
         canonical = canonical_shapes(config)
         for position, layer in enumerate(LAYERS):
             shape = canonical[f"{layer.name}.weight"]
@@ -142,6 +144,10 @@ class AlexNet(nn.Module):
                          std=config.init_std[position], bias_value=config.init_bias[position], tower=tower)
             self.add_module(layer.name, module)
 
+    def tower_of(self, name: str) -> Tower:
+        """Whose rows of parameter `name` ("conv1.weight") this process holds: this tower's, or all of them (BOTH)."""
+        return BOTH if self.scheme == "weird" and name.startswith("conv") else self.tower
+
     def forward(self, images: torch.Tensor, step: int | None = None,
                 rows: tuple[int, int] | None = None) -> torch.Tensor:
         """Logits of all classes, on every process: (B, 3, H, W) float, mean subtracted → (B, K) float.
@@ -151,7 +157,7 @@ class AlexNet(nn.Module):
         missing step, and on rows outside the batch.
         """
         first_row = self._check(images, step, rows)
-        x = images
+        x = images.to(self.conv1.weight.dtype)
         for conv in CONVS:
             if conv.meets:
                 x = exchange(x, self.tower)

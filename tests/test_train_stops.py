@@ -87,7 +87,7 @@ def test_a_gradient_that_is_not_finite_in_one_of_two_stops_both(recipe: Path, tm
     command = [*PAIR, "tests.test_train_stops", "spoil", "training", "5", "--config", str(recipe), f"--machine.runs={tmp_path}",
                *RATES, "--machine.timeout_s=20", "--machine.checkpoint_steps=1"]
     out, err = finish(launch(command), code=1)
-    assert "norm of the gradient (=that of the other process) at step 5 with learning rate 0.01 is not finite" in err, err
+    assert "norm of the gradient (=nan) of process 1 at step 5 with learning rate 0.01 is not finite" in err, err
     assert out.count("left with 3") == 2 and names(tmp_path / "small")[-1] == "step-000000005", err
 
 

@@ -122,7 +122,9 @@ def test_loader(config: Config, where: Topology, found: SampleIndex, stats: Stat
 def network(config: Config, where: Topology) -> AlexNet:
     """The network, or this process's tower, with its initial values, on its device."""
     tower = BOTH if where.tower_ranks == 1 else Tower(where.tower_rank, where.tower_ranks, where.group("tower"))
-    made = AlexNet(config.model, seed=config.train.seed, tower=tower).to(where.device)
+    scheme = config.parallel.scheme if where.tower_ranks == 2 else "towers"  # one process has it all in either
+    made = AlexNet(config.model, seed=config.train.seed, tower=tower, scheme=scheme, overlap=config.parallel.overlap)
+    made.to(where.device, torch.float64 if config.machine.precision == "fp64" else torch.float32)
     if config.machine.channels_last:
         made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return made

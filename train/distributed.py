@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Iterator, Optional, Sequence
 
 import torch
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from train.config import ParallelConfig
+from train.watchdog import Watch
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
@@ -32,6 +33,7 @@ class Topology:
         local_rank, local_ranks: which process of this machine it is, of how many.
         device: where its network lies.
         mesh: of all processes, dimensions "data" and "tower"; None for one process.
+        watch: told what this process is doing; watches over the others.
     """
 
     data_rank: int
@@ -42,6 +44,7 @@ class Topology:
     local_ranks: int
     device: torch.device
     mesh: Optional[DeviceMesh] = None
+    watch: Watch = field(default_factory=Watch, compare=False, repr=False)
 
     @property
     def rank(self) -> int:

@@ -17,9 +17,9 @@ from typing import Any, Optional
 
 import torch
 from torch.nn import functional
-from torch.nn.utils import get_total_norm
 
 from model.alexnet import AlexNet
+from pipeline.batches import Batch
 from pipeline.index import SampleIndex
 from pipeline.loader import TrainLoader
 from pipeline.reader import SampleError
@@ -31,6 +31,7 @@ from train.console import Console, Pace, Rates, Row
 from train.distributed import Topology
 from train.evaluate import Score, evaluate
 from train.feeding import Feeding
+from train.gradients import Gradients
 from train.optimizer import PaperSGD, Schedule, set_lr
 from train.recipe import dump
 from train.run import Metrics, check_sources
@@ -91,6 +92,7 @@ class Job:
     index: SampleIndex
     stats: Stats
     network: AlexNet
+    gradients: Gradients
     optimizer: PaperSGD
     schedule: Schedule
     loader: TrainLoader
@@ -140,11 +142,12 @@ def train_epoch(job: Job, rates: Rates) -> bool:
     Raises:
         NotFinite: before the update, naming step and learning rate.
     """
-    machine, progress, network = job.config.machine, job.progress, job.network
-    autocast = build.autocast(job.config, job.where)
+    machine, progress = job.config.machine, job.progress
+    size = job.config.train.batch
     total = len(job.loader)
-    first = job.loader.step - progress.images // job.config.train.batch
-    network.train()
+    first = job.loader.step - progress.images // size
+    job.network.train()
+    job.where.watch.at("load", job.loader.step)
     batches = iter(job.loader)
     waits = job.loader.meter.waits
     while (batch := next(batches, None)) is not None:
@@ -152,40 +155,70 @@ def train_epoch(job: Job, rates: Rates) -> bool:
         lr = job.schedule.lr(batch.step, progress.epoch)
         set_lr(job.optimizer, lr)
 
-        with autocast():
-            logits = network(batch.images, step=batch.step)
-        loss = functional.cross_entropy(logits, batch.labels)
-        job.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-
-        # The root of squares: the largest gradient would be 70 times slower on a CPU (no vector instructions), and gradients
-        # whose squares overflow (1e19) are as lost. All in one transfer from a GPU.
-        norm = get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
-        wrong = (logits.detach().argmax(1) != batch.labels).sum()
-        value, gradient, errors = torch.stack([loss.detach(), norm, wrong]).tolist()
-        stop, broken = job.where.agree(job.stop.wanted, not (math.isfinite(value) and math.isfinite(gradient)))
+        loss, wrong, norm = gradient(job, batch)
+        own_loss, own_norm, errors = torch.stack([loss, norm, wrong]).tolist()
+        finite = math.isfinite(own_loss) and math.isfinite(own_norm)
+        value, errors, broken, stop = job.where.total([own_loss, errors, not finite, job.stop.wanted])
+        value, errors = value / job.where.tower_ranks, errors / job.where.tower_ranks  # both towers of a pair have them
         if broken:
-            found = f"loss (={value})" if not math.isfinite(value) else \
-                f"norm of the gradient (={'that of the other process' if math.isfinite(gradient) else gradient})"
-            raise NotFinite(f"{found} at step {batch.step} with learning rate {lr:g} is not finite; the update "
-                            "was not made: lower optimizer.lr and give another --machine.name")
+            raise NotFinite(culprit(job, own_loss, own_norm, batch.step, lr))
+        job.where.watch.at("update", batch.step)
         job.optimizer.step()
 
-        progress.add(len(batch.labels), int(errors), value)
+        progress.add(size, int(errors), value)
         before, waits = waits, job.loader.meter.waits
-        rates.add(len(batch.labels), waits.since(before))
+        rates.add(size, waits.since(before))
         done, pace = job.loader.step, rates.recent()
         if done % machine.metrics_steps == 0:
             job.metrics.write("step", step=batch.step, epoch=progress.epoch, lr=lr, loss=value,
-                              error=errors / len(batch.labels), **paced(pace))
-        left_s = (job.steps - done) * job.config.train.batch / pace.images_per_s
+                              error=errors / size, **paced(pace))
+        left_s = (job.steps - done) * size / pace.images_per_s
         job.console.step(progress.epoch, job.config.train.epochs, done - first, total, batch.step, *progress.means(),
                          rates, left_s)
         if stop or done == machine.stop_after:
             return False
         if machine.checkpoint_steps and done % machine.checkpoint_steps == 0 and job.loader.epoch == progress.epoch:
             save(job)
+        job.where.watch.at("load", done)
     return True
+
+
+def gradient(job: Job, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Forward and backward of one batch, in pieces. The gradients are then those of the global batch's mean loss.
+
+    Returns:
+        This process's share of the mean loss, how many of its images are wrong, and the norm of its gradient: scalars.
+    """
+    parallel, size = job.config.parallel, job.config.train.batch
+    autocast = build.autocast(job.config, job.where)
+    row = job.where.data_rank * len(batch.labels)  # of the global batch
+    loss = torch.zeros((), device=job.where.device)
+    wrong = torch.zeros((), device=job.where.device)
+    job.optimizer.zero_grad(set_to_none=True)
+    images, labels = batch.images.tensor_split(parallel.accumulate), batch.labels.tensor_split(parallel.accumulate)
+    for piece, (seen, right) in enumerate(zip(images, labels)):
+        job.where.watch.at("forward", batch.step)
+        with autocast():
+            logits = job.network(seen, step=batch.step, rows=(row, size))
+        part = functional.cross_entropy(logits, right, reduction="sum") / size
+        job.where.watch.at("backward", batch.step)
+        job.gradients.begin(last=piece == parallel.accumulate - 1)
+        part.backward()
+        row += len(right)
+        loss = loss + part.detach()
+        wrong += (logits.detach().argmax(1) != right).sum()
+    return loss, wrong, job.gradients.finish()
+
+
+def culprit(job: Job, loss: float, norm: float, step: int, lr: float) -> str:
+    """What is not finite, and in which process: all of them ask together."""
+    for rank, (its_loss, its_norm) in enumerate(job.where.gather((loss, norm))):
+        found = f"loss (={its_loss})" if not math.isfinite(its_loss) else f"norm of the gradient (={its_norm})"
+        if not (math.isfinite(its_loss) and math.isfinite(its_norm)):
+            break
+    whose = "" if job.where.is_alone else f" of process {rank}"
+    return (f"{found}{whose} at step {step} with learning rate {lr:g} is not finite; the update was not made: lower optimizer.lr "
+            "and give another --machine.name")
 
 
 def test(job: Job, split: str, views: int, what: str) -> Optional[Score]:

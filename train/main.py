@@ -32,6 +32,7 @@ def run(request: Request, where: Topology) -> int:
     from train import build, run as folders
     from train.console import Console
     from train.evaluate import CHANCE
+    from train.gradients import Gradients
     from train.loop import Job, Stop, restore, test, train
     from train.optimizer import Schedule, build_optimizer
 
@@ -56,7 +57,8 @@ def run(request: Request, where: Topology) -> int:
     console = Console(where.is_main, config.machine.log_s)
     metrics = folders.Metrics(folder / folders.METRICS, where.is_main)
     schedule = Schedule(config.schedule, config.optimizer.lr)
-    job = Job(config, where, folder, index, stats, network, optimizer, schedule, loader, metrics, console, stop)
+    gradients = Gradients(network, where, config.parallel.overlap)
+    job = Job(config, where, folder, index, stats, network, gradients, optimizer, schedule, loader, metrics, console, stop)
     try:
         if request.resume:
             restore(job)
