@@ -1,10 +1,13 @@
 """AlexNet (paper §3): eight layers, the whole network or one of its two towers.
 
 One class. `tower=BOTH` holds everything in one process (`groups=2` in conv2, conv4 and conv5);
-`Tower(rank, 2, group)` holds half of the rows of every parameter and exchanges activations where a layer sees both
-towers. Both start from the same values and compute the same logits, loss and gradients.
+`Tower(rank, 2, group)` is one of a pair of processes, which exchange activations where a layer sees both towers. What each has:
+  scheme towers   half of the rows of every parameter, and all images (the paper's);
+  scheme weird    all convolutions, for half of the images, and half of the rows of the fully connected layers, for all of them
+                  ("one weird trick", arXiv 1404.5997: most of the work is in the former, most of the weights in the latter).
+All start from the same values and compute the same logits, loss and gradients.
 
-Legend: B batch, C channel (tower a's first), H row, W column, K classes.
+Legend: B images of the pair (or of the one process), C channel (tower a's first), H row, W column, K classes.
 """
 import math
 from dataclasses import dataclass
@@ -18,7 +21,8 @@ from model import initial
 from model.config import LrnConfig, ModelConfig
 from model.dropout import dropout
 from model.lrn import local_response_norm
-from model.towers import BOTH, Tower, exchange, gather_logits, tower_shape
+from model.meeting import Link, gather_logits, meet
+from model.towers import BOTH, Tower, tower_shape
 
 
 @dataclass(frozen=True)
@@ -118,8 +122,16 @@ def parameter_count(config: ModelConfig) -> int:
 class AlexNet(nn.Module):
     """The network (paper §3), or the part of it that `tower` names.
 
-    Parameters have their canonical names (conv1.weight … fc8.bias). `seed` chooses initial values and dropout masks.
-    Raises ValueError when `tower` is one of two but the configuration has a single tower.
+    Parameters have their canonical names (conv1.weight … fc8.bias); `tower_of` says which rows of one are here.
+
+    Args:
+        seed: of initial values and dropout masks.
+        tower: what this process holds.
+        scheme: how a pair of processes shares the work; without effect for BOTH.
+        overlap: compute while activations and gradients travel; changes no bit.
+
+    Raises:
+        ValueError: `tower` is one of two but the configuration has a single tower.
     """
 
     def __init__(self, config: ModelConfig, *, seed: int, tower: Tower = BOTH, scheme: Literal["towers", "weird"] = "towers",
@@ -128,52 +140,55 @@ class AlexNet(nn.Module):
         if tower.count > config.towers:
             raise ValueError(f"model.towers (={config.towers}) cannot be held by {tower.count} processes; use one "
                              f"process, or model.towers=2")
-        self.config, self.seed, self.tower, self.scheme, self.overlap = config, seed, tower, scheme, overlap
+        self.config, self.seed, self.tower = config, seed, tower
+        self.halves_images = scheme == "weird" and tower.count == 2
+        self._links: dict[str, Link] = {}
         canonical = canonical_shapes(config)
         for position, layer in enumerate(LAYERS):
             shape = canonical[f"{layer.name}.weight"]
-            rows, inputs = tower_shape(shape, tower)[:2]
+            held = self.tower_of(layer.name)
+            rows, inputs = tower_shape(shape, held)[:2]
             # skip_init: torch would draw initial values which `fill` overwrites. It leaves the default device, so name it.
             if isinstance(layer, Conv):
-                groups = 1 if layer.meets or position == 0 else config.towers // tower.count
+                groups = 1 if layer.meets or position == 0 else config.towers // held.count
                 module = nn.utils.skip_init(nn.Conv2d, inputs * groups, rows, layer.kernel, layer.stride, layer.padding,
                                             groups=groups, device=torch.get_default_device())
             else:
                 module = nn.utils.skip_init(nn.Linear, inputs, rows, device=torch.get_default_device())
             initial.fill(module.weight, module.bias, seed=seed, name=layer.name, shape=shape,
-                         std=config.init_std[position], bias_value=config.init_bias[position], tower=tower)
+                         std=config.init_std[position], bias_value=config.init_bias[position], tower=held)
             self.add_module(layer.name, module)
+            if held.count == 2 and (isinstance(layer, Linear) or layer.meets):
+                self._links[layer.name] = Link(layer.name, held, overlap)
 
     def tower_of(self, name: str) -> Tower:
-        """Whose rows of parameter `name` ("conv1.weight") this process holds: this tower's, or all of them (BOTH)."""
-        return BOTH if self.scheme == "weird" and name.startswith("conv") else self.tower
+        """Whose rows of a layer or parameter ("conv1.weight") this process holds: this tower's, or everybody's (BOTH)."""
+        return BOTH if self.halves_images and name.startswith("conv") else self.tower
 
     def forward(self, images: torch.Tensor, step: int | None = None,
                 rows: tuple[int, int] | None = None) -> torch.Tensor:
         """Logits of all classes, on every process: (B, 3, H, W) float, mean subtracted → (B, K) float.
 
-        In training, `step` (global, from 0) and `rows` = (first, total), the place of these images in the global batch
-        (default: they are all of it), choose the dropout masks. Raises ValueError on images of another size, on a
+        In training, `step` (global, from 0) and `rows` = (first, total), the place of these B images in the global batch
+        (default: they are all of it), choose the dropout masks. In scheme weird each process of a pair gives its half,
+        (B/2, 3, H, W), tower a the first, and gets the logits of both. Raises ValueError on images of another size, on a
         missing step, and on rows outside the batch.
         """
         first_row = self._check(images, step, rows)
-        x = images.to(self.conv1.weight.dtype)
+        x = images.to(self.get_parameter("conv1.weight").dtype)  # as they are, but for a network in float64
         for conv in CONVS:
-            if conv.meets:
-                x = exchange(x, self.tower)
-            x = self.get_submodule(conv.name)(x)
+            x = self._layer(conv.name, x)
             if conv.lrn and self.config.lrn is not None:
                 # The window of channels never crosses from one tower into the other.
-                x = local_response_norm(x, self.config.lrn, groups=self.config.towers // self.tower.count, relu=True)
+                groups = self.config.towers // self.tower_of(conv.name).count
+                x = local_response_norm(x, self.config.lrn, groups=groups, relu=True)
             else:
                 x = functional.relu(x, inplace=True)
             if conv.pool:
                 x = functional.max_pool2d(x, POOL, POOL_STRIDE)
-        x = exchange(x, self.tower).flatten(1)
+        x = x.flatten(1)
         for linear, size in zip(LINEARS, (*self.config.hidden, self.config.classes)):
-            if linear is not LINEARS[0]:
-                x = exchange(x, self.tower)
-            x = self.get_submodule(linear.name)(x)
+            x = self._layer(linear.name, x)
             if linear.last:
                 continue
             x = functional.relu(x, inplace=True)
@@ -184,8 +199,16 @@ class AlexNet(nn.Module):
         # The softmax and the loss are not for half precision.
         return logits if logits.dtype == torch.float64 else logits.float()
 
+    def _layer(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """A layer's product, with the other tower where it sees both."""
+        layer, link = self.get_submodule(name), self._links.get(name)
+        if link is None:
+            result: torch.Tensor = layer(x)
+            return result
+        return meet(layer, x, link, "rows" if self.halves_images and name == LINEARS[0].name else "channels")
+
     def _check(self, images: torch.Tensor, step: int | None, rows: tuple[int, int] | None) -> int:
-        """Refuse what would be silently wrong. Returns the first row of `images` in the global batch."""
+        """Refuse what would be silently wrong. Returns the first of the B rows in the global batch."""
         px = self.config.input_px
         if images.dim() != 4 or tuple(images.shape[1:]) != (3, px, px):
             raise ValueError(f"images (={tuple(images.shape)}) must be (B, 3, {px}, {px}); set data.crop_px and "
@@ -193,8 +216,9 @@ class AlexNet(nn.Module):
         if self.training and step is None:
             raise ValueError("step (=None) must be given in training; pass the global step, which chooses the dropout "
                              "masks, or call eval()")
-        first, total = rows if rows is not None else (0, images.shape[0])
-        if first < 0 or first + images.shape[0] > total:
-            raise ValueError(f"rows (={first}, {total}) do not hold a batch of {images.shape[0]}; give (first row, rows "
-                             "of the global batch)")
+        count = images.shape[0] * (2 if self.halves_images else 1)
+        first, total = rows if rows is not None else (0, count)
+        if first < 0 or first + count > total:
+            raise ValueError(f"rows (={first}, {total}) do not hold a batch of {count}; give (first row, rows of the global "
+                             "batch)")
         return first

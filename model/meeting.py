@@ -1,0 +1,232 @@
+"""Where the towers meet (paper figure 2): a layer sees the activations of both, and half of them lie in another process.
+
+Its product is a sum of two: own activations with their columns of the weight, the other tower's with theirs. So the first is
+computed while the other's activations travel. Backward the same way round: first the gradient that the other tower waits for;
+while it travels, all the rest; what arrives is added. Each tower sends its activations once, and once as many gradients.
+
+  conv3, fc6, fc7, fc8   as above, whatever the scheme (weird: not conv3).
+  fc6 in scheme weird    each process has all features of its own half of the images: the product is in rows, not a sum.
+  logits                 after fc8. Every tower then computes the *same* loss, so the gradient of a half is that tower's own
+                         slice; adding the other's would count the loss twice.
+
+Messages are torch.distributed's isend and irecv, batched: NCCL makes them one exchange. What crosses has the precision of the
+product: bfloat16 under autocast. Activations and gradients travel from where they lie to where they are used, in either memory
+format, without a copy; only fc6 in scheme weird copies its own half beside the half that arrives.
+
+Legend: B batch, C channels (or features) of one tower, H row, W column, N outputs of this tower.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from model.towers import Tower
+
+CROSSINGS = ("conv3", "fc6", "fc7", "fc8", "logits")
+Direction = Literal["forward", "backward"]
+
+
+def crossing(tag: int) -> tuple[str, Direction]:
+    """What a message with this tag is: (one of CROSSINGS, its direction). A tag is 2·its place, + 1 backward."""
+    return CROSSINGS[tag // 2], "backward" if tag % 2 else "forward"
+
+
+class Swap:
+    """Two tensors on their way: `sent` to the other tower, and the other's into `received`. Both are dense in memory."""
+
+    def __init__(self, sent: torch.Tensor, received: torch.Tensor, tower: Tower, tag: int) -> None:
+        # Held until `wait`: the memory of a tensor that travels must not be given to another one.
+        self._sent, self._received = sent, received
+        group, other = tower.group or dist.group.WORLD, 1 - tower.rank
+        self._works = dist.batch_isend_irecv([
+            dist.P2POp(dist.isend, _line(sent), group=group, tag=tag, group_peer=other),
+            dist.P2POp(dist.irecv, _line(received), group=group, tag=tag, group_peer=other)])
+
+    def wait(self) -> torch.Tensor:
+        """What the other tower has sent. On a GPU it is the stream that waits."""
+        for work in self._works:
+            work.wait()
+        self._works = []
+        return self._received
+
+
+@dataclass(frozen=True)
+class Link:
+    """The way to the other tower at one of the CROSSINGS. `overlap`: compute meanwhile; else wait for the message at once."""
+
+    name: str
+    tower: Tower
+    overlap: bool
+
+    def swap(self, sent: torch.Tensor, received: torch.Tensor, direction: Direction) -> Swap:
+        """Begin to send and to receive."""
+        made = Swap(sent, received, self.tower, 2 * CROSSINGS.index(self.name) + (direction == "backward"))
+        if not self.overlap:
+            made.wait()
+        return made
+
+    def halves(self, whole: torch.Tensor, dimension: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(own, the other's) half along a dimension, tower a's first in it: views."""
+        parts = whole.chunk(2, dimension)
+        return parts[self.tower.rank], parts[1 - self.tower.rank]
+
+
+def _line(x: torch.Tensor) -> torch.Tensor:
+    """The memory of a dense tensor, whatever its format: a view."""
+    return x.as_strided((x.numel(),), (1,))
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """x without gaps in memory: x itself where it is contiguous in either format."""
+    return x if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+
+
+def _as(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """x in the memory format of `like`: x itself where it has it already."""
+    return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
+
+
+@dataclass(frozen=True)
+class _Conv:
+    """The products of a convolution."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+
+    def output(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return torch.conv2d(x, weight, bias, self.stride, self.padding)
+
+    def gradients(self, grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *, of_x: bool,
+                  of_weight: torch.Tensor | None) -> torch.Tensor | None:
+        """The gradient of x, if wanted; that of the weight is put into `of_weight`, if given."""
+        found = torch.ops.aten.convolution_backward(grad, x, weight, None, self.stride, self.padding, (1, 1), False, (0, 0), 1,
+                                                    (of_x, of_weight is not None, False))
+        if of_weight is not None:
+            of_weight.copy_(found[1])
+        return _as(found[0], x) if of_x else None
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """The products of a fully connected layer."""
+
+    def output(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return functional.linear(x, weight, bias)
+
+    def gradients(self, grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *, of_x: bool,
+                  of_weight: torch.Tensor | None) -> torch.Tensor | None:
+        """The gradient of x, if wanted; that of the weight is put into `of_weight`, if given."""
+        if of_weight is not None:
+            torch.mm(grad.t(), x, out=of_weight)
+        return grad @ weight if of_x else None
+
+
+class _Meeting(torch.autograd.Function):
+    """(B, C, ...) of this tower and of the other → (B, N, ...)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, layer: _Conv | _Linear,
+                link: Link) -> torch.Tensor:
+        x = _dense(x)
+        swap = link.swap(x, torch.empty_like(x), "forward")
+        own, other = link.halves(weight, 1)
+        # The bias goes with tower a's part, so that both towers add the same terms in the same order.
+        y = layer.output(x, own, bias if link.tower.rank == 0 else None)
+        received = swap.wait()
+        y += layer.output(received, other, bias if link.tower.rank == 1 else None)
+        ctx.save_for_backward(x, received, weight)
+        ctx.layer, ctx.link = layer, link
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, received, weight = ctx.saved_tensors
+        layer, link, wanted = ctx.layer, ctx.link, ctx.needs_input_grad[0]
+        own, other = link.halves(weight, 1)
+        swap = None
+        if wanted:
+            swap = link.swap(layer.gradients(grad, received, other, of_x=True, of_weight=None), torch.empty_like(x), "backward")
+        of_weight = torch.empty_like(weight)
+        of_own, of_other = link.halves(of_weight, 1)
+        layer.gradients(grad, received, other, of_x=False, of_weight=of_other)
+        of_x = layer.gradients(grad, x, own, of_x=wanted, of_weight=of_own)
+        of_bias = grad.sum([d for d in range(grad.dim()) if d != 1])
+        if swap is not None:
+            of_x += swap.wait()
+        return of_x, of_weight, of_bias, None, None
+
+
+class _RowsMeeting(torch.autograd.Function):
+    """(B/2, 2C) features of this process's images and of the other's → (B, N).
+
+    Forward nothing is computed meanwhile: own rows first, then the others', would read all of the weight twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, link: Link) -> torch.Tensor:
+        x = _dense(x)
+        whole = x.new_empty(2 * x.shape[0], x.shape[1])
+        own, other = link.halves(whole, 0)
+        swap = link.swap(x, other, "forward")
+        own.copy_(x)
+        swap.wait()
+        ctx.save_for_backward(whole, weight)
+        ctx.link = link
+        return functional.linear(whole, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        whole, weight = ctx.saved_tensors
+        own, other = ctx.link.halves(grad, 0)
+        swap = None
+        if ctx.needs_input_grad[0]:
+            sent = other @ weight
+            swap = ctx.link.swap(sent, torch.empty_like(sent), "backward")
+        of_weight, of_bias = grad.t() @ whole, grad.sum(0)
+        of_x = own @ weight + swap.wait() if swap is not None else None
+        return of_x, of_weight, of_bias, None
+
+
+def meet(layer: nn.Module, x: torch.Tensor, link: Link, by: Literal["channels", "rows"] = "channels") -> torch.Tensor:
+    """What `layer`, which sees both towers, makes of this tower's activations and of the other's. Both must ask.
+
+    Args:
+        layer: this tower's rows of a Conv2d or a Linear (the latter only, by rows), with a bias.
+        x: (B, C, ...) activations of this tower; by rows, (B/2, 2C) of both towers for this process's half of the images.
+        by: which half of the layer's inputs x is, tower a's first.
+
+    Returns:
+        (B, N, ...) of the dtype of x, or of autocast's. It can be differentiated once.
+    """
+    assert isinstance(layer, (nn.Conv2d, nn.Linear)) and layer.bias is not None
+    weight, bias = layer.weight, layer.bias
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+    if by == "rows":
+        rows: torch.Tensor = _RowsMeeting.apply(x, weight, bias, link)
+        return rows
+    product: _Conv | _Linear = _Linear()
+    if isinstance(layer, nn.Conv2d):
+        assert not isinstance(layer.padding, str)
+        product = _Conv(layer.stride, layer.padding)
+    result: torch.Tensor = _Meeting.apply(x, weight, bias, product, link)
+    return result
+
+
+def gather_logits(part: torch.Tensor, size: int, tower: Tower) -> torch.Tensor:
+    """All `size` logits from the parts of the towers: (B, size·/2) → (B, size). A tower's gradient is its own slice."""
+    if tower.count == 1:
+        return part
+    received = part.new_empty(part.shape[0], size - part.shape[1])
+    Link("logits", tower, overlap=False).swap(part.detach().contiguous(), received, "forward")
+    # Our own columns come from `part`, so autograd leads exactly their gradient back; the others are constants.
+    return torch.cat([part, received] if tower.rank == 0 else [received, part], dim=1)
