@@ -248,21 +248,70 @@ with topology(towers=2, device="cpu", timeout_s=60) as where:
 """
 
 
-def two_processes(*argv: Any) -> None:
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+def processes(count: int, *argv: Any) -> None:
+    """Run a script in so many processes; each prints "done" at its end."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count),
                            *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=120,
                           env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"})
-    assert done.returncode == 0 and done.stdout.count("done") == 2, done.stdout + done.stderr
+    assert done.returncode == 0 and done.stdout.count("done") == count, done.stdout + done.stderr
 
 
 def test_two_processes_write_and_one_reads_and_the_reverse(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(TOPOLOGIES, encoding="utf-8")
     save(tmp_path / "by_one", 7)
-    two_processes(script, tmp_path / "by_one", tmp_path / "by_two")
+    processes(2, script, tmp_path / "by_one", tmp_path / "by_two")
     path = tmp_path / "by_two" / "step-000000007"
     checkpoint.verify(path)
     assert len(list(path.glob("*.distcp"))) == 2
     found = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
     checkpoint.load(path, found, SHAPES, ALONE)
     assert all(torch.equal(found[name], value) for name, value in tensors(7).items())
+
+
+EVERY_WAY = """
+import sys, warnings
+warnings.simplefilter("error")
+import torch
+from dataclasses import replace
+from pathlib import Path
+from torch.distributed.device_mesh import init_device_mesh
+from model.towers import Tower, tower_slice
+from train import checkpoint
+from train.distributed import topology
+from tests.test_checkpoint import SHAPES, attach, tensors
+root = Path(sys.argv[1])
+torch.set_num_threads(1)
+with topology(towers=2, device="cpu", timeout_s=60) as pairs:
+    assert (pairs.data_ranks, pairs.tower_ranks) == (2, 2)
+    flat = replace(pairs, data_rank=pairs.rank, data_ranks=4, tower_rank=0, tower_ranks=1,
+                   mesh=init_device_mesh("cpu", (4, 1), mesh_dim_names=("data", "tower")))
+    tower = Tower(pairs.tower_rank, 2)
+    ways = {"towers": (pairs, ("weight.a", "velocity.a", "weight.b")), "weird": (pairs, ("weight.b",)), "flat": (flat, ())}
+    for way, (where, split) in ways.items():
+        mine = {name: (tower_slice(whole, tower) if name in split else whole).clone() for name, whole in tensors(7).items()}
+        checkpoint.save(root, way, mine, SHAPES, {"validation_error": None}, attach, where)
+    for way, (where, split) in ways.items():
+        mine = {name: (tower_slice(whole, tower) if name in split else whole) for name, whole in tensors(7).items()}
+        for written in (*ways, "alone"):
+            found = {name: torch.zeros_like(part) for name, part in mine.items()}
+            checkpoint.load(root / written, found, SHAPES, where)
+            assert all(torch.equal(found[name], part) for name, part in mine.items()), (way, written)
+    print("done")
+"""
+
+
+def test_written_and_read_by_four_processes_in_every_way(tmp_path: Path) -> None:
+    """Two pairs of towers, two pairs with some tensors whole ("weird"), four data ranks, one alone: each reads all."""
+    script = tmp_path / "script.py"
+    script.write_text(EVERY_WAY, encoding="utf-8")
+    checkpoint.save(tmp_path, "alone", tensors(7), SHAPES, {"validation_error": None}, attach, ALONE)
+    processes(4, script, tmp_path)
+    size = sum(file.stat().st_size for file in (tmp_path / "alone").glob("*.distcp")) / len(SHAPES)
+    for written, parts in ("towers", 6), ("weird", 4), ("flat", 3):
+        path = tmp_path / written
+        checkpoint.verify(path)
+        found = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+        checkpoint.load(path, found, SHAPES, ALONE)
+        assert all(torch.equal(found[name], value) for name, value in tensors(7).items()), written
+        assert sum(file.stat().st_size for file in path.glob("*.distcp")) < (parts + 0.5) * size, "each part is written once"

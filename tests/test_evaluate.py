@@ -1,9 +1,10 @@
-"""Counting: ranks with ties, averaged softmax, every image once; chance; unlabelled and damaged input."""
+"""Counting: ranks with ties, averaged softmax, every image once; chance; unlabelled and damaged input; many processes."""
 
 from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
+from pathlib import Path
 from typing import Iterator
 
 import numpy as np
@@ -17,6 +18,8 @@ from pipeline.batches import Batch
 from pipeline.squares import TestLoader, views
 from pipeline.stats import Stats
 from tests.conftest import TinySet
+from tests.recipes import write_recipe
+from tests.test_checkpoint import processes
 from train.evaluate import Score, evaluate, ranks
 
 PIXELS = DataConfig(region="square", square_px=76, crop_px=67, mirror=True, lighting=0.1, mean="image")
@@ -132,3 +135,82 @@ def test_labels_in_another_order_are_at_chance() -> None:
     assert not Score(50_000, 0, 0, 0.0, 1000).at_chance
     assert Score(50_000, int((labels != permuted).sum()), 0, 0.0, 1000).at_chance
     assert not Score(50_000, 49_800, 0, 0.0, 1000).at_chance  # 0.4% right, where chance is 0.1%
+
+
+TOGETHER = """
+import contextlib, sys, warnings
+warnings.simplefilter("error")
+from dataclasses import replace
+from pathlib import Path
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from model.alexnet import AlexNet
+from model.towers import BOTH, Tower
+from pipeline.config import LoaderConfig
+from pipeline.index import SampleIndex
+from pipeline.reader import SampleError
+from pipeline.squares import TestLoader
+from pipeline.stats import Stats
+from tests.test_evaluate import PIXELS, Means
+from train.distributed import topology
+from train.evaluate import evaluate
+from train.recipe import load
+
+index = SampleIndex.load(sys.argv[1])
+model = load(Path(sys.argv[2])).model
+stats = Stats.for_index(index, 76)
+torch.set_num_threads(1)
+
+def tested(network, where=None, batch=5, spoil=lambda loader: None, **options):
+    shard = (where.data_rank, where.data_ranks) if where else (0, 1)
+    with TestLoader(index, "val", PIXELS, batch, stats, machine=LoaderConfig(threads=1), shard=shard) as loader:
+        spoil(loader)
+        return evaluate(network, loader, 10, contextlib.nullcontext, where=where, **options)
+
+def raising(error):
+    def spoil(loader):
+        prepare = loader._prepare
+        def failing(step):
+            if step in (6, 7):
+                raise error(index, 1000 + step, "is gone") if error is SampleError else error(f"no batch {step}")
+            return prepare(step)
+        loader._prepare = failing
+    return spoil
+
+with topology(towers=2, device="cpu", timeout_s=60) as pairs:
+    flat = replace(pairs, data_rank=pairs.rank, data_ranks=4, tower_rank=0, tower_ranks=1,
+                   mesh=init_device_mesh("cpu", (4, 1), mesh_dim_names=("data", "tower")))
+    whole = AlexNet(model, seed=3)
+    alone = tested(whole)
+    told = []
+    assert alone == tested(whole, flat, progress=lambda done, total: told.append((done, total))), "not to the bit"
+    assert told == [(20, 24), (24, 24)], told  # 5 batches: one process has two
+    tower = Tower(pairs.tower_rank, 2, pairs.group("tower"))
+    for scheme in "towers", "weird":  # batches of 5 are odd, for halves
+        told.clear()
+        score = tested(AlexNet(model, seed=3, tower=tower, scheme=scheme), pairs,
+                       progress=lambda done, total: told.append((done, total)))
+        assert replace(score, loss=0) == replace(alone, loss=0) and abs(score.loss - alone.loss) < 1e-6, scheme
+        assert len(set(pairs.gather(score))) == 1 and told == [(10, 24), (20, 24), (24, 24)], told
+    # One process has stopped, cannot read, or fails, in the second round: so have, and do, all.
+    asked = iter([False, flat.rank == 2, False])
+    assert tested(Means(), flat, stop=lambda: next(asked)) is None
+    for error, batch in (SampleError, 3), (OSError, 3):  # 8 batches: 6 and 7 are those of the third and the fourth process
+        try:
+            tested(Means(), flat, batch, raising(error))
+        except Exception as caught:
+            found = (type(caught).__name__, str(caught))
+        every = flat.gather(found)
+        if error is SampleError:
+            assert len(set(every)) == 1 and "sample 1006 (=" in found[1] and "is gone; run" in found[1], every
+        else:
+            other = ("RuntimeError", "process 2 could not test its images: no batch 6")
+            assert every == [other, other, ("OSError", "no batch 6"), other], every
+    print("done")
+"""
+
+
+def test_four_processes_share_the_batches_and_the_failures(tiny_set: TinySet, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(TOGETHER, encoding="utf-8")
+    processes(4, script, tiny_set.index, write_recipe(tmp_path, tiny_set.index))

@@ -1,7 +1,8 @@
 """Checkpoints that exist whole or not at all, and that any number of processes can read.
 
 A folder `step-000001234` (or `step-000001234-epoch-0003`, taken after the validation of that many epochs) holds
-  *.distcp, .metadata   weights and velocities in canonical shapes (torch.distributed.checkpoint); a tower is Shard(0)
+  *.distcp, .metadata   weights and velocities in canonical shapes (torch.distributed.checkpoint); a tower is Shard(0).
+                        What several processes hold alike is written by one of them
   state.json            everything else: step, epoch, loader cursor, schedule, sums of the epoch so far
   config.yaml, stats.npz   the resolved recipe and the training set's statistics, so that it can be tested anywhere
   manifest.json         size and SHA-256 of each of these files, checked before a byte of them is believed
@@ -19,9 +20,10 @@ import os
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterator, Mapping, Optional, Sequence
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -31,6 +33,9 @@ FORMAT = 1
 BEFORE = "-before"
 MANIFEST, STATE = "manifest.json", "state.json"
 CONFIG, STATS = "config.yaml", "stats.npz"
+
+# One process alone is what we asked for. For good, because `catch_warnings` is not for threads, and `save` runs in one.
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 
 class DamagedCheckpoint(RuntimeError):
@@ -49,27 +54,30 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def save(root: Path, name: str, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]],
-         state: Mapping[str, Any], attach: Callable[[Path], None], where: Topology) -> Path:
-    """Write one checkpoint; all processes call it together.
+         state: Mapping[str, Any], attach: Callable[[Path], None], where: Topology,
+         group: Optional[dist.ProcessGroup] = None) -> Path:
+    """Write one checkpoint; all processes call it together, and none comes back before it is there.
 
     Args:
         root: folder of the run's checkpoints.
         name: from `checkpoint_name`; one of the same name is replaced, without a moment in which neither is there.
-        tensors: this process's part of each tensor (its rows when it is a tower).
+        tensors: this process's part of each tensor: its tower's rows, or, where it has the canonical shape, all of it.
         shapes: canonical shape of each.
         state: plain values for state.json.
         attach: writes the other files into the folder it is given; called in the main process.
         where: this process.
+        group: all processes, in a group that nobody else uses meanwhile; by default the one of training.
+
+    Raises:
+        RuntimeError: a process could not write its part; in all of them, with its reason.
     """
     staged, final, before = root / f".{name}.partial", root / name, root / f"{name}{BEFORE}"
-    if where.is_main:
+
+    def begin() -> None:
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
-    where.agree(True)  # nobody writes before the folder is there
-    with _alone_is_fine():
-        dcp.save(_canonical(tensors, shapes, where), storage_writer=dcp.FileSystemWriter(staged),
-                 no_dist=where.is_alone)
-    if where.is_main:
+
+    def publish() -> None:
         (staged / STATE).write_text(json.dumps({"format": FORMAT, **state}, indent=1, sort_keys=True), encoding="utf-8")
         attach(staged)
         files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(staged.iterdir())}
@@ -83,8 +91,50 @@ def save(root: Path, name: str, tensors: Mapping[str, torch.Tensor], shapes: Map
         staged.rename(final)
         _sync(root)
         shutil.rmtree(before, ignore_errors=True)
-    where.agree(True)  # nobody goes on before it is there
+
+    try:
+        _in_main(begin, where, group)
+        with _reasons(""):
+            dcp.save(_canonical(tensors, shapes, where), storage_writer=dcp.FileSystemWriter(staged), process_group=group,
+                     no_dist=where.is_alone)
+        _in_main(publish, where, group)
+    except Exception as error:
+        if where.is_main:
+            shutil.rmtree(staged, ignore_errors=True)  # a full disk needs the room
+        raise RuntimeError(f"checkpoint (={final}) could not be written: {error}; the ones before it are whole: mend this, then "
+                           "go on with --resume") from error
     return final
+
+
+def _in_main(work: Callable[[], None], where: Topology, group: Optional[dist.ProcessGroup]) -> None:
+    """Do something in the main process, while the others wait for it; they fail as it does."""
+    failure: Optional[Exception] = None
+    if where.is_main:
+        try:
+            work()
+        except Exception as error:
+            failure = error
+    if not where.is_alone:
+        told = [str(failure) if failure else None]
+        dist.broadcast_object_list(told, src=0, group=group, device=torch.device("cpu"))
+        if told[0] is not None and failure is None:
+            failure = RuntimeError(told[0])
+    if failure is not None:
+        raise failure
+
+
+@contextlib.contextmanager
+def _reasons(prefix: str) -> Iterator[None]:
+    """What failed inside torch's checkpointing, and in which process, as a RuntimeError of one line after `prefix`.
+
+    Its own is a BaseException, which passes every `except Exception`, with a traceback for each process as its text.
+    """
+    try:
+        yield
+    except dcp.CheckpointException as error:
+        found = sorted(error.failures.items())
+        raise RuntimeError(prefix + "; ".join(f"process {rank}: {(str(cause) or type(cause).__name__).splitlines()[0]}"
+                                              for rank, (cause, _) in found)) from error
 
 
 def verify(path: Path) -> None:
@@ -212,28 +262,22 @@ def load(path: Path, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, S
         if stored.get(name) != wanted.get(name):
             raise ValueError(f"{name} (={wanted.get(name, 'none')} here) is {stored.get(name, 'none')} in {path}; "
                              "load it with the recipe it was written with")
-    with _alone_is_fine():
+    with _reasons(f"checkpoint (={path}) could not be read: "):
         dcp.load(_canonical(tensors, shapes, where), storage_reader=reader, no_dist=where.is_alone)
 
 
 def _canonical(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]],
                where: Topology) -> dict[str, Any]:
-    """The tensors as parts of the whole network's: a tower holds Shard(0) of each."""
-    if where.tower_ranks == 1:
-        return {name: tensor.detach() for name, tensor in tensors.items()}
-    assert where.mesh is not None
-    return {name: DTensor.from_local(tensor.detach(), where.mesh, [Replicate(), Shard(0)], run_check=False,
-                                     shape=torch.Size(shapes[name]),
-                                     stride=torch.empty(tuple(shapes[name]), device="meta").stride())
-            for name, tensor in tensors.items()}
-
-
-@contextlib.contextmanager
-def _alone_is_fine() -> Iterator[None]:
-    """Without torch's warning that a single process, which we asked for, is assumed."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        yield
+    """The tensors as parts of the whole network's: what a tower holds some rows of is Shard(0) over the pair."""
+    found: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        shape = torch.Size(shapes[name])
+        found[name] = tensor.detach()
+        if tensor.shape != shape:
+            assert where.mesh is not None and where.tower_ranks == 2, f"{name} {tuple(tensor.shape)} is not {tuple(shape)}"
+            found[name] = DTensor.from_local(tensor.detach(), where.mesh, [Replicate(), Shard(0)], run_check=False, shape=shape,
+                                             stride=torch.empty(shape, device="meta").stride())
+    return found
 
 
 def _sha256(path: Path) -> str:

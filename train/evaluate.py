@@ -3,8 +3,9 @@
     python -m train.evaluate --run runs/NAME [--which best|last] [--views 10] [--split val] [--index DIR]
     python -m train.evaluate --checkpoint runs/NAME/checkpoints/step-… [--views 10]
 
-Also under `torchrun --nproc-per-node 2 -m -- train.evaluate --run …` (the `--` keeps torchrun from reading --run as an
-option of its own): both processes see every image, each holds one tower.
+Also under `torchrun --nproc-per-node N -m -- train.evaluate --run …` (the `--` keeps torchrun from reading --run as an option
+of its own), however the network was trained: each process holds all of it and tests every N-th batch, with the same result to
+the bit.
 Exit codes: 0 done, 2 a mistake in what was asked, 4 the machine failed, 130 interrupted. B batch, K classes.
 """
 
@@ -16,13 +17,15 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, ContextManager, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, ContextManager, Iterator, Optional, Sequence
 
 if TYPE_CHECKING:  # --help needs none of it
     import torch
     from torch import nn
 
+    from pipeline.batches import Batch
     from pipeline.squares import TestLoader
+    from train.distributed import Topology
 
 
 @dataclass(frozen=True)
@@ -91,61 +94,139 @@ def ranks(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return ((probabilities > mine) | ((probabilities == mine) & lower)).sum(1)
 
 
+@dataclass(frozen=True)
+class _Counts:
+    """Of one batch: its number, top-1 and top-5 errors, sum of log probabilities of its labels."""
+
+    number: int
+    top1_errors: int
+    top5_errors: int
+    log: float
+
+
 def evaluate(network: nn.Module, loader: TestLoader, views: int, autocast: Callable[[], ContextManager[Any]],
              stop: Callable[[], bool] = lambda: False,
-             progress: Callable[[int, int], None] = lambda done, total: None) -> Optional[Score]:
-    """Test a network on every image of a loader's split.
+             progress: Callable[[int, int], None] = lambda done, total: None,
+             where: Optional[Topology] = None) -> Optional[Score]:
+    """Test a network on every image of a split. All processes call it together and get the same score, to the bit the same for
+    any number of data ranks: each counts its batches, and the counts are added in the order of the batches.
 
     Args:
         network: images (B, 3, crop, crop) to logits (B, K); put into eval mode and back.
-        loader: of whole squares.
+        loader: of whole squares; with `shard` (data_rank, data_ranks) the batches of this process.
         views: 1 (centre) or 10 (corners and centre, and mirrored); their softmax outputs are averaged.
         autocast: context in which the network runs.
-        stop: asked before each batch; when true, the test is given up and None comes back.
-        progress: told of images done and in all.
+        stop: asked before each batch; when true in any process, the test is given up in all and None comes back.
+        progress: told of images done, by all processes, and in all.
+        where: this process; None is one alone.
 
     Raises:
-        ValueError: an image has no label.
+        SampleError: an image cannot be read; in all processes, whichever met it.
+        ValueError: an image has no label (or, in the other processes, RuntimeError, as with all that loading fails of).
         RuntimeError: not every image came exactly once, or a probability is not finite.
     """
     import numpy as np
     import torch
 
-    expected = loader.index.ids(loader.split)
+    total = len(loader.index.ids(loader.split))
+    counts: list[_Counts] = []
     seen: list[np.ndarray] = []
-    top1 = top5 = done = 0
-    loss, classes = 0.0, 0
+    done = classes = 0
     training = network.training
     network.eval()
     try:
         with torch.no_grad():  # not inference_mode: what a layer keeps from here must serve training too
-            for batch in loader:
-                if stop():
-                    return None
-                if int(batch.labels.min()) < 0:
-                    raise ValueError(f"split (={loader.split}) of {loader.index.path} has images without a label; "
-                                     "choose a split with ground truth")
-                total = torch.zeros(())
-                with autocast():
-                    for view in loader.views(batch.images, views):
-                        total = network(view.contiguous()).double().softmax(1) + total.to(view.device)
-                probabilities = total / views
-                place = ranks(probabilities, batch.labels)
-                top1 += int((place >= 1).sum())
-                top5 += int((place >= 5).sum())
-                own = probabilities.gather(1, batch.labels[:, None]).clamp_min(torch.finfo(torch.float64).tiny)
-                loss -= float(own.log().sum())
-                classes = probabilities.shape[1]
-                seen.append(batch.ids)
-                done += len(batch.ids)
-                progress(done, len(expected))
+            for batch, images in _rounds(loader, stop, where):
+                if batch is not None:
+                    probabilities = _probabilities(network, loader, batch, views, autocast, where)
+                    place = ranks(probabilities, batch.labels)
+                    own = probabilities.gather(1, batch.labels[:, None]).clamp_min(torch.finfo(torch.float64).tiny)
+                    counts.append(_Counts(batch.step, int((place >= 1).sum()), int((place >= 5).sum()), float(own.log().sum())))
+                    seen.append(batch.ids)
+                    classes = probabilities.shape[1]
+                done += images
+                progress(done, total)
+    except _Stopped:
+        return None
     finally:
         network.train(training)
+    if where is not None and where.data_ranks > 1:
+        found = where.gather((counts, seen, classes))[::where.tower_ranks]  # both towers of a pair have the same
+        counts, seen = [entry for part in found for entry in part[0]], [ids for part in found for ids in part[1]]
+        classes = max(part[2] for part in found)
     ids = np.sort(np.concatenate(seen)) if seen else np.zeros(0, np.int64)
-    if not np.array_equal(ids, expected):
-        raise RuntimeError(f"images tested (={len(ids)}, {len(np.unique(ids))} different) must be the {len(expected)} "
-                           f"of split {loader.split}, each once; report this, the counts would be wrong")
-    return Score(done, top1, top5, loss / done, classes)
+    if not np.array_equal(ids, loader.index.ids(loader.split)):
+        raise RuntimeError(f"images tested (={len(ids)}, {len(np.unique(ids))} different) must be the {total} of split "
+                           f"{loader.split}, each once; report this, the counts would be wrong")
+    loss = 0.0
+    for entry in sorted(counts, key=lambda entry: entry.number):
+        loss -= entry.log
+    return Score(len(ids), sum(entry.top1_errors for entry in counts), sum(entry.top5_errors for entry in counts),
+                 loss / len(ids), classes)
+
+
+class _Stopped(Exception):
+    """Somebody asked to stop."""
+
+
+def _rounds(loader: TestLoader, stop: Callable[[], bool], where: Optional[Topology]) -> Iterator[tuple[Optional[Batch], int]]:
+    """Batch after batch of this process (None when others still have one), with the images of all processes in this round.
+
+    Before each round all agree that everyone has its batch: a process that has failed would leave the others waiting for ever.
+    """
+    batches = iter(loader)
+    while True:
+        batch, failure = None, None
+        try:
+            batch = next(batches, None)
+            if batch is not None and int(batch.labels.min()) < 0:
+                raise ValueError(f"split (={loader.split}) of {loader.index.path} has images without a label; choose a split "
+                                 "with ground truth")
+        except Exception as error:
+            failure = error
+        flags = [len(batch.ids) if batch is not None else 0, failure is not None, stop()]
+        images, failed, stopped = where.total(flags) if where is not None else flags
+        if failed:
+            raise _first_failure(failure, loader, where)
+        if images == 0:
+            return
+        if stopped:
+            raise _Stopped
+        yield batch, int(images) // (where.tower_ranks if where is not None else 1)
+
+
+def _first_failure(failure: Optional[Exception], loader: TestLoader, where: Optional[Topology]) -> Exception:
+    """The failure that all processes raise: the one of the first that has any."""
+    from pipeline.reader import SampleError
+
+    if where is None or where.is_alone:
+        assert failure is not None
+        return failure
+    sample = (failure.id, failure.reason) if isinstance(failure, SampleError) else None
+    found = where.gather((str(failure) or type(failure).__name__, sample) if failure is not None else None)
+    rank = next(rank for rank, entry in enumerate(found) if entry is not None)
+    if rank == where.rank and failure is not None:
+        return failure
+    text, sample = found[rank]
+    return SampleError(loader.index, *sample) if sample else RuntimeError(f"process {rank} could not test its images: {text}")
+
+
+def _probabilities(network: nn.Module, loader: TestLoader, batch: Batch, views: int,
+                   autocast: Callable[[], ContextManager[Any]], where: Optional[Topology]) -> torch.Tensor:
+    """(B, K) float64: the softmax of a batch, averaged over the views."""
+    import torch
+
+    images = batch.images
+    if halves := getattr(network, "halves_images", False):  # each process of the pair gives half of an even number
+        assert where is not None
+        images = torch.cat([images, images[-1:]]) if len(images) % 2 else images
+        images = images.chunk(2)[where.tower_rank]
+    total = torch.zeros(())
+    with autocast():
+        for view in loader.views(images, views):
+            logits = network(view.contiguous())[:len(batch.ids)] if halves else network(view.contiguous())
+            total = logits.double().softmax(1) + total.to(view.device)
+    return total / views
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -173,6 +254,7 @@ def run(asked: argparse.Namespace) -> None:
 
     from pipeline.stats import Stats
     from train import build, checkpoint
+    from train.config import ParallelConfig
     from train.distributed import topology
     from train.recipe import load
 
@@ -193,7 +275,8 @@ def run(asked: argparse.Namespace) -> None:
     machine = replace(config.machine, **{name: value for name, value in
                                          (("archives", asked.archives), ("test_batch", asked.batch),
                                           ("device", asked.device)) if value is not None})
-    config = replace(config, machine=machine, data=replace(config.data, index=asked.index or config.data.images, packed=""))
+    config = replace(config, machine=machine, data=replace(config.data, index=asked.index or config.data.images, packed=""),
+                     parallel=ParallelConfig(towers=1))
     split, views = asked.split or config.data.test_split, asked.views or config.train.test_views
     with topology(towers=config.model.towers, parallel=config.parallel, device=machine.device,
                   timeout_s=machine.timeout_s) as where:
@@ -207,7 +290,7 @@ def run(asked: argparse.Namespace) -> None:
         checkpoint.load(path, tensors, shapes, where, all_of_it=False)
         loader = build.test_loader(config, where, index, Stats.load(path / checkpoint.STATS), split)
         try:
-            score = evaluate(network, loader, views, build.autocast(config, where))
+            score = evaluate(network, loader, views, build.autocast(config, where), where=where)
         finally:
             loader.close()
         assert score is not None  # nobody stopped it

@@ -39,13 +39,18 @@ class Metrics:
             line = json.dumps({"kind": kind, "time": round(time.time(), 3), **values}, allow_nan=False)
             self.file.write(line.encode() + b"\n")
 
-    def sync(self) -> int:
-        """Everything onto the disk; the file's length in bytes."""
+    def length(self) -> int:
+        """Bytes of the file, with all that was written to it."""
         if self.file is None:
             return 0
         self.file.flush()
-        os.fsync(self.file.fileno())
         return self.file.tell()
+
+    def sync(self) -> None:
+        """Everything onto the disk."""
+        if self.file is not None:
+            self.file.flush()
+            os.fsync(self.file.fileno())
 
     def cut(self, length: int) -> None:
         """Forget what was written after the file had this length."""
