@@ -1,7 +1,8 @@
 """How many images a second the network of a recipe takes: forward, backward and update, on batches that cost nothing.
 
-The one concept: the step is the training loop's own (train/loop.py) without the loader: the same network, update rule,
-precision and check of the gradient, on the recipe's device; the pixels are noise. B batch.
+The one concept: the step is the training loop's own (train/loop.py) without the loader: the same network, sums of gradients,
+update rule, precision and check of what is not finite, on the recipe's device and for any number of processes; the pixels are
+noise. B batch, over all processes.
 """
 from __future__ import annotations
 
@@ -9,12 +10,12 @@ from collections.abc import Iterator
 
 import torch
 from torch.nn import functional
-from torch.nn.utils import get_total_norm
 
 from pipeline.batches import Batch
 from train import build
 from train.config import Config
 from train.distributed import Topology
+from train.gradients import Gradients
 from train.optimizer import build_optimizer
 
 
@@ -26,7 +27,8 @@ class NetworkStep:
         self._config, self._where = config, where
         self._network = build.network(config, where)
         self._network.train()
-        self._optimizer = build_optimizer(self._network, config.optimizer)
+        self._gradients = Gradients(self._network, where, config.parallel.overlap)
+        self._optimizer = build_optimizer(self._network, config.optimizer, where.group("tower"))
         self._autocast = build.autocast(config, where)
         self._step = 0
 
@@ -38,20 +40,26 @@ class NetworkStep:
         """Steps on the same B images of noise, without end; each gives B."""
         side, classes = self._config.data.crop_px, self._config.model.classes
         random = torch.Generator().manual_seed(0)
-        images = torch.randn(batch, 3, side, side, generator=random).to(self._where.device) * 50
-        labels = torch.randint(classes, (batch,), generator=random).to(self._where.device)
+        share = batch // self._where.data_ranks
+        mine = share // 2 if self._network.halves_images else share
+        images = torch.randn(mine, 3, side, side, generator=random).to(self._where.device) * 50
+        labels = torch.randint(classes, (share,), generator=random).to(self._where.device)
         while True:
             self._train(images, labels)
             yield batch
 
     def _train(self, images: torch.Tensor, labels: torch.Tensor) -> None:
-        with self._autocast():
-            logits = self._network(images, step=self._step)
-        loss = functional.cross_entropy(logits, labels)
+        """Images of this process; labels of its pair's share of the batch."""
+        total = len(labels) * self._where.data_ranks
         self._optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            logits = self._network(images, step=self._step, rows=(self._where.data_rank * len(labels), total))
+        loss = functional.cross_entropy(logits, labels, reduction="sum") / total
+        self._gradients.begin(last=True)
         loss.backward()
-        norm = get_total_norm([p.grad for p in self._network.parameters() if p.grad is not None])
-        torch.stack([loss.detach(), norm]).tolist()     # the loop looks at both, which waits for the device
+        norm = self._gradients.finish()
+        wrong = (logits.detach().argmax(1) != labels).sum()
+        # The loop looks at all of them, which waits for the device and for the other processes.
+        self._where.total(torch.stack([loss.detach(), norm, wrong]).tolist())
         self._optimizer.step()
-        int((logits.detach().argmax(1) != labels).sum())
         self._step += 1

@@ -75,7 +75,7 @@ class Data(DataConfig):
 @dataclass(frozen=True)
 class LarsConfig:
     """Layer-wise adaptive rates for large batches (You, Gitman, Ginsburg 2017, arXiv 1708.03888): the rate of a weight is
-    multiplied by trust ‖w‖ / (‖g‖ + weight_decay ‖w‖ + epsilon). Biases keep theirs.
+    multiplied by trust ‖w‖ / (‖g‖ + weight_decay ‖w‖ + epsilon), by 1 where a norm is 0. Biases keep theirs.
 
     Attributes:
         trust: trust coefficient (the paper's AlexNet: 0.001).
@@ -100,7 +100,8 @@ class OptimizerConfig:
         weight_decay: of weights; biases have none (paper: 0.0005).
         bias_lr_factor: learning rate of biases over that of weights (release: 2).
         base_batch: batch for which the rates of `optimizer` and `schedule` were chosen: they are multiplied by train.batch /
-            base_batch (linear scaling, Goyal et al. 2017, arXiv 1706.02677, with schedule.warmup_steps); 0 for none.
+            base_batch (linear scaling, Goyal et al. 2017, arXiv 1706.02677), to which schedule.warmup_steps climb from the
+            unscaled rate; 0 for none.
         lars: layer-wise adaptive rates, for batches of thousands; null for none.
     """
 
