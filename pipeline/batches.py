@@ -161,8 +161,11 @@ class Loader(ABC):
     def _batch(self, step: int, ids: Ids, epochs: Ids, images: torch.Tensor) -> Batch:
         self.meter.enter("copy")
         with self.meter.span("copy", step):
-            labels = torch.from_numpy(self.index.samples["label"][ids].astype(np.int64)).to(self.device)
-        return Batch(images, labels, ids, epochs, step)
+            return Batch(images, self.labels(ids), ids, epochs, step)
+
+    def labels(self, ids: Ids) -> torch.Tensor:
+        """(B,) int64 class indices of samples, on the loader's device."""
+        return torch.from_numpy(self.index.samples["label"][ids].astype(np.int64)).to(self.device)
 
     def _start(self, produce: Generator[Batch, None, None]) -> Ahead[Batch]:
         return Ahead(produce, self.machine.queue if self._device_id is None else 0, self.meter)

@@ -90,7 +90,7 @@ class Meter:
         self._totals = dict.fromkeys((*STATES, "idle"), 0.0)
         self._spans: dict[str, Span] = {}
         self._waits = Waits()
-        self._pending: deque[tuple[Any, Any, Waits]] = deque()  # waits whose end the device has not reached yet
+        self._pending: deque[tuple[Any, Any, Waits, str]] = deque()  # waits whose end the device has not reached yet
         self.events: list[Event] = []
         self.depths: deque[tuple[float, int]] = deque(maxlen=_DEPTHS)
         self._range: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()
@@ -144,10 +144,24 @@ class Meter:
             yield
         seconds, after = self.now() - start, self.totals()
         wait = Waits(seconds, **{state: min(seconds, after[state] - before[state]) for state in STATES}, batches=1)
+        self._add(wait, stream, begun, "decode")
+
+    @contextmanager
+    def copying(self, step: int, stream: Any = None) -> Iterator[None]:
+        """The consumer waits for what another process sends of batch `step`; the producer is not the cause. See `waiting`."""
+        self._settle()
+        start = self.now()
+        begun = None if stream is None else _mark(stream)
+        with self.span("swap", step):
+            yield
+        seconds = self.now() - start
+        self._add(Waits(seconds, copy=seconds), stream, begun, "copy")
+
+    def _add(self, wait: Waits, stream: Any, begun: Any, rest: str) -> None:
         if begun is None:
             self._waits = self._waits.plus(wait)
         else:
-            self._pending.append((begun, _mark(stream), wait))
+            self._pending.append((begun, _mark(stream), wait, rest))
 
     @property
     def waits(self) -> Waits:
@@ -158,13 +172,13 @@ class Meter:
     def _settle(self) -> None:
         """Count the waits whose end the device has reached."""
         while self._pending and self._pending[0][1].query():
-            start, end, wait = self._pending.popleft()
+            start, end, wait, rest = self._pending.popleft()
             seconds = start.elapsed_time(end) / 1e3
             # The device may have been busy while the host waited, and may wait for the loader's kernels when it no longer does.
             share = min(1.0, seconds / max(sum(getattr(wait, state) for state in STATES), 1e-9))
             parts = {state: share * getattr(wait, state) for state in STATES}
-            parts["decode"] += max(0.0, seconds - sum(parts.values()))
-            self._waits = self._waits.plus(Waits(seconds, **parts, batches=1))
+            parts[rest] += max(0.0, seconds - sum(parts.values()))
+            self._waits = self._waits.plus(Waits(seconds, **parts, batches=wait.batches))
 
 
 def _mark(stream: Any) -> Any:

@@ -3,6 +3,7 @@
 Archives are memory-mapped, so a view costs nothing until its bytes are used, and ranks on one node share one copy of the
 page cache.
 """
+import contextlib
 import json
 import mmap
 import os
@@ -121,29 +122,42 @@ class Reader:
 
 
 class Quarantine:
-    """The samples training could not use: named, counted, bounded.
+    """The samples training could not use: named, counted, bounded. Of several processes each writes what it finds into a file
+    of its own, and reads the others' whenever it finds something, so that the budget is the whole run's.
 
     Args:
         budget: how many distinct samples may fail before training stops.
-        path: quarantine.jsonl, appended to, or None. Samples it already names count.
-        writes: False only reads the file: of several processes that find the same samples, one writes.
+        path: quarantine.jsonl, or None. Samples that it or the other processes' files name count.
+        process: number of this process: 0 appends to `path`, 3 to quarantine-3.jsonl beside it.
     """
 
-    def __init__(self, budget: int, path: str | Path | None = None, *, writes: bool = True) -> None:
-        self.budget, self._writes = budget, writes
+    def __init__(self, budget: int, path: str | Path | None = None, *, process: int = 0) -> None:
+        self.budget = budget
         self.ids: set[int] = set()
         self._path = None if path is None else Path(path)
+        self._own = self._path and self._path.with_name(f"{self._path.stem}-{process}{self._path.suffix}" if process
+                                                        else self._path.name)
+        self._read: dict[Path, int] = {}  # bytes of each file that `ids` has
         self._lock = threading.Lock()
-        if self._path is not None and self._path.exists():
-            text = self._path.read_text()
-            for line in text.splitlines():
-                try:
-                    self.ids.add(int(json.loads(line)["id"]))
-                except (ValueError, KeyError):
-                    continue  # a line cut off by a kill; the sample will be found again
-            if writes and text and not text.endswith("\n"):
-                with open(self._path, "a") as file:
-                    file.write("\n")
+        self._catch_up()
+        if self._own in self._read and self._own.stat().st_size > self._read[self._own]:  # a line cut off by a kill
+            with open(self._own, "a") as file:
+                file.write("\n")
+
+    def _catch_up(self) -> None:
+        """Count what all files name; they only grow."""
+        if self._path is None:
+            return
+        for path in self._path.parent.glob(f"{self._path.stem}*{self._path.suffix}"):
+            start = self._read.setdefault(path, 0)
+            if path.stat().st_size > start:
+                with open(path, "rb") as file:
+                    file.seek(start)
+                    lines, _, _ = file.read().rpartition(b"\n")  # the last one may be half written
+                self._read[path] += len(lines) + 1 if lines else 0
+                for line in lines.splitlines():
+                    with contextlib.suppress(ValueError, KeyError):  # one cut off; the sample will be found again
+                        self.ids.add(int(json.loads(line)["id"]))
 
     def add(self, index: SampleIndex, error: SampleError, *, archive: str = "", **where: Any) -> None:
         """Note a sample. `where` (epoch, step, substitute …) goes into its line; `archive`: URI of its archive when that is no
@@ -153,16 +167,20 @@ class Quarantine:
             RuntimeError: more samples than the budget allows have failed.
         """
         with self._lock:
-            new = error.id not in self.ids
-            self.ids.add(error.id)
-            if new and self._writes and self._path is not None:
-                row = index.samples[error.id]
-                line = {"id": error.id, "member": index.safe_name(error.id),
-                        "archive": archive or str(index.archive_path(int(row["archive"]))), "reason": error.reason, **where}
-                with open(self._path, "a") as file:
-                    file.write(json.dumps(line) + "\n")
+            if error.id not in self.ids:
+                self._catch_up()  # another process may have found it
+            if error.id not in self.ids:
+                self.ids.add(error.id)
+                if self._own is not None:
+                    row = index.samples[error.id]
+                    line = {"id": error.id, "member": index.safe_name(error.id),
+                            "archive": archive or str(index.archive_path(int(row["archive"]))), "reason": error.reason, **where}
+                    with open(self._own, "a") as file:
+                        file.write(json.dumps(line) + "\n")
+                    self._catch_up()  # of two that find one each at the same time, one at least reads of both
             if len(self.ids) > self.budget:
-                where_to = f", all in {self._path}" if self._path else ""
+                several = self._path and len(self._read) > 1
+                files = self._path and (self._path.with_name(f"{self._path.stem}*{self._path.suffix}") if several else self._path)
                 raise RuntimeError(f"quarantine (={len(self.ids)} unreadable samples) must not exceed its budget "
-                                   f"(={self.budget}); the last one: {error}{where_to}; or raise "
+                                   f"(={self.budget}); the last one: {error}{f', all in {files}' if files else ''}; or raise "
                                    "machine.quarantine_budget") from error

@@ -42,6 +42,9 @@ def test_the_sentence_says_who_waited() -> None:
     for tier, better in (("archives", "data.tier: packed"), ("packed", "data.tier: resident"), ("resident", "the first epoch")):
         told = Feeding(Waits(40.0, decode=40.0, batches=50), used).sentence(MACHINE, 2, False, tier)
         assert better in told and f"data.tier: {tier}" not in told
+    late = Feeding(Waits(40.0, copy=40.0, batches=50), used)
+    assert "raise machine.queue" in late.sentence(MACHINE, 2, False)
+    assert "try --parallel.feed=replicate" in late.sentence(MACHINE, 2, False, swaps=True)
     assert Feeding().sentence(MACHINE, 2, False) == ""
 
 
@@ -50,9 +53,9 @@ def test_the_first_batch_of_a_run_is_the_loaders_start(tmp_path: Path) -> None:
     data, watched = DataConfig("square", 76, 67, True, 0.1, "channel"), Feeding()
     with TrainLoader(index, "train", data, 4, 1, compute(index, "train", 76)) as loader:
         for _ in range(2):
-            with watched.watch(loader):
+            with watched.watch(loader.meter):
                 for _ in loader:
-                    watched.arrived(loader)
+                    watched.arrived(loader.meter)
         assert watched.waits.batches == 5 and watched.waits.seconds < loader.meter.waits.seconds
 
 
@@ -63,7 +66,7 @@ def test_dalis_threads_are_found_and_their_work_counted(tmp_path: Path, threads:
     machine, watched = LoaderConfig(threads=threads, read_threads=1), Feeding()
     with TrainLoader(index, "train", data, 4, 1, compute(index, "train", 76), machine=machine) as loader:
         for _ in range(3):
-            with watched.watch(loader):
+            with watched.watch(loader.meter):
                 assert len(list(loader)) == 3
         assert len(loader.meter.decoders) >= threads
     assert watched.waits.batches == 9
@@ -85,7 +88,7 @@ def test_headroom_is_what_the_loader_then_gives(tmp_path: Path, threads: int) ->
             for _ in loader:
                 pass
         alone = 24 / (time.perf_counter() - start)
-        with slow.watch(loader):
+        with slow.watch(loader.meter):
             start = time.perf_counter()
             for _ in range(2):
                 for _ in loader:

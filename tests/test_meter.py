@@ -1,4 +1,5 @@
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -33,6 +34,39 @@ def test_waiting_is_divided_by_what_the_producer_did() -> None:
     assert meter.waits.since(earlier) == Waits(seconds=4.0, colour=4.0, batches=1)
     assert meter.totals() == {"read": 0.5, "decode": 3.0, "colour": 4.5, "copy": 0.0, "idle": 5.0}
     assert set(meter.totals()) == {*STATES, "idle"}
+
+
+def test_what_another_process_sends_is_not_waited_for_from_the_producer() -> None:
+    clock = Clock()
+    meter = Meter(now=clock)
+    meter.enter("decode")
+    with meter.copying(0):
+        clock.time = 2.0
+    assert meter.waits == Waits(seconds=2.0, copy=2.0) and meter.spans()["swap"].count == 1
+    with meter.waiting(0):
+        clock.time = 5.0
+    assert meter.waits == Waits(seconds=5.0, decode=3.0, copy=2.0, batches=1)
+
+
+def test_on_a_device_the_remainder_is_of_what_was_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host goes on at once; the device waits 2 s for another process, then 3 s for the producer."""
+    class Mark:
+        def __init__(self, stream: Iterator[float]) -> None:
+            self.time = next(stream)
+
+        def query(self) -> bool:
+            return True
+
+        def elapsed_time(self, end: "Mark") -> float:
+            return (end.time - self.time) * 1e3
+
+    monkeypatch.setattr("pipeline.meter._mark", Mark)
+    meter, stream = Meter(now=Clock()), iter([1.0, 3.0, 4.0, 7.0])
+    with meter.copying(0, stream):
+        pass
+    with meter.waiting(0, stream):
+        pass
+    assert meter.waits == Waits(seconds=5.0, decode=3.0, copy=2.0, batches=1)
 
 
 @pytest.mark.parametrize("seconds, cause", [

@@ -52,7 +52,7 @@ def test_quarantine_counts_samples_once_and_remembers(index: SampleIndex, tmp_pa
     assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == [1, 3]
     with open(path, "a") as file:
         file.write('{"id": 4, "mem')  # cut off by a kill
-    assert Quarantine(2, path, writes=False).ids == {1, 3} and not path.read_text().endswith("\n")
+    assert Quarantine(2, path, process=1).ids == {1, 3} and not path.read_text().endswith("\n")
     again = Quarantine(2, path)
     assert again.ids == {1, 3}
     with pytest.raises(RuntimeError, match=r"quarantine \(=3 unreadable samples\) must not exceed its budget \(=2\); the last "
@@ -62,6 +62,29 @@ def test_quarantine_counts_samples_once_and_remembers(index: SampleIndex, tmp_pa
     assert last.ids == {0, 1, 3}  # the line after the one cut off is whole
     with pytest.raises(RuntimeError, match=r"quarantine \(=3 unreadable samples\) must not exceed"):
         last.add(index, SampleError(index, 1, "is torn"))  # starting again does not raise the budget
+
+
+def test_the_quarantine_of_several_processes_is_one(index: SampleIndex, tmp_path: Path) -> None:
+    """Each writes what it finds, all count all of it, whoever found it and whenever they began."""
+    path = tmp_path / "quarantine.jsonl"
+    first, fourth = Quarantine(3, path), Quarantine(3, path, process=3)
+    first.add(index, SampleError(index, 0, "is torn"), epoch=0)
+    fourth.add(index, SampleError(index, 1, "is torn"), epoch=0)
+    fourth.add(index, SampleError(index, 0, "is torn"), epoch=0)  # named already
+    found = {file.name: [json.loads(line)["id"] for line in file.read_text().splitlines()] for file in tmp_path.glob("q*.jsonl")}
+    assert found == {"quarantine.jsonl": [0], "quarantine-3.jsonl": [1]}
+    with open(tmp_path / "quarantine-3.jsonl", "a") as file:
+        file.write('{"id": 2, "me')  # being written: counts when it is whole
+    first.add(index, SampleError(index, 3, "is torn"))
+    assert first.ids == {0, 1, 3}
+    with open(tmp_path / "quarantine-3.jsonl", "a") as file:
+        file.write('mber": "x"}\n')
+    with pytest.raises(RuntimeError, match=r"quarantine \(=4 unreadable samples\) must not exceed its budget \(=3\); the last "
+                                           r"one: sample 1 .* all in .*quarantine\*.jsonl; or raise"):
+        Quarantine(3, path, process=2).add(index, SampleError(index, 1, "is torn"))
+    with pytest.raises(RuntimeError, match=r"quarantine \(=5 unreadable samples\)"):
+        first.add(index, SampleError(index, 4, "is torn"))
+    assert not (tmp_path / "quarantine-2.jsonl").exists() and Quarantine(3, path, process=9).ids == {0, 1, 2, 3, 4}
 
 
 def test_settings_out_of_range_are_explained() -> None:

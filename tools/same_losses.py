@@ -1,7 +1,7 @@
 """Whether processes change results: `python tools/same_losses.py --config RECIPE [--steps 200] [--precision fp32]`.
 
-Trains the first steps of a recipe in one process, then in two and four, in every way to share the work, and compares the losses of
-all steps with those of one process. They differ by the order of sums only.
+Trains the first steps of a recipe in one process, then in two and four, in every way to share the work, and compares the losses
+of all steps with those of one process. They differ by the order of sums only.
 """
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ def run(asked: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit code: 0 equal; 2 a mistake, a run that failed, or other losses."""
-    parser = argparse.ArgumentParser(prog="same_losses.py", description="Compare the losses of one process with those of several.")
+    parser = argparse.ArgumentParser(prog="same_losses.py",
+                                     description="Compare the losses of one process with those of several.")
     parser.add_argument("--config", type=Path, required=True, help="a recipe")
     parser.add_argument("--steps", type=int, default=200, metavar="N", help="steps compared (200)")
     parser.add_argument("--precision", choices=sorted(LIMITS), default="fp32", help="fp32: equal to 1e-5; fp64: to 1e-10 (fp32)")

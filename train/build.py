@@ -19,7 +19,9 @@ from pipeline.parallel import cores
 from pipeline.reader import Quarantine
 from pipeline.squares import TestLoader
 from pipeline.stats import Stats
+from train import feed
 from train.config import Config
+from train.feed import Fed
 from train.distributed import Topology
 from train.optimizer import PaperSGD
 
@@ -93,10 +95,9 @@ def classes_sha256(found: SampleIndex) -> str:
 
 
 def train_loader(config: Config, where: Topology, found: SampleIndex, stats: Stats,
-                 quarantine: Path) -> TrainLoader:
-    """Training batches, from the recipe's tier; both towers of a network see all of each. `quarantine`: file that lists
-    unreadable images; only the main process writes it, but all begin with what it lists, so that all exceed the budget at the
-    same image.
+                 quarantine: Path) -> TrainLoader | Fed:
+    """Training batches, from the recipe's tier: this data rank's rows of each, the same in both towers. `quarantine`: file
+    that lists unreadable images; each process adds to one of its own beside it, and all count what all of them list.
 
     Raises:
         ValueError: the index is not of the kind the tier reads. RuntimeError: what does not fit into memory.
@@ -105,18 +106,19 @@ def train_loader(config: Config, where: Topology, found: SampleIndex, stats: Sta
     budget = quarantine_budget(machine, len(found.ids(config.data.train_split)))
     data = config.data
     shared = data.tier == "resident" and config.machine.resident_memory == "gpu"
-    return tiers.train_loader(data.tier, found, data.train_split, data.pixels(), config.train.batch, config.train.seed, stats,
+    made = tiers.train_loader(data.tier, found, data.train_split, data.pixels(), config.train.batch, config.train.seed, stats,
                               resident=data.resident, window=data.window, lanes=data.lanes,
                               store=config.machine.archives if in_bucket(config) else "", machine=machine,
-                              shard=(where.data_rank, where.data_ranks), device_id=_device_id(where),
-                              quarantine=Quarantine(budget, quarantine, writes=where.is_main),
+                              shard=feed.shard(config.parallel, where, config.train.batch), device_id=_device_id(where),
+                              quarantine=Quarantine(budget, quarantine, process=where.rank),
                               group=where.node_group() if shared else None)
+    return feed.fed(made, config.parallel, where)
 
 
 def test_loader(config: Config, where: Topology, found: SampleIndex, stats: Stats, split: str) -> TestLoader:
-    """Every image of a split, in every process."""
-    return TestLoader(found, split, config.data.pixels(), config.machine.test_batch, stats,
-                      machine=loader_config(config, where), device_id=_device_id(where))
+    """Every image of a split once over the data ranks; both towers of a pair get the same."""
+    return TestLoader(found, split, config.data.pixels(), config.machine.test_batch, stats, machine=loader_config(config, where),
+                      shard=(where.data_rank, where.data_ranks), device_id=_device_id(where))
 
 
 def network(config: Config, where: Topology) -> AlexNet:

@@ -12,8 +12,7 @@ from typing import Iterator
 
 from pipeline.config import LoaderConfig
 from pipeline.headroom import Usage, headroom, usage
-from pipeline.loader import TrainLoader
-from pipeline.meter import STATES, Waits
+from pipeline.meter import STATES, Meter, Waits
 
 FED = 0.01  # a share of waiting below which the network is fed
 
@@ -44,22 +43,23 @@ class Feeding:
     _started: bool = False
 
     @contextlib.contextmanager
-    def watch(self, loader: TrainLoader) -> Iterator[None]:
+    def watch(self, meter: Meter) -> Iterator[None]:
         """Count what happens inside."""
-        self._begun = loader.meter.waits, usage(loader.meter)
+        self._begun = meter.waits, usage(meter)
         try:
             yield
         finally:
             waits, before = self._begun
-            self.waits = self.waits.plus(loader.meter.waits.since(waits))
-            self.used = self.used.plus(usage(loader.meter), before)
+            self.waits = self.waits.plus(meter.waits.since(waits))
+            self.used = self.used.plus(usage(meter), before)
 
-    def arrived(self, loader: TrainLoader) -> None:
+    def arrived(self, meter: Meter) -> None:
         """A batch has come. The first of a run is not counted: until then the loader has been starting."""
         if not self._started:
-            self._started, self._begun = True, (loader.meter.waits, usage(loader.meter))
+            self._started, self._begun = True, (meter.waits, usage(meter))
 
-    def sentence(self, machine: LoaderConfig, threads: int, on_gpu: bool, tier: str = "archives") -> str:
+    def sentence(self, machine: LoaderConfig, threads: int, on_gpu: bool, tier: str = "archives",
+                 swaps: bool = False) -> str:
         """Who waited for whom, with head-room or advice; empty when nothing was trained.
 
         Args:
@@ -67,6 +67,7 @@ class Feeding:
             threads: its decoding threads.
             on_gpu: decoding runs on a GPU, whose head-room the CPU's threads do not show.
             tier: where the images come from.
+            swaps: half of each batch comes from another process, and waiting for it counts as copying.
         """
         if self.used.time <= 0 or not self.waits.batches:
             return ""
@@ -76,7 +77,7 @@ class Feeding:
             more = "" if on_gpu else f", {room.times:.1f}× head-room ({room.stage} is its busiest part)"
             return f"the loader waited for the network{more}; the network waited {share:.1%} of the time"
         cause = self.waits.cause
-        advice = ADVICE[tier].get(cause, "raise machine.queue")
+        advice = ADVICE[tier].get(cause, "try --parallel.feed=replicate" if swaps and cause == "copy" else "raise machine.queue")
         shares = {state: getattr(self.waits, state) / self.waits.seconds for state in STATES}
         shares["other"] = max(0.0, 1 - sum(shares.values()))
         parts = ", ".join(f"{state} {part:.0%}" for state, part in shares.items() if part >= 0.005)

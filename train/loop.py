@@ -30,11 +30,13 @@ from train.config import Config
 from train.console import Console, Pace, Rates, Row
 from train.distributed import Topology
 from train.evaluate import Score, evaluate
+from train.feed import Fed
 from train.feeding import Feeding
 from train.gradients import Gradients
 from train.optimizer import PaperSGD, Schedule, set_lr
 from train.recipe import dump
-from train.run import Metrics, check_sources
+from train.run import CHECKPOINTS, Metrics, check_sources
+from train.saving import Saver
 
 _AGAIN_S = 1.0  # a second Ctrl-C sooner than this is the same one, passed on by torchrun
 
@@ -95,17 +97,18 @@ class Job:
     gradients: Gradients
     optimizer: PaperSGD
     schedule: Schedule
-    loader: TrainLoader
+    loader: TrainLoader | Fed
     metrics: Metrics
     console: Console
     stop: Stop
+    saver: Saver
     progress: Progress = field(default_factory=Progress)
     feeding: Feeding = field(default_factory=Feeding)
 
     @property
     def root(self) -> Path:
         """Folder of the checkpoints."""
-        return self.folder / "checkpoints"
+        return self.folder / CHECKPOINTS
 
     @property
     def steps(self) -> int:
@@ -119,14 +122,14 @@ def train(job: Job) -> bool:
     while job.progress.epoch < job.config.train.epochs:
         rates = Rates()
         if job.loader.epoch == job.progress.epoch:
-            with job.feeding.watch(job.loader):
+            with job.feeding.watch(job.loader.meter):
                 finished = train_epoch(job, rates)
             if not finished:
                 save(job)
                 return False
         try:
             score = test(job, job.config.data.validation_split, job.config.train.validate_views, "validation")
-        except SampleError:  # in every process alike: each tests every image. The epoch is not lost: --resume goes on here
+        except SampleError:  # in every process alike, whichever met it. The epoch is not lost: --resume goes on here
             save(job)
             raise
         if score is None:
@@ -151,7 +154,7 @@ def train_epoch(job: Job, rates: Rates) -> bool:
     batches = iter(job.loader)
     waits = job.loader.meter.waits
     while (batch := next(batches, None)) is not None:
-        job.feeding.arrived(job.loader)
+        job.feeding.arrived(job.loader.meter)
         lr = job.schedule.lr(batch.step, progress.epoch)
         set_lr(job.optimizer, lr)
 
@@ -226,7 +229,7 @@ def test(job: Job, split: str, views: int, what: str) -> Optional[Score]:
     loader = build.test_loader(job.config, job.where, job.index, job.stats, split)
     try:
         return evaluate(job.network, loader, views, build.autocast(job.config, job.where),
-                        stop=lambda: job.where.agree(job.stop.wanted)[0], progress=job.console.testing(what))
+                        stop=lambda: job.stop.wanted, progress=job.console.testing(what), where=job.where)
     finally:
         loader.close()
 
@@ -256,18 +259,17 @@ def save(job: Job, score: Optional[Score] = None) -> None:
     """A checkpoint of this moment; with a score when it is the end of a validated epoch."""
     tensors, shapes = build.parameters(job.network, job.config, job.optimizer)
     state = {"step": job.loader.step, "progress": asdict(job.progress), "loader": job.loader.state_dict(),
-             "schedule": job.schedule.state_dict(), "metrics_bytes": job.metrics.sync(),
+             "schedule": job.schedule.state_dict(), "metrics_bytes": job.metrics.length(),
              "fingerprint": job.config.fingerprint(), "sources": sources(job),
              "classes": build.classes_sha256(job.index), "validation_error": score.top1 if score else None}
 
     def attach(folder: Path) -> None:
+        job.metrics.sync()  # a checkpoint is not there before the lines it counts
         (folder / checkpoint.CONFIG).write_text(dump(job.config), encoding="utf-8")
         job.stats.save(folder / checkpoint.STATS)
 
     name = checkpoint.checkpoint_name(job.loader.step, job.progress.epoch if score else None)
-    saved = checkpoint.save(job.root, name, tensors, shapes, state, attach, job.where)
-    if job.where.is_main:
-        checkpoint.prune(job.root, job.config.machine.keep_last, saved)
+    job.saver.save(name, tensors, shapes, state, attach)
 
 
 def restore(job: Job) -> None:
