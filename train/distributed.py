@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import time
 from dataclasses import dataclass, field
 from typing import Any, Iterator, Optional, Sequence
 
@@ -17,10 +18,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from train.board import Board
 from train.config import ParallelConfig
-from train.watchdog import Watch
+from train.watchdog import Watch, Watchdog
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+LATER_S = 10.0  # a collective gives up so much later than the watchdog, which has more to say
+LINGER_S = 10.0  # that process 0 waits at the end for the others, when it keeps the store
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class Topology:
         device: where its network lies.
         mesh: of all processes, dimensions "data" and "tower"; None for one process.
         watch: told what this process is doing; watches over the others.
+        restarts: how often torchrun has started the processes again.
+        store: torchrun's, which outlives a restart; None without torchrun.
     """
 
     data_rank: int
@@ -45,6 +51,8 @@ class Topology:
     device: torch.device
     mesh: Optional[DeviceMesh] = None
     watch: Watch = field(default_factory=Watch, compare=False, repr=False)
+    restarts: int = 0
+    store: Optional[dist.Store] = field(default=None, compare=False, repr=False)
 
     @property
     def rank(self) -> int:
@@ -103,6 +111,15 @@ class Topology:
         dist.all_gather_object(found, value)
         return found
 
+    def note(self, what: str) -> None:
+        """Remember a fact for after a restart."""
+        if self.store is not None:
+            self.store.set(f"noted/{what}", "")
+
+    def noted(self, what: str) -> bool:
+        """Whether this fact was noted before a restart."""
+        return self.store is not None and self.store.check([f"noted/{what}"])
+
     def share(self, text: str) -> str:
         """The main process's text, in every process."""
         if self.is_alone:
@@ -154,20 +171,40 @@ def _device(wanted: str, local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
+def _kept_by_torchrun() -> bool:
+    """Whether torchrun keeps the store; else process 0 does, for as long as it lives."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _connect(rank: int, world: int, timeout_s: float) -> Optional[tuple[dist.TCPStore, dist.TCPStore]]:
+    """Two connections to the store of the run, which torchrun keeps, or else process 0; None for a process that is alone."""
+    if world == 1 and not _kept_by_torchrun():
+        return None
+    if lacking := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise RuntimeError(f"environment (={', '.join(VARIABLES)}) lacks {', '.join(lacking)}; start with torchrun, or unset "
+                           "WORLD_SIZE")
+    first, second = (dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, is_master=keeps,
+                                   timeout=datetime.timedelta(seconds=timeout_s), wait_for_workers=False)
+                     for keeps in (rank == 0 and not _kept_by_torchrun(), False))
+    return first, second
+
+
 @contextlib.contextmanager
-def topology(*, towers: int, device: str, timeout_s: float,
+def topology(*, towers: int, device: str, timeout_s: float, silence_s: float = 30.0,
              parallel: ParallelConfig = ParallelConfig()) -> Iterator[Topology]:
-    """Join the process group, when there is one, and leave it at the end.
+    """Join the process group, when there is one, and leave it at the end. Meanwhile processes watch over each other.
 
     Args:
         towers: of the model, 1 or 2.
         device: auto, cpu or cuda.
-        timeout_s: after so many seconds without an answer from the other processes, give up with an error.
+        timeout_s: a process that does not go on for so many seconds ends the run.
+        silence_s: a process without a sign of life for so many seconds ends the run.
         parallel: how processes share the work.
 
     Raises:
         ValueError: a number of processes that makes no sense for the model.
         RuntimeError: no GPU for this process, or torchrun's variables are incomplete.
+        OtherFailed: in place of the error of a collective, when another process was the cause.
     """
     environment = _environment()
     world, rank, local_rank, local_ranks = (environment[name] for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK",
@@ -177,15 +214,39 @@ def topology(*, towers: int, device: str, timeout_s: float,
     if chosen.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts; deterministic cuBLAS asks for it
         torch.cuda.set_device(chosen)
-    mesh = None
-    if world > 1:
-        # gloo beside NCCL: objects, and checkpoints written while training goes on, travel between CPUs.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=world,
-                                timeout=datetime.timedelta(seconds=timeout_s),
-                                device_id=chosen if chosen.type == "cuda" else None)
-        mesh = init_device_mesh(chosen.type, (placed[1], placed[3]), mesh_dim_names=("data", "tower"))
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    store, second = _connect(rank, world, timeout_s) or (None, None)
+    # torchrun's store outlives a restart, and what processes wrote before one must not be taken for new.
+    board = Board(dist.PrefixStore(f"watch/{restarts}", second)) if second is not None and world > 1 else None
+    watch = Watchdog(rank, world, range(rank - local_rank, rank - local_rank + local_ranks), board,
+                     timeout_s=timeout_s, silence_s=silence_s,
+                     launcher=os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None)
+    watch.start()
+    orderly = world == 1  # one alone keeps nobody waiting, whatever its end
     try:
-        yield Topology(*placed, local_rank, local_ranks, chosen, mesh)
+        with watch.telling():
+            mesh = _join(chosen, store, rank, world, placed, restarts, timeout_s + LATER_S)
+            yield Topology(*placed, local_rank, local_ranks, chosen, mesh, watch, restarts, store)
+        orderly = True
     finally:
-        if world > 1:
+        if dist.is_initialized() and world > 1:
             dist.destroy_process_group()
+        if orderly:  # else it watches to the very end, which must come
+            watch.close()
+            until = time.monotonic() + LINGER_S
+            while board is not None and rank == 0 and not _kept_by_torchrun() and not board.all_have_left(world):
+                if time.monotonic() > until:
+                    break
+                time.sleep(0.05)
+
+
+def _join(device: torch.device, store: Optional[dist.Store], rank: int, world: int, placed: tuple[int, int, int, int],
+          restarts: int, timeout_s: float) -> Optional[DeviceMesh]:
+    """The mesh of all processes; None for one."""
+    if world == 1 or store is None:
+        return None
+    # gloo beside NCCL: objects, and checkpoints written while training goes on, travel between CPUs.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world,
+                            store=dist.PrefixStore(f"group/{restarts}", store), timeout=datetime.timedelta(seconds=timeout_s),
+                            device_id=device if device.type == "cuda" else None)
+    return init_device_mesh(device.type, (placed[1], placed[3]), mesh_dim_names=("data", "tower"))

@@ -146,6 +146,8 @@ def evaluate(network: nn.Module, loader: TestLoader, views: int, autocast: Calla
                     classes = probabilities.shape[1]
                 done += images
                 progress(done, total)
+                if where is not None:
+                    where.watch.at("test", where.watch.step)
     except _Stopped:
         return None
     finally:
@@ -279,7 +281,7 @@ def run(asked: argparse.Namespace) -> None:
                      parallel=ParallelConfig(towers=1))
     split, views = asked.split or config.data.test_split, asked.views or config.train.test_views
     with topology(towers=config.model.towers, parallel=config.parallel, device=machine.device,
-                  timeout_s=machine.timeout_s) as where:
+                  timeout_s=machine.timeout_s, silence_s=machine.silence_s) as where:
         build.settle(config, where)
         index = build.index(config, split)  # it need not have the others
         if build.classes_sha256(index) != checkpoint.read_state(path)["classes"]:
@@ -314,8 +316,12 @@ def warn(message: str) -> None:
 def main(argv: Sequence[str]) -> int:
     """The command; returns its exit code."""
     asked = arguments(argv)
+    from train.watchdog import OtherFailed  # needs torch
+
     try:
         run(asked)
+    except OtherFailed:  # it has been said who
+        return 4
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

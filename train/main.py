@@ -2,12 +2,13 @@
 
     python -m train.main --config train/recipes/X.yaml [--group.key=value …] [--resume] [--print_config]
     torchrun --nproc-per-node 2 -m train.main …          one tower per process
+    torchrun --max-restarts 3 …                          goes on by itself, as with --resume, after a process has failed
 
 Exit codes (under torchrun, which turns any of them but 0 into 1, they stand in its report):
     0   trained and tested
     2   a mistake in what was asked: recipe, command line, index, run folder; nothing was done
     3   the loss or a gradient was not finite; the update was not made
-    4   the machine failed: disk, memory, GPU, an archive, the other process, all checkpoints damaged
+    4   the machine failed: disk, memory, GPU, an archive, another process, all checkpoints damaged; or it does not go on
     75  stopped by SIGTERM, Ctrl-C or machine.stop_after, and saved: go on with --resume
     130 interrupted by Ctrl-C before training began
 A second Ctrl-C kills at once.
@@ -15,8 +16,10 @@ A second Ctrl-C kills at once.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
-from typing import TYPE_CHECKING, Sequence
+from typing import TYPE_CHECKING, NoReturn, Sequence
 
 from train.recipe import Request, parse
 
@@ -32,9 +35,11 @@ def run(request: Request, where: Topology) -> int:
     from train import build, run as folders
     from train.console import Console
     from train.evaluate import CHANCE
+    from train.feed import Fed
     from train.gradients import Gradients
     from train.loop import Job, Stop, restore, test, train
-    from train.optimizer import Schedule, build_optimizer
+    from train.optimizer import Schedule, batch_scale, build_optimizer
+    from train.saving import Saver
 
     stop = Stop()
     stop.listen()
@@ -43,24 +48,33 @@ def run(request: Request, where: Topology) -> int:
     index = build.index(config, config.data.train_split, config.data.validation_split, config.data.test_split)
     stats = Stats.for_index(index, config.data.square_px, config.data.train_split)
     network = build.network(config, where)
-    optimizer = build_optimizer(network, config.optimizer)
+    optimizer = build_optimizer(network, config.optimizer, where.group("tower"))
     folder = folders.run_folder(config, request.recipe)
     loader = build.train_loader(config, where, index, stats, folder / "quarantine.jsonl")
-    refused = ""
+    restarted, refused = False, ""
     if where.is_main:
+        began, mine = (folder / folders.CONFIG).exists(), f"began {folder.resolve()}"
+        restarted = began and not request.resume and where.restarts > 0 and where.noted(mine)  # not somebody else's run
+        if not began:
+            where.note(mine)
         try:
-            folders.claim(folder, config, request.resume)
+            folders.claim(folder, config, request.resume or restarted)
         except ValueError as error:
             refused = str(error)
     if refused := where.share(refused):
         raise ValueError(refused)
+    restarted, resume = where.agree(restarted, restarted or request.resume)
     console = Console(where.is_main, config.machine.log_s)
     metrics = folders.Metrics(folder / folders.METRICS, where.is_main)
-    schedule = Schedule(config.schedule, config.optimizer.lr)
+    schedule = Schedule(config.schedule, config.optimizer.lr, batch_scale(config.optimizer, config.train.batch))
     gradients = Gradients(network, where, config.parallel.overlap)
-    job = Job(config, where, folder, index, stats, network, gradients, optimizer, schedule, loader, metrics, console, stop)
-    try:
-        if request.resume:
+    saver = Saver(folder / folders.CHECKPOINTS, where, config.machine.keep_last, config.machine.timeout_s)
+    job = Job(config, where, folder, index, stats, network, gradients, optimizer, schedule, loader, metrics, console, stop, saver)
+    with contextlib.closing(console), contextlib.closing(metrics), contextlib.closing(loader), \
+            contextlib.closing(saver), where.watch.telling():
+        if restarted:
+            console.say(f"restarted by torchrun (restart {where.restarts}): going on as with --resume")
+        if resume:
             restore(job)
             if 0 < config.machine.stop_after <= loader.step:
                 raise ValueError(f"machine.stop_after (={config.machine.stop_after}) must lie after step {loader.step}, where "
@@ -77,7 +91,9 @@ def run(request: Request, where: Topology) -> int:
             console.warn(f"model.classes (={config.model.classes}) is more than the {len(index.classes)} of the index; the "
                          "others have no images")
         finished = train(job)
-        if told := job.feeding.sentence(config.machine, loader.threads, where.device.type == "cuda", config.data.tier):
+        saver.wait()
+        if told := job.feeding.sentence(config.machine, loader.threads, where.device.type == "cuda", config.data.tier,
+                                        swaps=isinstance(loader, Fed)):
             console.say(told)
         score = test(job, config.data.test_split, config.train.test_views, "test") if finished else None
         if score is None:
@@ -90,10 +106,6 @@ def run(request: Request, where: Topology) -> int:
         if score.at_chance:
             console.warn(CHANCE)
         return DONE
-    finally:
-        console.close()
-        metrics.close()
-        loader.close()
 
 
 def main(argv: Sequence[str]) -> int:
@@ -104,13 +116,16 @@ def main(argv: Sequence[str]) -> int:
         return _fail(error, MISTAKE)
     from train.distributed import topology
     from train.loop import NotFinite
+    from train.watchdog import OtherFailed
 
     machine, is_main = request.config.machine, True
     try:
         with topology(towers=request.config.model.towers, parallel=request.config.parallel, device=machine.device,
-                      timeout_s=machine.timeout_s) as where:
+                      timeout_s=machine.timeout_s, silence_s=machine.silence_s) as where:
             is_main = where.is_main
             return run(request, where)
+    except OtherFailed:  # it has been said who
+        return FAILED
     except NotFinite as error:
         return _fail(error, NOT_FINITE, is_main)
     except ValueError as error:
@@ -130,9 +145,18 @@ def _fail(error: Exception, code: int, speaks: bool = True) -> int:
     if sys.flags.dev_mode:
         raise error
     if speaks:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}\n", end="", file=sys.stderr)  # at once: processes share stderr
     return code
 
 
+def leave(code: int) -> NoReturn:
+    """End this process; at once when it has failed: taking libraries down takes seconds, and may never end beside a dead one."""
+    if code in (NOT_FINITE, FAILED):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))
