@@ -188,5 +188,5 @@ def test_two_gpus_share_a_run_in_every_way(tmp_path: Path, capsys: pytest.Captur
     compute(index, "train", 76).save(index.path / "stats-train-76.npz")
     ways = [way.name for way in same_losses.WAYS.values() if way.processes <= torch.cuda.device_count()]
     code = same_losses.main(["--config", str(write_recipe(tmp_path, index.path)), "--steps", "12", "--json", "--ways", *ways,
-                             "--", "--machine.device=cuda"])
+                             "--machine.device=cuda"])
     assert code == 0, capsys.readouterr().err

@@ -44,5 +44,5 @@ def test_other_losses_are_told(recipe: Path, monkeypatch: pytest.MonkeyPatch, ca
 
 
 def test_a_run_that_fails_is_shown(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert same_losses.main(["--config", str(recipe), "--steps", "2", "--ways", "data", "--", "--train.batch=1000"]) == 2
+    assert same_losses.main(["--config", str(recipe), "--steps", "2", "--ways", "data", "--train.batch=1000"]) == 2
     assert "run one (exit code 2) did not get to step 2; it said:" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
@@ -20,7 +21,7 @@ import torch.distributed as dist
 
 from tests.test_train import ROOT
 from train import watchdog
-from train.board import Beat, Board, Failure, Process, Slate
+from train.board import Beat, Board, Failure, Process, Slate, attempt
 from train.distributed import topology
 from train.watchdog import OtherFailed, Watch, Watchdog, _Lapse
 
@@ -111,7 +112,10 @@ class Herd:
             process = BORN.Process(target=member, args=(rank, len(deeds), self.port, self.folder, deed, machine), daemon=True)
             process.start()
             self.all.append(process)
+        until = time.monotonic() + 120
         while not all((self.folder / f"{rank}.up").exists() for rank in range(len(deeds))):
+            said = [file.read_text(encoding="utf-8") for file in self.folder.glob("*.err")]
+            assert time.monotonic() < until and all(process.is_alive() for process in self.all), said
             time.sleep(0.01)
         time.sleep(watchdog.TICK_S * 1.5)  # so that their last sign of life says where they are
         (self.folder / "go").touch()
@@ -198,9 +202,11 @@ def test_a_store_that_hangs_keeps_nobody_from_noticing(herd: Herd) -> None:
 def test_a_store_that_is_gone_ends_all(herd: Herd) -> None:
     herd.begin("hang", "hang")
     herd.keeper.kill()
-    for rank in range(2):
-        code, err = herd.end(rank, 7)
-        assert code == 4 and f"error: this process ({rank}) has lost torchrun's store at step 17 in forward: " in err
+    ends = [herd.end(rank, 7) for rank in range(2)]
+    assert [code for code, _ in ends] == [4, 4]
+    said = [f"error: this process ({rank}) has lost torchrun's store at step 17 in forward: " in err
+            for rank, (_, err) in enumerate(ends)]
+    assert any(said) and all(told or f"process {1 - rank} (pid " in ends[rank][1] for rank, told in enumerate(said)), ends
 
 
 def test_without_torchrun_process_0_keeps_the_store_until_all_have_left() -> None:
@@ -289,3 +295,25 @@ def test_the_first_failure_on_the_board_holds() -> None:
     board.beat(2, Beat(5, "test", 4))
     assert board.process(2) == me and board.has_left(2) and board.last_beat(2) == Beat(5, "test", 4)
     assert Beat(1, "load", 5).place < Beat(9, "forward", 5).place < Beat(0, "start", 6).place
+
+
+def test_every_start_has_a_name_of_its_own_and_all_processes_agree_on_it() -> None:
+    """Whatever the starts before have left in the store, and whoever comes late."""
+    store = dist.HashStore()
+    names: list[dict[int, str]] = []
+    for late in (0, 2, 1):
+        found: dict[int, str] = {}
+
+        def start(rank: int) -> None:
+            time.sleep(0.2 * (rank == late))
+            found[rank] = attempt(store, rank, 3, 20.0)
+        threads = [threading.Thread(target=start, args=(rank,)) for rank in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        names.append(found)
+    assert [len(set(found.values())) for found in names] == [1, 1, 1] and all(len(found) == 3 for found in names)
+    assert len({name for found in names for name in found.values()}) == 3
+    with pytest.raises(RuntimeError, match=r"processes \(=3\) must all start within 0.2 s, and some have not"):
+        attempt(store, 1, 3, 0.2)

@@ -146,7 +146,8 @@ def main(fault: str, rank: str, step: str, folder: str, *argv: str) -> NoReturn:
         notes.write("left", code=code)
         end(code)
     setattr(os, "_exit", left)
-    from train.main import leave, main as train
+    from train.ending import leave
+    from train.main import main as train
 
     if fault != "none" and restart == "0" and rank == mine:
         install(fault, int(step), notes)

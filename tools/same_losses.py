@@ -65,6 +65,10 @@ def run(asked: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    if asked.steps < 1:
+        raise ValueError(f"--steps (={asked.steps}) must be at least 1; leave it out for 200")
+    if not asked.config.is_file():
+        raise ValueError(f"--config (={asked.config}) must be a recipe; there is no such file")
     limit = LIMITS[asked.precision]
     ways = [WAYS[name] for name in asked.ways]
     with tempfile.TemporaryDirectory() as folder:
@@ -92,15 +96,16 @@ def run(asked: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit code: 0 equal; 2 a mistake, a run that failed, or other losses."""
     parser = argparse.ArgumentParser(prog="same_losses.py",
-                                     description="Compare the losses of one process with those of several.")
+                                     description="Compare the losses of one process with those of several.",
+                                     epilog="Other words, as --group.key=value, are settings of the recipe.", allow_abbrev=False)
     parser.add_argument("--config", type=Path, required=True, help="a recipe")
     parser.add_argument("--steps", type=int, default=200, metavar="N", help="steps compared (200)")
     parser.add_argument("--precision", choices=sorted(LIMITS), default="fp32", help="fp32: equal to 1e-5; fp64: to 1e-10 (fp32)")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="ways to share the work (all)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("more", nargs="*", metavar="--group.key=value", help="settings of the recipe, after --")
     from tools.command import guarded
-    asked = parser.parse_args(arguments)
+    asked, more = parser.parse_known_args(arguments)
+    asked.more = more
     return guarded(lambda: run(asked))
 
 

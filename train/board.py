@@ -13,13 +13,17 @@ import os
 import signal
 import socket
 import struct
+import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Optional
 
 import torch.distributed as dist
 
-PHASES = ("start", "load", "forward", "backward", "update", "save", "test")  # in the order of a step
+LEFT = "left"  # in order
+PHASES = ("start", "load", "forward", "backward", "update", "save", "test", LEFT)  # in the order of a step
+POLL_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -158,8 +162,42 @@ class Failure:
         mine = self.who.rank == rank
         why = f": {self.cause}" if self.cause else ""
         end = "" if mine else f"; this process ({rank}) ends at step {step}"
+        end += "" if self.beat.phase == "start" else "; go on with --resume"  # before the first step there is nothing new to keep
         return (f"{f'this process ({rank})' if mine else self.who} {self.how} at step {self.beat.step} in {self.beat.phase}{why}"
-                f"{end}; go on with --resume")
+                f"{end}")
+
+
+def attempt(store: dist.Store, rank: int, ranks: int, timeout_s: float) -> str:
+    """A name for this start of all processes, the same in all of them, that no earlier start has had; all must ask.
+
+    torchrun's store outlives a restart, and what processes wrote before one must not be taken for new. (Its count of restarts
+    does not tell them apart: it differs from machine to machine.) So each says hello with a word of its own; process 0 gathers
+    the words under a name, anew as long as they change; whoever finds its word there says so; when all have, it holds.
+
+    Raises:
+        RuntimeError: not all came in this time.
+    """
+    mine, until = uuid.uuid4().hex, time.monotonic() + timeout_s
+    store.set(f"hello/{rank}", mine)
+    name, hellos = "", [""] * ranks
+    while True:
+        if rank == 0:
+            keys = [f"hello/{other}" for other in range(ranks)]
+            if store.check(keys) and (found := [word.decode() for word in store.multi_get(keys)]) != hellos:
+                name, hellos = uuid.uuid4().hex, found
+                store.set("roster", json.dumps([name, hellos]))
+        elif store.check(["roster"]):
+            name, hellos = json.loads(store.get("roster"))
+        if hellos[rank] == mine:
+            store.set(f"here/{name}/{rank}", "")
+            if rank == 0 and store.check([f"here/{name}/{other}" for other in range(ranks)]):
+                store.set(f"go/{name}", "")
+            if store.check([f"go/{name}"]):
+                return name
+        if time.monotonic() > until:
+            raise RuntimeError(f"processes (={ranks}) must all start within {timeout_s:g} s, and some have not; see what they, "
+                               "or torchrun on their machines, said")
+        time.sleep(POLL_S)
 
 
 class Board:

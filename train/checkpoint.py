@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from train.distributed import Topology
 
 FORMAT = 1
+ALMOST_FULL = 1 << 20  # bytes
 BEFORE = "-before"
 MANIFEST, STATE = "manifest.json", "state.json"
 CONFIG, STATS = "config.yaml", "stats.npz"
@@ -40,6 +41,10 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 class DamagedCheckpoint(RuntimeError):
     """A checkpoint whose files are not the ones that were written."""
+
+
+class NotWritten(RuntimeError):
+    """A checkpoint that could not be written: raised in all processes."""
 
 
 def checkpoint_name(step: int, epochs_done: int | None) -> str:
@@ -69,7 +74,7 @@ def save(root: Path, name: str, tensors: Mapping[str, torch.Tensor], shapes: Map
         group: all processes, in a group that nobody else uses meanwhile; by default the one of training.
 
     Raises:
-        RuntimeError: a process could not write its part; in all of them, with its reason.
+        NotWritten: a process could not write its part; in all of them, with its reason.
     """
     staged, final, before = root / f".{name}.partial", root / name, root / f"{name}{BEFORE}"
 
@@ -101,9 +106,19 @@ def save(root: Path, name: str, tensors: Mapping[str, torch.Tensor], shapes: Map
     except Exception as error:
         if where.is_main:
             shutil.rmtree(staged, ignore_errors=True)  # a full disk needs the room
-        raise RuntimeError(f"checkpoint (={final}) could not be written: {error}; the ones before it are whole: mend this, then "
-                           "go on with --resume") from error
+        kept = "the ones before it are whole: mend this, then go on with --resume" if checkpoints(root) else \
+            "there is none before it: mend this, then start again (--resume does)"
+        raise NotWritten(f"checkpoint (={final}) could not be written: {error}{_room(root)}; {kept}") from error
     return final
+
+
+def _room(root: Path) -> str:
+    """What a full disk looks like to torch's own writer ("unexpected pos") is not what a person calls it."""
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(root).free
+        if free < ALMOST_FULL:
+            return f" (the disk of {root} is full: {free} bytes left)"
+    return ""
 
 
 def _in_main(work: Callable[[], None], where: Topology, group: Optional[dist.ProcessGroup]) -> None:

@@ -1,8 +1,8 @@
 """What a run is: frozen dataclasses, one per group of a recipe, and the fingerprint that a resume compares.
 
-Two kinds of fields. Those that change results (`data`, `model`, `optimizer`, `schedule`, `train`) have no default, so
-a recipe says them all; those of `machine` (threads, device, folders) and `parallel` (how processes share the work) have one,
-change speed only, and are left out of the fingerprint, as are paths.
+Two kinds of fields. Those that change results (`data`, `model`, `optimizer`, `schedule`, `train`) have no default, so a recipe
+says them all, but for some that came later, whose default is what was before. Those of `machine` (threads, device, folders) and
+`parallel` (how processes share the work) have one, change speed only, and are left out of the fingerprint, as are paths.
 Reading recipes and command lines is train/recipe.py. Imports nothing heavy: `--help` answers at once.
 """
 

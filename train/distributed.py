@@ -1,5 +1,5 @@
-"""How many processes there are, and what this one is. The only file that reads os.environ (torchrun's variables)
-and, but for train/__init__.py, writes it.
+"""How many processes there are, and what this one is. The only file that reads os.environ (torchrun's variables), but for
+train/ending.py, and, but for train/__init__.py, writes it.
 
 A mesh ("data", "tower"): `data_rank` says which slice of a batch a process gets, `tower_rank` which half of the network it
 holds. The two towers of a pair are neighbours, so they lie on one machine and on neighbouring GPUs.
@@ -16,9 +16,9 @@ from typing import Any, Iterator, Optional, Sequence
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
-from train.board import Board
+from train.board import Board, attempt
 from train.config import ParallelConfig
 from train.watchdog import Watch, Watchdog
 
@@ -38,7 +38,7 @@ class Topology:
         device: where its network lies.
         mesh: of all processes, dimensions "data" and "tower"; None for one process.
         watch: told what this process is doing; watches over the others.
-        restarts: how often torchrun has started the processes again.
+        timeout: of collectives, also of groups that others make.
         store: torchrun's, which outlives a restart; None without torchrun.
     """
 
@@ -51,7 +51,7 @@ class Topology:
     device: torch.device
     mesh: Optional[DeviceMesh] = None
     watch: Watch = field(default_factory=Watch, compare=False, repr=False)
-    restarts: int = 0
+    timeout: datetime.timedelta = datetime.timedelta(minutes=10)
     store: Optional[dist.Store] = field(default=None, compare=False, repr=False)
 
     @property
@@ -86,7 +86,7 @@ class Topology:
         firsts = self.gather(self.rank - self.local_rank)
         mine: Optional[dist.ProcessGroup] = None
         for first in sorted(set(firsts)):  # every process must take part in making every group
-            made = dist.new_group([rank for rank, other in enumerate(firsts) if other == first])
+            made = dist.new_group([rank for rank, other in enumerate(firsts) if other == first], timeout=self.timeout)
             mine = made if first == self.rank - self.local_rank else mine
         return mine
 
@@ -111,14 +111,15 @@ class Topology:
         dist.all_gather_object(found, value)
         return found
 
-    def note(self, what: str) -> None:
-        """Remember a fact for after a restart."""
+    def note(self, what: str, value: object = "yes") -> None:
+        """Remember something for after a restart."""
         if self.store is not None:
-            self.store.set(f"noted/{what}", "")
+            self.store.set(f"noted/{what}", str(value))
 
-    def noted(self, what: str) -> bool:
-        """Whether this fact was noted before a restart."""
-        return self.store is not None and self.store.check([f"noted/{what}"])
+    def noted(self, what: str) -> str:
+        """What was noted, perhaps before a restart; empty when nothing was."""
+        key = f"noted/{what}"
+        return self.store.get(key).decode() if self.store is not None and self.store.check([key]) else ""
 
     def share(self, text: str) -> str:
         """The main process's text, in every process."""
@@ -145,16 +146,17 @@ def _place(world: int, rank: int, local_ranks: int, towers: int, parallel: Paral
     if world == 1:
         return 0, 1, 0, 1
     weird = parallel.scheme == "weird"
+    apart = "--parallel.towers=1" + (" --parallel.scheme=towers" if weird else "")
     together = parallel.towers or (2 if weird or (towers == 2 and world % 2 == 0) else 1)
     if together == 2 and towers != 2:
-        raise ValueError(f"model.towers (={towers}) must be 2 for two processes to hold a tower each; use --parallel.towers=1 "
-                         "(and scheme towers), where processes only share the batch")
+        raise ValueError(f"model.towers (={towers}) must be 2 for two processes to hold a tower each; use "
+                         f"{apart}, where processes only share the batch")
     if world % together:
         raise ValueError(f"processes (={world}) must be even in number for two towers each; start one more or fewer, or use "
-                         "--parallel.towers=1")
+                         f"{apart}")
     if local_ranks % together:
         raise ValueError(f"processes of this machine (={local_ranks}) must be even in number, so that no pair of towers lies on "
-                         "two machines; start one more or fewer on each, or use --parallel.towers=1")
+                         f"two machines; start one more or fewer on each, or use {apart}")
     return rank // together, world // together, rank % together, together
 
 
@@ -214,10 +216,9 @@ def topology(*, towers: int, device: str, timeout_s: float, silence_s: float = 3
     if chosen.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts; deterministic cuBLAS asks for it
         torch.cuda.set_device(chosen)
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     store, second = _connect(rank, world, timeout_s) or (None, None)
-    # torchrun's store outlives a restart, and what processes wrote before one must not be taken for new.
-    board = Board(dist.PrefixStore(f"watch/{restarts}", second)) if second is not None and world > 1 else None
+    name = attempt(store, rank, world, timeout_s) if store is not None and world > 1 else ""
+    board = Board(dist.PrefixStore(f"watch/{name}", second)) if second is not None and world > 1 else None
     watch = Watchdog(rank, world, range(rank - local_rank, rank - local_rank + local_ranks), board,
                      timeout_s=timeout_s, silence_s=silence_s,
                      launcher=os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None)
@@ -225,8 +226,10 @@ def topology(*, towers: int, device: str, timeout_s: float, silence_s: float = 3
     orderly = world == 1  # one alone keeps nobody waiting, whatever its end
     try:
         with watch.telling():
-            mesh = _join(chosen, store, rank, world, placed, restarts, timeout_s + LATER_S)
-            yield Topology(*placed, local_rank, local_ranks, chosen, mesh, watch, restarts, store)
+            timeout = datetime.timedelta(seconds=timeout_s + LATER_S)
+            group_store = dist.PrefixStore(f"group/{name}", store) if store is not None else None
+            mesh = _join(chosen, group_store, rank, placed[1], placed[3], timeout)
+            yield Topology(*placed, local_rank, local_ranks, chosen, mesh, watch, timeout, store)
         orderly = True
     finally:
         if dist.is_initialized() and world > 1:
@@ -240,13 +243,16 @@ def topology(*, towers: int, device: str, timeout_s: float, silence_s: float = 3
                 time.sleep(0.05)
 
 
-def _join(device: torch.device, store: Optional[dist.Store], rank: int, world: int, placed: tuple[int, int, int, int],
-          restarts: int, timeout_s: float) -> Optional[DeviceMesh]:
+def _join(device: torch.device, store: Optional[dist.Store], rank: int, data_ranks: int, tower_ranks: int,
+          timeout: datetime.timedelta) -> Optional[DeviceMesh]:
     """The mesh of all processes; None for one."""
+    world = data_ranks * tower_ranks
     if world == 1 or store is None:
         return None
     # gloo beside NCCL: objects, and checkpoints written while training goes on, travel between CPUs.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world,
-                            store=dist.PrefixStore(f"group/{restarts}", store), timeout=datetime.timedelta(seconds=timeout_s),
-                            device_id=device if device.type == "cuda" else None)
-    return init_device_mesh(device.type, (placed[1], placed[3]), mesh_dim_names=("data", "tower"))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world, store=store,
+                            timeout=timeout, device_id=device if device.type == "cuda" else None)
+    # init_device_mesh would give its groups torch's own timeouts, which end a run before the watchdog has spoken.
+    places = torch.arange(world).view(data_ranks, tower_ranks)
+    groups = [dist.new_subgroups_by_enumeration(lists, timeout=timeout)[0] for lists in (places.t().tolist(), places.tolist())]
+    return DeviceMesh.from_group(groups, device.type, places, mesh_dim_names=("data", "tower"))

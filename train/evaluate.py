@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, ContextManager, Iterator, Optional, Sequence
 
+from train.ending import DONE, FAILED, INTERRUPTED, MISTAKE, leave, speaks
+
 if TYPE_CHECKING:  # --help needs none of it
     import torch
     from torch import nn
@@ -321,21 +323,22 @@ def main(argv: Sequence[str]) -> int:
     try:
         run(asked)
     except OtherFailed:  # it has been said who
-        return 4
+        return FAILED
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        if speaks():
+            print(f"error: {error}", file=sys.stderr)
+        return MISTAKE
     except MemoryError as error:
         print(f"error: memory (={str(error) or 'used up'}) does not suffice; give a smaller --batch", file=sys.stderr)
-        return 4
+        return FAILED
     except (RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 4
+        return FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+        return INTERRUPTED
+    return DONE
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -32,9 +32,13 @@ def shard(parallel: ParallelConfig, where: Topology, batch: int) -> tuple[int, i
     Raises:
         ValueError: the processes do not divide the batch.
     """
+    if parallel.accumulate > max(1, batch // where.data_ranks):
+        raise ValueError(f"parallel.accumulate (={parallel.accumulate}) must be at most the {batch // where.data_ranks} images "
+                         "that each process computes; lower it")
     if batch % where.data_ranks:
-        raise ValueError(f"train.batch (={batch}) must be divisible by the {where.data_ranks} parts that processes share it in; "
-                         "start another number of processes, or change the batch, and with it the run")
+        whose = "pairs of processes that share" if where.tower_ranks > 1 else "processes that share"
+        raise ValueError(f"train.batch (={batch}) must be divisible by the {where.data_ranks} {whose} it; start another number of "
+                         "processes, or change the batch, and with it the run")
     if not _halved(parallel, where):
         return where.data_rank, where.data_ranks
     if batch % where.ranks:
@@ -51,7 +55,7 @@ def fed(loader: TrainLoader, parallel: ParallelConfig, where: Topology) -> Train
         return loader
     first = where.rank - where.tower_rank
     # A group of its own: its messages must not queue with those of the layers.
-    pair = dist.new_group([first, first + 1], use_local_synchronization=True)
+    pair = dist.new_group([first, first + 1], use_local_synchronization=True, timeout=where.timeout)
     assert isinstance(pair, dist.ProcessGroup)
     return Fed(loader, pair, images=parallel.scheme == "towers")
 

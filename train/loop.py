@@ -34,7 +34,7 @@ from train.feed import Fed
 from train.feeding import Feeding
 from train.gradients import Gradients
 from train.optimizer import PaperSGD, Schedule, set_lr
-from train.recipe import dump
+from train.recipe import dump, load
 from train.run import CHECKPOINTS, Metrics, check_sources
 from train.saving import Saver
 
@@ -161,10 +161,13 @@ def train_epoch(job: Job, rates: Rates) -> bool:
         loss, wrong, norm = gradient(job, batch)
         own_loss, own_norm, errors = torch.stack([loss, norm, wrong]).tolist()
         finite = math.isfinite(own_loss) and math.isfinite(own_norm)
-        value, errors, broken, stop = job.where.total([own_loss, errors, not finite, job.stop.wanted])
+        value, errors, broken, stop, unsaved = job.where.total([own_loss, errors, not finite, job.stop.wanted,
+                                                                job.saver.failed])
         value, errors = value / job.where.tower_ranks, errors / job.where.tower_ranks  # both towers of a pair have them
         if broken:
             raise NotFinite(culprit(job, own_loss, own_norm, batch.step, lr))
+        if unsaved:
+            job.saver.wait()  # raises, in all processes
         job.where.watch.at("update", batch.step)
         job.optimizer.step()
 
@@ -226,6 +229,7 @@ def culprit(job: Job, loss: float, norm: float, step: int, lr: float) -> str:
 
 def test(job: Job, split: str, views: int, what: str) -> Optional[Score]:
     """Test the network on a split; None when stopped meanwhile."""
+    job.where.watch.at("test", max(0, job.loader.step - 1))  # of the step that is done: the next one's phases come later
     loader = build.test_loader(job.config, job.where, job.index, job.stats, split)
     try:
         return evaluate(job.network, loader, views, build.autocast(job.config, job.where),
@@ -257,6 +261,7 @@ def finish_epoch(job: Job, score: Score, rates: Rates) -> None:
 
 def save(job: Job, score: Optional[Score] = None) -> None:
     """A checkpoint of this moment; with a score when it is the end of a validated epoch."""
+    job.where.watch.at("save", max(0, job.loader.step - 1))
     tensors, shapes = build.parameters(job.network, job.config, job.optimizer)
     state = {"step": job.loader.step, "progress": asdict(job.progress), "loader": job.loader.state_dict(),
              "schedule": job.schedule.state_dict(), "metrics_bytes": job.metrics.length(),
@@ -288,10 +293,10 @@ def restore(job: Job) -> None:
         return
     path = job.root / name
     state = checkpoint.read_state(path)
-    if state["fingerprint"] != job.config.fingerprint():
-        raise ValueError(f"fingerprint (={job.config.fingerprint()[:16]}…) is not that of {path} "
-                         f"(={state['fingerprint'][:16]}…); resume with the same recipe, or give another "
-                         "--machine.name")
+    theirs = load(path / checkpoint.CONFIG).fingerprint()  # not the one noted then: settings may have come since, with defaults
+    if theirs != job.config.fingerprint():
+        raise ValueError(f"fingerprint (={job.config.fingerprint()[:16]}…) is not that of {path} (={theirs[:16]}…); resume with "
+                         "the same recipe, or give another --machine.name")
     check_sources(state["sources"], sources(job))
     tensors, shapes = build.parameters(job.network, job.config, job.optimizer)
     checkpoint.load(path, tensors, shapes, job.where)

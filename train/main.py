@@ -17,16 +17,18 @@ A second Ctrl-C kills at once.
 from __future__ import annotations
 
 import contextlib
-import os
+import signal
 import sys
-from typing import TYPE_CHECKING, NoReturn, Sequence
+from typing import TYPE_CHECKING, Sequence
 
+if __name__ == "__main__":  # Ctrl-C while modules are imported ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+from train.ending import DONE, FAILED, INTERRUPTED, MISTAKE, NOT_FINITE, STOPPED, leave, speaks
 from train.recipe import Request, parse
 
 if TYPE_CHECKING:  # parsing a command line needs neither torch nor DALI
     from train.distributed import Topology
-
-DONE, MISTAKE, NOT_FINITE, FAILED, STOPPED, INTERRUPTED = 0, 2, 3, 4, 75, 130
 
 
 def run(request: Request, where: Topology) -> int:
@@ -54,7 +56,7 @@ def run(request: Request, where: Topology) -> int:
     restarted, refused = False, ""
     if where.is_main:
         began, mine = (folder / folders.CONFIG).exists(), f"began {folder.resolve()}"
-        restarted = began and not request.resume and where.restarts > 0 and where.noted(mine)  # not somebody else's run
+        restarted = began and not request.resume and bool(where.noted(mine))  # not somebody else's run
         if not began:
             where.note(mine)
         try:
@@ -73,7 +75,7 @@ def run(request: Request, where: Topology) -> int:
     with contextlib.closing(console), contextlib.closing(metrics), contextlib.closing(loader), \
             contextlib.closing(saver), where.watch.telling():
         if restarted:
-            console.say(f"restarted by torchrun (restart {where.restarts}): going on as with --resume")
+            console.say("restarted by torchrun: going on as with --resume")
         if resume:
             restore(job)
             if 0 < config.machine.stop_after <= loader.step:
@@ -108,22 +110,43 @@ def run(request: Request, where: Topology) -> int:
         return DONE
 
 
+def _ending(request: Request, where: Topology) -> int:
+    """`run`; and torchrun, which takes whatever ends for a fault, is told when it should not be started again."""
+    from train.loop import NotFinite
+
+    try:
+        code = run(request, where)
+    except NotFinite:
+        where.note("ended", NOT_FINITE)
+        raise
+    except ValueError:
+        where.note("ended", MISTAKE)
+        raise
+    if code == STOPPED:
+        where.note("ended", STOPPED)
+    return code
+
+
 def main(argv: Sequence[str]) -> int:
     """The command; returns its exit code."""
     try:
         request = parse(argv)
     except ValueError as error:
-        return _fail(error, MISTAKE)
+        return _fail(error, MISTAKE, speaks())
+    from train.checkpoint import NotWritten
     from train.distributed import topology
     from train.loop import NotFinite
     from train.watchdog import OtherFailed
 
-    machine, is_main = request.config.machine, True
+    machine, is_main = request.config.machine, speaks()
     try:
         with topology(towers=request.config.model.towers, parallel=request.config.parallel, device=machine.device,
                       timeout_s=machine.timeout_s, silence_s=machine.silence_s) as where:
-            is_main = where.is_main
-            return run(request, where)
+            if ended := where.noted("ended"):
+                if is_main:
+                    print(f"not started again by torchrun's --max-restarts: the run has ended with exit code {ended}")
+                return int(ended)
+            return _ending(request, where)
     except OtherFailed:  # it has been said who
         return FAILED
     except NotFinite as error:
@@ -133,6 +156,8 @@ def main(argv: Sequence[str]) -> int:
     except MemoryError as error:  # Python's own has no text
         return _fail(MemoryError(f"memory (={str(error) or 'used up'}) does not suffice; lower train.batch, "
                                  "machine.test_batch or machine.prefetch"), FAILED)
+    except NotWritten as error:
+        return _fail(error, FAILED, is_main)
     except (RuntimeError, OSError) as error:
         return _fail(error, FAILED)  # each process has its own failure to tell
     except KeyboardInterrupt:  # before the loop listens, or a second one
@@ -149,14 +174,6 @@ def _fail(error: Exception, code: int, speaks: bool = True) -> int:
     return code
 
 
-def leave(code: int) -> NoReturn:
-    """End this process; at once when it has failed: taking libraries down takes seconds, and may never end beside a dead one."""
-    if code in (NOT_FINITE, FAILED):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
-
-
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     leave(main(sys.argv[1:]))

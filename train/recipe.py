@@ -71,7 +71,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
     """The parser of `python -m train.main`."""
     jsonargparse.set_loader(MODE, load_yaml, exceptions=(yaml.YAMLError, ValueError))
     parser = jsonargparse.ArgumentParser(
-        prog="python -m train.main", exit_on_error=False, parser_mode=MODE, default_env=False,
+        prog="python -m train.main", exit_on_error=False, allow_abbrev=False, parser_mode=MODE, default_env=False,
         description="Train the two-tower AlexNet as a recipe says; exit codes: 0 done, 2 a mistake in what was asked, "
                     "3 the loss or a gradient was not finite, 4 the machine failed, 75 stopped and saved (go on with --resume).")
     parser.add_argument("--config", action="config", help="a recipe, train/recipes/*.yaml")

@@ -6,6 +6,7 @@ stands there twice.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Iterator, Mapping
 
 from train.config import Config, differences
 from train.recipe import dump, load, load_yaml
@@ -31,26 +32,38 @@ class Metrics:
     """
 
     def __init__(self, path: Path, writes: bool) -> None:
+        self._path = path
         self.file = path.open("ab") if writes else None
 
     def write(self, kind: str, **values: Any) -> None:
         """One line: {"kind": …, "time": seconds since 1970, …}."""
         if self.file is not None:
             line = json.dumps({"kind": kind, "time": round(time.time(), 3), **values}, allow_nan=False)
-            self.file.write(line.encode() + b"\n")
+            with self._named():
+                self.file.write(line.encode() + b"\n")
 
     def length(self) -> int:
         """Bytes of the file, with all that was written to it."""
         if self.file is None:
             return 0
-        self.file.flush()
+        with self._named():
+            self.file.flush()
         return self.file.tell()
 
     def sync(self) -> None:
         """Everything onto the disk."""
         if self.file is not None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
+            with self._named():
+                self.file.flush()
+                os.fsync(self.file.fileno())
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RuntimeError(f"metrics file (={self._path}) could not be written ({error.strerror}); mend this, then go on "
+                               "with --resume") from error
 
     def cut(self, length: int) -> None:
         """Forget what was written after the file had this length."""

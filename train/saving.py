@@ -2,8 +2,8 @@
 
 `Saver.save` copies the tensors and returns; a thread writes the copies (train/checkpoint.py), with a process group of its own, so
 that its collectives never come between those of training. No process waits for another: not even for the slowest disk.
-One checkpoint is on its way at a time. `wait` says that it is there, everywhere, or raises what kept it from being written; so do
-the next `save` and nothing else: training does not stop at an instant that depends on a disk.
+One checkpoint is on its way at a time. `wait` says that it is there, everywhere, or raises what kept it from being written; so
+does the next `save`. `failed` tells before.
 
 Not dcp.async_save: its future ends before manifest, rename and pruning, which would need a thread, and a group, all the same.
 """
@@ -19,10 +19,11 @@ from typing import Any, Callable, Mapping, Optional, Sequence
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from train import checkpoint
 from train.distributed import Topology
+from train.watchdog import of_a_collective
 
 
 class Saver:
@@ -33,11 +34,10 @@ class Saver:
         where: this process.
         keep_last: checkpoints kept besides the best one.
         timeout_s: seconds that one process waits for another inside a save.
-        background: write while the caller goes on; else `save` comes back when all is there.
     """
 
-    def __init__(self, root: Path, where: Topology, keep_last: int, timeout_s: float, background: bool = True) -> None:
-        self._root, self._keep_last, self._background = root, keep_last, background
+    def __init__(self, root: Path, where: Topology, keep_last: int, timeout_s: float) -> None:
+        self._root, self._keep_last = root, keep_last
         self._gpu = where.device if where.device.type == "cuda" else None
         self._copies: dict[str, torch.Tensor] = {}
         self._thread: Optional[threading.Thread] = None
@@ -47,7 +47,9 @@ class Saver:
         if not where.is_alone:
             self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
             if self._gpu is not None:  # the copies lie in host memory
-                mesh = init_device_mesh("cpu", (where.data_ranks, where.tower_ranks), mesh_dim_names=("data", "tower"))
+                # It only says who holds what: with a backend, it would make NCCL communicators that nobody uses.
+                mesh = DeviceMesh("cpu", torch.arange(where.ranks).view(where.data_ranks, where.tower_ranks),
+                                  mesh_dim_names=("data", "tower"), _init_backend=False)
         self._where = dataclasses.replace(where, device=torch.device("cpu"), mesh=mesh)
 
     def save(self, name: str, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]],
@@ -78,8 +80,11 @@ class Saver:
         # No daemon: Python would end such a thread in the middle of torch's C++, which aborts the process (exit code -6).
         self._thread = threading.Thread(target=write, name=f"save {name}")
         self._thread.start()
-        if not self._background:
-            self.wait()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last checkpoint could not be written; `wait` raises why, as soon as all processes know."""
+        return self._failure is not None
 
     def wait(self) -> None:
         """Until the last checkpoint is there.
@@ -93,9 +98,10 @@ class Saver:
             raise failure
 
     def close(self) -> None:
-        """Let what is on its way end; what it failed of is only said, because the run ends, perhaps with an error of its own."""
+        """Let what is on its way end; what it failed of is only said, because the run ends, perhaps with an error of its own.
+        Of a process that was lost meanwhile the watchdog speaks."""
         self._join()
-        if self._failure is not None:
+        if self._failure is not None and not of_a_collective(self._failure):
             print(f"error: {self._failure}", file=sys.stderr)
 
     def _join(self) -> None:

@@ -20,13 +20,14 @@ from typing import Callable, Iterable, Iterator, Optional
 
 import torch.distributed as dist
 
-from train.board import Beat, Board, Failure, Process, Slate, kill
+from train.board import LEFT, Beat, Board, Failure, Process, Slate, kill
+from train.ending import FAILED
 
 TICK_S = 0.5  # between two signs of life
 STORE_S = 1.0  # that the store may take to answer before a process trusts its own eyes
+STUCK_S = 10.0  # … when all processes must be asked how far they have come
 END_S = 3.0  # for the main thread to end by itself when another process has failed
 CLOSE_S = 10.0  # … when it has failed itself
-FAILED = 4  # exit code, as in train/main.py
 _SILENTLY = "it ended without a word, as after kill -9, a crash, or for want of memory"
 
 
@@ -102,6 +103,7 @@ class Watchdog(Watch):
 
     def close(self) -> None:
         """This process leaves in order; its end means nothing."""
+        self._slate.write(LEFT, self.step)
         self._over.set()
         self._wake()
         for thread in self._threads:
@@ -124,7 +126,7 @@ class Watchdog(Watch):
         except BaseException as error:
             if self._board is None or self._leaving_s is not None or isinstance(error, OtherFailed):
                 raise
-            if _of_a_collective(error) and (other := self._blame(END_S)):
+            if of_a_collective(error) and (other := self._blame(END_S)):
                 self._say(other)
                 raise OtherFailed(other.told_by(self._me.rank, self.step)) from error
             self._leaving_s = time.monotonic()
@@ -251,21 +253,26 @@ class Watchdog(Watch):
                     continue
                 poll.unregister(handle)
                 if handle in self._handles:
-                    gone = self._handles[handle]
-                    self._suspect(Failure(gone, "was killed", Slate.read(self._slates[gone.rank]), _SILENTLY, "gone"))
+                    gone, beat = self._handles[handle], Slate.read(self._slates[self._handles[handle].rank])
+                    if beat.phase != LEFT:
+                        self._suspect(Failure(gone, "was killed", beat, _SILENTLY, "gone"))
                 else:
                     self._suspect(Failure(self._me, f"has lost its launcher (torchrun, pid {self._launcher})", self._beat(0)))
             before, moves = moves, self.moves
             if still.seconds(moves != before or self.phase == "start") > self._timeout_s and self._failure is None:
                 self._suspect(Failure(self._me, f"has not gone on for {self._timeout_s:g} s", self._beat(0), kind="stuck"))
                 still = _Lapse()
-            if self._suspicions and time.monotonic() - self._suspicions[0][0] > STORE_S:
-                self._learn(self._suspicions[0][1])
+            oldest = next(iter(self._suspicions), None)
+            if oldest and time.monotonic() - oldest[0] > (STUCK_S if oldest[1].kind == "stuck" else STORE_S):
+                self._learn(oldest[1])
         if self._failure is not None:
             self._end(self._failure)
 
     def _end(self, failure: Failure) -> None:
         """Let the main thread end by itself, if there is something that makes it; else end this process."""
+        # At once: a library may end this process before its turn has come. (Who has failed by itself speaks for itself.)
+        if failure.who.rank != self._me.rank and failure.kind != "told":
+            _within(1.0, lambda: self._say(failure))
         if failure.kind in ("stuck", "silent"):
             _within(1.0, self._show_stacks)
         if failure.kind == "silent":
@@ -304,9 +311,9 @@ class _Lapse:
         return self._seconds
 
 
-def _of_a_collective(error: BaseException) -> bool:
+def of_a_collective(error: BaseException) -> bool:
     """Whether an exception says that other processes could not be reached. gloo's are plain RuntimeErrors."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    return isinstance(error, dist.DistError) or "third_party/gloo" in str(error) or "gloo/transport" in str(error)
 
 
 def _within(seconds: float, what: Callable[[], None]) -> None:
