@@ -6,11 +6,14 @@ import json
 import signal
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from model.alexnet import AlexNet
 from tests.conftest import TinySet
 from tests.recipes import write_recipe
+from tests.test_loop import watch
 from tests.test_train import here
 from tools import try_faults
 from tools.try_faults import STRUCK, Case, Trials, cases
@@ -31,19 +34,32 @@ def test_all_end_soon_say_why_leave_nothing_and_go_on_to_the_same_weights(trials
     assert 0 <= outcome.seconds <= case.limit_s
 
 
+def fails_at(network: AlexNet, number: int) -> None:
+    """An error of the machine when the network sees its training batch of this number, from 0."""
+    count = iter(range(10 ** 6))
+
+    def fail(module: Any, inputs: Any) -> None:
+        if module.training and next(count) == number:
+            raise OSError("the machine is broken on purpose")
+    network.register_forward_pre_hook(fail)
+
+
 def test_a_restart_goes_on_with_its_own_run_only(tiny_set: TinySet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The store of torchrun remembers what the first start began; a folder that was there before is not touched."""
     recipe, store = write_recipe(tmp_path, tiny_set.index), distributed.dist.HashStore()
     monkeypatch.setattr(distributed, "_connect", lambda *words: (store, store))
-    _, err = here(recipe, tmp_path, "--machine.stop_after=3", code=75)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with monkeypatch.context() as patch:
+        watch(patch, lambda network: fails_at(network, 3))
+        _, err = here(recipe, tmp_path, "--machine.checkpoint_steps=1", code=4)
+    assert "error: the machine is broken on purpose" in err
     out, _ = here(recipe, tmp_path, "--machine.stop_after=5", code=75)
     assert "restarted by torchrun: going on as with --resume" in out and "at step 3\n" in out
+    out, _ = here(recipe, tmp_path, "--machine.stop_after=5", code=75)  # what was asked to stop stays stopped
+    assert out == "not started again by torchrun's --max-restarts: the run has ended with exit code 75\n"
     store = distributed.dist.HashStore()
-    for restart in ("0", "1"):
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restart)
-        _, err = here(recipe, tmp_path, code=2)
-        assert "already holds a run; go on with --resume" in err
+    _, err = here(recipe, tmp_path, code=2)
+    assert "already holds a run; go on with --resume" in err
+    assert "the run has ended with exit code 2" in here(recipe, tmp_path, "--machine.name=other", code=2)[0], "nor a mistake"
 
 
 def test_the_table_has_every_fault_in_every_process() -> None:
@@ -66,4 +82,4 @@ def test_what_is_wrong_is_found(trials: Trials, tmp_path: Path) -> None:
     outcome = try_faults.Outcome(Case("kill in load", 2, 1))
     ended = SimpleNamespace(poll=lambda: -signal.SIGKILL, returncode=1)
     trials._check(outcome.case, notes, ended, outcome)  # type: ignore[arg-type]
-    assert outcome.wrong == ["process 0 left with 1", "0 of 1 others named it"]
+    assert outcome.wrong == ["process 0 has not started", "process 0 left with 1", "0 of 1 others named it"]

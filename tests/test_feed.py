@@ -153,6 +153,6 @@ def test_who_makes_which_rows() -> None:
     assert feed.shard(REPLICATE, place(1), 6) == (0, 2)
     for parallel, batch, message in ((SPLIT, 6, "the 4 processes, each of which makes half .*; use parallel.feed: replicate"),
                                      (WEIRD, 6, "the 4 processes, .*; use parallel.scheme: towers and feed: replicate"),
-                                     (REPLICATE, 7, "the 2 parts that processes share it in; start")):
+                                     (REPLICATE, 7, "the 2 pairs of processes that share it; start")):
         with pytest.raises(ValueError, match=rf"train.batch \(={batch}\) must be divisible by {message}"):
             feed.shard(parallel, place(1), batch)

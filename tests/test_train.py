@@ -305,7 +305,8 @@ def test_two_runs_in_bf16_and_channels_last_finish(recipe: Path, tmp_path: Path)
     ({"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}, 2, {"towers": 2}, "cpu", r"processes \(=3\) must be even in number"),
     ({"WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3"}, 2, {}, "cpu", r"processes of this machine \(=3\) must be even in number"),
     ({"WORLD_SIZE": "2"}, 1, {"towers": 2}, "cpu", r"model.towers \(=1\) must be 2 for two processes to hold a tower each"),
-    ({"WORLD_SIZE": "2"}, 1, {"scheme": "weird"}, "cpu", r"model.towers \(=1\) must be 2 .* \(and scheme towers\)"),
+    ({"WORLD_SIZE": "2"}, 1, {"scheme": "weird"}, "cpu",
+     r"model.towers \(=1\) must be 2 .*; use --parallel.towers=1 --parallel.scheme=towers"),
     ({"WORLD_SIZE": "1"}, 2, {}, "cuda", r"machine.device \(=cuda\) needs a GPU for local process 0, but there are 0"),
 ])
 def test_topologies_that_make_no_sense(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], towers: int,

@@ -7,10 +7,10 @@ code it left.
 """
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -135,7 +135,7 @@ def _gradient(strike: Callable[[Callable[[], object]], None]) -> None:
     setattr(build, "network", network)
 
 
-def main(fault: str, rank: str, step: str, folder: str, *argv: str) -> NoReturn:
+def main(fault: str, rank: str, step: str, folder: str, argv: list[str]) -> NoReturn:
     """One process of the run."""
     restart, mine = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("RANK", "0")
     notes = Notes(Path(folder), restart, mine)
@@ -151,11 +151,13 @@ def main(fault: str, rank: str, step: str, folder: str, *argv: str) -> NoReturn:
 
     if fault != "none" and restart == "0" and rank == mine:
         install(fault, int(step), notes)
-    code = train(argv)
-    if code not in (3, 4):  # they come by os._exit
-        notes.write("left", code=code)
-    leave(code)
+    leave(train(argv))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(prog="fault_runner.py", allow_abbrev=False, description="A process of a run in which a fault "
+                                     "happens; try_faults.py starts it, under torchrun.")
+    for word in ("fault", "rank", "step", "folder"):
+        parser.add_argument(word)
+    given, others = parser.parse_known_args()
+    main(given.fault, given.rank, given.step, given.folder, others)

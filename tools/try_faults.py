@@ -3,9 +3,9 @@
     python tools/try_faults.py [--processes 2 4] [--times 5] [--only kill stop] [--json FILE] [--work FOLDER]
 
 Each trial is one `torchrun --max-restarts 1` (tools/fault_runner.py): the fault, the end of all processes, the restart, the rest
-of the run. Checked: exit codes; seconds from the fault to the end of the last process; that each survivor names the one that
-failed; that no process and nothing in /dev/shm is left; that the weights are those of a run that nothing happened to, to the
-bit. Exits with 1 when anything is not as it must be.
+of the run (after SIGTERM, and without torchrun, by --resume). Checked: exit codes; seconds from the fault to the end of the last
+process; that each survivor names the one that failed; that no process and nothing in /dev/shm is left; that the weights are those
+of a run that nothing happened to, to the bit. Exits with 2 when anything is not as it must be.
 """
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ class Trials:
             if seconds > case.limit_s:
                 outcome.wrong.append(f"took {seconds:.1f} s of {case.limit_s:g}")
         self._check(case, notes, process, outcome)
-        if case.fault == "torchrun killed":
+        if case.fault == "torchrun killed" or case.fault.startswith("SIGTERM"):  # a stop that was asked for stays one
             start(Case("none", case.processes, 0), notes / "resumed", [*argv, "--resume"], 0).wait(PATIENCE_S)
         elif process.returncode != 0:
             outcome.wrong.append(f"torchrun ended with {process.returncode} after the restart")
@@ -232,7 +232,11 @@ class Trials:
     def _check(self, case: Case, notes: Path, process: subprocess.Popen[str], outcome: Outcome) -> None:
         """Exit codes, words, and who is left."""
         its, others = case.codes
-        for rank, events in read_notes(notes, 0).items():
+        noted = read_notes(notes, 0)
+        for rank in range(case.processes):
+            events = noted.get(rank, {})
+            if "started" not in events:
+                outcome.wrong.append(f"process {rank} has not started")
             code = events.get("left", {}).get("code")
             if code not in (its if rank == case.rank and case.fault != "torchrun killed" else others):
                 outcome.wrong.append(f"process {rank} left with {code}")

@@ -37,8 +37,8 @@ def shard(parallel: ParallelConfig, where: Topology, batch: int) -> tuple[int, i
                          "that each process computes; lower it")
     if batch % where.data_ranks:
         whose = "pairs of processes that share" if where.tower_ranks > 1 else "processes that share"
-        raise ValueError(f"train.batch (={batch}) must be divisible by the {where.data_ranks} {whose} it; start another number of "
-                         "processes, or change the batch, and with it the run")
+        raise ValueError(f"train.batch (={batch}) must be divisible by the {where.data_ranks} {whose} it; start another number "
+                         "of processes, or change the batch, and with it the run")
     if not _halved(parallel, where):
         return where.data_rank, where.data_ranks
     if batch % where.ranks:

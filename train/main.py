@@ -112,13 +112,8 @@ def run(request: Request, where: Topology) -> int:
 
 def _ending(request: Request, where: Topology) -> int:
     """`run`; and torchrun, which takes whatever ends for a fault, is told when it should not be started again."""
-    from train.loop import NotFinite
-
     try:
         code = run(request, where)
-    except NotFinite:
-        where.note("ended", NOT_FINITE)
-        raise
     except ValueError:
         where.note("ended", MISTAKE)
         raise
