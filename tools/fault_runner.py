@@ -155,8 +155,8 @@ def main(fault: str, rank: str, step: str, folder: str, argv: list[str]) -> NoRe
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="fault_runner.py", allow_abbrev=False, description="A process of a run in which a fault "
-                                     "happens; try_faults.py starts it, under torchrun.")
+    parser = argparse.ArgumentParser(prog="fault_runner.py", allow_abbrev=False,
+                                     description="A process of a run in which a fault happens; try_faults.py starts it.")
     for word in ("fault", "rank", "step", "folder"):
         parser.add_argument(word)
     given, others = parser.parse_known_args()
