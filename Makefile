@@ -1,6 +1,7 @@
 # make demo   generate a small ILSVRC2012-shaped set, index it, train on it, test it      make demo DATA=folder   the same on real archives
 # make test   the tests                                                                     make lint               flake8 and mypy
-# make bench   every tier against other people's loaders (INDEX=, PACKED=)                  make clean              everything made here
+# make bench   every tier against other people's loaders (INDEX=, PACKED=)                  make bench-parallel     one process against towers, data, weird
+# make clean   everything made here
 # All of them first install what is missing into $(VENV); a stamp file makes that step instant until setup.cfg or constraints.txt change.
 
 VENV  ?= .venv
@@ -18,7 +19,7 @@ OUT    ?= $(if $(DATA),demo-data,demo)
 INDEX  ?=
 PACKED ?=
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test lint bench bench-parallel clean
 
 install: $(STAMP)
 
@@ -47,6 +48,9 @@ lint: $(STAMP)
 bench: $(STAMP)
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m tools.bench $(INDEX) $(if $(PACKED),--packed '$(PACKED)') $(ARGS)
+
+bench-parallel: $(STAMP)
+	$(BIN)/python -m tools.bench_parallel $(ARGS)
 
 clean:
 	test ! -e demo/DRAWN || rm -rf demo
