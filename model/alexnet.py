@@ -1,4 +1,4 @@
-"""AlexNet (paper §3): eight layers, the whole network or one of its two towers.
+"""AlexNet (paper §3) and its variants: the layers of a `ModelConfig`, the whole network or one of its two towers.
 
 One class. `tower=BOTH` holds everything in one process (`groups=2` in conv2, conv4 and conv5);
 `Tower(rank, 2, group)` is one of a pair of processes, which exchange activations where a layer sees both towers. What each has:
@@ -10,7 +10,6 @@ All start from the same values and compute the same logits, loss and gradients.
 Legend: B images of the pair (or of the one process), C channel (tower a's first), H row, W column, K classes.
 """
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -18,51 +17,26 @@ from torch import nn
 from torch.nn import functional
 
 from model import initial
-from model.config import LrnConfig, ModelConfig
+from model.config import Conv, Full, LrnConfig, ModelConfig, PoolConfig
 from model.dropout import dropout
 from model.lrn import local_response_norm
 from model.meeting import Link, gather_logits, meet
 from model.towers import BOTH, Tower, tower_shape
 
 
-@dataclass(frozen=True)
-class Conv:
-    """One convolution of the table, always followed by a ReLU."""
-
-    name: str
-    kernel: int
-    stride: int
-    padding: int
-    meets: bool   # sees the kernels of both towers
-    lrn: bool     # response normalisation follows (if the configuration has it)
-    pool: bool    # max pooling of 3×3, stride 2, follows (paper §3.4: overlapping)
-
-
-@dataclass(frozen=True)
-class Linear:
-    """One fully connected layer of the table; all of them see both towers."""
-
-    name: str
-    last: bool    # the logits: no ReLU, no dropout
-
-
-CONVS = (  # kernel stride pad  meets  lrn    pool
-    Conv("conv1", 11, 4, 0, False, True, True),
-    Conv("conv2", 5, 1, 2, False, True, True),
-    Conv("conv3", 3, 1, 1, True, False, False),
-    Conv("conv4", 3, 1, 1, False, False, False),
-    Conv("conv5", 3, 1, 1, False, False, True),
-)
-LINEARS = (Linear("fc6", False), Linear("fc7", False), Linear("fc8", True))
-LAYERS: tuple[Conv | Linear, ...] = (*CONVS, *LINEARS)
-POOL, POOL_STRIDE = 3, 2
-
-
 def paper(classes: int = 1000) -> ModelConfig:
     """The network of the paper (§3, §5), 60,965,224 parameters at 1000 classes."""
-    return ModelConfig(input_px=227, classes=classes, channels=(96, 256, 384, 384, 256), hidden=(4096, 4096), towers=2,
-                       dropout=0.5, lrn=LrnConfig(k=2.0, n=5, alpha=1e-4, beta=0.75), init_std=(0.01,) * 8,
-                       init_bias=(0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0))
+    return ModelConfig(
+        input_px=227, classes=classes, towers=2, activation="relu", dropout=0.5, lrn=LrnConfig(k=2.0, n=5, alpha=1e-4, beta=0.75),
+        pool=PoolConfig(px=3, stride=2),
+        layers={"conv1": Conv(96, px=11, stride=4, lrn="after", pool=True, std=0.01, bias=0),
+                "conv2": Conv(256, px=5, pad=2, lrn="after", pool=True, std=0.01, bias=1),
+                "conv3": Conv(384, px=3, pad=1, sees="both", std=0.01, bias=0),
+                "conv4": Conv(384, px=3, pad=1, std=0.01, bias=1),
+                "conv5": Conv(256, px=3, pad=1, pool=True, std=0.01, bias=1),
+                "fc6": Full(neurons=4096, dropout=True, std=0.01, bias=1),
+                "fc7": Full(neurons=4096, dropout=True, std=0.01, bias=1),
+                "fc8": Full(std=0.01, bias=0)})
 
 
 def sides(config: ModelConfig) -> list[tuple[str, int]]:
@@ -73,50 +47,61 @@ def sides(config: ModelConfig) -> list[tuple[str, int]]:
     result: list[tuple[str, int]] = []
     side = config.input_px
 
-    def slide(name: str, kernel: int, stride: int, padding: int) -> int:
-        if side + 2 * padding < kernel:
+    def slide(name: str, window: int, stride: int, pad: int) -> int:
+        if side + 2 * pad < window:
             raise ValueError(f"model.input_px (={config.input_px}) leaves {side} px before {name}, less than its "
-                             f"window of {kernel}; use at least 67")
-        return (side + 2 * padding - kernel) // stride + 1
+                             f"window of {window}; use larger crops (the paper's layers need 67)")
+        return (side + 2 * pad - window) // stride + 1
 
-    for conv in CONVS:
-        side = slide(conv.name, conv.kernel, conv.stride, conv.padding)
-        result.append((conv.name, side))
+    for name, conv in config.convs.items():
+        side = slide(name, conv.px, conv.stride, conv.pad)
+        result.append((name, side))
         if conv.pool:
-            side = slide(f"pool{conv.name[-1]}", POOL, POOL_STRIDE, 0)
-            result.append((f"pool{conv.name[-1]}", side))
+            name = f"pool{name.removeprefix('conv')}"
+            side = slide(name, config.pool.px, config.pool.stride, 0)
+            result.append((name, side))
     return result
 
 
 def shapes(config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
     """Output of every layer for one image, both towers together: [("conv1", (96, 55, 55)), … ("fc8", (K,))]."""
-    channels = {str(number): count for number, count in enumerate(config.channels, start=1)}
-    maps: list[tuple[str, tuple[int, ...]]] = []
-    for name, side in sides(config):
-        maps.append((name, (channels[name[-1]], side, side)))
-    return maps + [("fc6", (config.hidden[0],)), ("fc7", (config.hidden[1],)), ("fc8", (config.classes,))]
+    kernels = {name.removeprefix("conv"): conv.kernels for name, conv in config.convs.items()}
+    maps = [(name, (kernels[name.lstrip("convpl")], side, side)) for name, side in sides(config)]
+    return [*maps, *((name, (full.neurons,)) for name, full in config.fulls.items())]
 
 
 def canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter of the whole network, in order. A tower's is `tower_shape(shape, tower)`."""
+    """Shape of every parameter of the whole network, in order. A tower's is `tower_shape(shape, tower)`.
+
+    The inputs of a layer that sees only its own tower are that tower's: all inputs divided by the towers.
+    """
     result: dict[str, tuple[int, ...]] = {}
-    inputs = 3
-    for conv, outputs in zip(CONVS, config.channels):
-        grouped = 1 if conv.meets or conv.name == "conv1" else config.towers
-        result[f"{conv.name}.weight"] = (outputs, inputs // grouped, conv.kernel, conv.kernel)
-        result[f"{conv.name}.bias"] = (outputs,)
-        inputs = outputs
+    inputs, split = 3, 1  # both towers see the whole image
+    for name, conv in config.convs.items():
+        parts = split if conv.sees == "own" else 1
+        result[f"{name}.weight"] = (conv.kernels, inputs // parts, conv.px, conv.px)
+        result[f"{name}.bias"] = (conv.kernels,)
+        inputs, split = conv.kernels, config.towers
     inputs *= sides(config)[-1][1] ** 2
-    for linear, outputs in zip(LINEARS, (*config.hidden, config.classes)):
-        result[f"{linear.name}.weight"] = (outputs, inputs)
-        result[f"{linear.name}.bias"] = (outputs,)
-        inputs = outputs
+    for name, full in config.fulls.items():
+        result[f"{name}.weight"] = (full.neurons, inputs // (split if full.sees == "own" else 1))
+        result[f"{name}.bias"] = (full.neurons,)
+        inputs = full.neurons
     return result
 
 
 def parameter_count(config: ModelConfig) -> int:
     """Number of weights and biases of the whole network."""
     return sum(math.prod(shape) for shape in canonical_shapes(config).values())
+
+
+class OwnLinear(nn.Linear):
+    """A fully connected layer of two towers in one process, each of which sees its own half of the features (paper figure 2 has
+    none; release run 150): (B, 2F) → (B, N), the first N/2 neurons (of an odd N the larger half) from the first F features."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        halves = zip(x.chunk(2, 1), self.weight.chunk(2), self.bias.chunk(2))
+        return torch.cat([functional.linear(part, weight, bias) for part, weight, bias in halves], 1)
 
 
 class AlexNet(nn.Module):
@@ -131,7 +116,8 @@ class AlexNet(nn.Module):
         overlap: compute while activations and gradients travel; changes no bit.
 
     Raises:
-        ValueError: `tower` is one of two but the configuration has a single tower.
+        ValueError: `tower` is one of two but the configuration has a single tower; or scheme weird is asked of a network with a
+            fully connected layer that sees only its own tower.
     """
 
     def __init__(self, config: ModelConfig, *, seed: int, tower: Tower = BOTH, scheme: Literal["towers", "weird"] = "towers",
@@ -143,23 +129,27 @@ class AlexNet(nn.Module):
         self.config, self.seed, self.tower = config, seed, tower
         self.halves_images = scheme == "weird" and tower.count == 2
         self._links: dict[str, Link] = {}
+        self._first_full = next(iter(config.fulls))
         canonical = canonical_shapes(config)
-        for position, layer in enumerate(LAYERS):
-            shape = canonical[f"{layer.name}.weight"]
-            held = self.tower_of(layer.name)
+        for name, layer in config.layers.items():
+            if self.halves_images and isinstance(layer, Full) and layer.sees == "own":
+                raise ValueError(f"model.layers.{name}.sees (=own) cannot be split in scheme weird; use parallel.scheme: towers")
+            shape = canonical[f"{name}.weight"]
+            held = self.tower_of(name)
+            apart = layer.sees == "own" and config.towers == 2 and held.count == 1  # two towers side by side in one process
             rows, inputs = tower_shape(shape, held)[:2]
             # skip_init: torch would draw initial values which `fill` overwrites. It leaves the default device, so name it.
             if isinstance(layer, Conv):
-                groups = 1 if layer.meets or position == 0 else config.towers // held.count
-                module = nn.utils.skip_init(nn.Conv2d, inputs * groups, rows, layer.kernel, layer.stride, layer.padding,
+                groups = 2 if apart and name != next(iter(config.layers)) else 1
+                module = nn.utils.skip_init(nn.Conv2d, inputs * groups, rows, layer.px, layer.stride, layer.pad,
                                             groups=groups, device=torch.get_default_device())
             else:
-                module = nn.utils.skip_init(nn.Linear, inputs, rows, device=torch.get_default_device())
-            initial.fill(module.weight, module.bias, seed=seed, name=layer.name, shape=shape,
-                         std=config.init_std[position], bias_value=config.init_bias[position], tower=held)
-            self.add_module(layer.name, module)
-            if held.count == 2 and (isinstance(layer, Linear) or layer.meets):
-                self._links[layer.name] = Link(layer.name, held, overlap)
+                module = nn.utils.skip_init(OwnLinear if apart else nn.Linear, inputs, rows, device=torch.get_default_device())
+            initial.fill(module.weight, module.bias, seed=seed, name=name, shape=shape, std=layer.std, bias_value=layer.bias,
+                         tower=held)
+            self.add_module(name, module)
+            if held.count == 2 and config.meets(name):
+                self._links[name] = Link(name, held, overlap)
 
     def tower_of(self, name: str) -> Tower:
         """Whose rows of a layer or parameter ("conv1.weight") this process holds: this tower's, or everybody's (BOTH)."""
@@ -174,30 +164,44 @@ class AlexNet(nn.Module):
         (B/2, 3, H, W), tower a the first, and gets the logits of both. Raises ValueError on images of another size, on a
         missing step, and on rows outside the batch.
         """
-        first_row = self._check(images, step, rows)
-        x = images.to(self.get_parameter("conv1.weight").dtype)  # as they are, but for a network in float64
-        for conv in CONVS:
-            x = self._layer(conv.name, x)
-            if conv.lrn and self.config.lrn is not None:
-                # The window of channels never crosses from one tower into the other.
-                groups = self.config.towers // self.tower_of(conv.name).count
-                x = local_response_norm(x, self.config.lrn, groups=groups, relu=True)
-            else:
-                x = functional.relu(x, inplace=True)
-            if conv.pool:
-                x = functional.max_pool2d(x, POOL, POOL_STRIDE)
-        x = x.flatten(1)
-        for linear, size in zip(LINEARS, (*self.config.hidden, self.config.classes)):
-            x = self._layer(linear.name, x)
-            if linear.last:
-                continue
-            x = functional.relu(x, inplace=True)
-            if self.training and step is not None:
-                x = dropout(x, self.config.dropout, seed=self.seed, step=step, layer=linear.name, first_row=first_row,
-                            first_column=self.tower.rows(size)[0])
+        x = self._layer(self.config.last, self.features(images, step, rows))
         logits = gather_logits(x, self.config.classes, self.tower)
         # The softmax and the loss are not for half precision.
         return logits if logits.dtype == torch.float64 else logits.float()
+
+    def features(self, images: torch.Tensor, step: int | None = None, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """What the last layer sees, of the neurons that this process holds: (B, 3, H, W) → (B, N), the paper's 4096 of fc7
+        (figure 4). Arguments as in `forward`."""
+        config, first_row = self.config, self._check(images, step, rows)
+        x = images.to(next(self.parameters()).dtype)  # as they are, but for a network in float64
+        for name, conv in config.convs.items():
+            x = self._normalised(name, conv, self._layer(name, x))
+            if conv.pool:
+                x = functional.max_pool2d(x, config.pool.px, config.pool.stride)
+        x = x.flatten(1)
+        for name, full in list(config.fulls.items())[:-1]:
+            x = self._layer(name, x)
+            if not full.linear:
+                x = self._activated(x)
+            if self.training and step is not None and full.dropout:
+                x = dropout(x, config.dropout, seed=self.seed, step=step, layer=name, first_row=first_row,
+                            first_column=self.tower.rows(full.neurons)[0])
+        return x
+
+    def _activated(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.relu(x, inplace=True) if self.config.activation == "relu" else torch.tanh(x)
+
+    def _normalised(self, name: str, conv: Conv, x: torch.Tensor) -> torch.Tensor:
+        """The activation of a convolution and its response normalisation, in the order the layer asks for."""
+        lrn = self.config.lrn
+        if lrn is None or conv.lrn == "none":
+            return self._activated(x)
+        groups = self.config.towers // self.tower_of(name).count  # the window never crosses from one tower into the other
+        if conv.lrn == "before":
+            return self._activated(local_response_norm(x, lrn, groups=groups))
+        if self.config.activation == "relu":
+            return local_response_norm(x, lrn, groups=groups, relu=True)  # in one pass over memory
+        return local_response_norm(self._activated(x), lrn, groups=groups)
 
     def _layer(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """A layer's product, with the other tower where it sees both."""
@@ -205,7 +209,7 @@ class AlexNet(nn.Module):
         if link is None:
             result: torch.Tensor = layer(x)
             return result
-        return meet(layer, x, link, "rows" if self.halves_images and name == LINEARS[0].name else "channels")
+        return meet(layer, x, link, "rows" if self.halves_images and name == self._first_full else "channels")
 
     def _check(self, images: torch.Tensor, step: int | None, rows: tuple[int, int] | None) -> int:
         """Refuse what would be silently wrong. Returns the first of the B rows in the global batch."""

@@ -2,13 +2,28 @@
 
 Imports nothing heavy, so a command line can be parsed with it.
 
-Every field changes results, so none has a default: a recipe says them all.
+The table of layers is a mapping from names to what each layer is, so that a recipe which extends another changes, adds or
+removes (null) single ones. Layers stand in the order of their names: convolutions by number, then fully connected ones.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Optional
+import dataclasses
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal, Mapping, Optional, Union, get_args
+
+_NAME = re.compile(r"(conv|fc)([1-9][0-9]?)")
+Sees = Literal["own", "both"]
+Norm = Literal["none", "after", "before"]
+Activation = Literal["relu", "tanh"]
+
+
+def _need(ok: bool, key: str, value: object, rule: str) -> None:
+    """Raise `<key> (=value) <rule>` unless ok."""
+    if not ok:
+        raise ValueError(f"{key} (={value}) {rule}")
 
 
 @dataclass(frozen=True)
@@ -18,7 +33,7 @@ class LrnConfig:
     Args:
         k: additive constant (paper: 2).
         n: adjacent channels in the window, odd (paper: 5).
-        alpha: factor of the sum of squares, not divided by n (paper: 1e-4).
+        alpha: factor of the sum of squares, not divided by n (paper: 1e-4; the release's 1e-4 is divided by its 5: 2e-5).
         beta: exponent (paper: 0.75).
     """
 
@@ -28,28 +43,84 @@ class LrnConfig:
     beta: float
 
     def __post_init__(self) -> None:
-        if self.n < 1 or self.n % 2 == 0:
-            raise ValueError(f"model.lrn.n (={self.n}) must be odd and positive; the paper uses 5")
-        if self.k <= 0:
-            raise ValueError(f"model.lrn.k (={self.k}) must be positive; the paper uses 2")
+        _need(self.n >= 1 and self.n % 2 == 1, "model.lrn.n", self.n, "must be odd and positive; the paper uses 5")
+        _need(self.k > 0, "model.lrn.k", self.k, "must be positive; the paper uses 2")
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    """Max pooling (paper §3.4) of px × px pixels, every `stride` pixels. 3 and 2, the paper's, overlap; 2 and 2 do not."""
+
+    px: int
+    stride: int
+
+    def __post_init__(self) -> None:
+        _need(self.px >= 1, "model.pool.px", self.px, "must be at least 1; the paper uses 3")
+        _need(self.stride >= 1, "model.pool.stride", self.stride, "must be at least 1; the paper uses 2")
+
+
+@dataclass(frozen=True)
+class Conv:
+    """One convolution, always followed by the activation (paper §3.5).
+
+    Args:
+        kernels: number of them over all towers.
+        px: side of a kernel, pixels.
+        stride, pad: pixels.
+        sees: the maps of its own tower, or of both (paper figure 2). conv1 sees the image whatever is said.
+        lrn: response normalisation, where model.lrn has its constants: none; after the activation (paper); or before it (release
+            run 145, conv1).
+        pool: max pooling follows.
+        std, bias: initial weights are drawn from N(0, std), biases are constant (paper §5).
+    """
+
+    kernels: int
+    px: int
+    std: float
+    bias: float
+    stride: int = 1
+    pad: int = 0
+    sees: Sees = "own"
+    lrn: Norm = "none"
+    pool: bool = False
+
+
+@dataclass(frozen=True)
+class Full:
+    """One fully connected layer. The last one of a network gives the logits: no activation, no dropout.
+
+    Args:
+        neurons: number of them over all towers; of the last layer 0, as it has one for each class.
+        sees: the neurons of both towers, or of its own.
+        dropout: model.dropout of its neurons are silenced in training (paper §4.2).
+        linear: no activation follows (the release's layer before a softmax of very many classes).
+        std, bias: as in Conv.
+    """
+
+    std: float
+    bias: float
+    neurons: int = 0
+    sees: Sees = "both"
+    dropout: bool = False
+    linear: bool = False
+
+
+Layer = Union[Conv, Full]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The eight-layer network of paper §3.5.
+    """The network of paper §3.5 and its variants.
 
     Args:
-        input_px: side of the square crop, pixels (227; 67 for the small network).
+        input_px: side of the square crop, pixels (227; at least 67 for the paper's layers).
         classes: number of classes K.
-        channels: kernels of conv1..conv5 over all towers (paper: 96, 256, 384, 384, 256).
-        hidden: neurons of fc6 and fc7 over all towers (paper: 4096, 4096).
         towers: 2 (the paper) or 1 (the whole network in one tower).
-        dropout: probability that a neuron of fc6, fc7 is silenced in training (paper: 0.5).
-        lrn: response normalisation after conv1 and conv2, or null for none (paper §3.3).
-
-        init_std: standard deviations of the initial weights of conv1..fc8 (paper §5: 0.01 each; the release
-            has 0.03 in conv3..conv5; a small network needs larger ones).
-        init_bias: initial biases of conv1..fc8 (paper §5: 0, 1, 0, 1, 1, 1, 1, 0).
+        activation: relu (paper §3.1) or tanh.
+        dropout: probability that a neuron of a layer with dropout is silenced in training (paper: 0.5).
+        lrn: constants of response normalisation, or null for none (paper §3.3).
+        pool: max pooling after the layers that have it (paper §3.4).
+        layers: name → layer; null takes a layer away. Names are conv1, conv2, … and fc1, fc2, …
 
     Raises:
         ValueError: a number that makes no network. That input_px fits the layers is checked by model.alexnet.sides.
@@ -57,31 +128,96 @@ class ModelConfig:
 
     input_px: int
     classes: int
-    channels: tuple[int, ...]
-    hidden: tuple[int, ...]
     towers: int
+    activation: Activation
     dropout: float
     lrn: Optional[LrnConfig]
-    init_std: tuple[float, ...]
-    init_bias: tuple[float, ...]
+    pool: PoolConfig
+    layers: dict[str, Any] = field(hash=False)
 
     def __post_init__(self) -> None:
-        if self.towers not in (1, 2):
-            raise ValueError(f"model.towers (={self.towers}) must be 1 or 2; the paper has 2")
-        if self.classes < 2:
-            raise ValueError(f"model.classes (={self.classes}) must be at least 2; count the classes of the index")
-        if self.input_px < 1:
-            raise ValueError(f"model.input_px (={self.input_px}) must be positive; the paper's network takes 227")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"model.dropout (={self.dropout}) must be in [0, 1); the paper uses 0.5")
-        for key, count in (("channels", 5), ("hidden", 2), ("init_std", 8), ("init_bias", 8)):
-            values = getattr(self, key)
-            object.__setattr__(self, key, tuple(values))  # a list, as YAML has it, would make the config unhashable
-            if len(values) != count:
-                raise ValueError(f"model.{key} (={list(values)}) must have {count} numbers; give one per layer")
-        for key in ("channels", "hidden"):
-            if any(size < 1 or size % self.towers for size in getattr(self, key)):
-                raise ValueError(f"model.{key} (={list(getattr(self, key))}) must be positive multiples of the "
-                                 f"{self.towers} towers; round them")
-        if min(self.init_std) < 0:
-            raise ValueError(f"model.init_std (={list(self.init_std)}) must not be negative; give standard deviations")
+        _need(self.towers in (1, 2), "model.towers", self.towers, "must be 1 or 2; the paper has 2")
+        _need(self.classes >= 2, "model.classes", self.classes, "must be at least 2; count the classes of the index")
+        _need(self.input_px >= 1, "model.input_px", self.input_px, "must be positive; the paper's network takes 227")
+        _need(self.activation in get_args(Activation), "model.activation", self.activation,
+              "must be relu or tanh; the paper has relu")
+        _need(0.0 <= self.dropout < 1.0, "model.dropout", self.dropout, "must be in [0, 1); the paper uses 0.5")
+        object.__setattr__(self, "layers", _table(self.layers))
+        fulls = [name for name in self.layers if name.startswith("fc")]
+        _need(bool(fulls), "model.layers", list(self.layers), "must end with a fully connected layer, the softmax's; add fc8")
+        _need(len(fulls) < len(self.layers), "model.layers", list(self.layers), "must have a convolution; add conv1")
+        for name, layer in self.layers.items():
+            if name == fulls[-1]:
+                _need(layer.neurons == 0, f"model.layers.{name}.neurons", layer.neurons, "must be left out of the last layer, "
+                      "which has one for each class; or add the layer that follows")
+                continue
+            key, size = ("kernels", layer.kernels) if isinstance(layer, Conv) else ("neurons", layer.neurons)
+            _need(size >= 1 and size % self.towers == 0, f"model.layers.{name}.{key}", size,
+                  f"must be a positive multiple of the {self.towers} towers; round it")
+
+    @property
+    def convs(self) -> dict[str, Conv]:
+        """The convolutions, in order."""
+        return {name: layer for name, layer in self.layers.items() if isinstance(layer, Conv)}
+
+    @property
+    def fulls(self) -> dict[str, Full]:
+        """The fully connected layers, in order; `neurons` of the last is the number of classes."""
+        found = {name: layer for name, layer in self.layers.items() if isinstance(layer, Full)}
+        last = list(found)[-1]
+        return found | {last: dataclasses.replace(found[last], neurons=self.classes)}
+
+    @property
+    def last(self) -> str:
+        """Name of the layer that gives the logits."""
+        return list(self.layers)[-1]
+
+    def meets(self, name: str) -> bool:
+        """Whether a layer sees the maps or neurons of two towers."""
+        return self.towers == 2 and self.layers[name].sees == "both" and name != next(iter(self.layers))
+
+
+def _table(layers: Mapping[str, Any]) -> dict[str, Layer]:
+    """The layers in order, from what a recipe says of each; those that are null are left out."""
+    if not isinstance(layers, Mapping):
+        raise ValueError(f"model.layers (={layers}) must map names to layers; write conv1: {{kernels: 96, px: 11, …}}")
+    for name in layers:
+        _need(bool(_NAME.fullmatch(str(name))), "model.layers", name, "must have names conv1 … conv99 and fc1 … fc99; rename it")
+    ordered = sorted(layers, key=lambda name: (name.startswith("fc"), int(name.lstrip("convf"))))
+    return {name: _layer(name, layers[name]) for name in ordered if layers[name] is not None}
+
+
+def _layer(name: str, said: Any) -> Layer:
+    """One layer; ValueError names the key that is missing, unknown, or out of range."""
+    kind = Conv if name.startswith("conv") else Full
+    key, known = f"model.layers.{name}", {f.name: f for f in dataclasses.fields(kind)}
+    if not isinstance(said, (Mapping, kind)):
+        raise ValueError(f"{key} (={said}) must say what the layer is; write {{{', '.join(known)}}}")
+    values = dict(said) if isinstance(said, Mapping) else {name: getattr(said, name) for name in known}
+    for unknown in sorted(values.keys() - known.keys()):
+        raise ValueError(f"{key}.{unknown} (={values[unknown]}) is not known; a "
+                         f"{'convolution' if kind is Conv else 'fully connected layer'} has {', '.join(known)}")
+    for item in known.values():
+        if item.name not in values:
+            _need(item.default is not dataclasses.MISSING, f"{key}.{item.name}", "none", "is missing; say it")
+            continue
+        values[item.name] = _value(f"{key}.{item.name}", item.name, values[item.name])
+    return kind(**values)
+
+
+def _value(key: str, name: str, value: Any) -> Any:
+    """A value of a layer, checked; whole numbers where a recipe may have 0.0 or 1."""
+    if name in ("pool", "dropout", "linear"):
+        _need(isinstance(value, bool), key, value, "must be true or false; correct it")
+        return value
+    if name in ("sees", "lrn"):
+        allowed = get_args(Sees if name == "sees" else Norm)
+        _need(value in allowed, key, value, f"must be one of {', '.join(allowed)}; correct it")
+        return value
+    _need(isinstance(value, (int, float)) and not isinstance(value, bool), key, value, "must be a number; correct it")
+    if name in ("std", "bias"):
+        _need(math.isfinite(value) and (name == "bias" or value >= 0), key, value, "must be finite, and no negative deviation")
+        return float(value)
+    low = {"kernels": 1, "px": 1, "stride": 1, "pad": 0, "neurons": 0}[name]
+    _need(value == int(value) and value >= low, key, value, f"must be a whole number of at least {low}; correct it")
+    return int(value)

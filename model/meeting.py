@@ -4,10 +4,10 @@ Its product is a sum of two: own activations with their columns of the weight, t
 computed while the other's activations travel. Backward the same way round: first the gradient that the other tower waits for;
 while it travels, all the rest; what arrives is added. Each tower sends its activations once, and once as many gradients.
 
-  conv3, fc6, fc7, fc8   as above, whatever the scheme (weird: not conv3).
+  conv3, fc6, fc7, fc8   as above (and others, where a recipe says so), whatever the scheme (weird: no convolution).
   fc6 in scheme weird    each process has all features of its own half of the images: the product is in rows, not a sum.
-  logits                 after fc8. Every tower then computes the *same* loss, so the gradient of a half is that tower's own
-                         slice; adding the other's would count the loss twice.
+  logits                 after the last layer. Every tower then computes the *same* loss, so the gradient of a half is that tower's
+                         own slice; adding the other's would count the loss twice.
 
 Messages are torch.distributed's isend and irecv, batched: NCCL makes them one exchange. What crosses has the precision of the
 product: bfloat16 under autocast. Activations and gradients travel from where they lie to where they are used, in either memory
@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from model.towers import Tower
 
-CROSSINGS = ("conv3", "fc6", "fc7", "fc8", "logits")
+CROSSINGS = (*(f"{kind}{number}" for kind in ("conv", "fc") for number in range(1, 100)), "logits")  # all that a recipe may name
 Direction = Literal["forward", "backward"]
 
 

@@ -19,13 +19,20 @@ data:
 model:
   input_px: 67
   classes: 6
-  channels: [8, 16, 16, 16, 8]
-  hidden: [18, 16]
   towers: 2
+  activation: relu
   dropout: 0.5
   lrn: {k: 2, n: 5, alpha: 1e-4, beta: 0.75}
-  init_std: [0.05, 0.05, 0.05, 0.05, 0.05, 0.05, 0.05, 0.05]
-  init_bias: [0, 1, 0, 1, 1, 1, 1, 0]
+  pool: {px: 3, stride: 2}
+  layers:
+    conv1: {kernels: 8,  px: 11, stride: 4, pad: 0, sees: own,  lrn: after, pool: true,  std: 0.05, bias: 0}
+    conv2: {kernels: 16, px: 5,  stride: 1, pad: 2, sees: own,  lrn: after, pool: true,  std: 0.05, bias: 1}
+    conv3: {kernels: 16, px: 3,  stride: 1, pad: 1, sees: both, lrn: none,  pool: false, std: 0.05, bias: 0}
+    conv4: {kernels: 16, px: 3,  stride: 1, pad: 1, sees: own,  lrn: none,  pool: false, std: 0.05, bias: 1}
+    conv5: {kernels: 8,  px: 3,  stride: 1, pad: 1, sees: own,  lrn: none,  pool: true,  std: 0.05, bias: 1}
+    fc6: {neurons: 18, sees: both, dropout: true, std: 0.05, bias: 1}
+    fc7: {neurons: 16, sees: both, dropout: true, std: 0.05, bias: 1}
+    fc8: {sees: both, std: 0.05, bias: 0}
 optimizer:
   lr: 1e-2
   momentum: 0.9

@@ -26,7 +26,7 @@ def test_recipe_and_overrides(tmp_path: Path) -> None:
     assert request.resume and request.recipe == path
     config = request.config
     assert config.optimizer.lr == 0.002 and config.optimizer.weight_decay == 5e-4 and config.machine.name == "x"
-    assert config.model.lrn is None and config.model.channels == (8, 16, 16, 16, 8)
+    assert config.model.lrn is None and [conv.kernels for conv in config.model.convs.values()] == [8, 16, 16, 16, 8]
     assert read(path, "--model.lrn.n=3").model.lrn is not None
     moved = read(path, "--schedule.plateau=null", "--schedule.milestones=[{epoch: 2, lr: 1e-3}]").schedule
     assert moved.milestones[0].lr == 0.001
@@ -91,7 +91,17 @@ def test_mistakes_on_the_command_line(tmp_path: Path, argv: list[str], message: 
     ("plateau", "  plateau: {factor: 0.1, patience: 1, drops: 3}", r"Plateau: .*required: min_delta; "),
     ("plateau", "  plateau: {factor: 0.1, patience: 1, min_delt: 0, drops: 3}", r"Option 'min_delt' is not accepted; "),
     ("train", "trainn:", r"'trainn\S*' is not accepted; "),
-    ("channels", "  channels: [1, 2]", r"model.channels \(=\[1, 2\]\) must have 5 numbers"),
+    ("conv2", "    conv2: {kernels: 16, px: 5, std: 0.05}", r"model.layers.conv2.bias \(=none\) is missing; say it"),
+    ("conv2", "    conv2: {kernels: 16, px: 5, std: 0.05, bias: 1, strid: 1}", r"model.layers.conv2.strid \(=1\) is not known; "),
+    ("conv2", "    conv2: 16", r"model.layers.conv2 \(=16\) must say what the layer is; write \{kernels, px, "),
+    ("fc7", "    fc7: {neurons: 1.5, std: 0.05, bias: 1}", r"model.layers.fc7.neurons \(=1.5\) must be a whole number of "),
+    ("fc7", "    fc7: {neurons: 16, std: -1, bias: 1}", r"model.layers.fc7.std \(=-1\) must be finite, and no negative"),
+    ("fc7", "    fc7: {neurons: 17, std: 1, bias: 1}", r"model.layers.fc7.neurons \(=17\) must be a positive multiple of the 2"),
+    ("fc7", "    fc7: {neurons: 16, std: 1, bias: 1, sees: all}", r"model.layers.fc7.sees \(=all\) must be one of own, both"),
+    ("fc7", "    fc7: {neurons: 16, std: 1, bias: 1, dropout: 0.5}", r"model.layers.fc7.dropout \(=0.5\) must be true or false"),
+    ("fc7", "    full7: {neurons: 16, std: 1, bias: 1}", r"model.layers \(=full7\) must have names conv1 … conv99 and fc1"),
+    ("fc8", "    fc8: {neurons: 6, std: 1, bias: 1}", r"model.layers.fc8.neurons \(=6\) must be left out of the last layer"),
+    ("activation", "  activation: gelu", r"model.activation\W.*Got value: gelu"),
     ("seed", "  seed: [", r"while parsing"),
 ])
 def test_mistakes_in_a_recipe(tmp_path: Path, name: str, line: str, message: str) -> None:
@@ -100,7 +110,7 @@ def test_mistakes_in_a_recipe(tmp_path: Path, name: str, line: str, message: str
 
 
 def test_no_recipe_at_all(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="File does not exist"):
+    with pytest.raises(ValueError, match=r"recipe \(=.*none.yaml\) does not exist; give one of train/recipes"):
         read(tmp_path / "none.yaml")
     with pytest.raises(ValueError, match=r"--config \(=none\) must name a recipe; give one of train/recipes"):
         parse([])
@@ -108,7 +118,7 @@ def test_no_recipe_at_all(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "line", "key"), [
     ("lr", "  lr: .nan", "optimizer.lr"), ("lighting", "  lighting: .inf", "data.lighting"),
-    ("init_std", "  init_std: [.nan, 1, 1, 1, 1, 1, 1, 1]", "model.init_std"),
+    ("conv4", "    conv4: {kernels: 16, px: 3, std: .nan, bias: 1}", "model.layers.conv4.std"),
     ("lrn", "  lrn: {k: 2, n: 5, alpha: 1e-4, beta: .inf}", "model.lrn.beta")])
 def test_numbers_are_finite(tmp_path: Path, name: str, line: str, key: str) -> None:
     with pytest.raises(ValueError, match=rf"{key} \(=.*(nan|inf).*\) must be "):

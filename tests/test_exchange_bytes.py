@@ -4,13 +4,13 @@ import json
 
 import pytest
 
+from tests.networks import small
+
 from model.alexnet import paper
-from model.config import LrnConfig, ModelConfig
 from tools import exchange_bytes
 from tools.exchange_bytes import BYTES, SCHEMES, Traffic, check, computed, measured
 
-SMALL = ModelConfig(input_px=67, classes=7, channels=(8, 12, 16, 12, 8), hidden=(24, 20), towers=2, dropout=0.5,
-                    lrn=LrnConfig(k=1.0, n=5, alpha=0.05, beta=0.75), init_std=(0.1,) * 8, init_bias=(0.0,) * 8)
+SMALL = small()
 Found = dict[tuple[str, str], list[Traffic]]
 
 

@@ -14,8 +14,9 @@ import torch.multiprocessing as multiprocessing
 from torch import nn
 from torch.nn import functional
 
+from tests.networks import small
+
 from model.alexnet import AlexNet
-from model.config import ModelConfig
 from model.towers import BOTH, Tower
 from train.config import LarsConfig, Milestone, OptimizerConfig, Plateau, ScheduleConfig
 from train.optimizer import Lars, PaperSGD, Schedule, batch_scale, build_optimizer, set_lr
@@ -150,8 +151,7 @@ def test_lars_with_a_closure_and_float32() -> None:
     assert w.tolist() == [1.0] * 4  # 0.5 * 4 / 2 = 1
 
 
-NETWORK = ModelConfig(input_px=67, classes=7, channels=(8, 12, 16, 12, 8), hidden=(24, 20), towers=2, dropout=0.0, lrn=None,
-                      init_std=(0.1, 0.1, 0.1, 0.1, 0.1, 0.2, 0.3, 0.3), init_bias=(0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0))
+NETWORK = small(dropout=0.0, lrn=None)
 
 
 def trained(tower: Tower) -> dict[str, torch.Tensor]:

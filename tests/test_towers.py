@@ -10,16 +10,14 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
+from tests.networks import small
 
 from model.alexnet import AlexNet, canonical_shapes
-from model.config import LrnConfig, ModelConfig
+from model.config import ModelConfig
 from model.meeting import CROSSINGS, crossing, gather_logits
 from model.towers import BOTH, Tower, tower_shape, tower_slice
 
-# Small, with values at which every part matters: an LRN that divides visibly, dropout, initial values that are no noise.
-SMALL = ModelConfig(input_px=67, classes=7, channels=(8, 12, 16, 12, 8), hidden=(24, 20), towers=2, dropout=0.5,
-                    lrn=LrnConfig(k=1.0, n=5, alpha=0.05, beta=0.75), init_std=(0.1, 0.1, 0.1, 0.1, 0.1, 0.2, 0.3, 0.3),
-                    init_bias=(0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0))
+SMALL = small()
 STEPS = 20
 
 
@@ -193,7 +191,7 @@ def test_what_crosses_is_bfloat16_and_each_half_once(pair: list[dict[str, Any]],
 
 
 def test_every_crossing_has_its_tags() -> None:
-    assert [crossing(tag) for tag in range(10)] == [(name, way) for name in CROSSINGS for way in ("forward", "backward")]
+    assert [crossing(tag) for tag in range(2 * len(CROSSINGS))] == [(name, way) for name in CROSSINGS for way in ("forward", "backward")]
 
 
 def test_tower_of_says_what_is_split() -> None:

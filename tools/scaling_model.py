@@ -14,8 +14,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from model.alexnet import LAYERS, Conv, canonical_shapes, sides
-from model.config import ModelConfig
+from model.alexnet import canonical_shapes, sides
+from model.config import Conv, ModelConfig
 from tools.exchange_bytes import GRADIENT_BYTES, computed
 
 # Times that an update reads or writes as much memory as the parameters take: four passes of train/optimizer.py, a norm.
@@ -43,12 +43,12 @@ class Layer:
 def layers(config: ModelConfig) -> list[Layer]:
     """conv1 … fc8."""
     shapes, px = canonical_shapes(config), dict(sides(config))
-    found = []
-    for layer in LAYERS:
-        weight, outputs = math.prod(shapes[f"{layer.name}.weight"]), shapes[f"{layer.name}.bias"][0]
+    found: list[Layer] = []
+    for name, layer in config.layers.items():
+        weight, outputs = math.prod(shapes[f"{name}.weight"]), shapes[f"{name}.bias"][0]
         conv = isinstance(layer, Conv)
-        places = px[layer.name] ** 2 if conv else 1
-        found.append(Layer(layer.name, weight * places, weight + outputs, layer is LAYERS[0], conv))
+        places = px[name] ** 2 if conv else 1
+        found.append(Layer(name, weight * places, weight + outputs, not found, conv))
     return found
 
 

@@ -36,7 +36,9 @@ HANG_S = 8.0
 STRUCK = 8          # the step of the fault; checkpoints are made after 3, 6, 9 …
 PATIENCE_S = 240.0  # for a whole trial
 MARK = "ALEXNET_TRIAL"  # in the environment of every process of a trial
-SMALL = ("--model.channels=[8,16,16,16,8]", "--model.hidden=[18,16]", "--train.batch=8", "--train.epochs=2",
+SMALL = ("--model.layers.conv1.kernels=8", "--model.layers.conv2.kernels=16", "--model.layers.conv3.kernels=16",
+         "--model.layers.conv4.kernels=16", "--model.layers.conv5.kernels=8", "--model.layers.fc6.neurons=18",
+         "--model.layers.fc7.neurons=16", "--train.batch=8", "--train.epochs=2",
          "--train.test_views=1", "--machine.torch_threads=1", "--machine.threads=1", "--machine.checkpoint_steps=3",
          "--machine.test_batch=8", "--machine.device=cpu", f"--machine.silence_s={SILENCE_S}")
 

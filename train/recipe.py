@@ -1,8 +1,9 @@
 """Recipes and command lines into a `Config`, and back.
 
-A recipe is YAML with the groups of train/config.py; `--group.key=value` overrides it. Read more strictly than YAML
-asks: the same key twice is an error (PyYAML takes the last), 5e-4 is a number (PyYAML reads a string), and a field that
-changes results must be said, null included.
+A recipe is YAML with the groups of train/config.py; `--group.key=value` overrides it. `extends: OTHER.yaml` (beside it) takes all
+that it does not say from another recipe, so that an experiment says what is different about it, and nothing else. Read more
+strictly than YAML asks: the same key twice is an error (PyYAML takes the last), 5e-4 is a number (PyYAML reads a string), and a
+field that changes results must be said, null included.
 """
 
 from __future__ import annotations
@@ -58,6 +59,43 @@ def load_yaml(text: str) -> Any:
     return yaml.load(text, Loader=StrictLoader)  # noqa: S506 (a SafeLoader)
 
 
+def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a recipe, with those of the one it extends beneath them. Mappings are merged, all else is replaced.
+
+    Args:
+        above: the recipes that led to this one.
+
+    Raises:
+        ValueError: no such file, not YAML, no mapping, or it extends itself.
+    """
+    if not path.is_file():
+        raise ValueError(f"recipe (={path}) does not exist; give one of train/recipes" + (
+            f", or correct extends in {above[-1]}" if above else ""))
+    if path.resolve() in (other.resolve() for other in above):
+        raise ValueError(f"extends (={path.name} in {above[-1]}) leads back to itself; take one of the lines away")
+    try:
+        values = load_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:  # UnicodeDecodeError is one
+        raise ValueError(f"recipe (={path}) is no YAML: {_tidy(str(error))}") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ValueError(f"recipe (={path}) must be groups of keys, not a {type(values).__name__}; see train/recipes/demo.yaml")
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    if not isinstance(parent, str):
+        raise ValueError(f"extends (={parent} in {path}) must be the name of a recipe beside it; correct it")
+    return _merged(read_recipe(path.parent / parent, (*above, path)), values)
+
+
+def _merged(below: Any, values: Any) -> Any:
+    """`values` over those `below`."""
+    if not isinstance(below, dict) or not isinstance(values, dict):
+        return values
+    return below | {key: _merged(below.get(key), value) for key, value in values.items()}
+
+
 @dataclass(frozen=True)
 class Request:
     """What the command line asked for."""
@@ -100,20 +138,52 @@ def parse(argv: Sequence[str]) -> Request:
         ValueError: an unknown or missing key, a value of the wrong type or outside its range.
     """
     parser = build_parser()
+    paths, layers, words = _recipes(argv)
     if not any(word.startswith(("--config", "--help", "-h", "--print_config")) for word in argv):
         raise ValueError("--config (=none) must name a recipe; give one of train/recipes, such as --config "
                          "train/recipes/demo.yaml")
     try:
-        space = parser.parse_args(list(argv))
-        recipes = [Path(str(path)) for path in space.config or []]
-        raw = load_yaml(recipes[-1].read_text(encoding="utf-8")) if recipes else {}
+        raw: dict[str, Any] = {}
+        for path in paths:
+            raw = _merged(raw, read_recipe(path))
+        raw = _merged(raw, layers)
+        space = parser.parse_args([*words[:1], yaml.safe_dump(raw, sort_keys=False), *words[1:]] if paths else words)
         _say_all(raw, argv)
         made = parser.instantiate(space)
     except (argparse.ArgumentError, ValueError) as error:
         raise ValueError(_tidy(str(error))) from None
     config = Config(**{name: made[name] for name in GROUPS})
     _all_finite(config.as_dict())
-    return Request(config, bool(space.resume), recipes[-1] if recipes else None)
+    return Request(config, bool(space.resume), paths[-1] if paths else None)
+
+
+def _recipes(argv: Sequence[str]) -> tuple[list[Path], dict[str, Any], list[str]]:
+    """The recipes named on a command line; what it says of single layers, which the parser would take for strings; and the other
+    words, with a --config in front that awaits the recipes' values, if there is any."""
+    paths: list[Path] = []
+    said: dict[str, Any] = {}
+    words, rest = ["--config"], list(argv)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        if name != "--config" and not name.startswith("--model.layers."):
+            words.append(word)
+            continue
+        if not equals:
+            if not rest:
+                raise ValueError(f"{name} (=none) must have a value; write {name}=VALUE")
+            value = rest.pop(0)
+        if name == "--config":
+            paths.append(Path(value))
+            continue
+        try:
+            found = load_yaml(value)
+        except yaml.YAMLError:
+            raise ValueError(f"{name} (={value}) is no YAML; write key: value with a space, in quotes for the shell") from None
+        for key in reversed(name.removeprefix("--").split(".")):
+            found = {key: found}
+        said = _merged(said, found)
+    return paths, said, words if paths else words[1:]
 
 
 def _all_finite(values: Any, key: str = "") -> None:
