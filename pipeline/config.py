@@ -1,5 +1,5 @@
 """What a recipe says about data: `DataConfig` changes results, `LoaderConfig` never does. Imports nothing heavy."""
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 REGIONS = ("square", "full")
 MEANS = ("image", "image_center", "channel")
@@ -8,7 +8,7 @@ WINDOW, LANES = 4096, 8  # of tier streamed, unless a recipe says otherwise
 
 @dataclass(frozen=True)
 class DataConfig:
-    """How a file becomes a training or test image (paper §2, §4.1). No defaults: a recipe says all of it.
+    """How a file becomes a training or test image (paper §2, §4.1). A recipe says all of it, but for what came later.
 
     Attributes:
         region: where training crops come from: ``square``, the central square (paper §2), or ``full``, the whole image
@@ -19,6 +19,7 @@ class DataConfig:
         lighting: standard deviation of the three alphas of paper §4.1 (0.1); 0 turns the lighting noise off.
         mean: what is subtracted: ``image``, the mean image at the crop's own place, reflected with it (the paper);
             ``image_center``, its central crop whatever the offset (the release); ``channel``, three numbers.
+        lighting_epochs: epochs, counted from the first, that have the lighting noise (the release: 68 of 93); 0: all of them.
 
     Raises:
         ValueError: a value outside its range, naming the key.
@@ -29,6 +30,7 @@ class DataConfig:
     mirror: bool
     lighting: float
     mean: str
+    lighting_epochs: int = field(default=0, kw_only=True)  # by name only: fields without a default may follow in a subclass
 
     def __post_init__(self) -> None:
         if self.region not in REGIONS:
@@ -43,6 +45,9 @@ class DataConfig:
         if not 0 <= self.lighting < 10:
             raise ValueError(f"data.lighting (={self.lighting}) must be a standard deviation in [0, 10); "
                              "the paper's value is 0.1")
+        if self.lighting_epochs < 0:
+            raise ValueError(f"data.lighting_epochs (={self.lighting_epochs}) must not be negative; 0 is lighting noise in every "
+                             "epoch, data.lighting: 0 in none")
         if self.region == "full" and self.mean == "image":
             raise ValueError("data.mean (=image) needs data.region square (=full): the mean image covers the central "
                              "square only; use mean: channel")

@@ -28,6 +28,7 @@ class Purpose(enum.IntEnum):
     PACK = 7
     SHARD = 8
     WINDOW = 9
+    HOLD_OUT = 10
 
 
 def _mix(word: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -26,7 +26,7 @@ class Draws:
 
 
 def draw(seed: int, epochs: npt.NDArray[np.int64], ids: npt.NDArray[np.int64], rooms: npt.NDArray[np.int64], *,
-         mirror: bool, lighting: float) -> Draws:
+         mirror: bool, lighting: float, lighting_epochs: int = 0) -> Draws:
     """Draw crops, reflections and lighting for the samples of a batch (paper §4.1).
 
     Args:
@@ -36,6 +36,7 @@ def draw(seed: int, epochs: npt.NDArray[np.int64], ids: npt.NDArray[np.int64], r
         rooms: (B, 2) largest offset (rows, columns) at which the crop still lies in its region.
         mirror: False keeps every image as it is.
         lighting: standard deviation of the alphas; 0 gives zeros.
+        lighting_epochs: zeros too for uses in epochs from this one on; 0: in none.
 
     Returns:
         Draws. Offsets are uniform on 0…room, both ends included.
@@ -46,6 +47,8 @@ def draw(seed: int, epochs: npt.NDArray[np.int64], ids: npt.NDArray[np.int64], r
     alphas = np.zeros((len(ids), 3))
     if lighting:
         alphas = lighting * np.stack([normal(seed, Purpose.LIGHTING, epochs, ids, axis) for axis in range(3)], axis=1)
+        if lighting_epochs:
+            alphas[epochs >= lighting_epochs] = 0
     return Draws(top.astype(np.int64), left.astype(np.int64), flips, alphas)
 
 

@@ -4,7 +4,7 @@ An index is a folder: `index.json` (header) and `samples.npy` (rows of `SAMPLE`,
 `names.bin` too when a folder tree of images was indexed (NUL-terminated relative paths). Names of tar members are
 not stored: they are read back from the tar headers. The row number is the sample's **id**; it never changes, excluded
 rows stay. Rows are sorted by split (train, val, test), in train by class, then by place in the archive; in val and
-test by name (ILSVRC: by base name).
+test by name (ILSVRC: by base name), or as in train where they were held out of it (`pipeline.subset`).
 
 The header carries SHA-256 hashes: of each array file (`verify` checks those), and of its own content without paths
 (`load` checks that one: it is the identity of the data set, `SampleIndex.sha256`).
@@ -51,6 +51,9 @@ SAMPLE = np.dtype([
 # images, bytes (mean), psnr_mean, psnr_min (dB, against the pixels that were encoded).
 PACKED = {"source": dict, "square_px": int, "region": str, "quality": int, "subsampling": str, "seed": int, "shard_images": int,
           "encoder": str, "measured": dict}
+# What the optional `derived` list of the header says of each subset that led here, the first one first: SHA-256, rows and classes
+# of the index it was taken of, options it was taken by, names of the classes that had too few images.
+DERIVED = {"index": str, "samples": int, "classes": int, "chosen": str, "too_few": list}
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,11 @@ class SampleIndex:
     def packed(self) -> dict[str, Any] | None:
         """How tools/pack_shards.py made these images (see PACKED), or None when they are the originals."""
         return self.header.get("packed")
+
+    @property
+    def derived(self) -> list[dict[str, Any]]:
+        """The subsets that led from an index of archives to this one (see DERIVED); none mostly."""
+        return self.header.get("derived", [])
 
     def __reduce__(self) -> tuple[Any, ...]:  # to another process go the paths, not the rows
         return SampleIndex.load, (self.path, self._folders)
@@ -296,4 +304,8 @@ def read_header(path: Path) -> dict[str, Any]:
     if packed is not None and not (isinstance(packed, dict) and "square_px" in packed
                                    and all(isinstance(value, PACKED.get(key, object)) for key, value in packed.items())):
         raise ValueError(f"index header (={file}) has a packed entry that says nothing of its images; pack them again")
+    derived = header.get("derived", [])
+    if not (isinstance(derived, list) and all(isinstance(step, dict) and all(
+            isinstance(step.get(key), kind) for key, kind in DERIVED.items()) for step in derived)):
+        raise ValueError(f"index header (={file}) has a derived entry that does not say of what; take the subset again")
     return header

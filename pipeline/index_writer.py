@@ -44,12 +44,14 @@ def check_output(out: Path, force: bool) -> None:
 
 def write_index(out: str | Path, samples: np.ndarray, *, classes: Sequence[ClassInfo], archives: Sequence[Archive],
                 splits: Sequence[str], preset: str, crc32: bool, oddities: Sequence[dict[str, Any]] = (),
-                names: bytes | None = None, packed: dict[str, Any] | None = None, force: bool = False) -> str:
+                names: bytes | None = None, packed: dict[str, Any] | None = None, derived: Sequence[dict[str, Any]] = (),
+                force: bool = False) -> str:
     """Write an index folder; returns its SHA-256.
 
     `samples`: SAMPLE rows, sorted by split. `oddities`: {name, split, reason, kept, id or None}. `names`: names.bin
-    for folder archives. `packed`: how these images were made (`pipeline.index.PACKED`); then `out` holds them already. Raises
-    ValueError as `check_output`, and when the rows are not sorted by split.
+    for folder archives. `packed`: how these images were made (`pipeline.index.PACKED`); then `out` holds them already.
+    `derived`: the subsets that led here from an index of archives (`pipeline.index.DERIVED`). Raises ValueError as
+    `check_output`, and when the rows are not sorted by split.
     """
     out = Path(out)
     if packed is None:
@@ -66,6 +68,8 @@ def write_index(out: str | Path, samples: np.ndarray, *, classes: Sequence[Class
         "archives": [{**asdict(archive), "path": str(archive.path.absolute())} for archive in archives],
         "reasons": {REASONS[i]: int(n) for i, n in enumerate(reasons) if i and n},
         "oddities": list(oddities), "classes": [asdict(entry) for entry in classes]}
+    if derived:  # an index of whole archives has no such key, so its SHA-256 is what it was before there were subsets
+        header["derived"] = list(derived)
     if packed is not None:
         return _publish_among(out, {**header, "packed": packed}, samples)
     return _publish(out, header, samples, names)

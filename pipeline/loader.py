@@ -146,7 +146,8 @@ class TrainLoader(Loader, Iterator[Batch]):
 
     def draws(self, ids: Ids, epochs: Ids) -> Draws:
         """The draws of samples `ids` in `epochs`, both (B,); what every rank and thread would draw for them."""
-        return draw(self._seed, epochs, ids, self._rooms(ids)[2], mirror=self.data.mirror, lighting=self.data.lighting)
+        return draw(self._seed, epochs, ids, self._rooms(ids)[2], mirror=self.data.mirror, lighting=self.data.lighting,
+                    lighting_epochs=self.data.lighting_epochs)
 
     def _prepare(self, step: int) -> Prepared:
         origins, epochs = self._sampler.take(step)

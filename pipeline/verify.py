@@ -177,7 +177,8 @@ def summary(index: SampleIndex) -> dict[str, Any]:
         if "train" in index.split_names else []
     formats = np.bincount(index.samples["format"], minlength=len(FORMAT_CODE))
     return {"path": str(index.path), **{key: index.header[key] for key in ("version", "preset", "sha256", "crc32")},
-            "samples": len(index), "bytes": int(sizes.sum(dtype=np.int64)), "splits": index.header["splits"],
+            "derived": index.derived, "samples": len(index), "bytes": int(sizes.sum(dtype=np.int64)),
+            "splits": index.header["splits"],
             "formats": {name: int(formats[code]) for name, code in FORMAT_CODE.items() if formats[code]},
             "reasons": index.header["reasons"], "archives": index.header["archives"],
             "classes": index.header["classes"],

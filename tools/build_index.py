@@ -6,6 +6,8 @@
   build_index.py build fall2011 fall11_whole.tar --out DIR      (any tar of <wnid>.tar)
   build_index.py build classes PATH --out DIR                   (tar or folder of class folders)
   build_index.py build webdataset SHARD... --out DIR            (key.jpg + key.cls)
+  build_index.py subset INDEX --out DIR --class-range 0:50      (some classes of an index, on the same archives)
+  build_index.py subset INDEX --out DIR --hold-out 0.5 --hold-out-as test
   build_index.py info|verify|ls DIR        build_index.py cat DIR ID > x.jpg
 
 Nothing is extracted; archives are only read. Exit code: 0 done, 1 damage found, 2 an error, 130 interrupted.
@@ -50,6 +52,18 @@ def parser() -> argparse.ArgumentParser:
         build.add_parser(name, parents=[common], help=what).add_argument("path", type=Path, help=what)
     build.add_parser("webdataset", parents=[common], help="WebDataset shards").add_argument(
         "shards", type=Path, nargs="+", help="tars of key.jpg + key.cls; a word train, val or test in the name is the split")
+
+    subset = verbs.add_parser("subset", help="derive an index: some classes, images held out of train")
+    subset.add_argument("index", metavar="INDEX", type=Path, help="folder of the index to derive from")
+    subset.add_argument("--out", type=Path, required=True, help="folder to write the new index to")
+    subset.add_argument("--force", action="store_true", help="replace the index that is there")
+    subset.add_argument("--classes", type=Path, help="file of the classes to keep: wnids or folders, one a line, # comments")
+    subset.add_argument("--class-range", metavar="A:B", help="keep classes A to B - 1, counted from 0")
+    subset.add_argument("--exclude-classes", type=Path, help="file of classes to leave out")
+    subset.add_argument("--min-images", type=int, default=0, help="leave out classes with fewer training images")
+    subset.add_argument("--hold-out", type=float, metavar="SHARE", help="share of each class's training images to hold out")
+    subset.add_argument("--hold-out-as", metavar="SPLIT", help="their split: val or test")
+    subset.add_argument("--seed", type=int, default=0, help="of the choice of images (default: 0)")
 
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("index", type=Path, help="folder of the index")
@@ -110,6 +124,21 @@ def build(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def subset(arguments: argparse.Namespace) -> int:
+    from pipeline.index import SampleIndex
+    from pipeline.subset import Choices, derive, read_names, read_range
+
+    choices = Choices(read_names(arguments.classes) if arguments.classes is not None else None,
+                      read_range(arguments.class_range) if arguments.class_range is not None else None,
+                      read_names(arguments.exclude_classes) if arguments.exclude_classes is not None else (),
+                      arguments.min_images, arguments.hold_out, arguments.hold_out_as, arguments.seed)
+    notes = derive(SampleIndex.load(arguments.index), arguments.out, choices, force=arguments.force)
+    _print_info(SampleIndex.load(arguments.out))
+    for note in notes:
+        print(f"note: {_plain(note)}", file=sys.stderr)
+    return 0
+
+
 def info(arguments: argparse.Namespace) -> int:
     from pipeline.verify import summary
 
@@ -126,6 +155,9 @@ def _print_info(index: "SampleIndex") -> None:
 
     about = summary(index)
     print(f"index     {_plain(about['path'])}  ({about['preset']}, version {about['version']}, sha256 {about['sha256'][:16]}…)")
+    for step in about["derived"]:
+        print(f"derived   of {_plain(step['index'][:16])}… ({step['samples']:,} samples, {step['classes']:,} classes): "
+              f"{_plain(step['chosen'])}" + (f"; {len(step['too_few']):,} classes had too few images" if step["too_few"] else ""))
     print(f"samples   {about['samples']:,}, {about['bytes'] / 1e6:,.1f} MB of images, {len(index.classes):,} classes, "
           f"{'CRC-32 each' if about['crc32'] else 'no CRC-32'}")
     for split in about["splits"]:
@@ -229,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     arguments = parser().parse_args(argv)
     try:
-        code = {"build": build, "info": info, "verify": verify, "ls": ls, "cat": cat}[arguments.verb](arguments)
+        code = {"build": build, "subset": subset, "info": info, "verify": verify, "ls": ls, "cat": cat}[arguments.verb](arguments)
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # ls | head
