@@ -76,7 +76,7 @@ class ResidentLoader(TrainLoader):
         if machine.resident_memory == "ram":
             folder = Path(machine.resident_folder) if machine.resident_folder else index.path / "resident"
             self._store = RamStore(folder, split, index.split_sha256(split), len(self._ids), form,
-                                   decoder="cpu" if device_id is None else "gpu", gpus=_gpu_bytes())
+                                   decoder="cpu" if device_id is None else "gpu", gpus=gpu_bytes())
         else:
             self._group = group
             self._store = SpreadStore(len(self._ids), form, self.device, group)
@@ -304,6 +304,6 @@ class ResidentLoader(TrainLoader):
         self._urgent.clear()
 
 
-def _gpu_bytes() -> int:
+def gpu_bytes() -> int:
     """Memory of all GPUs of this machine."""
     return sum(torch.cuda.get_device_properties(gpu).total_memory for gpu in range(torch.cuda.device_count()))

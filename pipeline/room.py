@@ -60,8 +60,8 @@ def is_memory(folder: Path, proc: Path = Path("/proc")) -> bool:
     return max(around)[1] in ("tmpfs", "ramfs") if around else False
 
 
-def check_ram(kind: str, rows: int, row_bytes: int, folder: Path, present: int, *, gpus: int = 0,
-              limit: tuple[int, str] | None = None, free: int | None = None) -> None:
+def check_ram(kind: str, rows: int, row_bytes: int, folder: Path, present: int, *, promised: int = 0,
+              gpus: int = 0, limit: tuple[int, str] | None = None, free: int | None = None) -> None:
     """Refuse a file of squares that memory or the disk does not hold.
 
     Args:
@@ -69,6 +69,7 @@ def check_ram(kind: str, rows: int, row_bytes: int, folder: Path, present: int, 
         rows, row_bytes: N and the bytes of each.
         folder: where the file lies or will lie.
         present: bytes of it that are on the disk already.
+        promised: bytes that other files of squares there have yet to get.
         gpus: bytes of all GPUs of the machine, for advice.
         limit: what `memory` says, asked when None.
         free: bytes free in the folder's file system, asked when None.
@@ -83,9 +84,11 @@ def check_ram(kind: str, rows: int, row_bytes: int, folder: Path, present: int, 
         free = system.f_bavail * system.f_frsize
         if is_memory(folder):  # its pages cannot be dropped as those of a disk's file can
             free = min(free, available())
-    if need - present > free:
-        raise RuntimeError(f"data.resident (={kind}) needs {gigabytes(need - present)} more in {folder}, where {gigabytes(free)} "
-                           f"are free; {_instead(kind, need - present, free, 'machine.resident_folder on another disk')}")
+    left = max(free - promised, 0)
+    if need - present > left:
+        others = f" (of {gigabytes(free)}: other squares there are being filled)" if promised else ""
+        raise RuntimeError(f"data.resident (={kind}) needs {gigabytes(need - present)} more in {folder}, where {gigabytes(left)} "
+                           f"are free{others}; {_instead(kind, need - present, left, 'machine.resident_folder on another disk')}")
 
 
 def check_memory(kind: str, rows: int, row_bytes: int, *, gpus: int = 0, limit: tuple[int, str] | None = None) -> None:

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable, Generator, Iterator
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from pipeline import geometry
@@ -76,10 +77,12 @@ class TestLoader(Loader):
 
     def _produce(self) -> Generator[Batch, None, None]:
         side = self.data.square_px
-        image = self._stats.mean_image_chw if self._stats is not None and self.data.mean == "image" else None
-        with contextlib.closing(self._colour(side, image)) as colour, \
+        with contextlib.closing(self._colour(side, self._mean_image())) as colour, \
                 contextlib.closing(self._open(iter(self._steps), self._per_batch, side)) as stream:
             yield from one_ahead(self._begin_all(colour, stream))
+
+    def _mean_image(self) -> npt.NDArray[np.float32] | None:
+        return self._stats.mean_image_chw if self._stats is not None and self.data.mean == "image" else None
 
     def _begin_all(self, colour: Colour, stream: Stream) -> Iterator[Callable[[], Batch]]:
         begun: Callable[[], Batch]
@@ -114,8 +117,16 @@ class TestLoader(Loader):
                 view = view - torch.from_numpy(piece).to(view.device)
             yield view
 
+    def _ids_of(self, step: int) -> Ids:
+        """The samples of batch `step`."""
+        return self._ids[step * self._per_batch:(step + 1) * self._per_batch]
+
+    def _wanted(self, step: int) -> Ids:
+        """Those of them to be decoded."""
+        return self._ids_of(step)
+
     def _prepare(self, step: int) -> Prepared:
-        ids = self._ids[step * self._per_batch:(step + 1) * self._per_batch]
+        ids = self._wanted(step)
         self._reader.announce(ids)
         views: list[Bytes] = []
         kept = np.ones(len(ids), bool)
@@ -140,13 +151,16 @@ class TestLoader(Loader):
         sizes = self._sizes(ids)
         resized = geometry.resized(sizes, self.data.square_px)
         offsets = geometry.central(resized, self.data.square_px)
-        zeros, never = np.zeros(len(ids), np.int64), np.zeros(len(ids), bool)
-        shift = np.zeros((len(ids), 3), np.float32)
+        inputs = Inputs(views, geometry.regions(sizes, resized, offsets, self.data.square_px))
+        return Prepared(step, ids, np.zeros_like(ids), inputs, self._finish(len(ids)), ids, np.zeros_like(ids))
+
+    def _finish(self, count: int) -> Finish:
+        """What makes images of so many squares."""
+        zeros, never = np.zeros(count, np.int64), np.zeros(count, bool)
+        shift = np.zeros((count, 3), np.float32)
         if self._stats is not None and self.data.mean == "channel":
             shift -= self._stats.channel_mean
-        inputs = Inputs(views, geometry.regions(sizes, resized, offsets, self.data.square_px))
-        return Prepared(step, ids, np.zeros_like(ids), inputs, Finish(zeros, zeros, never, zeros, zeros, never, shift), ids,
-                        np.zeros_like(ids))
+        return Finish(zeros, zeros, never, zeros, zeros, never, shift)
 
 
 def views(images: torch.Tensor, crop_px: int, count: int) -> Iterator[torch.Tensor]:

@@ -24,7 +24,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, overload
 
@@ -53,6 +53,7 @@ class RamStore:
         form: how a square lies in its row.
         decoder: who decodes, "cpu" or "gpu"; their pixels differ by a grey level here and there.
         gpus: bytes of all GPUs of the machine, for advice.
+        make: False takes a file that is there, and makes none.
 
     Attributes:
         path: the file.
@@ -62,11 +63,12 @@ class RamStore:
         note: what was found and not used, in words; empty when all is well.
 
     Raises:
-        RuntimeError: the squares do not fit, the folder cannot be written, or another machine is filling the file.
+        RuntimeError: the squares do not fit, the folder cannot be written, or another machine is filling the file; or, without
+            `make`, there is none that can be used.
     """
 
     def __init__(self, folder: Path, split: str, split_sha256: str, rows: int, form: Form, *, decoder: str = "cpu",
-                 gpus: int = 0) -> None:
+                 gpus: int = 0, make: bool = True) -> None:
         self.form, self.rows, self.note = form, rows, ""
         self.path = Path(folder) / f"{split}-{form.square_px}-{form.kind}-{decoder}-{split_sha256[:16]}.squares"
         self._header = {"magic": MAGIC, "version": VERSION, "split": split, "split_sha256": split_sha256,
@@ -75,12 +77,18 @@ class RamStore:
         self._first = _PAGE + -(-rows // _PAGE) * _PAGE  # offset of row 0
         self._size = self._first + rows * form.row_bytes
         self._seal: threading.Thread | None = None
+        if not make and not self.path.is_file():
+            raise RuntimeError(f"resident store (={self.path}) is not there; train with data.tier: resident first")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self._lock():
                 usable = self._usable()
+                if not usable and not make:
+                    raise RuntimeError(f"{self.note.partition(';')[0]}; train with data.tier: resident first")
+                if self.note:
+                    _log.warning(self.note)
                 room.check_ram(form.kind, rows, form.row_bytes, self.path.parent,
-                               self.path.stat().st_blocks * 512 if usable else 0, gpus=gpus)
+                               self.path.stat().st_blocks * 512 if usable else 0, promised=self._promised(), gpus=gpus)
                 if not usable:
                     self._make()
                 self._file = os.open(self.path, os.O_RDWR)
@@ -123,9 +131,19 @@ class RamStore:
                     raise RuntimeError(f"resident store (={self.path}) is being filled by another machine; give each machine a "
                                        "machine.resident_folder of its own") from None
             self.note = f"resident store {self.path} was not complete when the machine stopped; it is filled anew"
-        if self.note:
-            _log.warning(self.note)
         return not self.note
+
+    def _promised(self) -> int:
+        """Bytes that the other files of squares in the folder which are being filled, as far as one can see, have yet to get."""
+        total = 0
+        for path in self.path.parent.glob("*.squares"):
+            if path == self.path:
+                continue
+            with suppress(OSError, ValueError, KeyError, TypeError), open(path, "rb") as file:
+                block, there = file.read(_PAGE), os.fstat(file.fileno())
+                if block[-1:] == b"\0" and json.loads(block[:-1])["boot_id"] == _boot_id():
+                    total += max(0, there.st_size - there.st_blocks * 512)
+        return total
 
     def _make(self) -> None:
         text = json.dumps({**self._header, "boot_id": _boot_id()}).encode()

@@ -1,9 +1,9 @@
-"""Where training images come from, by name: the tier a recipe chooses in one line. All give the same samples the same draws.
+"""Where images come from, by name: the tier a recipe chooses in one line. All give the same samples the same draws.
 
 - ``archives``: region decode straight from the files as they were downloaded.
 - ``packed``: the same from the 256-pixel JPEGs that tools/pack_shards.py wrote, in any order.
 - ``streamed``: packed shards read only forwards, shuffled within a window; local or s3://.
-- ``resident``: decoded squares in memory, filled from an index of either kind while the first epoch trains.
+- ``resident``: decoded squares in memory, filled from an index of either kind while the first epoch trains, or is tested.
 """
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,8 @@ from pipeline.index import SampleIndex
 from pipeline.loader import TrainLoader
 from pipeline.meter import Meter
 from pipeline.reader import Quarantine
+from pipeline.sampler import Ids
+from pipeline.squares import TestLoader
 from pipeline.stats import Stats
 
 if TYPE_CHECKING:
@@ -63,3 +65,28 @@ def train_loader(tier: str, index: SampleIndex, split: str, data: DataConfig, ba
         from pipeline.streamed import StreamedLoader
         return StreamedLoader(index, split, data, batch, seed, stats, window=window, lanes=lanes, store=store, **common)
     return TrainLoader(index, split, data, batch, seed, stats, **common)
+
+
+def test_loader(tier: str, index: SampleIndex, split: str, data: DataConfig, batch: int, stats: Stats, *, resident: str = "rgb",
+                keep: bool = True, machine: LoaderConfig = LoaderConfig(), shard: tuple[int, int] = (0, 1),
+                device_id: int | None = None, ids: Ids | None = None, meter: Meter | None = None) -> TestLoader:
+    """The loader of a tier's test images. In all tiers but resident it reads the index.
+
+    Args:
+        tier: one of TIERS.
+        resident, keep: tier resident, see `ResidentTestLoader`.
+        The rest as for `TestLoader`.
+
+    Raises:
+        ValueError: there is no such tier; whatever the loader's own class raises.
+    """
+    if tier not in TIERS:
+        raise ValueError(f"data.tier (={tier}) must be one of {', '.join(TIERS)}; correct the recipe")
+    common: dict[str, Any] = {"machine": machine, "shard": shard, "device_id": device_id, "ids": ids, "meter": meter}
+    if tier == "resident":
+        from pipeline.resident_squares import ResidentTestLoader
+        return ResidentTestLoader(index, split, data, batch, stats, resident=resident, keep=keep, **common)
+    return TestLoader(index, split, data, batch, stats, **common)
+
+
+test_loader.__test__ = False  # type: ignore[attr-defined]  # not a test case, whatever its name
