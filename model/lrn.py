@@ -7,6 +7,7 @@ Element-wise arithmetic on the largest maps of the network: its time is the time
              in NCHW and by 1 in channels_last, and windows are clipped at the ends without a branch;
   ReLU       the layer before it (paper §3.5) is applied on the way, which saves a pass over memory each way.
 With beta = 3/4 the power s^-beta is r √r, where r = 1/√s.
+A GPU does all of it in one kernel each way, model/lrn_triton.py, where there is Triton (it comes with torch for CUDA).
 
 Gradient, with f = s^-beta and W the sum over a window: dx = g f - 2 alpha beta x W(g x f / s).
 
@@ -16,7 +17,10 @@ the M maps with its padding: (N + n - 1)·S.
 """
 from __future__ import annotations
 
-from typing import Any
+import functools
+import importlib
+from types import ModuleType
+from typing import Any, Optional
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -128,20 +132,62 @@ class _Scratch:
         return power, s.reciprocal_()
 
 
+def _forward_in_chunks(x: torch.Tensor, y: torch.Tensor, config: LrnConfig, relu: bool) -> None:
+    """Normalise maps x (M, N, S) into y (M, N, S)."""
+    scratch = _Scratch(x, config)
+    for source, target in zip(x.split(scratch.maps), y.split(scratch.maps)):
+        chunk = scratch.rectified(source, relu)
+        power = scratch.view(scratch.powers(chunk)[0], len(chunk), padded=False)
+        if target.dtype == chunk.dtype:
+            torch.mul(chunk, power, out=target)
+        else:
+            target.copy_(power.mul_(chunk))
+
+
+def _backward_in_chunks(x: torch.Tensor, grad: torch.Tensor, result: torch.Tensor, config: LrnConfig, relu: bool) -> None:
+    """The gradient by x, given that by y (`grad`), into `result`; all are maps (M, N, S)."""
+    scratch = _Scratch(x, config)
+    for source, gradient, target in zip(*(t.split(scratch.maps) for t in (x, grad, result))):
+        chunk, maps = scratch.rectified(source, relu), len(source)
+        g = scratch.load(gradient, scratch.g)
+        power, inverse = scratch.powers(chunk)
+        dx = target if target.dtype == chunk.dtype else scratch.g[:maps]
+        torch.mul(g, scratch.view(power, maps, padded=False), out=dx)
+        if config.beta == 0.75:
+            inverse.mul_(inverse)
+        terms = scratch.terms[:maps * scratch.pitch]
+        inner = scratch.view(terms, maps, padded=True)
+        torch.mul(dx, scratch.view(inverse, maps, padded=False), out=inner).mul_(chunk)
+        sums = scratch.view(scratch.window_sums(terms), maps, padded=False)
+        dx.addcmul_(sums, chunk, value=-2.0 * config.alpha * config.beta)
+        if relu:
+            torch.ops.aten.threshold_backward.grad_input(dx, chunk, 0.0, grad_input=dx)
+        if dx is not target:
+            target.copy_(dx)
+
+
+@functools.cache
+def fused() -> Optional[ModuleType]:
+    """model.lrn_triton, or None where Triton or what it builds with is missing; looked for once, not before a GPU needs it."""
+    try:
+        return importlib.import_module("model.lrn_triton")
+    except ImportError:
+        return None
+
+
+def _kernels(x: torch.Tensor, config: LrnConfig) -> Optional[ModuleType]:
+    """The module with a `forward` and a `backward` made for this input, if there is one."""
+    module = fused() if x.is_cuda else None
+    return module if module is not None and module.takes(x, config) else None
+
+
 class _Lrn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, config: LrnConfig, groups: int, relu: bool) -> torch.Tensor:
         x = x.contiguous(memory_format=_memory_format(x))
         y = torch.empty_like(x)
-        inputs, outputs = _as_maps(x, groups), _as_maps(y, groups)
-        scratch = _Scratch(inputs, config)
-        for source, target in zip(inputs.split(scratch.maps), outputs.split(scratch.maps)):
-            chunk = scratch.rectified(source, relu)
-            power = scratch.view(scratch.powers(chunk)[0], len(chunk), padded=False)
-            if target.dtype == chunk.dtype:
-                torch.mul(chunk, power, out=target)
-            else:
-                target.copy_(power.mul_(chunk))
+        kernels = _kernels(x, config)
+        (kernels.forward if kernels else _forward_in_chunks)(_as_maps(x, groups), _as_maps(y, groups), config, relu)
         ctx.save_for_backward(x)
         ctx.constants = config, groups, relu
         return y
@@ -152,24 +198,8 @@ class _Lrn(torch.autograd.Function):
         x, = ctx.saved_tensors
         config, groups, relu = ctx.constants
         result = torch.empty_like(x)
-        inputs, results = _as_maps(x, groups), _as_maps(result, groups)
-        grads = _as_maps(grad.contiguous(memory_format=_memory_format(x)), groups)
-        scratch = _Scratch(inputs, config)
-        for source, gradient, target in zip(*(t.split(scratch.maps) for t in (inputs, grads, results))):
-            chunk, maps = scratch.rectified(source, relu), len(source)
-            g = scratch.load(gradient, scratch.g)
-            power, inverse = scratch.powers(chunk)
-            dx = target if target.dtype == chunk.dtype else scratch.g[:maps]
-            torch.mul(g, scratch.view(power, maps, padded=False), out=dx)
-            if config.beta == 0.75:
-                inverse.mul_(inverse)
-            terms = scratch.terms[:maps * scratch.pitch]
-            inner = scratch.view(terms, maps, padded=True)
-            torch.mul(dx, scratch.view(inverse, maps, padded=False), out=inner).mul_(chunk)
-            sums = scratch.view(scratch.window_sums(terms), maps, padded=False)
-            dx.addcmul_(sums, chunk, value=-2.0 * config.alpha * config.beta)
-            if relu:
-                torch.ops.aten.threshold_backward.grad_input(dx, chunk, 0.0, grad_input=dx)
-            if dx is not target:
-                target.copy_(dx)
+        grad = grad.contiguous(memory_format=_memory_format(x))
+        kernels = _kernels(x, config)
+        (kernels.backward if kernels else _backward_in_chunks)(
+            _as_maps(x, groups), _as_maps(grad, groups), _as_maps(result, groups), config, relu)
         return result, None, None, None
