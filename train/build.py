@@ -17,6 +17,7 @@ from pipeline.index import SampleIndex
 from pipeline.loader import TrainLoader, quarantine_budget
 from pipeline.parallel import cores
 from pipeline.reader import Quarantine
+from pipeline.sampler import Ids
 from pipeline.squares import TestLoader
 from pipeline.stats import Stats
 from train import feed
@@ -115,10 +116,18 @@ def train_loader(config: Config, where: Topology, found: SampleIndex, stats: Sta
     return feed.fed(made, config.parallel, where)
 
 
-def test_loader(config: Config, where: Topology, found: SampleIndex, stats: Stats, split: str) -> TestLoader:
-    """Every image of a split once over the data ranks; both towers of a pair get the same."""
-    return TestLoader(found, split, config.data.pixels(), config.machine.test_batch, stats, machine=loader_config(config, where),
-                      shard=(where.data_rank, where.data_ranks), device_id=_device_id(where))
+def test_loader(config: Config, where: Topology, found: SampleIndex, stats: Stats, split: str, *,
+                keep: bool = False, ids: Optional[Ids] = None) -> TestLoader:
+    """Every image of a split once over the data ranks; both towers of a pair get the same. `keep`: it is tested again and again,
+    so tier resident keeps its squares; else they are read if a run has kept all of them, and never stored. The images are the
+    same. `ids`: only these samples, in this order.
+
+    Raises:
+        RuntimeError: what does not fit into memory.
+    """
+    return tiers.test_loader(config.data.tier, found, split, config.data.pixels(), config.machine.test_batch, stats,
+                             resident=config.data.resident, keep=keep, machine=loader_config(config, where),
+                             shard=(where.data_rank, where.data_ranks), device_id=_device_id(where), ids=ids)
 
 
 def network(config: Config, where: Topology) -> AlexNet:

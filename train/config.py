@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional
 
@@ -18,14 +20,28 @@ from model.config import ModelConfig
 from pipeline.config import LANES, WINDOW, DataConfig, LoaderConfig
 
 # Where things lie is not what they are: the index itself is compared by its hash.
-PATHS = (("data", "index"), ("data", "packed"))
+PATHS = (("data", "index"), ("data", "packed"), ("init_from", "checkpoint"))
 SPEED = ("machine", "parallel")  # groups that change no result
+
+
+_LAYER = re.compile(r"(conv|fc)[1-9][0-9]?")
 
 
 def _need(ok: bool, key: str, value: object, rule: str) -> None:
     """Raise `<key> (=value) <rule>` unless ok."""
     if not ok:
         raise ValueError(f"{key} (={value}) {rule}")
+
+
+def _rates(rates: object, key: str) -> dict[str, float]:
+    """Factors by layer, checked; whether the network has these layers is known to `Config` only."""
+    if not isinstance(rates, dict):
+        raise ValueError(f"{key} (={rates}) must map layers to factors; write {{conv1: 0.1}}")
+    for name, factor in rates.items():
+        _need(bool(_LAYER.fullmatch(str(name))), key, name, "must name layers, such as conv1 or fc8; correct it")
+        ok = isinstance(factor, (int, float)) and not isinstance(factor, bool) and math.isfinite(factor) and factor >= 0
+        _need(ok, f"{key}.{name}", factor, "must be a factor of at least 0, which freezes the layer; correct it")
+    return {name: float(factor) for name, factor in rates.items()}
 
 
 @dataclass(frozen=True)
@@ -103,6 +119,7 @@ class OptimizerConfig:
             base_batch (linear scaling, Goyal et al. 2017, arXiv 1706.02677), to which schedule.warmup_steps climb from the
             unscaled rate; 0 for none.
         lars: layer-wise adaptive rates, for batches of thousands; null for none.
+        layer_rates: layer → what its rate is multiplied with, from the start; 0 freezes it. {} for none.
     """
 
     lr: float
@@ -111,8 +128,10 @@ class OptimizerConfig:
     bias_lr_factor: float
     base_batch: int = 0
     lars: Optional[LarsConfig] = None
+    layer_rates: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "layer_rates", _rates(self.layer_rates, "optimizer.layer_rates"))
         _need(self.lr > 0, "optimizer.lr", self.lr, "must be positive; the paper starts at 0.01")
         _need(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "must be in [0, 1); the paper uses 0.9")
         _need(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay,
@@ -147,12 +166,21 @@ class Plateau:
 
 @dataclass(frozen=True)
 class Milestone:
-    """From this epoch on (counted from 0), this learning rate."""
+    """From this epoch on (counted from 0), this learning rate.
+
+    Attributes:
+        epoch: the first of these epochs.
+        lr: the rate.
+        layer_rates: layer → what its rate is multiplied with from here on, as in optimizer.layer_rates, of which the layers that
+            are not named keep theirs (release run 145: conv1 slowed at epoch 68, frozen at 72).
+    """
 
     epoch: int
     lr: float
+    layer_rates: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "layer_rates", _rates(self.layer_rates, "schedule.milestones.layer_rates"))
         _need(self.epoch >= 1, "schedule.milestones.epoch", self.epoch,
               "must be at least 1; epoch 0 has optimizer.lr")
         _need(self.lr > 0, "schedule.milestones.lr", self.lr, "must be positive; give the rate from that epoch on")
@@ -178,6 +206,26 @@ class ScheduleConfig:
         _need(self.plateau is None or not self.milestones, "schedule.milestones", epochs,
               "cannot be given together with schedule.plateau; make one of them null or []")
         _need(self.warmup_steps >= 0, "schedule.warmup_steps", self.warmup_steps, "must not be negative; 0 is none")
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Weights to start from instead of random ones: pre-training and fine-tuning (paper §6).
+
+    Attributes:
+        checkpoint: a checkpoint, a run folder (its best checkpoint, or else its newest), or a folder written by train.export;
+            empty for none. A path, so not part of the fingerprint; a resume compares the file's hash.
+        renew: layers that start from random values all the same: the softmax layer for other classes, and those that the
+            checkpoint lacks.
+    """
+
+    checkpoint: str = ""
+    renew: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "renew", tuple(self.renew))
+        _need(bool(self.checkpoint) or not self.renew, "init_from.renew", list(self.renew),
+              "needs init_from.checkpoint; say where the other layers come from")
 
 
 @dataclass(frozen=True)
@@ -252,7 +300,9 @@ class MachineConfig(LoaderConfig):
             streamed also s3://bucket/prefix, under which the shards lie by their names.
         runs: folder of run folders.
         name: of the run folder; empty takes the recipe's file name.
-        checkpoint_steps: save every so many steps, besides the end of each epoch; 0 for never.
+        checkpoint_steps: save every so many steps, besides the ends of epochs; 0 for never.
+        checkpoint_epochs: save at the end of every so many epochs, and of the last; the best checkpoint is the best of those. For
+            epochs that are shorter than writing a checkpoint.
         keep_last: checkpoints kept besides the best one.
         stop_after: stop (and save, exit code 75) after this many steps since the start of training, not since a resume;
             0 for never.
@@ -273,6 +323,7 @@ class MachineConfig(LoaderConfig):
     runs: str = "runs"
     name: str = ""
     checkpoint_steps: int = 0
+    checkpoint_epochs: int = 1
     keep_last: int = 2
     stop_after: int = 0
     metrics_steps: int = 10
@@ -283,8 +334,8 @@ class MachineConfig(LoaderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, low in (("torch_threads", 0), ("checkpoint_steps", 0), ("keep_last", 1), ("stop_after", 0),
-                          ("metrics_steps", 1), ("test_batch", 1)):
+        for name, low in (("torch_threads", 0), ("checkpoint_steps", 0), ("checkpoint_epochs", 1), ("keep_last", 1),
+                          ("stop_after", 0), ("metrics_steps", 1), ("test_batch", 1)):
             value = getattr(self, name)
             _need(value >= low, f"machine.{name}", value, f"must be at least {low}; raise it")
         for name in ("timeout_s", "silence_s", "log_s"):
@@ -307,8 +358,16 @@ class Config:
     train: TrainConfig
     machine: MachineConfig = field(default_factory=MachineConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    init_from: InitConfig = field(default_factory=InitConfig)
 
     def __post_init__(self) -> None:
+        said = {"optimizer.layer_rates": self.optimizer.layer_rates, "init_from.renew": self.init_from.renew}
+        said |= {f"schedule.milestones[{place}].layer_rates": milestone.layer_rates
+                 for place, milestone in enumerate(self.schedule.milestones)}
+        for key, names in said.items():
+            for name in names:
+                _need(name in self.model.layers, key, name,
+                      f"must name layers of the network: {', '.join(self.model.layers)}; correct it")
         _need(self.model.input_px == self.data.crop_px, "model.input_px", self.model.input_px,
               f"must equal data.crop_px (={self.data.crop_px}); the network takes the crop whole")
         _need(self.data.tier == "streamed" or not self.machine.archives.startswith("s3://"), "machine.archives",

@@ -24,6 +24,7 @@ from pipeline.index import SampleIndex
 from pipeline.loader import TrainLoader
 from pipeline.reader import SampleError
 from pipeline.sampler import first_step
+from pipeline.squares import TestLoader
 from pipeline.stats import Stats
 from train import build, checkpoint
 from train.config import Config
@@ -98,10 +99,12 @@ class Job:
     optimizer: PaperSGD
     schedule: Schedule
     loader: TrainLoader | Fed
+    tests: dict[str, TestLoader]  # of the splits that are tested
     metrics: Metrics
     console: Console
     stop: Stop
     saver: Saver
+    origin: str = ""  # hash of the checkpoint whose weights training began with; empty: random ones
     progress: Progress = field(default_factory=Progress)
     feeding: Feeding = field(default_factory=Feeding)
 
@@ -156,7 +159,7 @@ def train_epoch(job: Job, rates: Rates) -> bool:
     while (batch := next(batches, None)) is not None:
         job.feeding.arrived(job.loader.meter)
         lr = job.schedule.lr(batch.step, progress.epoch)
-        set_lr(job.optimizer, lr)
+        set_lr(job.optimizer, lr, job.schedule.layer_rates(progress.epoch))
 
         loss, wrong, norm = gradient(job, batch)
         own_loss, own_norm, errors = torch.stack([loss, norm, wrong]).tolist()
@@ -230,12 +233,12 @@ def culprit(job: Job, loss: float, norm: float, step: int, lr: float) -> str:
 def test(job: Job, split: str, views: int, what: str) -> Optional[Score]:
     """Test the network on a split; None when stopped meanwhile."""
     job.where.watch.at("test", max(0, job.loader.step - 1))  # of the step that is done: the next one's phases come later
-    loader = build.test_loader(job.config, job.where, job.index, job.stats, split)
+    loader = job.tests[split]
     try:
         return evaluate(job.network, loader, views, build.autocast(job.config, job.where),
                         stop=lambda: job.stop.wanted, progress=job.console.testing(what), where=job.where)
     finally:
-        loader.close()
+        loader.close()  # its threads and decoder; it is used again
 
 
 def paced(pace: Pace) -> dict[str, Any]:
@@ -256,7 +259,8 @@ def finish_epoch(job: Job, score: Score, rates: Rates) -> None:
         lr = job.schedule.lr(job.loader.step, epoch + 1)
         job.console.say(f"validation error no longer improves: learning rate {lr:g}")
     job.progress = Progress(epoch + 1)
-    save(job, score)
+    if epoch + 1 == epochs or (epoch + 1) % job.config.machine.checkpoint_epochs == 0:
+        save(job, score)
 
 
 def save(job: Job, score: Optional[Score] = None) -> None:
@@ -277,8 +281,8 @@ def save(job: Job, score: Optional[Score] = None) -> None:
     job.saver.save(name, tensors, shapes, state, attach)
 
 
-def restore(job: Job) -> None:
-    """Go on from the newest good checkpoint; from the start, and saying so, when there is none yet. Newer ones, which are
+def restore(job: Job) -> bool:
+    """Go on from the newest good checkpoint; False, and from the start, saying so, when there is none yet. Newer ones, which are
     damaged, are set aside.
 
     Raises:
@@ -290,14 +294,21 @@ def restore(job: Job) -> None:
     if not name:
         job.console.warn(f"{job.root} has no checkpoint yet; starting from step 0")
         job.metrics.cut(0)
-        return
+        return False
     path = job.root / name
     state = checkpoint.read_state(path)
     theirs = load(path / checkpoint.CONFIG).fingerprint()  # not the one noted then: settings may have come since, with defaults
     if theirs != job.config.fingerprint():
         raise ValueError(f"fingerprint (={job.config.fingerprint()[:16]}…) is not that of {path} (={theirs[:16]}…); resume with "
                          "the same recipe, or give another --machine.name")
-    check_sources(state["sources"], sources(job))
+    began = {"initial weights": "", **state["sources"]}
+    named, weights = job.config.init_from.checkpoint, began["initial weights"]
+    if weights and job.origin not in ("", weights) and (Path(named) / CHECKPOINTS).is_dir():
+        job.console.warn(f"init_from.checkpoint (={named}) has another best checkpoint by now than the one this run began with, "
+                         "which it no longer needs")
+        job.origin = weights
+    job.origin = job.origin or weights  # the checkpoint they come from may be gone by now
+    check_sources(began, sources(job))
     tensors, shapes = build.parameters(job.network, job.config, job.optimizer)
     checkpoint.load(path, tensors, shapes, job.where)
     job.loader.load_state_dict(state["loader"])
@@ -307,8 +318,10 @@ def restore(job: Job) -> None:
     if job.where.is_main:
         checkpoint.set_aside(job.root, path, job.console.warn)
     job.console.say(f"resuming from {path} at step {state['step']}")
+    return True
 
 
 def sources(job: Job) -> dict[str, Any]:
-    """Hashes of what the pixels come from."""
-    return {"training images": job.index.split_sha256(job.config.data.train_split), "stats": job.stats.sha256}
+    """Hashes of what the pixels, and the first weights, come from."""
+    return {"training images": job.index.split_sha256(job.config.data.train_split), "stats": job.stats.sha256,
+            "initial weights": job.origin}

@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # parsing a command line needs neither torch nor DALI
 def run(request: Request, where: Topology) -> int:
     """Build the parts of a run, train, test."""
     from pipeline.stats import Stats
-    from train import build, run as folders
+    from train import build, initial_weights, run as folders
     from train.console import Console
     from train.evaluate import CHANCE
     from train.feed import Fed
@@ -47,12 +47,19 @@ def run(request: Request, where: Topology) -> int:
     stop.listen()
     config = request.config
     build.settle(config, where)
+    console = Console(where.is_main, config.machine.log_s)
     index = build.index(config, config.data.train_split, config.data.validation_split, config.data.test_split)
     stats = Stats.for_index(index, config.data.square_px, config.data.train_split)
     network = build.network(config, where)
-    optimizer = build_optimizer(network, config.optimizer, where.group("tower"))
+    schedule = Schedule(config.schedule, config.optimizer.lr, batch_scale(config.optimizer, config.train.batch),
+                        config.optimizer.layer_rates)
+    optimizer = build_optimizer(network, config.optimizer, where.group("tower"), schedule.layers)
+    origin = initial_weights.Origin.of(config, request.resume, console.warn)
+    taken = "" if request.resume else origin.take(network, config, where, index)
     folder = folders.run_folder(config, request.recipe)
     loader = build.train_loader(config, where, index, stats, folder / "quarantine.jsonl")
+    tests = {split: build.test_loader(config, where, index, stats, split, keep=True)
+             for split in dict.fromkeys((config.data.validation_split, config.data.test_split))}
     restarted, refused = False, ""
     if where.is_main:
         began, mine = (folder / folders.CONFIG).exists(), f"began {folder.resolve()}"
@@ -66,27 +73,34 @@ def run(request: Request, where: Topology) -> int:
     if refused := where.share(refused):
         raise ValueError(refused)
     restarted, resume = where.agree(restarted, restarted or request.resume)
-    console = Console(where.is_main, config.machine.log_s)
     metrics = folders.Metrics(folder / folders.METRICS, where.is_main)
-    schedule = Schedule(config.schedule, config.optimizer.lr, batch_scale(config.optimizer, config.train.batch))
     gradients = Gradients(network, where, config.parallel.overlap)
     saver = Saver(folder / folders.CHECKPOINTS, where, config.machine.keep_last, config.machine.timeout_s)
-    job = Job(config, where, folder, index, stats, network, gradients, optimizer, schedule, loader, metrics, console, stop, saver)
+    job = Job(config, where, folder, index, stats, network, gradients, optimizer, schedule, loader, tests, metrics, console, stop,
+              saver, origin.sha256)
     with contextlib.closing(console), contextlib.closing(metrics), contextlib.closing(loader), \
-            contextlib.closing(saver), where.watch.telling():
+            contextlib.closing(saver), contextlib.ExitStack() as ending, where.watch.telling():
+        for tested in tests.values():
+            ending.enter_context(tested)
         if restarted:
             console.say("restarted by torchrun: going on as with --resume")
         if resume:
-            restore(job)
+            if restore(job):
+                taken = ""
+            elif not taken:
+                taken = origin.take(network, config, where, index)
             if 0 < config.machine.stop_after <= loader.step:
                 raise ValueError(f"machine.stop_after (={config.machine.stop_after}) must lie after step {loader.step}, where "
                                  "this run stands: it counts from the start of training; raise it or leave it out")
         if where.is_main:
             folders.note_start(folder, resumed_at=loader.step, processes=where.ranks,
                                device=str(where.device), index=index.sha256, stats=stats.sha256,
-                               fingerprint=config.fingerprint(), machine=config.as_dict()["machine"])
+                               fingerprint=config.fingerprint(), machine=config.as_dict()["machine"],
+                               initial_weights=job.origin)
         console.say(f"{folder}: {len(index.ids(config.data.train_split))} images of {len(index.classes)} classes, "
                     f"{config.train.epochs} epochs, {job.steps} steps of {config.train.batch}, on {where.device}")
+        if taken:
+            console.say(taken)
         if loader.note:
             console.say(loader.note)
         if config.model.classes > len(index.classes):

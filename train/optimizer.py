@@ -13,7 +13,7 @@ For large batches: linear scaling of the rates (Goyal et al. 2017, arXiv 1706.02
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Optional
 
 import torch
@@ -57,8 +57,8 @@ class PaperSGD(torch.optim.Optimizer):
     """Momentum with weight decay as paper §5 writes it. State per parameter: `velocity`, of its shape, from zero.
 
     Args:
-        params: parameters or groups; a group may override `weight_decay`, `lr_factor` (its rate is lr times that) and
-            `layerwise` (False: not for `lars`).
+        params: parameters or groups; a group may override `weight_decay`, `lr_factor` (its rate is lr times that), `layerwise`
+            (False: not for `lars`) and `layer` (the name by which `set_lr` finds it). A rate of 0 freezes a group.
         lr: learning rate of a group with `lr_factor` 1.
         momentum: share of the velocity that is kept.
         weight_decay: per step and unit of lr.
@@ -69,7 +69,7 @@ class PaperSGD(torch.optim.Optimizer):
                  lars: Optional[Lars] = None) -> None:
         self.lars = lars
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "lr_factor": 1.0,
-                                  "layerwise": True})
+                                  "layerwise": True, "layer": ""})
 
     @torch.no_grad()
     def step(self, closure: Optional[Callable[[], float]] = None) -> Optional[float]:  # type: ignore[override]
@@ -81,7 +81,7 @@ class PaperSGD(torch.optim.Optimizer):
         for group in self.param_groups:
             lr = group["lr"] * group["lr_factor"]
             params = [p for p in group["params"] if p.grad is not None]
-            if not params:
+            if not params or lr == 0:  # frozen: no weight moves, not even by the velocity it has
                 continue
             grads = [p.grad for p in params]
             velocities = [self.velocity(p) for p in params]
@@ -107,20 +107,30 @@ class PaperSGD(torch.optim.Optimizer):
         return velocity
 
 
-def build_optimizer(network: nn.Module, config: OptimizerConfig, group: Optional[dist.ProcessGroup] = None) -> PaperSGD:
+def build_optimizer(network: nn.Module, config: OptimizerConfig, group: Optional[dist.ProcessGroup] = None,
+                    layers: Iterable[str] = ()) -> PaperSGD:
     """Two groups: weights with decay, biases without it and with their own rate (paper §5, release layers-145.cfg).
 
-    `group` joins the towers of a pair, for LARS of weights that are split between them; None when there is one process a network.
+    Args:
+        group: joins the towers of a pair, for LARS of weights that are split between them; None when there is one process a
+            network.
+        layers: those whose rates differ from the others' at some time (`Schedule.layers`): each has two groups of its own.
     """
     weights = {name: p for name, p in network.named_parameters() if not name.endswith("bias")}
-    biases = [p for name, p in network.named_parameters() if name.endswith("bias")]
     lars = None
     if config.lars is not None:
         split = [p for name, p in weights.items() if network.tower_of(name).count > 1] if isinstance(network, AlexNet) else []
         lars = Lars(config.lars, split, group)
-    return PaperSGD([{"params": list(weights.values())},
-                     {"params": biases, "weight_decay": 0.0, "lr_factor": config.bias_lr_factor, "layerwise": False}],
-                    lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, lars=lars)
+    alone = sorted(layers)
+    groups: list[dict[str, Any]] = []
+    for layer in ("", *alone):
+        mine = [(name, p) for name, p in network.named_parameters()
+                if (name.split(".")[0] == layer if layer else name.split(".")[0] not in alone)]
+        groups.append({"params": [p for name, p in mine if name in weights], "layer": layer})
+        groups.append({"params": [p for name, p in mine if name not in weights], "layer": layer, "weight_decay": 0.0,
+                       "lr_factor": config.bias_lr_factor, "layerwise": False})
+    return PaperSGD([group for group in groups if group["params"]], lr=config.lr, momentum=config.momentum,
+                    weight_decay=config.weight_decay, lars=lars)
 
 
 def batch_scale(config: OptimizerConfig, batch: int) -> float:
@@ -136,10 +146,12 @@ class Schedule:
         lr: the rate at the start, as the recipe has it.
         scale: what this rate and those of milestones are multiplied with (`batch_scale`). A warm-up climbs from the unscaled
             rate when it is above 1 (Goyal et al. §2.2), else from 0.
+        layer_rates: factors of single layers at the start (`OptimizerConfig.layer_rates`).
     """
 
-    def __init__(self, config: ScheduleConfig, lr: float, scale: float = 1.0) -> None:
-        self.config, self.start, self.scale = config, lr, scale
+    def __init__(self, config: ScheduleConfig, lr: float, scale: float = 1.0,
+                 layer_rates: Optional[Mapping[str, float]] = None) -> None:
+        self.config, self.start, self.scale, self._layer_rates = config, lr, scale, dict(layer_rates or {})
         self.drops = 0
         self.best: Optional[float] = None
         self.stale = 0
@@ -155,6 +167,19 @@ class Schedule:
         low, rate = rate if self.scale > 1 else 0.0, rate * self.scale
         warmup = self.config.warmup_steps
         return low + (rate - low) * (step + 1) / warmup if step < warmup else rate
+
+    def layer_rates(self, epoch: int) -> dict[str, float]:
+        """Layer → what its rate is multiplied with in this epoch; 1 for layers that are not in it."""
+        rates = dict(self._layer_rates)
+        for milestone in self.config.milestones:
+            if epoch >= milestone.epoch:
+                rates |= milestone.layer_rates
+        return rates
+
+    @property
+    def layers(self) -> set[str]:
+        """Layers that have a rate of their own at some time."""
+        return set(self._layer_rates).union(*(milestone.layer_rates for milestone in self.config.milestones))
 
     def epoch_done(self, validation_error: float) -> bool:
         """Take note of an epoch's top-1 validation error (a share); True when the rate drops because of it."""
@@ -179,7 +204,7 @@ class Schedule:
         self.drops, self.best, self.stale = int(state["drops"]), state["best"], int(state["stale"])
 
 
-def set_lr(optimizer: PaperSGD, lr: float) -> None:
-    """Give every group the rate; their factors stay."""
+def set_lr(optimizer: PaperSGD, lr: float, layer_rates: Optional[Mapping[str, float]] = None) -> None:
+    """Give every group the rate, times its layer's factor; the groups' own factors stay."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * (layer_rates or {}).get(group["layer"], 1.0)

@@ -20,11 +20,11 @@ import jsonargparse
 import yaml
 
 from model.config import ModelConfig
-from train.config import Config, Data, MachineConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, TrainConfig
+from train.config import Config, Data, InitConfig, MachineConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, TrainConfig
 
 GROUPS: dict[str, type] = {"data": Data, "model": ModelConfig, "optimizer": OptimizerConfig,
                            "schedule": ScheduleConfig, "train": TrainConfig, "machine": MachineConfig,
-                           "parallel": ParallelConfig}
+                           "parallel": ParallelConfig, "init_from": InitConfig}
 MODE = "strict_yaml"
 
 
@@ -146,7 +146,7 @@ def parse(argv: Sequence[str]) -> Request:
         raw: dict[str, Any] = {}
         for path in paths:
             raw = _merged(raw, read_recipe(path))
-        raw = _merged(raw, layers)
+        raw = {name: values for name, values in _merged(raw, layers).items() if values is not None or name not in GROUPS}
         space = parser.parse_args([*words[:1], yaml.safe_dump(raw, sort_keys=False), *words[1:]] if paths else words)
         _say_all(raw, argv)
         made = parser.instantiate(space)

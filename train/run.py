@@ -126,8 +126,10 @@ def check_sources(stored: Mapping[str, Any], ours: Mapping[str, str]) -> None:
     """Raise ValueError when index or stats are not those the run was started with; both hashes are printed."""
     for name, digest in ours.items():
         if stored[name] != digest:
-            raise ValueError(f"{name} (={digest[:16]}…) is not the one of this run (={stored[name][:16]}…); resume "
-                             "with the same index, or start another run with --machine.name")
+            mine, theirs = (f"{found[:16]}…" if found else "random" for found in (digest, stored[name]))
+            raise ValueError(f"{name} (={mine}) is not the one of this run (={theirs}); resume with the same "
+                             f"{'init_from.checkpoint' if name == 'initial weights' else 'index'}, or start another run with "
+                             "--machine.name")
 
 
 def note_start(folder: Path, **facts: Any) -> None:
