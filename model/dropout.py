@@ -23,11 +23,14 @@ def _hash32(x: torch.Tensor) -> torch.Tensor:
 
 
 def _keys(seed: int, step: int, layer: str, axis: str, start: int, count: int, device: torch.device) -> torch.Tensor:
-    """Random int32 keys of positions start..start+count of one axis of the mask."""
+    """Random int32 keys of positions start..start+count of one axis of the mask.
+
+    Hashed on the CPU: to a GPU some thousand numbers travel sooner than it is told of 26 operations on them.
+    """
     digest = hashlib.sha256(f"dropout/{seed}/{step}/{layer}/{axis}".encode()).digest()
     first, second = (int.from_bytes(digest[i:i + 4], "little", signed=True) for i in (0, 4))
-    keys = torch.arange(start, start + count, dtype=torch.int32, device=device)
-    return _hash32(_hash32(keys ^ first) ^ second)
+    keys = torch.arange(start, start + count, dtype=torch.int32, device="cpu")
+    return _hash32(_hash32(keys ^ first) ^ second).to(device, non_blocking=True)
 
 
 def keep_mask(p: float, *, seed: int, step: int, layer: str, rows: tuple[int, int], columns: tuple[int, int],

@@ -63,6 +63,7 @@ class Gradients:
 
     def __init__(self, network: AlexNet, where: Topology, overlap: bool) -> None:
         self._overlap, self._last = overlap, True
+        self._parameters = list(network.parameters())
         self._norms: list[torch.Tensor] = []
         self._buckets: list[_Bucket] = []
         self._bucket_of: dict[torch.nn.Parameter, _Bucket] = {}
@@ -93,12 +94,12 @@ class Gradients:
         if not self._last:
             return
         assert parameter.grad is not None
-        # Before it is summed, so that what is not finite is known by its process. The root of squares: the largest entry would be
-        # 70 times slower to find on a CPU (no vector instructions), and a gradient whose squares overflow (1e19) is as lost.
-        self._norms.append(torch.linalg.vector_norm(parameter.grad))
         bucket = self._bucket_of.get(parameter)  # type: ignore[call-overload]
         if bucket is None:
             return
+        # Before it is summed, so that what is not finite is known by its process. The root of squares: the largest entry would be
+        # 70 times slower to find on a CPU (no vector instructions), and a gradient whose squares overflow (1e19) is as lost.
+        self._norms.append(torch.linalg.vector_norm(parameter.grad))
         bucket.missing -= 1
         if bucket.missing == 0 and self._overlap:
             bucket.send()
@@ -110,4 +111,6 @@ class Gradients:
                 bucket.send()
         for bucket in self._buckets:
             bucket.arrive()
-        return torch.linalg.vector_norm(torch.stack(self._norms))
+        alone = [parameter.grad for parameter in self._parameters
+                 if parameter not in self._bucket_of and parameter.grad is not None]  # all norms in one launch
+        return torch.linalg.vector_norm(torch.stack([*self._norms, *(torch._foreach_norm(alone) if alone else ())]))
