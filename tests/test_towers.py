@@ -10,10 +10,10 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
-from tests.networks import small
+from tests.networks import small, with_layers
 
 from model.alexnet import AlexNet, canonical_shapes
-from model.config import ModelConfig
+from model.config import Full, ModelConfig
 from model.meeting import CROSSINGS, crossing, gather_logits
 from model.towers import BOTH, Tower, tower_shape, tower_slice
 
@@ -37,6 +37,10 @@ VARIANTS = {
     "no overlap": Variant(overlap=False, alike="odd classes"),
     "even classes, channels_last": Variant(replace(SMALL, classes=6), torch.channels_last),
     "no LRN, no dropout, 2 classes": Variant(replace(SMALL, classes=2, lrn=None, dropout=0.0)),
+    "softmax only": Variant(with_layers(SMALL, conv3={"sees": "own"}, fc6={"sees": "own"}, fc7={"sees": "own"})),
+    "tanh, LRN before it, conv4 meets, bottleneck": Variant(replace(with_layers(
+        SMALL, conv1={"lrn": "before"}, conv4={"sees": "both"}, fc8=Full(neurons=10, linear=True, std=0.2, bias=0),
+        fc9=Full(std=0.2, bias=0)), activation="tanh")),
     "weird": Variant(scheme="weird"),
     "weird, no overlap": Variant(scheme="weird", overlap=False, alike="weird"),
     "weird, channels_last": Variant(memory_format=torch.channels_last, scheme="weird"),
@@ -136,7 +140,7 @@ def test_two_processes_equal_one(pair: list[dict[str, Any]], variant: str) -> No
         for key in ("logits", "loss", "last loss", "tested"):
             torch.testing.assert_close(half[key], whole[key], **CLOSE)
     for key in ("gradients", "parameters"):
-        assert whole[key].keys() == pair[0][variant][key].keys() == canonical_shapes(SMALL).keys()
+        assert whole[key].keys() == pair[0][variant][key].keys() == canonical_shapes(VARIANTS[variant].config).keys()
         for name, expected in whole[key].items():
             halves = [half[variant][key][name] for half in pair]
             assert expected.abs().max() > 1e-6, f"{key} of {name} must not vanish"
