@@ -1,318 +1,283 @@
-"""Test a network: softmax averaged over one or ten views (paper §4.1), every image exactly once, exact counts.
+"""Test networks: one or ten views of every image, exact counts with 95% intervals; several together as an ensemble.
 
     python -m train.evaluate --run runs/NAME [--which best|last] [--views 10] [--split val] [--index DIR]
-    python -m train.evaluate --checkpoint runs/NAME/checkpoints/step-… [--views 10]
+    python -m train.evaluate --checkpoints runs/A runs/B runs/C/checkpoints/step-… runs/D/evaluations/… [--views 10]
+    python -m train.evaluate --run runs/NAME --split test --submission predictions.txt --devkit ILSVRC2012_devkit_t12.tar.gz
+
+All probabilities are saved as they come (train/saved.py), by default in the run's folder `evaluations`. So the same command goes
+on after whatever cut it off, answers without a look at an image when all was tested before, and saved evaluations can be averaged
+where there is neither checkpoint nor data nor GPU.
 
 Also under `torchrun --nproc-per-node N -m -- train.evaluate --run …` (the `--` keeps torchrun from reading --run as an option
-of its own), however the network was trained: each process holds all of it and tests every N-th batch, with the same result to
+of its own), however the networks were trained: each process holds all of one and tests every N-th batch, with the same result to
 the bit.
-Exit codes: 0 done, 2 a mistake in what was asked, 4 the machine failed, 130 interrupted. B batch, K classes.
+Exit codes: 0 done, 2 a mistake in what was asked, 4 the machine failed, 130 interrupted. N images.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, ContextManager, Iterator, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Optional, Sequence
 
 from train.ending import DONE, FAILED, INTERRUPTED, MISTAKE, leave, speaks
+from train.score import CHANCE, Score, ranks  # noqa: F401 (can be had from here too)
 
 if TYPE_CHECKING:  # --help needs none of it
-    import torch
-    from torch import nn
-
-    from pipeline.batches import Batch
-    from pipeline.squares import TestLoader
+    from pipeline.index import SampleIndex
+    from pipeline.sampler import Ids
+    from train.config import Config
     from train.distributed import Topology
+    from train.probabilities import Evaluation, Facts, Made, Memory
+    from pipeline.squares import TestLoader
+    from pipeline.stats import Stats
+    from train.saved import Folder
+
+EVALUATIONS = "evaluations"
 
 
-@dataclass(frozen=True)
-class Score:
-    """What a test counted.
+def __getattr__(name: str) -> Any:
+    """`evaluate` can be had from here too; imported when asked for, as it needs torch."""
+    if name != "evaluate":
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    from train.testing import evaluate
 
-    Attributes:
-        images: tested, each once.
-        top1_errors, top5_errors: images whose label is not the most probable class; not among the five most probable.
-        loss: mean of -log of the label's averaged probability.
-        classes: of the network.
-    """
-
-    images: int
-    top1_errors: int
-    top5_errors: int
-    loss: float
-    classes: int
-
-    @property
-    def top1(self) -> float:
-        """Share of top-1 errors."""
-        return self.top1_errors / self.images
-
-    @property
-    def top5(self) -> float:
-        """Share of top-5 errors."""
-        return self.top5_errors / self.images
-
-    @property
-    def at_chance(self) -> bool:
-        """No better than guessing, within three standard deviations: with a trained network, a sign of wrong labels."""
-        chance = self.images / self.classes
-        return self.images - self.top1_errors <= chance + 3 * math.sqrt(chance * (1 - 1 / self.classes))
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for a line of metrics.jsonl."""
-        return {"images": self.images, "top1_errors": self.top1_errors, "top5_errors": self.top5_errors,
-                "top1": self.top1, "top5": self.top5, "loss": self.loss}
-
-
-CHANCE = ("top-1 error is at chance; if this network was trained, the labels are in another order than in its "
-          "training: check the devkit and the class list with build_index.py info")
-
-
-def ranks(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Place of each label among the classes, 0 the most probable; of equals the lower class comes first.
-
-    Args:
-        probabilities: (B, K).
-        labels: (B,) int64.
-
-    Returns:
-        (B,) int64.
-
-    Raises:
-        RuntimeError: a probability is not finite (comparisons with it are false and would count as successes).
-    """
-    import torch
-
-    if not torch.isfinite(probabilities).all():
-        raise RuntimeError("probabilities (=NaN or infinite) must be finite; the weights are damaged, test an earlier "
-                           "checkpoint")
-    mine = probabilities.gather(1, labels[:, None])
-    lower = torch.arange(probabilities.shape[1], device=labels.device)[None] < labels[:, None]
-    return ((probabilities > mine) | ((probabilities == mine) & lower)).sum(1)
-
-
-@dataclass(frozen=True)
-class _Counts:
-    """Of one batch: its number, top-1 and top-5 errors, sum of log probabilities of its labels."""
-
-    number: int
-    top1_errors: int
-    top5_errors: int
-    log: float
-
-
-def evaluate(network: nn.Module, loader: TestLoader, views: int, autocast: Callable[[], ContextManager[Any]],
-             stop: Callable[[], bool] = lambda: False,
-             progress: Callable[[int, int], None] = lambda done, total: None,
-             where: Optional[Topology] = None) -> Optional[Score]:
-    """Test a network on every image of a split. All processes call it together and get the same score, to the bit the same for
-    any number of data ranks: each counts its batches, and the counts are added in the order of the batches.
-
-    Args:
-        network: images (B, 3, crop, crop) to logits (B, K); put into eval mode and back.
-        loader: of whole squares; with `shard` (data_rank, data_ranks) the batches of this process.
-        views: 1 (centre) or 10 (corners and centre, and mirrored); their softmax outputs are averaged.
-        autocast: context in which the network runs.
-        stop: asked before each batch; when true in any process, the test is given up in all and None comes back.
-        progress: told of images done, by all processes, and in all.
-        where: this process; None is one alone.
-
-    Raises:
-        SampleError: an image cannot be read; in all processes, whichever met it.
-        ValueError: an image has no label (or, in the other processes, RuntimeError, as with all that loading fails of).
-        RuntimeError: not every image came exactly once, or a probability is not finite.
-    """
-    import numpy as np
-    import torch
-
-    total = len(loader.index.ids(loader.split))
-    counts: list[_Counts] = []
-    seen: list[np.ndarray] = []
-    done = classes = 0
-    training = network.training
-    network.eval()
-    try:
-        with torch.no_grad():  # not inference_mode: what a layer keeps from here must serve training too
-            for batch, images in _rounds(loader, stop, where):
-                if batch is not None:
-                    probabilities = _probabilities(network, loader, batch, views, autocast, where)
-                    place = ranks(probabilities, batch.labels)
-                    own = probabilities.gather(1, batch.labels[:, None]).clamp_min(torch.finfo(torch.float64).tiny)
-                    counts.append(_Counts(batch.step, int((place >= 1).sum()), int((place >= 5).sum()), float(own.log().sum())))
-                    seen.append(batch.ids)
-                    classes = probabilities.shape[1]
-                done += images
-                progress(done, total)
-                if where is not None:
-                    where.watch.at("test", where.watch.step)
-    except _Stopped:
-        return None
-    finally:
-        network.train(training)
-    if where is not None and where.data_ranks > 1:
-        found = where.gather((counts, seen, classes))[::where.tower_ranks]  # both towers of a pair have the same
-        counts, seen = [entry for part in found for entry in part[0]], [ids for part in found for ids in part[1]]
-        classes = max(part[2] for part in found)
-    ids = np.sort(np.concatenate(seen)) if seen else np.zeros(0, np.int64)
-    if not np.array_equal(ids, loader.index.ids(loader.split)):
-        raise RuntimeError(f"images tested (={len(ids)}, {len(np.unique(ids))} different) must be the {total} of split "
-                           f"{loader.split}, each once; report this, the counts would be wrong")
-    loss = 0.0
-    for entry in sorted(counts, key=lambda entry: entry.number):
-        loss -= entry.log
-    return Score(len(ids), sum(entry.top1_errors for entry in counts), sum(entry.top5_errors for entry in counts),
-                 loss / len(ids), classes)
-
-
-class _Stopped(Exception):
-    """Somebody asked to stop."""
-
-
-def _rounds(loader: TestLoader, stop: Callable[[], bool], where: Optional[Topology]) -> Iterator[tuple[Optional[Batch], int]]:
-    """Batch after batch of this process (None when others still have one), with the images of all processes in this round.
-
-    Before each round all agree that everyone has its batch: a process that has failed would leave the others waiting for ever.
-    """
-    batches = iter(loader)
-    while True:
-        batch, failure = None, None
-        try:
-            batch = next(batches, None)
-            if batch is not None and int(batch.labels.min()) < 0:
-                raise ValueError(f"split (={loader.split}) of {loader.index.path} has images without a label; choose a split "
-                                 "with ground truth")
-        except Exception as error:
-            failure = error
-        flags = [len(batch.ids) if batch is not None else 0, failure is not None, stop()]
-        images, failed, stopped = where.total(flags) if where is not None else flags
-        if failed:
-            raise _first_failure(failure, loader, where)
-        if images == 0:
-            return
-        if stopped:
-            raise _Stopped
-        yield batch, int(images) // (where.tower_ranks if where is not None else 1)
-
-
-def _first_failure(failure: Optional[Exception], loader: TestLoader, where: Optional[Topology]) -> Exception:
-    """The failure that all processes raise: the one of the first that has any."""
-    from pipeline.reader import SampleError
-
-    if where is None or where.is_alone:
-        assert failure is not None
-        return failure
-    sample = (failure.id, failure.reason) if isinstance(failure, SampleError) else None
-    found = where.gather((str(failure) or type(failure).__name__, sample) if failure is not None else None)
-    rank = next(rank for rank, entry in enumerate(found) if entry is not None)
-    if rank == where.rank and failure is not None:
-        return failure
-    text, sample = found[rank]
-    return SampleError(loader.index, *sample) if sample else RuntimeError(f"process {rank} could not test its images: {text}")
-
-
-def _probabilities(network: nn.Module, loader: TestLoader, batch: Batch, views: int,
-                   autocast: Callable[[], ContextManager[Any]], where: Optional[Topology]) -> torch.Tensor:
-    """(B, K) float64: the softmax of a batch, averaged over the views."""
-    import torch
-
-    images = batch.images
-    if halves := getattr(network, "halves_images", False):  # each process of the pair gives half of an even number
-        assert where is not None
-        images = torch.cat([images, images[-1:]]) if len(images) % 2 else images
-        images = images.chunk(2)[where.tower_rank]
-    total = torch.zeros(())
-    with autocast():
-        for view in loader.views(images, views):
-            logits = network(view.contiguous())[:len(batch.ids)] if halves else network(view.contiguous())
-            total = logits.double().softmax(1) + total.to(view.device)
-    return total / views
+    return evaluate
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m train.evaluate", description="Test a trained network; prints exact counts. Exit codes: 0 done, "
-        "2 a mistake in what was asked, 4 the machine failed.")
+        prog="python -m train.evaluate", description="Test trained networks, alone and as an ensemble; prints exact counts with "
+        "95% intervals. Goes on where it was cut off. Exit codes: 0 done, 2 a mistake in what was asked, 4 the machine failed.")
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--run", type=Path, help="a run folder")
-    which.add_argument("--checkpoint", type=Path, help="a checkpoint folder")
-    parser.add_argument("--which", choices=("best", "last"), help="of the run's checkpoints (default last)")
+    which.add_argument("--run", type=Path, nargs="+", metavar="FOLDER", help="run folders")
+    which.add_argument("--checkpoint", "--checkpoints", type=Path, nargs="+", metavar="FOLDER",
+                       help="checkpoint folders; or run folders; or saved evaluations, which need no image")
+    parser.add_argument("--which", choices=("best", "last"), help="of a run's checkpoints (default last)")
     parser.add_argument("--index", help="index to test on (default: the run's)")
     parser.add_argument("--archives", help="folder to look for archives in")
     parser.add_argument("--split", help="split to test on (default: the recipe's test split)")
     parser.add_argument("--views", type=int, choices=(1, 10), help="views per image (default: the recipe's)")
     parser.add_argument("--batch", type=int, help="images of a batch (default: the recipe's)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to compute (default: the recipe's)")
+    keep = parser.add_mutually_exclusive_group()
+    keep.add_argument("--save", type=Path, metavar="FOLDER", help="folder for folders of saved probabilities (default: "
+                      "evaluations in the run's)")
+    keep.add_argument("--no-save", action="store_true", help="save no probabilities, use no saved ones")
+    parser.add_argument("--submission", type=Path, metavar="FILE", help="write the five best classes of each image, as the "
+                        "ILSVRC challenges want them; the split need not have labels then")
+    parser.add_argument("--devkit", type=Path, metavar="FILE", help="the challenge's devkit, which has the classes' IDs, for "
+                        "--submission")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args(argv)
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be tested: a checkpoint, on what."""
+
+    path: Path
+    config: Config
+    split: str
+    index: SampleIndex
+    facts: Facts
+
+    @property
+    def name(self) -> str:
+        """What to call it."""
+        from train.probabilities import called
+
+        return called(self.path)
+
+
 def run(asked: argparse.Namespace) -> None:
-    """Load what was asked for, test it, print the counts."""
+    """Test what was asked for, or find it tested; print the counts."""
+    from train import saved
+    from train.ensemble import check_alike
+    from train.outcome import report
+
+    if bool(asked.submission) != bool(asked.devkit):
+        raise ValueError(f"--submission (={asked.submission}) and --devkit (={asked.devkit}) go together: the devkit has the "
+                         "classes' IDs; give both or neither")
+    members = [saved.load(path) if (path / saved.MANIFEST).is_file() else _plan(path, asked) for path in _members(asked)]
+    check_alike(members)
+    if networks := [entry for entry in members if isinstance(entry, _Plan)]:
+        from train.distributed import topology
+
+        config = networks[0].config
+        with topology(towers=config.model.towers, parallel=config.parallel, device=config.machine.device,
+                      timeout_s=config.machine.timeout_s, silence_s=config.machine.silence_s) as where:
+            members = [_tested(entry, asked, where) if isinstance(entry, _Plan) else entry for entry in members]
+    if speaks():
+        report([entry for entry in members if not isinstance(entry, _Plan)], asked)
+
+
+def _members(asked: argparse.Namespace) -> list[Path]:
+    """Checkpoints and saved evaluations that are meant, checkpoints verified."""
+    from train import checkpoint, saved
+
+    found: list[Path] = []
+    runs = 0
+    for given in asked.run or asked.checkpoint:
+        folder = given / "checkpoints"
+        if (given / saved.MANIFEST).is_file() and not asked.run:
+            found.append(given)
+        elif asked.run or folder.is_dir():
+            runs += 1
+            _exists(folder)
+            path = checkpoint.best(folder) if asked.which == "best" else checkpoint.newest_good(folder, warn)
+            if path is None:
+                kind = "validated checkpoint" if asked.which == "best" else "checkpoint"
+                raise ValueError(f"run (={given}) has no {kind} yet; wait for its first, or give another")
+            if asked.which == "best":
+                checkpoint.verify(path)
+            found.append(path)
+        else:
+            _exists(given)
+            checkpoint.verify(given)
+            found.append(given)
+    if asked.which and not runs:
+        raise ValueError(f"--which (={asked.which}) chooses among a run's checkpoints; leave it out, or give --run")
+    return found
+
+
+def _exists(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(f"checkpoint folder (={folder}) does not exist; give a run folder with --run or a checkpoint of it with "
+                         "--checkpoint")
+
+
+def _plan(path: Path, asked: argparse.Namespace) -> _Plan:
+    """The recipe of a checkpoint as the command line changes it, and the images to test on."""
     from dataclasses import replace
 
-    from pipeline.stats import Stats
+    from pipeline.index_writer import file_sha256
     from train import build, checkpoint
     from train.config import ParallelConfig
-    from train.distributed import topology
+    from train.probabilities import Facts
     from train.recipe import load
 
-    folder = asked.run / "checkpoints" if asked.run else asked.checkpoint.parent
-    if asked.checkpoint and asked.which:
-        raise ValueError(f"--which (={asked.which}) chooses among a run's checkpoints; leave it out, or give --run")
-    if not folder.is_dir() or (asked.checkpoint and not asked.checkpoint.is_dir()):
-        raise ValueError(f"checkpoint folder (={asked.checkpoint or folder}) does not exist; give a run folder with "
-                         "--run or a checkpoint of it with --checkpoint")
-    path = asked.checkpoint
-    if path is None:
-        path = checkpoint.best(folder) if asked.which == "best" else checkpoint.newest_good(folder, warn)
-    if path is None:
-        kind = "validated checkpoint" if asked.which == "best" else "checkpoint"
-        raise ValueError(f"run (={asked.run}) has no {kind} yet; wait for its first, or give another")
-    checkpoint.verify(path)
     config = load(path / checkpoint.CONFIG)
     machine = replace(config.machine, **{name: value for name, value in
                                          (("archives", asked.archives), ("test_batch", asked.batch),
                                           ("device", asked.device)) if value is not None})
     config = replace(config, machine=machine, data=replace(config.data, index=asked.index or config.data.images, packed=""),
                      parallel=ParallelConfig(towers=1))
-    split, views = asked.split or config.data.test_split, asked.views or config.train.test_views
-    with topology(towers=config.model.towers, parallel=config.parallel, device=machine.device,
-                  timeout_s=machine.timeout_s, silence_s=machine.silence_s) as where:
-        build.settle(config, where)
-        index = build.index(config, split)  # it need not have the others
-        if build.classes_sha256(index) != checkpoint.read_state(path)["classes"]:
-            raise ValueError(f"index (={config.data.images}) has other classes, or another order of them, than the one "
-                             "the network was trained on; give an index of the same classes")
-        network = build.network(config, where)
-        tensors, shapes = build.parameters(network, config)
-        checkpoint.load(path, tensors, shapes, where, all_of_it=False)
-        loader = build.test_loader(config, where, index, Stats.load(path / checkpoint.STATS), split)
+    split = asked.split or config.data.test_split
+    index = _index(config, split, asked.submission is not None)
+    classes = build.classes_sha256(index)
+    if classes != checkpoint.read_state(path)["classes"]:
+        raise ValueError(f"index (={config.data.images}) has other classes, or another order of them, than the one "
+                         "the network was trained on; give an index of the same classes")
+    return _Plan(path, config, split, index,
+                 Facts(file_sha256(path / checkpoint.MANIFEST), index.split_sha256(split), classes, len(index.ids(split)),
+                       config.model.classes, asked.views or config.train.test_views, config.machine.precision))
+
+
+def _index(config: Config, split: str, unlabelled: bool) -> SampleIndex:
+    """The index to test on; it need not have the other splits, nor, when it may be unlabelled, labels."""
+    from train import build
+
+    if not unlabelled:
+        return build.index(config, split)
+    index = build.index(config)
+    if not len(index.ids(split)):
+        raise ValueError(f"split (={split}) of {index.path} has no images; name another with --split")
+    index.check_archives(split)
+    return index
+
+
+def _tested(plan: _Plan, asked: argparse.Namespace, where: Topology) -> Evaluation:
+    """The evaluation of one checkpoint, saved or made now. All processes call it together; the main one's is whole."""
+    import torch
+
+    from train import build
+    from train.probabilities import Evaluation, Made, Memory, device_name
+    from train.saved import Folder, load
+
+    build.settle(plan.config, where)
+    ids = plan.index.ids(plan.split)
+    made = Made(device_name(where.device), torch.__version__, plan.config.machine.test_batch)
+    folder, whole, lock = (None, False, -1) if asked.no_save else _claimed(plan, made, asked.save, where)
+    try:
+        if folder is not None and whole:
+            return load(folder)
+        store = Memory(ids, plan.index.samples["label"][ids], plan.facts.outputs) if folder is None else Folder(folder, ids)
+        with contextlib.closing(store):
+            remaining = store.remaining(made.batch)
+            if len(remaining) < len(ids) and where.is_main:
+                warn(f"going on with {folder}: {len(ids) - len(remaining)} of {len(ids)} images were tested before", "note")
+            if len(remaining):
+                _fill(plan, store, remaining, where)
+            images, probabilities = store.finish(where)
+    finally:
+        if lock >= 0:
+            os.close(lock)
+    return Evaluation(**_about(plan), facts=plan.facts, images=images, probabilities=probabilities, folder=folder,
+                      tested=len(remaining))
+
+
+def _about(plan: _Plan) -> dict[str, str]:
+    return {"checkpoint": str(plan.path), "split": plan.split, "index": str(plan.index.path)}
+
+
+def _claimed(plan: _Plan, made: Made, save: Optional[Path], where: Topology) -> tuple[Optional[Path], bool, int]:
+    """`saved.claim` by the main process, for all; without a folder when none was asked for and none can be written."""
+    from train.probabilities import run_folder
+    from train.saved import NotSaved, claim
+
+    run, ids = run_folder(plan.path), plan.index.ids(plan.split)
+    name = f"{plan.path.name}-{plan.split}-{plan.facts.views}view{'s' if plan.facts.views > 1 else ''}"
+    base = save / f"{run.name}-{name}" if save else run / EVALUATIONS / name
+    found: dict[str, Any] = {}
+    lock = -1
+    if where.is_main:
         try:
-            score = evaluate(network, loader, views, build.autocast(config, where), where=where)
-        finally:
-            loader.close()
-        assert score is not None  # nobody stopped it
-        if not where.is_main:
-            return
-        if asked.json:
-            print(json.dumps({"checkpoint": str(path), "split": split, "views": views, **score.as_dict()}))
-        else:
-            print(f"{path}\nsplit {split}: {score.images} images, {views} view{'s' if views > 1 else ''} each\n"
-                  f"top-1 errors {score.top1_errors} of {score.images} = {score.top1:.2%}\n"
-                  f"top-5 errors {score.top5_errors} of {score.images} = {score.top5:.2%}\nloss {score.loss:.4f}")
-        if score.at_chance:
-            warn(CHANCE)
+            folder, whole, lock = claim(base, plan.facts, made, ids, plan.index.samples["label"][ids], _about(plan), warn)
+            found = {"folder": str(folder), "whole": whole}
+        except NotSaved as error:
+            found = {"error": str(error), "mistake": False}
+            if not save:
+                warn(f"{str(error).partition(';')[0]}; the test goes on, its probabilities are not saved")
+                found = {"folder": "", "whole": False}
+        except (ValueError, RuntimeError) as error:
+            found = {"error": str(error), "mistake": isinstance(error, ValueError)}
+    found = json.loads(where.share(json.dumps(found)))
+    if "error" in found:
+        raise (ValueError if found["mistake"] else RuntimeError)(found["error"])
+    return Path(found["folder"]) if found["folder"] else None, found["whole"], lock
 
 
-def warn(message: str) -> None:
-    """A warning on stderr."""
-    print(f"warning: {message}", file=sys.stderr)
+def _fill(plan: _Plan, store: Memory | Folder, remaining: Ids, where: Topology) -> None:
+    """Test the remaining images with a checkpoint's network."""
+    from pipeline.stats import Stats
+    from train import build, checkpoint
+    from train.console import Console
+    from train.testing import each_batch
+
+    config = plan.config
+    network = build.network(config, where)
+    tensors, shapes = build.parameters(network, config)
+    checkpoint.load(plan.path, tensors, shapes, where, all_of_it=False)
+    loader = build.test_loader(config, where, plan.index, Stats.load(plan.path / checkpoint.STATS), plan.split, ids=remaining)
+    console = Console(where.is_main, config.machine.log_s, sys.stderr)
+    show, before = console.testing(f"testing {plan.path.name}"), plan.facts.images - len(remaining)
+    unlabelled = bool((plan.index.samples["label"][plan.index.ids(plan.split)] < 0).any())
+    with contextlib.closing(console), contextlib.closing(loader):
+        each_batch(network, loader, plan.facts.views, build.autocast(config, where),
+                   lambda batch, probabilities: store.take(batch.ids, batch.labels, probabilities),
+                   progress=lambda done: show(before + done, plan.facts.images), where=where, labelled=not unlabelled)
+
+
+def warn(message: str, kind: str = "warning") -> None:
+    """A line on stderr."""
+    print(f"{kind}: {message}", file=sys.stderr)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -335,7 +300,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted" + ("" if asked.no_save else "; what was tested is saved, the same command goes on"), file=sys.stderr)
         return INTERRUPTED
     return DONE
 
