@@ -1,0 +1,192 @@
+"""Weights without what training needs: a folder that train.export or train.caffe wrote, read back.
+
+    model.safetensors   every parameter under its canonical name (conv1.weight … fc8.bias), float32; in its metadata the recipe
+                        and hashes (see `pack`)
+    config.yaml, stats.npz, classes.txt   the recipe without the machine's part, the statistics whose mean is subtracted, and a
+                        line `wnid words` for each class, where they are known
+    model.onnx          when asked for
+    README.md           the model card; yours to edit
+    manifest.json       size and SHA-256 of all but the card: checked before a byte of them is believed, as safetensors itself
+                        takes a flipped bit without complaint
+
+Needs the extra `export` (safetensors). Whoever has only safetensors and torch reads the file too: the card says how.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Mapping
+
+import torch
+
+from model.alexnet import AlexNet, canonical_shapes
+from model.config import LrnConfig, ModelConfig, PoolConfig
+from train.config import Config
+
+FORMAT = 1
+WEIGHTS, CONFIG, STATS, CLASSES, ONNX = "model.safetensors", "config.yaml", "stats.npz", "classes.txt", "model.onnx"
+CARD, MANIFEST = "README.md", "manifest.json"
+
+
+class DamagedWeights(RuntimeError):
+    """Files that are not the ones that were written."""
+
+
+def pack(config: Config, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, str]) -> bytes:
+    """The bytes of model.safetensors.
+
+    Args:
+        config: the recipe.
+        tensors: canonical name → float32 of the canonical shape.
+        facts: what else the metadata says: hashes, such as `classes_sha256` and `checkpoint_sha256`.
+
+    Raises:
+        ValueError: a name or shape that is not the network's, or a value that is not finite.
+    """
+    _check(tensors, config.model, "weights")
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} (=NaN or infinite) must be finite; the weights are damaged, take an earlier checkpoint")
+    metadata = {"format": "pt", "alexnet_dali_format": str(FORMAT), "config": json.dumps(config.as_dict(), sort_keys=True),
+                "fingerprint": config.fingerprint(), **facts}
+    packed: bytes = _safetensors("torch").save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+    return packed
+
+
+def load_safetensors(path: str | Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
+    """The network of a file that `pack` made, or of the folder it lies in, and its weights, float32 on the CPU.
+
+    Raises:
+        ValueError: no such file, not made by this program, of another format, or with other tensors than its network has.
+        DamagedWeights: the folder's manifest says other sizes or hashes.
+    """
+    file = _file(Path(path))
+    metadata = read_metadata(file)
+    if metadata.get("alexnet_dali_format") != str(FORMAT):
+        raise ValueError(f"weights (={file}) have format {metadata.get('alexnet_dali_format', 'none')}, not {FORMAT}; give a "
+                         "file that train.export of this version wrote")
+    try:
+        config = model_config(json.loads(metadata["config"])["model"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"weights (={file}) have a config that this version does not read ({error}); use the version that "
+                         "wrote them") from None
+    tensors = read_weights(file)
+    _check(tensors, config, str(file))
+    return config, tensors
+
+
+def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file, or of an exported folder: name → as stored, on the CPU. A folder is checked first.
+
+    Raises:
+        ValueError: no such file, or no safetensors. DamagedWeights: the folder's manifest says other sizes or hashes.
+    """
+    file = _file(Path(path))
+    try:
+        tensors: dict[str, torch.Tensor] = _safetensors("torch").load_file(file)
+    except _safetensors().SafetensorError as error:
+        raise ValueError(f"weights (={file}) are no safetensors file ({error}); give one that train.export wrote") from None
+    return tensors
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata of a safetensors file or of an exported folder. Raises ValueError as `read_weights`."""
+    file = _file(Path(path))
+    try:
+        with _safetensors().safe_open(file, framework="pt") as opened:
+            return dict(opened.metadata() or {})
+    except _safetensors().SafetensorError as error:
+        raise ValueError(f"weights (={file}) are no safetensors file ({error}); give one that train.export wrote") from None
+
+
+def from_pretrained(folder: str | Path) -> AlexNet:
+    """The network of an exported folder (or its model.safetensors), in eval mode on the CPU: (B, 3, crop, crop) RGB of 0–255,
+    mean subtracted → (B, K) logits. Raises as `load_safetensors`."""
+    config, tensors = load_safetensors(folder)
+    with torch.device("meta"):  # no initial values are drawn
+        network = AlexNet(config, seed=0)
+    network.load_state_dict(tensors, assign=True)
+    return network.eval()
+
+
+def model_config(values: Mapping[str, Any]) -> ModelConfig:
+    """The network in plain values. Raises ValueError or TypeError."""
+    lrn = values["lrn"]
+    return ModelConfig(**{**values, "lrn": None if lrn is None else LrnConfig(**lrn), "pool": PoolConfig(**values["pool"])})
+
+
+def write_manifest(folder: Path) -> None:
+    """Note what the files of a folder are, but for the card."""
+    files = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())
+             if path.name not in (CARD, MANIFEST)}
+    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
+
+
+def verify(folder: Path) -> None:
+    """Compare a folder with its manifest. Raises DamagedWeights, naming the file."""
+    try:
+        listed = {str(name): (int(entry["size"]), str(entry["sha256"]))
+                  for name, entry in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedWeights(f"manifest (={folder / MANIFEST}) cannot be read ({error}); export again") from None
+    for name, (size, digest) in listed.items():
+        file = folder / name
+        if not file.is_file():
+            raise DamagedWeights(f"exported file (={file}) is missing; export again")
+        if file.stat().st_size != size or sha256(file) != digest:
+            raise DamagedWeights(f"exported file (={file}) has other bytes than were written ({digest[:16]}…); export again")
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def without_places(config: Config) -> Config:
+    """The recipe without what belongs to one machine: its settings, and folders above those that the recipe names. The
+    fingerprint stays."""
+    bare = dataclasses.replace(config, machine=type(config.machine)(), parallel=type(config.parallel)())
+    data = dataclasses.replace(bare.data, index=_relative(bare.data.index), packed=_relative(bare.data.packed))
+    init = dataclasses.replace(bare.init_from, checkpoint=_relative(bare.init_from.checkpoint))
+    return dataclasses.replace(bare, data=data, init_from=init)
+
+
+def _relative(path: str) -> str:
+    return Path(path).name if Path(path).is_absolute() else path
+
+
+def _file(path: Path) -> Path:
+    """The safetensors file that is meant; a folder with a manifest is compared with it."""
+    if path.is_dir():
+        if (path / MANIFEST).exists():
+            verify(path)
+        path = path / WEIGHTS
+    if not path.is_file():
+        raise ValueError(f"weights (={path}) are not there; give a folder that train.export wrote, or its {WEIGHTS}")
+    return path
+
+
+def _check(tensors: Mapping[str, torch.Tensor], config: ModelConfig, what: str) -> None:
+    """Raise ValueError unless these are the tensors of the network."""
+    wanted = canonical_shapes(config)
+    for name in [*wanted, *(name for name in tensors if name not in wanted)]:
+        found = tensors.get(name)
+        if found is None or name not in wanted or tuple(found.shape) != wanted[name] or found.dtype != torch.float32:
+            said = "none" if found is None else f"{str(found.dtype).removeprefix('torch.')} {tuple(found.shape)}"
+            right = f"float32 {wanted[name]}" if name in wanted else "absent"
+            raise ValueError(f"{name} (={said} in {what}) must be {right}; give the weights of this network")
+
+
+def _safetensors(part: str = "") -> Any:
+    """The library, or its part for torch; it is an extra."""
+    import importlib
+
+    try:
+        return importlib.import_module("safetensors" + (f".{part}" if part else ""))
+    except ImportError:
+        raise RuntimeError("safetensors (=not installed) is needed to read and write model.safetensors; pip install safetensors, "
+                           "or this package with its extra export") from None
