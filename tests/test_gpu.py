@@ -32,6 +32,8 @@ NETWORK = small((16, 32, 48, 48, 32), (64, 64), std=(0.01,) * 8, classes=10, lrn
 # nvJPEG's inverse DCT and chroma upsampling round otherwise than libjpeg-turbo's: a grey level nearly everywhere, more at
 # sharp colour edges; and DALI's resize repeats the image's outermost pixels where the CPU's shortens the filter.
 MEAN_TOLERANCE, LARGEST_TOLERANCE = 1.0, 24.0
+# What 4:2:0 planes cost these drawn pictures, whose colour is as fine as their brightness: 9.6 grey levels on average on CPUs too.
+FINE_COLOUR = 12.0
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +110,7 @@ def test_resident_squares_give_the_crops_that_decoding_gives(photos: SampleIndex
             for here, there in zip(plain, resident, strict=True):
                 assert np.array_equal(here.ids, there.ids) and there.images.device == torch.device("cuda", 0)
                 difference = (here.images - there.images).abs()
-                assert difference.mean() < (0.01 if kind == "rgb" else 3)
+                assert difference.mean() < (0.01 if kind == "rgb" else FINE_COLOUR)
                 assert difference.max() <= 1.01 or kind == "yuv420"
 
 
@@ -138,7 +140,7 @@ def test_response_normalisation_equals_the_cpus(layout: torch.memory_format) -> 
     x = torch.randn(4, 32, 15, 15).mul_(50).contiguous(memory_format=layout)
     results = []
     for device in ("cpu", "cuda"):
-        there = x.to(device).requires_grad_()
+        there = x.detach().to(device).requires_grad_()
         y = local_response_norm(there, lrn, groups=2, relu=True)
         y.backward(torch.ones_like(y))
         assert there.grad is not None

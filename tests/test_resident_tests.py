@@ -429,4 +429,5 @@ def test_on_a_gpu(photos: SampleIndex, stats: Stats, tmp_path: Path, opened: lis
         for batch, images in zip(first, expected, strict=True):
             assert batch.images.device == batch.labels.device == torch.device("cuda", 0)
             difference = (batch.images - images).abs()
-            assert difference.max() <= 1.01 if kind == "rgb" else difference.mean() < 3
+            # Drawn pictures: colour as fine as brightness, which 4:2:0 planes lose. On CPUs the mean is 9.6 grey levels as well.
+            assert difference.max() <= 1.01 if kind == "rgb" else difference.mean() < 12

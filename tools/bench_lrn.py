@@ -66,8 +66,9 @@ def measure(shape: tuple[int, int, int, int], layout: str, dtype: str, repeats: 
     return [(milliseconds(theirs), milliseconds(ours)) for _ in range(repeats + 1)][1:]
 
 
-def capture(x: Any, g: Any, operator: Operator) -> tuple[Any, Any]:
-    """CUDA graphs of CALLS forward and of CALLS backward passes."""
+def capture(x: Any, g: Any, operator: Operator, alive: list[Any]) -> tuple[Any, Any]:
+    """CUDA graphs of CALLS forward and of CALLS backward passes. What they read, and no graph owns, is put into `alive`: its memory
+    would be given back, to the driver even, when the next graph is captured."""
     import torch
 
     leaf, stream = x.detach().requires_grad_(), torch.cuda.Stream()
@@ -84,6 +85,7 @@ def capture(x: Any, g: Any, operator: Operator) -> tuple[Any, Any]:
     with torch.cuda.graph(graphs[1], stream=stream):
         for _ in range(CALLS):
             torch.autograd.grad(y, leaf, g, retain_graph=True)
+    alive += [leaf, y]
     return graphs
 
 
@@ -95,12 +97,13 @@ def measure_gpu(shape: tuple[int, int, int, int], layout: str, dtype: str, repea
 
     x, g, theirs, ours = make(shape, layout, dtype, "cuda")
     graphs: dict[str, tuple[Any, Any]] = {}
+    alive: list[Any] = []
     with contextlib.suppress(NotImplementedError):  # torch's lacks some types on some devices
-        graphs["torch"] = capture(x, g, theirs)
+        graphs["torch"] = capture(x, g, theirs, alive)
     with mock.patch.object(lrn, "fused", lambda: None):
-        graphs["chunked"] = capture(x, g, ours)
+        graphs["chunked"] = capture(x, g, ours, alive)
     if lrn.fused() is not None:
-        graphs["fused"] = capture(x, g, ours)
+        graphs["fused"] = capture(x, g, ours, alive)
     found: dict[str, list[list[float]]] = {way: [[], []] for way in graphs}
     for _ in range(repeats + 1):
         for way, passes in graphs.items():
