@@ -10,6 +10,7 @@ from torch.nn import functional
 from model.alexnet import parameter_count, paper, shapes
 from model.config import LrnConfig, PoolConfig
 from pipeline.stats import compute
+from tools.study import read_study
 from train import build
 from train.config import Config, Milestone
 from train.distributed import Topology
@@ -186,6 +187,16 @@ def test_pooling_and_normalisation_of_every_paper_recipe() -> None:
             assert config.model.dropout == (0 if path.stem == "ilsvrc2012_no_dropout" else 0.5)
             assert config.data.lighting == (0 if path.stem == "ilsvrc2012_no_lighting" else 0.1)
             assert all(isinstance(milestone, Milestone) for milestone in config.schedule.milestones)
+
+
+@pytest.mark.parametrize("path", sorted((FOLDER / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_study_can_be_read(path: Path, tmp_path: Path) -> None:
+    """Every run's command line is a recipe's; ensembles have the members that the paper's have."""
+    study = read_study(path, tmp_path)
+    assert len(study.runs) >= 6
+    assert f"python tools/run_study.py train/recipes/studies/{path.name}" in path.read_text(encoding="utf-8").split("\n\n")[0]
+    members = {ensemble.name: sum(run.group in ensemble.of for run in study.runs) for ensemble in study.ensembles}
+    assert members == {"ilsvrc2012_ensembles": {"five": 5, "seven": 7}, "tiny100_ablations": {"five": 5}}.get(path.stem, {})
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

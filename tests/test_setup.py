@@ -57,7 +57,7 @@ def test_core_requirements_are_the_agreed_ones(setup: configparser.ConfigParser)
 
 def test_packages_and_recipes_are_installed(setup: configparser.ConfigParser) -> None:
     assert set(lines(setup["options"]["packages"])) == set(PACKAGES)
-    assert lines(setup["options.package_data"]["train"]) == ["recipes/*.yaml"]
+    assert lines(setup["options.package_data"]["train"]) == ["recipes/*.yaml", "recipes/studies/*.yaml"]
     for package in PACKAGES:
         nested = [path for path in (ROOT / package).rglob("*.py") if path.parent != ROOT / package]
         assert not nested, f"{nested} would not be installed"
@@ -88,9 +88,14 @@ def test_readme_map_lists_every_file_and_no_other() -> None:
             listed.add((folder if entry["indent"] else "") + entry["name"])
     there = {path.relative_to(ROOT).as_posix() for package in PACKAGES for path in (ROOT / package).glob("*.py")
              if path.name != "__init__.py"}
-    there |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "train" / "recipes").glob("*.yaml")}
     assert there - listed == set(), "files that README's map lacks"
     assert {name for name in listed if not (ROOT / name).exists()} == set(), "README's map lists what is not there"
+
+
+def test_readme_names_every_recipe_and_study() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    names = [path.relative_to(ROOT / "train" / "recipes").as_posix() for path in (ROOT / "train" / "recipes").rglob("*.yaml")]
+    assert [name for name in names if f"`{name}`" not in readme] == []
 
 
 def test_no_host_and_no_path_of_a_machine_in_the_set_up() -> None:
