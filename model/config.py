@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, Mapping, Optional, Union, get_args
 
-_NAME = re.compile(r"(conv|fc)([1-9][0-9]?)")
+LAYER_NAME = re.compile(r"(conv|fc)[1-9][0-9]?")
 Sees = Literal["own", "both"]
 Norm = Literal["none", "after", "before", "pooled"]
 Activation = Literal["relu", "tanh"]
@@ -48,6 +48,7 @@ class LrnConfig:
     def __post_init__(self) -> None:
         _need(self.n >= 1 and self.n % 2 == 1, "model.lrn.n", self.n, "must be odd and positive; the paper uses 5")
         _need(self.k > 0, "model.lrn.k", self.k, "must be positive; the paper uses 2")
+        _need(self.alpha >= 0, "model.lrn.alpha", self.alpha, "must not be negative; the paper uses 1e-4")
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,8 @@ def _table(layers: Mapping[str, Any]) -> dict[str, Layer]:
     if not isinstance(layers, Mapping):
         raise ValueError(f"model.layers (={layers}) must map names to layers; write conv1: {{kernels: 96, px: 11, …}}")
     for name in layers:
-        _need(bool(_NAME.fullmatch(str(name))), "model.layers", name, "must have names conv1 … conv99 and fc1 … fc99; rename it")
+        ok = bool(LAYER_NAME.fullmatch(str(name)))
+        _need(ok, "model.layers", name, "must have names conv1 … conv99 and fc1 … fc99; rename it")
     ordered = sorted(layers, key=lambda name: (name.startswith("fc"), int(name.lstrip("convf"))))
     return {name: _layer(name, layers[name]) for name in ordered if layers[name] is not None}
 

@@ -6,8 +6,8 @@ while it travels, all the rest; what arrives is added. Each tower sends its acti
 
   conv3, fc6, fc7, fc8   as above (and others, where a recipe says so), whatever the scheme (weird: no convolution).
   fc6 in scheme weird    each process has all features of its own half of the images: the product is in rows, not a sum.
-  logits                 after the last layer. Every tower then computes the *same* loss, so the gradient of a half is that tower's
-                         own slice; adding the other's would count the loss twice.
+  logits                 after the last layer. Every tower then computes the *same* loss, so the gradient of a half is that
+                         tower's own slice; adding the other's would count the loss twice.
 
 Messages are torch.distributed's isend and irecv, batched: NCCL makes them one exchange. What crosses has the precision of the
 product: bfloat16 under autocast. Activations and gradients travel from where they lie to where they are used, in either memory

@@ -18,8 +18,10 @@ from pipeline.index import SampleIndex
 from tests.conftest import TinySet
 from tests.networks import small
 from tests.recipes import write_recipe
+from tests.test_faults import fails_at
+from tests.test_loop import watch
 from tests.test_train import here, lines, pair, same, weights
-from train import build, checkpoint
+from train import build, checkpoint, distributed
 from train.checkpoint import DamagedCheckpoint
 from train.config import Config, LarsConfig, Milestone, OptimizerConfig, ScheduleConfig
 from train.distributed import Topology
@@ -186,6 +188,15 @@ def test_a_damaged_checkpoint_is_refused(recipe: Path, source: Path, index: Samp
         take(config, index, resume=True)
 
 
+def test_processes_that_found_different_checkpoints_do_not_begin(recipe: Path, source: Path, index: SampleIndex,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each looks by itself: of a run under way one may have seen its best checkpoint before, another after a better one."""
+    monkeypatch.setattr(Topology, "gather", lambda self, value: [value, "f" * 64])
+    with pytest.raises(ValueError, match=r"init_from.checkpoint \(=.*\) is not the same in all processes \(\w{16}…, f{16}…\); "):
+        take(read(recipe, f"--init_from.checkpoint={source}"), index)
+    take(read(recipe), index)
+
+
 def export(folder: Path, config: Config, classes: str) -> Path:
     """What train.export writes, so far as it is read here."""
     pytest.importorskip("safetensors")
@@ -283,6 +294,28 @@ def test_a_resume_needs_the_checkpoint_no_more_but_takes_no_other(recipe: Path, 
     same(tuned[0], tmp_path / "small")
     _, err = here(recipe, tmp_path, *words, "--machine.name=new", code=2)
     assert f"error: init_from.checkpoint (={gone}) is no checkpoint; " in err and not (tmp_path / "new").exists()
+
+
+def test_a_restart_by_torchrun_needs_the_checkpoint_no_more(recipe: Path, tuned: tuple[Path, list[str]], tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its store remembers that the run began. Where the first start came to no checkpoint, nothing begins at random instead."""
+    store = distributed.dist.HashStore()
+    monkeypatch.setattr(distributed, "_connect", lambda *words: (store, store))
+    gone = tmp_path / "gone"
+    shutil.copytree(tuned[0].parent / "first", gone)
+    words = [f"--init_from.checkpoint={gone}", "--init_from.renew=[fc8]"]
+    for step, code in ((0, 4), (4, 4)):
+        with monkeypatch.context() as patch:
+            watch(patch, lambda network: fails_at(network, step))
+            here(recipe, tmp_path, *words, "--machine.checkpoint_steps=1", code=code)
+    shutil.rmtree(gone)
+    out, _ = here(recipe, tmp_path, *words)
+    assert "restarted by torchrun: going on as with --resume" in out and "at step 4\n" in out and "start anew" not in out
+    same(tuned[0], tmp_path / "small")
+    for path in checkpoint.checkpoints(tmp_path / "small" / "checkpoints"):
+        shutil.rmtree(path)
+    _, err = here(recipe, tmp_path, *words, code=2)
+    assert f"error: init_from.checkpoint (={gone}) is no longer there, or damaged, and this run has no checkpoint of" in err
 
 
 def test_a_resume_is_indifferent_to_a_run_folder_that_went_on(recipe: Path, tuned: tuple[Path, list[str]], index: SampleIndex,

@@ -256,5 +256,7 @@ def test_channels_that_do_not_divide() -> None:
 def test_config_errors() -> None:
     with pytest.raises(ValueError, match=r"model.lrn.n \(=4\) must be odd and positive"):
         LrnConfig(2.0, 4, 1e-4, 0.75)
+    with pytest.raises(ValueError, match=r"model.lrn.alpha \(=-0.1\) must not be negative"):
+        LrnConfig(k=2.0, n=5, alpha=-0.1, beta=0.75)  # sums below zero have no power
     with pytest.raises(ValueError, match=r"model.lrn.k \(=0.0\) must be positive"):
         LrnConfig(0.0, 5, 1e-4, 0.75)

@@ -161,6 +161,8 @@ def test_single_layers(small: Path, tmp_path: Path) -> None:
     assert list(added.model.layers)[5] == "conv6" and added.model.lrn is None and added.train.seed == 3
     without = child(tmp_path, "extends: small.yaml\nmodel: {layers: {conv3: null}}\n")
     assert read(without, "--model.layers.conv3={kernels: 4, px: 3, pad: 1, std: 0.1, bias: 0}").model.layers["conv3"].kernels == 4
+    several = read(small, "--model.layers={conv3: null, conv4: {kernels: 8}}").model.layers  # as in a recipe: the others stay
+    assert list(several) == [name for name in LAYERS if name != "conv3"] and several["conv4"].kernels == 8
     ahead = parse(["--model.layers.conv3=null", f"--config={small}"])  # whatever stands first: the command line says it last
     assert "conv3" not in ahead.config.model.layers
 

@@ -12,7 +12,7 @@ from model.config import LrnConfig, PoolConfig
 from pipeline.stats import compute
 from tools.study import read_study
 from train import build
-from train.config import Config, Milestone
+from train.config import Config
 from train.distributed import Topology
 from train.optimizer import Schedule, build_optimizer, set_lr
 from train.recipe import load, parse
@@ -92,8 +92,8 @@ def test_the_papers_network_and_update_rule() -> None:
     for name, index, test in (("alexnet_ilsvrc2010", "ilsvrc2010", "test"), ("alexnet_ilsvrc2012", "ilsvrc2012", "val")):
         config = recipe(name)
         assert config.model == paper()
-        assert (config.optimizer.lr, config.optimizer.momentum, config.optimizer.weight_decay, config.optimizer.bias_lr_factor) == (
-            0.01, 0.9, 0.0005, 2)
+        rule = config.optimizer
+        assert (rule.lr, rule.momentum, rule.weight_decay, rule.bias_lr_factor) == (0.01, 0.9, 0.0005, 2)
         assert config.schedule.plateau is not None and (config.schedule.plateau.factor, config.schedule.plateau.drops) == (0.1, 3)
         assert (config.train.epochs, config.train.batch, config.train.test_views) == (90, 128, 10)
         assert (config.data.square_px, config.data.crop_px, config.data.mirror, config.data.lighting) == (256, 227, True, 0.1)
@@ -154,8 +154,8 @@ def test_no_lrn(name: str, base: str) -> None:
     ("tiny100_without_conv3", "tiny100", "conv3")])
 def test_a_layer_less(name: str, base: str, layer: str) -> None:
     difference = {key for key in changed(name, base) if not key.startswith(f"model.layers.{layer}.")}
-    assert layer not in recipe(name).model.layers and difference <= {"model.layers.conv4.pool"}
-    assert [side for _, side in shapes(recipe(name).model) if side][-1] == shapes(recipe(base).model)[-1][1]
+    assert layer not in recipe(name).model.layers
+    assert difference == ({"model.layers.conv4.pool"} if layer == "conv5" else set())  # the pooling stays
     pools = [name for name, _ in shapes(recipe(name).model) if name.startswith("pool")]
     assert len(pools) == 3
 
@@ -179,6 +179,17 @@ def test_fine_tuning_takes_what_pre_training_has() -> None:
     assert tuned.optimizer.layer_rates == {"fc8": 10}
 
 
+def test_fine_tuning_of_tiny50_has_half_of_the_rates_of_training_from_scratch() -> None:
+    """In every epoch; its softmax layer, which is new, has the whole of them."""
+    scratch, tuned = recipe("tiny50_second"), recipe("tiny50_finetune")
+    ours, theirs = (Schedule(config.schedule, config.optimizer.lr, layer_rates=config.optimizer.layer_rates)
+                    for config in (tuned, scratch))
+    for epoch in range(scratch.train.epochs):
+        assert ours.lr(0, epoch) == pytest.approx(theirs.lr(0, epoch) / 2) and ours.layer_rates(epoch) == {"fc8": 2}, epoch
+    differ = {key.split(".")[0] for key in changed("tiny50_finetune", "tiny50_second")}
+    assert differ == {"optimizer", "schedule", "init_from"}
+
+
 def test_pooling_and_normalisation_of_every_paper_recipe() -> None:
     for path in RECIPES:
         config = load(path)
@@ -186,7 +197,10 @@ def test_pooling_and_normalisation_of_every_paper_recipe() -> None:
             assert config.model.pool == (PoolConfig(2, 2) if path.stem == "ilsvrc2012_no_overlap" else PoolConfig(3, 2))
             assert config.model.dropout == (0 if path.stem == "ilsvrc2012_no_dropout" else 0.5)
             assert config.data.lighting == (0 if path.stem == "ilsvrc2012_no_lighting" else 0.1)
-            assert all(isinstance(milestone, Milestone) for milestone in config.schedule.milestones)
+            as_run = path.stem.endswith("as_run")
+            lrn = LrnConfig(2.0, 5, 2e-5 if as_run else 1e-4, 0.75)  # the release divides alpha by the window
+            assert config.model.lrn == (None if path.stem == "ilsvrc2012_no_lrn" else lrn)
+            assert bool(config.schedule.milestones) == as_run != (config.schedule.plateau is not None)
 
 
 @pytest.mark.parametrize("path", sorted((FOLDER / "studies").glob("*.yaml")), ids=lambda path: path.stem)
@@ -194,7 +208,9 @@ def test_every_study_can_be_read(path: Path, tmp_path: Path) -> None:
     """Every run's command line is a recipe's; ensembles have the members that the paper's have."""
     study = read_study(path, tmp_path)
     assert len(study.runs) >= 6
-    assert f"python tools/run_study.py train/recipes/studies/{path.name}" in path.read_text(encoding="utf-8").split("\n\n")[0]
+    text = path.read_text(encoding="utf-8")
+    assert f"python tools/run_study.py train/recipes/studies/{path.name}" in text.split("\n\n")[0]
+    assert all(len(line) <= 130 for line in text.splitlines())
     members = {ensemble.name: sum(run.group in ensemble.of for run in study.runs) for ensemble in study.ensembles}
     assert members == {"ilsvrc2012_ensembles": {"five": 5, "seven": 7}, "tiny100_ablations": {"five": 5}}.get(path.stem, {})
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,6 +184,21 @@ def kill_all(process: subprocess.Popen[str]) -> None:
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
     for pid in [process.pid, *map(int, children)]:
         os.kill(pid, signal.SIGKILL)
+
+
+def test_checkpoints_every_so_many_epochs_and_steps(recipe: Path, whole: Path, tmp_path: Path) -> None:
+    """A step that ends an epoch counts as any other, though its checkpoint is written after the validation."""
+    for name, words, expected in (("epochs", [], ["19-epoch-0002", "29-epoch-0003"]),
+                                  ("steps", ["--machine.checkpoint_steps=5"],
+                                   ["05", "10-epoch-0001", "15", "19-epoch-0002", "20", "25", "29-epoch-0003"])):
+        words = [*words, f"--machine.name={name}", "--machine.checkpoint_epochs=2", "--machine.keep_last=99"]
+        here(recipe, tmp_path, *words)
+        found = checkpoint.checkpoints(tmp_path / name / "checkpoints")
+        assert [path.name.removeprefix("step-0000000") for path in found] == expected
+        for path in found[2 if name == "steps" else 1:]:  # as if killed after an epoch that left none, or within one
+            shutil.rmtree(path)
+        here(recipe, tmp_path, *words, "--resume")
+        same(whole, tmp_path / name)
 
 
 def test_written_by_two_resumed_by_one_and_the_reverse(recipe: Path, whole: Path, tmp_path: Path) -> None:

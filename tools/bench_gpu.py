@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 LOADS = (0.0, 0.3, 0.5, 0.65, 0.8, 1.0)
 BATCHES = (128, 256, 512)
 COPIED = 1 << 30
+PARTS = ("copies", "decoder", "steps")
 
 
 def measured(step: Callable[[], float | int], wait: Callable[[], None], seconds: float, repeats: int) -> dict[str, float]:
@@ -124,12 +125,17 @@ def run(asked: argparse.Namespace) -> None:
     """Measure what was asked for, and print it."""
     import torch
 
+    if asked.only and "decoder" in asked.only and asked.index is None:
+        raise ValueError("--index (=none) must name an index with statistics, whose images the decoder takes; give it")
+    for name, value in (("--repeats", asked.repeats), ("--seconds", asked.seconds)):
+        if value <= 0:
+            raise ValueError(f"{name} (={value}) must be positive; leave it out")
     if not torch.cuda.is_available():
         raise ValueError("device (=cuda) is not there; run this on a machine with a GPU")
     found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "repeats": asked.repeats}
     print(f"{found['device']}, torch {torch.__version__}")
     for part in (copies, decoder, steps):
-        if part.__name__ not in asked.only or (part is decoder and asked.index is None):
+        if part.__name__ not in (asked.only or PARTS) or (part is decoder and asked.index is None):
             continue
         for name, figure in part(asked):
             found[name] = figure
@@ -144,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, metavar="RECIPE")
     parser.add_argument("--index", type=Path, metavar="DIR", help="index with statistics; without it nothing is decoded")
-    parser.add_argument("--only", nargs="+", default=["copies", "decoder", "steps"], choices=("copies", "decoder", "steps"))
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="(default: all of them)")
     parser.add_argument("--threads", type=int, default=0, help="of the decoder (default: the cores)")
     parser.add_argument("--seconds", type=float, default=1.0, help="of a turn (default 1)")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each (default 3)")

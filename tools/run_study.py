@@ -13,11 +13,12 @@ A study is YAML:
       - {name: three, of: [full], views: 10}
     argv: [--machine.precision=bf16]   # what changes no result
 
-Recipes are looked for beside the study's folder. All command lines are checked before the first run begins. What is done
-already is left alone, what was begun goes on (--resume), what fails is reported at the end, and the other runs go on; in a grid,
-a rate at which training diverges is an answer, noted in the run's folder (remove that to try it again). Ctrl-C, or SIGTERM, stops
-all of them with a checkpoint; a second Ctrl-C does not wait for it. What a run prints is in RUNS/NAME/RUN.log, a summary in
-RUNS/NAME/study.json. Exit codes: 0 all done, 1 some failed, 2 a mistake in the study, 130 interrupted.
+Recipes are looked for beside the study's folder; a run without seeds has seed 1. All command lines are checked before the first
+run begins. What is done already is left alone, what was begun goes on (--resume), what fails is reported at the end, and the
+other runs go on; in a grid, a rate at which training diverges is an answer, noted in the run's folder (remove that to try it
+again). Ctrl-C, or SIGTERM, stops all of them with a checkpoint; a second Ctrl-C does not wait for it. What a run prints is in
+RUNS/NAME/RUN.log, a summary in RUNS/NAME/study.json. Exit codes: 0 all done, 1 some failed, 2 a mistake in the study, 130
+interrupted.
 """
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ def _tell(asked: argparse.Namespace, trained: Trained, features: Features, queri
     print(f"{len(queries.names)} queries, {asked.neighbours} nearest of {len(features.ids)} images of split "
           f"{features.source.split}" + (f", in {asked.out}" if asked.out else ""))
     for kind, (mean, error) in rates.items():
-        spread = f" ± {196 * error:.1f}" if error == error else ""
+        spread = f" ± {196 * error:.1f} (95% interval, over queries)" if error == error else ""
         print(f"of the query's class by {kind}: {100 * mean:.1f}%{spread}")
     print(f"of the query's class by chance: {100 * random:.1f}%")
 

@@ -12,19 +12,15 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional
 
-from model.config import ModelConfig
+from model.config import LAYER_NAME, ModelConfig
 from pipeline.config import LANES, WINDOW, DataConfig, LoaderConfig
 
 # Where things lie is not what they are: the index itself is compared by its hash.
 PATHS = (("data", "index"), ("data", "packed"), ("init_from", "checkpoint"))
 SPEED = ("machine", "parallel")  # groups that change no result
-
-
-_LAYER = re.compile(r"(conv|fc)[1-9][0-9]?")
 
 
 def _need(ok: bool, key: str, value: object, rule: str) -> None:
@@ -38,7 +34,7 @@ def _rates(rates: object, key: str) -> dict[str, float]:
     if not isinstance(rates, dict):
         raise ValueError(f"{key} (={rates}) must map layers to factors; write {{conv1: 0.1}}")
     for name, factor in rates.items():
-        _need(bool(_LAYER.fullmatch(str(name))), key, name, "must name layers, such as conv1 or fc8; correct it")
+        _need(bool(LAYER_NAME.fullmatch(str(name))), key, name, "must name layers, such as conv1 or fc8; correct it")
         ok = isinstance(factor, (int, float)) and not isinstance(factor, bool) and math.isfinite(factor) and factor >= 0
         _need(ok, f"{key}.{name}", factor, "must be a factor of at least 0, which freezes the layer; correct it")
     return {name: float(factor) for name, factor in rates.items()}

@@ -56,9 +56,13 @@ class Origin:
         """Give the network these weights, but for the layers that `init_from.renew` names. Says in words what was done.
 
         Raises:
-            ValueError: there is no checkpoint, though one is named; or a layer is not in it, has another shape there, or gives
-                other classes, and is not renewed.
+            ValueError: there is no checkpoint, though one is named, or processes have found different ones; or a layer is not in
+                it, has another shape there, or gives other classes, and is not renewed.
         """
+        if config.init_from.checkpoint and len(found := set(where.gather(self.sha256))) > 1:  # each has looked by itself
+            raise ValueError(f"init_from.checkpoint (={config.init_from.checkpoint}) is not the same in all processes "
+                             f"({', '.join(sorted(f'{digest[:16]}…' if digest else 'none' for digest in found))}); name one "
+                             "checkpoint that all of them see, or wait until its run has ended")
         if self.path is not None:
             return _take(self.path, network, config, where, index)
         if config.init_from.checkpoint:

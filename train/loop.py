@@ -259,7 +259,9 @@ def finish_epoch(job: Job, score: Score, rates: Rates) -> None:
         lr = job.schedule.lr(job.loader.step, epoch + 1)
         job.console.say(f"validation error no longer improves: learning rate {lr:g}")
     job.progress = Progress(epoch + 1)
-    if epoch + 1 == epochs or (epoch + 1) % job.config.machine.checkpoint_epochs == 0:
+    machine, step = job.config.machine, job.loader.step
+    if epoch + 1 == epochs or (epoch + 1) % machine.checkpoint_epochs == 0 or (
+            machine.checkpoint_steps and step % machine.checkpoint_steps == 0):  # which train_epoch leaves to the epoch's end
         save(job, score)
 
 

@@ -54,15 +54,17 @@ def run(request: Request, where: Topology) -> int:
     schedule = Schedule(config.schedule, config.optimizer.lr, batch_scale(config.optimizer, config.train.batch),
                         config.optimizer.layer_rates)
     optimizer = build_optimizer(network, config.optimizer, where.group("tower"), schedule.layers)
-    origin = initial_weights.Origin.of(config, request.resume, console.warn)
-    taken = "" if request.resume else origin.take(network, config, where, index)
     folder = folders.run_folder(config, request.recipe)
+    mine = f"began {folder.resolve()}"
+    again, = where.agree(request.resume or bool(where.noted(mine)))  # it has weights of its own by now, mostly
+    origin = initial_weights.Origin.of(config, again, console.warn)
+    taken = "" if again else origin.take(network, config, where, index)
     loader = build.train_loader(config, where, index, stats, folder / "quarantine.jsonl")
     tests = {split: build.test_loader(config, where, index, stats, split, keep=True)
              for split in dict.fromkeys((config.data.validation_split, config.data.test_split))}
     restarted, refused = False, ""
     if where.is_main:
-        began, mine = (folder / folders.CONFIG).exists(), f"began {folder.resolve()}"
+        began = (folder / folders.CONFIG).exists()
         restarted = began and not request.resume and bool(where.noted(mine))  # not somebody else's run
         if not began:
             where.note(mine)
@@ -84,14 +86,13 @@ def run(request: Request, where: Topology) -> int:
             ending.enter_context(tested)
         if restarted:
             console.say("restarted by torchrun: going on as with --resume")
-        if resume:
-            if restore(job):
-                taken = ""
-            elif not taken:
-                taken = origin.take(network, config, where, index)
-            if 0 < config.machine.stop_after <= loader.step:
-                raise ValueError(f"machine.stop_after (={config.machine.stop_after}) must lie after step {loader.step}, where "
-                                 "this run stands: it counts from the start of training; raise it or leave it out")
+        if resume and restore(job):
+            taken = ""
+        elif not taken:
+            taken = origin.take(network, config, where, index)
+        if resume and 0 < config.machine.stop_after <= loader.step:
+            raise ValueError(f"machine.stop_after (={config.machine.stop_after}) must lie after step {loader.step}, where "
+                             "this run stands: it counts from the start of training; raise it or leave it out")
         if where.is_main:
             folders.note_start(folder, resumed_at=loader.step, processes=where.ranks,
                                device=str(where.device), index=index.sha256, stats=stats.sha256,

@@ -166,7 +166,7 @@ def _recipes(argv: Sequence[str]) -> tuple[list[Path], dict[str, Any], list[str]
     while rest:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
-        if name != "--config" and not name.startswith("--model.layers."):
+        if name not in ("--config", "--model.layers") and not name.startswith("--model.layers."):
             words.append(word)
             continue
         if not equals:
