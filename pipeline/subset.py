@@ -198,7 +198,7 @@ def divide(index: SampleIndex, labels: Ids, choices: Choices) -> tuple[dict[str,
         else:
             notes.append(f"left out split {split}: none of its {len(old):,} rows has a label of a class that is kept")
     if choices.hold_out is not None and choices.hold_out_as is not None:
-        index.split_rows("train")
+        index.split_rows("train")  # or it says that there is none
         train = parts.get("train", np.empty(0, np.int64))
         held = held_out(index, train, choices.hold_out, choices.seed)
         if not held.any():

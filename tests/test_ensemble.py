@@ -18,7 +18,7 @@ import torch
 from tests.conftest import TinySet
 from tests.recipes import write_recipe
 from tests.test_train import ALONE, PAIR, finish, here, inside, launch
-from train import checkpoint, saved
+from train import checkpoint, export, saved, weights
 from train.ensemble import alone, check_alike, five_best, together
 from train.evaluate import main as evaluate_main
 from train.probabilities import Evaluation, Facts, packed
@@ -229,9 +229,60 @@ def test_where_it_is_saved(copy: Path, tmp_path: Path) -> None:
     assert "top-1 errors" in out and "saved in" not in out
 
 
+def test_it_has_names_and_its_place_wherever_one_stands(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = checkpoint.checkpoints(copy / "a/checkpoints")[-1].name
+    monkeypatch.chdir(copy / "a/checkpoints")
+    assert told("--checkpoint", step)["evaluation"] == str(copy / f"a/evaluations/{step}-val-1view")
+    monkeypatch.chdir(copy / "a")
+    assert told("--run", ".", "--save", tmp_path / "kept")["evaluation"] == str(tmp_path / f"kept/a-{step}-val-1view")
+    assert sorted(path.name for path in (copy / "a/checkpoints").iterdir()) == [step]
+
+
+@pytest.fixture
+def exported(copy: Path, tmp_path: Path) -> Path:
+    """Run a's network as train.export writes it."""
+    inside(export.main, [str(copy / "a"), "--out", str(tmp_path / "weights/a"), "--which", "last", "--no-check"], 0)
+    return tmp_path / "weights/a"
+
+
+def test_an_exported_folder_is_tested_as_its_checkpoint(copy: Path, exported: Path, tiny_set: TinySet) -> None:
+    index = ("--index", tiny_set.index)
+    found = told("--checkpoint", exported, *index)
+    assert figures(found) == {**figures(told("--run", copy / "a")), "members": found["members"]}
+    assert found["evaluation"] == str(exported.parent / "evaluations/a-val-1view") and found["tested"] == 24
+    assert told("--checkpoint", exported, *index)["tested"] == 0
+    both = told("--checkpoints", exported, copy / "b", *index)
+    assert both["ensemble"] == told("--checkpoints", copy / "a", copy / "b")["ensemble"]
+    _, err = evaluate("--checkpoints", exported, copy / "a", *index)
+    assert "members weights/a and a/step-" in err and "gave the same probabilities to the bit; if they are one network" in err
+    assert "same prob" not in evaluate("--checkpoints", exported, copy / "b", *index)[1]
+    _, err = evaluate("--checkpoint", exported, code=2)
+    assert "index (=index) that" in err and "of its place only the name was exported; give it with --index\n" in err
+    with (exported / weights.WEIGHTS).open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)[0]
+        file.seek(-1, 2)
+        file.write(bytes([last ^ 1]))
+    assert "model.safetensors) has other bytes than were written" in evaluate("--checkpoint", exported, *index, code=4)[1]
+
+
+@pytest.mark.parametrize("said, code, message", [
+    ({}, 0, "do not say which classes theirs are; they are taken to be those of "),
+    ({"classes_sha256": "0" * 64}, 2, "has other classes, or another order of them, than the one the network was trained on")])
+def test_classes_of_an_exported_folder(exported: Path, tiny_set: TinySet, said: dict[str, str], code: int, message: str) -> None:
+    from train.recipe import load
+
+    _, tensors = weights.load_safetensors(exported)
+    (exported / weights.WEIGHTS).write_bytes(weights.pack(load(exported / weights.CONFIG), tensors, said))
+    weights.write_manifest(exported)
+    assert message in evaluate("--checkpoint", exported, "--index", tiny_set.index, code=code)[1]
+
+
 def test_mistakes_are_said(copy: Path, tmp_path: Path) -> None:
     _, err = evaluate("--checkpoints", copy / "a", copy / "a", code=2)
     assert "is given twice, also as a/step-" in err and not (copy / "a/evaluations").exists()
+    _, err = evaluate("--checkpoint", tmp_path, code=2)
+    assert f"folder (={tmp_path}) is no run, checkpoint, exported network or saved evaluation; give one" in err
     folder = Path(told("--run", copy / "a", "--batch", 4)["evaluation"])
     data = bytearray((folder / saved.PROBABILITIES).read_bytes())
     data[-1] ^= 1

@@ -59,6 +59,8 @@ def test_one_change_is_recognised_at_its_size(key: str, change: Callable[[dict[s
     lambda config: (config["model"].update(lrn=None), config["data"].update(lighting=0.0)),
     lambda config: config["model"].update(pool={"px": 3, "stride": 3, "more": 1}) or config["model"].update(activation="tanh"),
     lambda config: config["model"].update(pool={"px": 5, "stride": 2}), layers(conv3=None, conv4=None), layers(conv1=None),
+    lambda config: config["model"]["lrn"].update(k=1.0), lambda config: config["model"]["lrn"].update(alpha=1e-3),
+    lambda config: config["model"]["lrn"].update(across=True),
     layers(conv3={"sees": "own"}), layers(conv2={"px": 3}), layers(conv4={"lrn": "after"}),
     lambda config: config.update(init_from={"checkpoint": "runs/other"}), lambda config: config["model"].pop("layers")])
 def test_other_changes_are_none_of_the_papers(change: Callable[[dict[str, Any]], object]) -> None:
@@ -69,6 +71,10 @@ def test_the_fine_tuned_six_convolutions_are_told_from_the_plain_ones() -> None:
     config = changed(layers(conv6={}))
     config["init_from"] = {"checkpoint": "runs/fall2011"}
     assert paper.experiment(config)[0] == "six_conv_fine_tuned" and paper.paper_size(config, "six_conv_fine_tuned")
+    for part, key, value in (("model", "dropout", 0.4), ("data", "lighting", 0.5), ("data", "square_px", 272),
+                             ("data", "region", "full")):
+        config = changed(lambda config: config[part].update({key: value}))
+        assert paper.experiment(config)[0] == "full" and not paper.paper_size(config, "full"), key
     assert not paper.paper_size(changed(lambda config: config["model"]["layers"]["fc6"].update(neurons=1024)), "full")
 
 

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from tests.reports import Page, checked, recipe, report, small, write_run
-from train.report_against import ablations, difference, sooner
+from train import paper
+from train.report_against import Difference, Ensemble, ablations, difference, sooner
 from train.report_facts import Run
-from train.report_groups import group, stat
+from train.report_groups import Stat, group, stat
 from train.report_reading import read_run
+from train.report_tables import _five
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +148,50 @@ def test_changes_stand_beside_the_papers_with_what_else_differs(tmp_path: Path) 
     assert {entry["name"] for entry in found["changes"]} == {"no_lrn", "shallow"}, "those on other images have no full network"
 
 
+def test_a_network_that_learned_nothing_is_named(tmp_path: Path) -> None:
+    tiny = recipe("tiny100")
+    normalised = copy.deepcopy(tiny)
+    normalised["model"]["lrn"] = None
+    longer = copy.deepcopy(tiny)
+    longer["train"]["epochs"] = 99
+    runs = [write_run(tmp_path / name, config, test=error, images=5000, train=50_000) for name, config, error in (
+        ("full", tiny, 0.5), ("no_lrn", normalised, 0.99), ("longer", longer, 0.9862))]
+    page = checked(report(tmp_path / "r.html", *runs)[0])
+    assert "no_lrn (seed 1): its test is at chance: it learned nothing" in page.text and "full (seed 1): its" not in page.text
+    assert "longer (seed 1): its test" in page.text  # 69 right of 5,000; chance is 50 ± 7
+    row, = (row for row in page.rows("Changes to the network") if "no_lrn" in row["change"])
+    assert row["source of the paper’s figure"].endswith("release 148at chance: nothing was learned")
+
+
+def test_results_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    tiny = recipe("tiny100")
+    longer, longest, other = (copy.deepcopy(tiny) for _ in range(3))
+    longer["train"]["epochs"], longest["train"]["epochs"], other["model"]["lrn"] = 99, 100, None
+    folders = [("a/study/full-s1", tiny, 1), ("b/study/full-s1", longer, 1), ("c/full-s1", longest, 1), ("c/no_lrn", other, 1)]
+    runs = [read_run(write_run(tmp_path / name, config, seed, images=5000, train=50_000)) for name, config, seed in folders]
+    assert [one.name for one in group(runs)] == ["a/…/full-s1", "b/…/full-s1", "c/full-s1", "no_lrn"]
+    page = checked(report(tmp_path / "r.html", *(tmp_path / name for name, _, _ in folders))[0])
+    row, = (row for row in page.rows("Changes to the network") if "no_lrn" in row["change"])
+    assert "against" not in row["source of the paper’s figure"], "it is held against one only, the nearest"
+    halves = [Run(tmp_path / name, name, {**config, "train": {**config["train"], "seed": seed}})
+              for name, config, seed in (("x-s1", tiny, 1), ("x-s2", tiny, 2), ("x-s3", longer, 3), ("x-s4", longer, 4))]
+    assert [one.name for one in group(halves)] == ["x (seeds 1, 2)", "x (seeds 3, 4)"]
+
+
+def test_an_average_on_other_images_is_not_the_papers(tmp_path: Path) -> None:
+    config = recipe("alexnet_ilsvrc2012")
+    run = read_run(write_run(tmp_path / "net", config, errors=(0.6,) * 90, images=50_000, train=1_281_167))
+    one, = group([run])
+    five, row = Stat(0.3, None, 1), next(row for row in paper.ROWS if row.key == paper.FIVE)
+
+    def cells(images: int, views: int, members: int) -> list[str]:
+        less = Difference(-0.01, None)
+        return _five(row, [Ensemble(one, members, "val", images, views, five, five, less, less)])
+
+    assert cells(50_000, 10, 5) == ["30.00", "30.00", "net"]
+    assert cells(20_000, 10, 5) == cells(50_000, 1, 5) == cells(50_000, 10, 4) == ["–"] * 3
+
+
 def test_what_a_change_does_not_ask_for_is_named() -> None:
     config = recipe("tiny100")
     wide = copy.deepcopy(config)
@@ -178,3 +224,8 @@ def test_figure_1_compares_the_quickest_of_each_activation(tmp_path: Path, base:
     row, = checked(report(tmp_path / "r.html", runs[1], runs[3])[0]).rows("ReLU against tanh")
     assert (row["ours"], row["ReLU, epochs"]) == ("–", "not reached")
     assert sooner(group([read_run(runs[0])])) is None
+    stuck = copy.deepcopy(config)
+    stuck["model"]["activation"], stuck["optimizer"]["lr"] = "relu", 0.1
+    runs.append(write_run(tmp_path / "relu-2", stuck, 2, errors=(0.9,) * 3, test=None, **cifar))
+    row, = checked(report(tmp_path / "r.html", runs[0], runs[2], runs[4])[0]).rows("ReLU against tanh")
+    assert (row["ours"], row["ReLU, epochs"]) == ("–", "2.5 (1 of 2 runs)"), "a mean over those that got there is too small"

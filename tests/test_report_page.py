@@ -101,6 +101,9 @@ def test_what_is_no_run_is_left_out_by_name(tmp_path: Path, base: dict[str, Any]
     (other / "config.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(NoRun, match=r"run \(=.*other\) has a config.yaml that .*; "):
         read_run(other)
+    (other / "manifest.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(NoRun, match=r"run \(=.*other\) is a checkpoint or an exported network; name run folders"):
+        read_run(other)
     page, said = report(tmp_path / "r.html", write_run(tmp_path / "run", base), other)
     assert "warning: run (=" in said and "left out: run (=" in checked(page).text
     assert "error: run (=" in report(tmp_path / "r.html", other, code=2)[1]

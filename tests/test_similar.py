@@ -275,6 +275,18 @@ def test_drawn_queries_are_a_function_of_the_seed(tiny_set: TinySet) -> None:
         pick(index, "val", 25, 0)
 
 
+def test_a_network_of_one_full_layer_has_features_of_its_last_convolution(tiny_set: TinySet, tmp_path: Path) -> None:
+    flat = write_run(tmp_path, tiny_set, fc6="    fc6: null", fc7="    fc7: null")
+    assert similar.main(["build", "--run", str(flat), "--split", "val", "--out", str(tmp_path / "features")]) == 0
+    assert Features.load(tmp_path / "features").source.layer == "conv5"
+
+
+def test_what_export_wrote_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"is a network that train.export wrote; give the checkpoint it was made of"):
+        chosen(None, tmp_path, None)
+
+
 def asked(built: Path, *words: str) -> int:
     return similar.main(["query", "--features", str(built), *words])
 

@@ -66,6 +66,10 @@ def test_a_split_without_labels(tiny_set: TinySet, runs: Path, unlabelled: Sampl
     more = ("--index", unlabelled.path, "--split", "test", "--views", 1)
     assert "has 24 images without a label" in evaluate("--run", runs / "a", *more, code=2)[1]
     kit = ("--devkit", tiny_set.folder / make_demo.DEVKIT)
+    _, err = evaluate("--run", runs / "a", "--submission", tmp_path / "no/file.txt", *kit, code=2)
+    assert "cannot be written, its folder does not exist; give another --submission" in err
+    _, err = evaluate("--run", runs / "a", "--submission", tmp_path / "file.txt", "--devkit", tmp_path / "no.tar.gz", code=2)
+    assert "no.tar.gz) does not exist; give the ILSVRC devkit" in err and not (runs / "a/evaluations").exists()
     out, err = evaluate("--run", runs / "a", runs / "b", *more, "--submission", tmp_path / "test.txt", *kit)
     assert "no labels, so no errors were counted" in out and "top-1" not in out and err == ""
     assert out.endswith(f"predictions in {tmp_path / 'test.txt'}\n")

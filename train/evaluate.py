@@ -1,7 +1,7 @@
 """Test networks: one or ten views of every image, exact counts with 95% intervals; several together as an ensemble.
 
     python -m train.evaluate --run runs/NAME [--which best|last] [--views 10] [--split val] [--index DIR]
-    python -m train.evaluate --checkpoints runs/A runs/B runs/C/checkpoints/step-… runs/D/evaluations/… [--views 10]
+    python -m train.evaluate --checkpoints runs/A runs/B/checkpoints/step-… runs/C/evaluations/… weights/D [--views 10]
     python -m train.evaluate --run runs/NAME --split test --submission predictions.txt --devkit ILSVRC2012_devkit_t12.tar.gz
 
 All probabilities are saved as they come (train/saved.py), by default in the run's folder `evaluations`. So the same command goes
@@ -34,8 +34,6 @@ if TYPE_CHECKING:  # --help needs none of it
     from train.config import Config
     from train.distributed import Topology
     from train.probabilities import Evaluation, Facts, Made, Memory
-    from pipeline.squares import TestLoader
-    from pipeline.stats import Stats
     from train.saved import Folder
 
 EVALUATIONS = "evaluations"
@@ -58,7 +56,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--run", type=Path, nargs="+", metavar="FOLDER", help="run folders")
     which.add_argument("--checkpoint", "--checkpoints", type=Path, nargs="+", metavar="FOLDER",
-                       help="checkpoint folders; or run folders; or saved evaluations, which need no image")
+                       help="checkpoint folders; run folders; folders of train.export or train.caffe; saved evaluations, which "
+                       "need no image")
     parser.add_argument("--which", choices=("best", "last"), help="of a run's checkpoints (default last)")
     parser.add_argument("--index", help="index to test on (default: the run's)")
     parser.add_argument("--archives", help="folder to look for archives in")
@@ -80,7 +79,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is to be tested: a checkpoint, on what."""
+    """What is to be tested: a checkpoint or an exported folder, on what."""
 
     path: Path
     config: Config
@@ -98,6 +97,7 @@ class _Plan:
 
 def run(asked: argparse.Namespace) -> None:
     """Test what was asked for, or find it tested; print the counts."""
+    from pipeline.layouts import read_devkit
     from train import saved
     from train.ensemble import check_alike
     from train.outcome import report
@@ -105,6 +105,11 @@ def run(asked: argparse.Namespace) -> None:
     if bool(asked.submission) != bool(asked.devkit):
         raise ValueError(f"--submission (={asked.submission}) and --devkit (={asked.devkit}) go together: the devkit has the "
                          "classes' IDs; give both or neither")
+    if asked.submission:  # mistakes that should not wait for the end of the test
+        if not asked.submission.absolute().parent.is_dir():
+            raise ValueError(f"submission (={asked.submission}) cannot be written, its folder does not exist; give another "
+                             "--submission")
+        read_devkit(asked.devkit)
     members = [saved.load(path) if (path / saved.MANIFEST).is_file() else _plan(path, asked) for path in _members(asked)]
     check_alike(members)
     if networks := [entry for entry in members if isinstance(entry, _Plan)]:
@@ -119,8 +124,9 @@ def run(asked: argparse.Namespace) -> None:
 
 
 def _members(asked: argparse.Namespace) -> list[Path]:
-    """Checkpoints and saved evaluations that are meant, checkpoints verified."""
-    from train import checkpoint, saved
+    """Checkpoints, exported folders and saved evaluations that are meant, all but the last verified."""
+    from train import checkpoint, saved, weights
+    from train.probabilities import run_folder
 
     found: list[Path] = []
     runs = 0
@@ -140,25 +146,28 @@ def _members(asked: argparse.Namespace) -> list[Path]:
             found.append(path)
         else:
             _exists(given)
-            checkpoint.verify(given)
+            if not any((given / name).exists() for name in (checkpoint.MANIFEST, checkpoint.STATE, weights.WEIGHTS)):
+                raise ValueError(f"folder (={given}) is no run, checkpoint, exported network or saved evaluation; give one")
+            (weights if weights.is_exported(given) else checkpoint).verify(given)
             found.append(given)
     if asked.which and not runs:
         raise ValueError(f"--which (={asked.which}) chooses among a run's checkpoints; leave it out, or give --run")
-    return found
+    # What it is called, and where it is saved, need the run's name: `--run .` has none.
+    return [Path(os.path.abspath(path)) if run_folder(path).name in ("", "..") else path for path in found]
 
 
 def _exists(folder: Path) -> None:
     if not folder.is_dir():
-        raise ValueError(f"checkpoint folder (={folder}) does not exist; give a run folder with --run or a checkpoint of it with "
-                         "--checkpoint")
+        raise ValueError(f"checkpoint folder (={folder}) does not exist; give a run folder with --run, or with --checkpoint a "
+                         "checkpoint of it, or a folder that train.export wrote")
 
 
 def _plan(path: Path, asked: argparse.Namespace) -> _Plan:
-    """The recipe of a checkpoint as the command line changes it, and the images to test on."""
+    """The recipe of a checkpoint or exported folder as the command line changes it, and the images to test on."""
     from dataclasses import replace
 
     from pipeline.index_writer import file_sha256
-    from train import build, checkpoint
+    from train import build, checkpoint, weights
     from train.config import ParallelConfig
     from train.probabilities import Facts
     from train.recipe import load
@@ -170,14 +179,28 @@ def _plan(path: Path, asked: argparse.Namespace) -> _Plan:
     config = replace(config, machine=machine, data=replace(config.data, index=asked.index or config.data.images, packed=""),
                      parallel=ParallelConfig(towers=1))
     split = asked.split or config.data.test_split
+    if weights.is_exported(path) and not asked.index and not Path(config.data.images).exists():
+        raise ValueError(f"index (={config.data.images}) that {path} was trained on is not here, of its place only the name was "
+                         "exported; give it with --index")
     index = _index(config, split, asked.submission is not None)
     classes = build.classes_sha256(index)
-    if classes != checkpoint.read_state(path)["classes"]:
+    if (trained := _classes(path)) is None:
+        warn(f"weights (={path}) do not say which classes theirs are; they are taken to be those of {index.path}, in its order")
+    elif classes != trained:
         raise ValueError(f"index (={config.data.images}) has other classes, or another order of them, than the one "
                          "the network was trained on; give an index of the same classes")
     return _Plan(path, config, split, index,
                  Facts(file_sha256(path / checkpoint.MANIFEST), index.split_sha256(split), classes, len(index.ids(split)),
                        config.model.classes, asked.views or config.train.test_views, config.machine.precision))
+
+
+def _classes(path: Path) -> Optional[str]:
+    """Hash of the classes of a checkpoint or exported folder; None where it has none, as Caffe's weights without names."""
+    from train import checkpoint, weights
+
+    if weights.is_exported(path):
+        return weights.read_metadata(path / weights.WEIGHTS).get("classes_sha256")
+    return str(checkpoint.read_state(path)["classes"])
 
 
 def _index(config: Config, split: str, unlabelled: bool) -> SampleIndex:
@@ -255,16 +278,19 @@ def _claimed(plan: _Plan, made: Made, save: Optional[Path], where: Topology) -> 
 
 
 def _fill(plan: _Plan, store: Memory | Folder, remaining: Ids, where: Topology) -> None:
-    """Test the remaining images with a checkpoint's network."""
+    """Test the remaining images with the network of a checkpoint or exported folder."""
     from pipeline.stats import Stats
-    from train import build, checkpoint
+    from train import build, checkpoint, weights
     from train.console import Console
     from train.testing import each_batch
 
     config = plan.config
     network = build.network(config, where)
-    tensors, shapes = build.parameters(network, config)
-    checkpoint.load(plan.path, tensors, shapes, where, all_of_it=False)
+    if weights.is_exported(plan.path):
+        network.load_state_dict(weights.load_safetensors(plan.path / weights.WEIGHTS)[1])
+    else:
+        tensors, shapes = build.parameters(network, config)
+        checkpoint.load(plan.path, tensors, shapes, where, all_of_it=False)
     loader = build.test_loader(config, where, plan.index, Stats.load(plan.path / checkpoint.STATS), plan.split, ids=remaining)
     console = Console(where.is_main, config.machine.log_s, sys.stderr)
     show, before = console.testing(f"testing {plan.path.name}"), plan.facts.images - len(remaining)

@@ -7,6 +7,8 @@ import json
 import sys
 from typing import Any, Sequence
 
+import numpy as np
+
 from pipeline.index import SampleIndex
 from train.ensemble import Result, alone, five_best, together
 from train.probabilities import Evaluation
@@ -50,9 +52,18 @@ def report(members: Sequence[Evaluation], asked: argparse.Namespace) -> None:
         print(json.dumps(text))
     else:
         print("\n".join(_lines(members, text)))
+    for name, other in alike(members):
+        _tell(f"members {name} and {other} gave the same probabilities to the bit; if they are one network, give it once")
     for name, result in zip([member.name for member in members] + ["ensemble"], results):
         if result.score.at_chance:
             _tell(CHANCE if len(members) == 1 else f"{name}: {CHANCE}")
+
+
+def alike(members: Sequence[Evaluation]) -> list[tuple[str, str]]:
+    """Names of members, by pairs, whose probabilities are the same to the bit: copies, or one network trained or exported twice.
+    `check_alike` refuses the same checkpoint only."""
+    return [(one.name, other.name) for place, other in enumerate(members) for one in members[:place]
+            if one.facts.views == other.facts.views and np.array_equal(one.probabilities, other.probabilities)]
 
 
 def _figures(result: Result) -> dict[str, Any]:

@@ -172,10 +172,13 @@ def fine_tuned(config: Mapping[str, Any]) -> bool:
 
 
 def paper_size(config: Mapping[str, Any], key: str) -> bool:
-    """Whether a config of this experiment has the paper's numbers of kernels and neurons, and its crop."""
+    """Whether a config of this experiment has the paper's numbers of kernels and neurons, its crop and the paper's strength of
+    dropout and of lighting noise, where it has them."""
     sizes = _SIZES | _VARIANT_SIZES.get(key, {})
     layers = config["model"]["layers"]
-    return bool(config["model"]["input_px"] == 227 and config["data"]["square_px"] == 256
+    data, dropout = config["data"], config["model"]["dropout"]
+    return bool(config["model"]["input_px"] == 227 and (data["square_px"], data["region"]) == (256, "square")
+                and dropout in (0, 0.5) and data["lighting"] in (0, 0.1)
                 and all(layer.get("kernels", layer.get("neurons")) == sizes[name]
                         for name, layer in layers.items() if name in sizes))
 
@@ -196,6 +199,8 @@ def _departures(config: Mapping[str, Any]) -> list[tuple[str, str]]:
         found.append(("", "starts from trained weights"))
     if model["lrn"] is None:
         found.append(("no_lrn", "no LRN"))
+    elif not _papers_lrn(model["lrn"]):
+        found.append(("", "LRN " + ", ".join(f"{key}: {value}" for key, value in model["lrn"].items())))
     if model["pool"]["px"] == model["pool"]["stride"]:
         found.append(("plain_pool", f"pooling {model['pool']['px']}×{model['pool']['px']}, stride {model['pool']['stride']}"))
     elif (model["pool"]["px"], model["pool"]["stride"]) != (3, 2):
@@ -211,6 +216,11 @@ def _departures(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     if not missing:  # neighbours of a layer that was taken away take over its pooling, normalisation and sight
         found += _places(layers, one_tower, bool(model["lrn"]))
     return found
+
+
+def _papers_lrn(lrn: Mapping[str, Any]) -> bool:
+    """Whether these constants are the paper's, or the release's, which divides alpha by n."""
+    return (lrn["k"], lrn["n"], lrn["beta"]) == (2, 5, 0.75) and lrn["alpha"] in (1e-4, 2e-5) and not lrn.get("across")
 
 
 def _places(layers: Mapping[str, Mapping[str, Any]], one_tower: bool, normalised: bool) -> list[tuple[str, str]]:

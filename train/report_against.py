@@ -113,7 +113,7 @@ class Ensemble:
     Attributes:
         group: whose.
         members: how many.
-        split, views: how they were tested.
+        split, images, views: on what they were tested, and how.
         top1, top5: its errors, shares, of one average.
         less_top1, less_top5: how far they lie from the mean of its members' errors.
     """
@@ -121,6 +121,7 @@ class Ensemble:
     group: Group
     members: int
     split: str
+    images: int
     views: int
     top1: Stat
     top5: Stat
@@ -150,14 +151,15 @@ def ensembles(groups: Sequence[Group]) -> tuple[list[Ensemble], list[str]]:
             continue
         less = [Difference(whole - sum(getattr(test, name) for _, test in members) / len(members), None)
                 for name, whole in (("top1", score.top1), ("top5", score.top5))]
-        found.append(Ensemble(one, len(members), way[1], way[0], Stat(score.top1, None, 1), Stat(score.top5, None, 1),
-                              less[0], less[1]))
+        found.append(Ensemble(one, len(members), way[1], score.images, way[0], Stat(score.top1, None, 1),
+                              Stat(score.top5, None, 1), less[0], less[1]))
     return found, problems
 
 
 @dataclass(frozen=True)
 class Sooner:
-    """Figure 1: epochs until the training error falls to paper.TRAINING_ERROR, with ReLU and with tanh; None: not reached."""
+    """Figure 1: epochs until the training error falls to paper.TRAINING_ERROR, with ReLU and with tanh, over the runs that reach
+    it; None: none does."""
 
     relu: Group
     tanh: Group
@@ -169,7 +171,7 @@ def sooner(groups: Sequence[Group]) -> Sooner | None:
     """The quickest pair on CIFAR-10 that differs in nothing but the activation and the rates (§3.1 chooses them for each)."""
     def epochs(one: Group) -> float:
         found = stat(reached(run) for run in one.counted)
-        return found.mean if found else math.inf
+        return found.mean if found and found.n == len(one.counted) else math.inf
 
     on_cifar = [one for one in groups if one.data_set == "cifar10"]
     pairs = [(relu, tanh) for relu, tanh in itertools.permutations(sorted(on_cifar, key=epochs), 2)

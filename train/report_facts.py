@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Mapping
 
 from train import paper
+from train.score import Score
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,13 @@ class Run:
     def test(self) -> Test | None:
         """The test that the recipe asks for, at the end of training; None before."""
         return next((test for test in self.tests if not test.source), None)
+
+    @property
+    def at_chance(self) -> bool:
+        """Whether the test at the end is no better than guessing: then its distance from others says nothing."""
+        test, classes = self.test, self.config["model"].get("classes")
+        return bool(test and isinstance(classes, int) and classes > 0
+                    and Score(test.images, round(test.top1 * test.images), 0, 0.0, classes).at_chance)
 
     @property
     def state(self) -> str:

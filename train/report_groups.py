@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import os
 import re
@@ -113,8 +114,24 @@ def group(runs: Sequence[Run]) -> list[Group]:
     found: dict[str, list[Run]] = {}
     for run in runs:
         found.setdefault(_recipe(run), []).append(run)
-    return [Group(_name([run.name for run in members]), tuple(sorted(members, key=lambda run: (run.seed, run.name))),
-                  *paper.experiment(members[0].config)) for members in found.values()]
+    return _told_apart([Group(_name([run.name for run in members]), tuple(sorted(members, key=lambda run: (run.seed, run.name))),
+                              *paper.experiment(members[0].config)) for members in found.values()])
+
+
+def _told_apart(groups: Sequence[Group]) -> list[Group]:
+    """Groups of one name get the folder in which they differ before it, or, where there is none, their seeds behind it."""
+    def folders(one: Group) -> tuple[str, ...]:
+        return one.runs[0].folder.resolve().parent.parts[::-1]
+
+    found = []
+    for one in groups:
+        mine, others = folders(one), [folders(other) for other in groups if other is not one and other.name == one.name]
+        depth = next((k for k in range(len(mine)) if all(mine[:k + 1] != other[:k + 1] for other in others)), None)
+        between = "/…/" if depth else "/"
+        name = f"{mine[depth]}{between}{one.name}" if depth is not None else \
+            f"{one.name} (seed{'s' * (len(one.runs) > 1)} {', '.join(str(run.seed) for run in one.runs)})"
+        found.append(dataclasses.replace(one, name=name) if others else one)
+    return found
 
 
 def _recipe(run: Run) -> str:

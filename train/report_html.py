@@ -143,7 +143,8 @@ th,td{padding:.3rem .6rem;text-align:left;vertical-align:top;border-bottom:1px s
 thead th{vertical-align:bottom;background:var(--box)}
 tbody th{font-weight:600;min-width:7rem;max-width:16rem;overflow-wrap:break-word;position:sticky;left:0;background:var(--back)}
 td{min-width:3.5rem}
-td.w{min-width:9rem}
+td.w{min-width:7rem}
+td.w:last-child{min-width:11rem}
 thead th:first-child{position:sticky;left:0}
 details tbody th{background:var(--box)}
 .n{text-align:right}
@@ -164,6 +165,7 @@ details{margin:.4rem 0;padding:.3rem .6rem;background:var(--box);border-radius:.
 details details{padding-left:0}
 summary{cursor:pointer}
 @media (max-width:600px){
+td.w:last-child{min-width:18rem}
 tbody th{max-width:9rem;hyphens:auto}
 dl{grid-template-columns:minmax(0,1fr);gap:0}
 dd{margin:0 0 .4em}

@@ -30,10 +30,12 @@ def read_run(folder: Path) -> Run:
     """The facts of a run folder.
 
     Raises:
-        NoRun: it has no config.yaml that is one of a run.
+        NoRun: it has no config.yaml that is one of a run, or is a checkpoint or an exported network.
     """
     if not folder.is_dir():
         raise NoRun(f"run (={folder}) is not a folder; name run folders, such as runs/tiny100")
+    if (folder / "manifest.json").is_file():  # both have a config.yaml too
+        raise NoRun(f"run (={folder}) is a checkpoint or an exported network; name run folders, such as runs/tiny100")
     config = _config(folder / CONFIG)
     problems: list[str] = []
     starts = tuple(_lines(folder / VERSIONS, problems))

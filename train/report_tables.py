@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from train import paper, report_html as html
 from train.report_facts import Run
-from train.report_groups import Group, by_images, images, stat
+from train.report_groups import Group, Stat, by_images, images, stat
 from train.report_against import Ablation, Ensemble, Sooner, ablations, matches, sooner, ten_crops
 from train.report_html import NONE, text
 
@@ -32,7 +32,8 @@ def results(groups: Sequence[Group], averaged: Sequence[Ensemble], wrong: Sequen
     tables = [f"<h3>{text(words)}</h3>" + html.table(f"Results on {words}", _RESULTS, [
         row for group in members for row in (_result(group), *(_averaged(one) for one in averaged if one.group is group))],
         left=(0, 5, 11)) for words, members in by_images(groups)]
-    notes = [f"{run.name} (seed {run.seed}): {note}" for group in groups for run in group.runs for note in _notes(group, run)]
+    notes = [f"{run.name if len(group.runs) > 1 else group.name} (seed {run.seed}): {note}"
+             for group in groups for run in group.runs for note in _notes(group, run)]
     notes += wrong
     warned = '<ul class="warn">' + "".join(f"<li>{text(note)}</li>" for note in notes) + "</ul>" if notes else ""
     return html.section("results", "Results", *tables, f'<p class="note">{text(_MEANING)}</p>', warned)
@@ -40,6 +41,7 @@ def results(groups: Sequence[Group], averaged: Sequence[Ensemble], wrong: Sequen
 
 def _notes(group: Group, run: Run) -> list[str]:
     state = [] if run.test else [run.state]
+    state += ["its test is at chance: it learned nothing, or its labels are in another order"] if run.at_chance else []
     twice = [] if run in group.counted else ["another run of this seed is counted in its place"]
     return [*state, *twice, *run.problems]
 
@@ -98,16 +100,24 @@ def _ours(row: paper.Row, groups: Sequence[Group]) -> list[str]:
 
 def _five(row: paper.Row, averaged: Sequence[Ensemble]) -> list[str]:
     """The same cells, for the mean of five of the full network."""
-    found = [one for one in averaged if one.members == 5 and one.views == 10 and matches(row, [one.group])]
+    wanted = paper.DATA_SETS[row.data].test
+    found = [one for one in averaged
+             if one.members == 5 and (one.images, one.views) == (wanted, 10) and matches(row, [one.group])]
     return ["<br>".join(html.percent(getattr(one, name)) for one in found) or NONE for name in ("top1", "top5")] \
         + ["<br>".join(html.name(one.group.name) for one in found) or NONE]
 
 
 def _figure1(pair: Sooner) -> list[str]:
-    relu, tanh = pair.relu_epochs, pair.tanh_epochs
-    ratio = f"{tanh.mean / relu.mean:.1f}" if relu and tanh else NONE
-    return [text(_FIGURE1), text(paper.SOONER), ratio, html.plain(relu, 1) if relu else "not reached",
-            html.plain(tanh, 1) if tanh else "not reached", f"{html.name(pair.relu.name)}, {html.name(pair.tanh.name)}"]
+    sides = (pair.relu_epochs, pair.relu), (pair.tanh_epochs, pair.tanh)
+    means = [found.mean for found, group in sides if found and found.n == len(group.counted)]
+    return [text(_FIGURE1), text(paper.SOONER), f"{means[1] / means[0]:.1f}" if len(means) == 2 else NONE,
+            *(_epochs(found, len(group.counted)) for found, group in sides),
+            ", ".join(html.name(group.name) for _, group in sides)]
+
+
+def _epochs(found: Stat | None, runs: int) -> str:
+    """Cell: epochs until the error is reached, and by how many of the runs when not by all."""
+    return "not reached" if found is None else html.plain(found, 1) + (f" ({found.n} of {runs} runs)" if found.n < runs else "")
 
 
 def changes(groups: Sequence[Group], averaged: Sequence[Ensemble]) -> str:
@@ -128,6 +138,8 @@ def _changes(found: Sequence[Ablation], five: Sequence[Ensemble], full: Group | 
         given = [text(change.top1 or None), text(change.top5 or None)]
         ours = [[f"{text(change.what)} <small>({html.name(one.group.name)}: {text(one.group.departs)})</small>", *given,
                  html.points(one.top1), html.points(one.top5), *_errors(one.group), text(change.source)
+                 + (f"<br>against {html.name(one.full.name)}" if len(references) > 1 else "")
+                 + ("<br>at chance: nothing was learned" if any(run.at_chance for run in one.group.furthest) else "")
                  + (f"<br>also differs: {text('; '.join(one.also))}" if one.also else "")]
                 for one in found if one.group.experiment == key]
         ours += [[f"{one.members} networks averaged <small>({html.name(one.group.name)})</small>", *given,

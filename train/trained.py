@@ -61,6 +61,8 @@ def chosen(run: Path | None, checkpoint: Path | None, which: str | None) -> Path
             raise ValueError(f"run (={run}) has no {'validated ' if which == 'best' else ''}checkpoint yet; wait for its first, "
                              "or give another")
         folder = found
+    if (folder / "model.safetensors").is_file():
+        raise ValueError(f"checkpoint (={folder}) is a network that train.export wrote; give the checkpoint it was made of")
     checkpoints.verify(folder)
     return folder
 
@@ -94,8 +96,8 @@ class Trained:
 
     @property
     def layer(self) -> str:
-        """Name of the last hidden layer, whose activation the features are: fc7 in the paper."""
-        return list(self.config.model.fulls)[-2]
+        """Name of the layer before the last, whose activation the features are: fc7 in the paper."""
+        return [*self.config.model.convs, *self.config.model.fulls][-2]
 
     def loader(self, index: SampleIndex, split: str, ids: np.ndarray | None = None, *, pixels: bool = False,
                skip_corrupt: bool = False) -> TestLoader:

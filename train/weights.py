@@ -118,6 +118,11 @@ def model_config(values: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(**{**values, "lrn": None if lrn is None else LrnConfig(**lrn), "pool": PoolConfig(**values["pool"])})
 
 
+def is_exported(folder: Path) -> bool:
+    """Whether a folder is one that train.export or train.caffe wrote, not a checkpoint; nothing of it is believed yet."""
+    return (folder / WEIGHTS).is_file()
+
+
 def write_manifest(folder: Path) -> None:
     """Note what the files of a folder are, but for the card."""
     files = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())
