@@ -145,7 +145,8 @@ def test_differences_name_both_values(tmp_path: Path) -> None:
     path = write_recipe(tmp_path)
     old, new = read(path), read(path, "--optimizer.lr=0.5", "--model.lrn=null", "--machine.threads=3", "--data.index=x")
     lines = differences(new.as_dict(), old.as_dict())
-    assert lines == ["model.lrn: {'k': 2.0, 'n': 5, 'alpha': 0.0001, 'beta': 0.75, 'across': False} -> None", "optimizer.lr: 0.01 -> 0.5"]
+    assert lines == ["model.lrn: {'k': 2.0, 'n': 5, 'alpha': 0.0001, 'beta': 0.75, 'across': False} -> None",
+                     "optimizer.lr: 0.01 -> 0.5"]
 
 
 def test_every_recipe_is_whole_and_says_what_it_is() -> None:

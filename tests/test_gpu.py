@@ -32,7 +32,7 @@ NETWORK = small((16, 32, 48, 48, 32), (64, 64), std=(0.01,) * 8, classes=10, lrn
 # nvJPEG's inverse DCT and chroma upsampling round otherwise than libjpeg-turbo's: a grey level nearly everywhere, more at
 # sharp colour edges; and DALI's resize repeats the image's outermost pixels where the CPU's shortens the filter.
 MEAN_TOLERANCE, LARGEST_TOLERANCE = 1.0, 24.0
-# What 4:2:0 planes cost these drawn pictures, whose colour is as fine as their brightness: 9.6 grey levels on average on CPUs too.
+# What 4:2:0 planes cost these drawn pictures, whose colour is as fine as their brightness: 9.6 grey levels on average (CPUs too).
 FINE_COLOUR = 12.0
 
 

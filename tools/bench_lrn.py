@@ -67,8 +67,8 @@ def measure(shape: tuple[int, int, int, int], layout: str, dtype: str, repeats: 
 
 
 def capture(x: Any, g: Any, operator: Operator, alive: list[Any]) -> tuple[Any, Any]:
-    """CUDA graphs of CALLS forward and of CALLS backward passes. What they read, and no graph owns, is put into `alive`: its memory
-    would be given back, to the driver even, when the next graph is captured."""
+    """CUDA graphs of CALLS forward and of CALLS backward passes. What they read, and no graph owns, is put into `alive`: its
+    memory would be given back, to the driver even, when the next graph is captured."""
     import torch
 
     leaf, stream = x.detach().requires_grad_(), torch.cuda.Stream()
