@@ -93,7 +93,7 @@ def facts(groups: dict[str, list[Curve]], target: float) -> dict[str, object]:
 
 def draw(groups: dict[str, list[Curve]], target: float, out: Path) -> None:
     """The figure as a PNG: the best of each group strong (solid and dashed, as in the paper), the others of the search faint."""
-    from tools.show_batch import need_matplotlib
+    from train.kernels import need_matplotlib
 
     need_matplotlib()
     import matplotlib

@@ -82,7 +82,7 @@ def run(asked: argparse.Namespace) -> Profile:
     """Measure, show, write. Raises ValueError or RuntimeError."""
     check(asked)
     if asked.plot:
-        from tools.show_batch import need_matplotlib
+        from train.kernels import need_matplotlib
         need_matplotlib()
     from tools import profile_report
     from tools.profile_run import measure

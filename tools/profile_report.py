@@ -230,7 +230,7 @@ def sparkline(values: Sequence[float], width: int = 48) -> str:
 
 def plot(profile: Profile, path: Path) -> None:
     """Write a PNG: stages as bars of img/s (logarithmic), the loader on top, the need as a line."""
-    from tools.show_batch import need_matplotlib
+    from train.kernels import need_matplotlib
 
     need_matplotlib()
     from matplotlib.figure import Figure

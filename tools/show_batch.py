@@ -11,9 +11,11 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from train.kernels import need_matplotlib  # noqa: E402
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,20 +26,6 @@ if TYPE_CHECKING:
     from pipeline.batches import Batch
     from pipeline.loader import TrainLoader
     from pipeline.stats import Stats
-
-
-def need_matplotlib() -> Any:
-    """matplotlib, drawing into files only.
-
-    Raises RuntimeError saying how to install it.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise RuntimeError("matplotlib is not installed, and this command draws with it; "
-                           "pip install -e '.[plots]'") from None
-    matplotlib.use("Agg")
-    return matplotlib
 
 
 def restore(batch: Batch, drawn: Draws, data: DataConfig, stats: Stats) -> np.ndarray:
