@@ -32,7 +32,7 @@ TINY = {"conv1": 48 * 363 + 48, "conv2": 128 * 600 + 128, "conv3": 192 * 1152 + 
 TINY_ALL = sum(TINY.values())
 
 PARAMETERS = {
-    "alexnet_ilsvrc2010": PAPER, "alexnet_ilsvrc2012": PAPER, "bvlc_alexnet": PAPER, "bvlc_caffenet": PAPER,
+    "alexnet_ilsvrc2010": PAPER, "alexnet_ilsvrc2012": PAPER, 
     "ilsvrc2010_as_run": PAPER, "ilsvrc2012_as_run": PAPER,
     # One tower: 48, 128, 192, 192 and 256 kernels, fc6 and fc7 whole (release run 145-half).
     "ilsvrc2010_one_tower": 48 * 363 + 48 + 128 * 1200 + 128 + 192 * 1152 + 192 + 192 * 1728 + 192 + CONV5 + FC6 + FC7 + FC8,

@@ -56,7 +56,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--run", type=Path, nargs="+", metavar="FOLDER", help="run folders")
     which.add_argument("--checkpoint", "--checkpoints", type=Path, nargs="+", metavar="FOLDER",
-                       help="checkpoint folders; run folders; folders of train.export or train.caffe; saved evaluations, which "
+                       help="checkpoint folders; run folders; folders of train.export; saved evaluations, which "
                        "need no image")
     parser.add_argument("--which", choices=("best", "last"), help="of a run's checkpoints (default last)")
     parser.add_argument("--index", help="index to test on (default: the run's)")
@@ -195,7 +195,7 @@ def _plan(path: Path, asked: argparse.Namespace) -> _Plan:
 
 
 def _classes(path: Path) -> Optional[str]:
-    """Hash of the classes of a checkpoint or exported folder; None where it has none, as Caffe's weights without names."""
+    """Hash of the classes of a checkpoint or exported folder; None where it has none."""
     from train import checkpoint, weights
 
     if weights.is_exported(path):

@@ -1,5 +1,4 @@
-"""Where weights come from when they do not start at random: a checkpoint of another run, or what train.export and train.caffe
-write (paper §6: pre-training, fine-tuning)."""
+"""Where weights come from when they do not start at random: a checkpoint of another run, or what train.export writes (paper §6: pre-training, fine-tuning)."""
 
 from __future__ import annotations
 

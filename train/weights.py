@@ -1,4 +1,4 @@
-"""Weights without what training needs: a folder that train.export or train.caffe wrote, read back.
+"""Weights without what training needs: a folder that train.export wrote, read back.
 
     model.safetensors   every parameter under its canonical name (conv1.weight … fc8.bias), float32; in its metadata the recipe
                         and hashes (see `pack`)
@@ -119,7 +119,7 @@ def model_config(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def is_exported(folder: Path) -> bool:
-    """Whether a folder is one that train.export or train.caffe wrote, not a checkpoint; nothing of it is believed yet."""
+    """Whether a folder is one that train.export wrote, not a checkpoint; nothing of it is believed yet."""
     return (folder / WEIGHTS).is_file()
 
 
