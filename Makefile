@@ -50,7 +50,7 @@ bench: $(STAMP)
 	$(BIN)/python -m tools.bench $(INDEX) $(if $(PACKED),--packed '$(PACKED)') $(ARGS)
 
 bench-parallel: $(STAMP)
-	$(BIN)/python -m tools.bench_parallel $(ARGS)
+	$(BIN)/python -m tools.bench.parallel $(ARGS)
 
 clean:
 	test ! -e demo/DRAWN || rm -rf demo

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from model import initial
+from model import init as initial
 from model.config import Conv, Full, LrnConfig, ModelConfig, PoolConfig
 from model.dropout import dropout
 from model.lrn import local_response_norm
-from model.meeting import Link, gather_logits, meet
+from model.tower_exchange import Link, gather_logits, meet
 from model.towers import BOTH, Tower, tower_shape
 
 

@@ -7,7 +7,7 @@ Element-wise arithmetic on the largest maps of the network: its time is the time
              in NCHW and by 1 in channels_last, and windows are clipped at the ends without a branch;
   ReLU       the layer before it (paper §3.5) is applied on the way, which saves a pass over memory each way.
 With beta = 3/4 the power s^-beta is r √r, where r = 1/√s.
-A GPU does all of it in one kernel each way, model/lrn_triton.py, where there is Triton (it comes with torch for CUDA).
+A GPU does all of it in one kernel each way, model/kernels/lrn.py, where there is Triton (it comes with torch for CUDA).
 
 Gradient, with f = s^-beta and W the sum over a window: dx = g f - 2 alpha beta x W(g x f / s).
 
@@ -168,9 +168,9 @@ def _backward_in_chunks(x: torch.Tensor, grad: torch.Tensor, result: torch.Tenso
 
 @functools.cache
 def fused() -> Optional[ModuleType]:
-    """model.lrn_triton, or None where Triton or what it builds with is missing; looked for once, not before a GPU needs it."""
+    """model.kernels.lrn, or None where Triton or what it builds with is missing; looked for once, not before a GPU needs it."""
     try:
-        return importlib.import_module("model.lrn_triton")
+        return importlib.import_module("model.kernels.lrn")
     except ImportError:
         return None
 

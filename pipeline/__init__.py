@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.config import DataConfig, LoaderConfig
-    from pipeline.index import SampleIndex
-    from pipeline.batches import Batch
-    from pipeline.loader import TrainLoader
-    from pipeline.reader import Quarantine, SampleError
-    from pipeline.squares import TestLoader
+    from pipeline.index.sample_index import SampleIndex
+    from pipeline.loading.batch import Batch
+    from pipeline.loading.train_loader import TrainLoader
+    from pipeline.reading.source import Quarantine, SampleError
+    from pipeline.loading.eval_loader import TestLoader
     from pipeline.stats import Stats
     from pipeline.tiers import train_loader
 
 __all__ = ["Batch", "DataConfig", "LoaderConfig", "Quarantine", "SampleError", "SampleIndex", "Stats", "TestLoader",
            "TrainLoader", "train_loader"]
 
-_HOME = {"DataConfig": "config", "LoaderConfig": "config", "SampleIndex": "index", "Batch": "batches", "TestLoader": "squares",
-         "TrainLoader": "loader", "Quarantine": "reader", "SampleError": "reader", "Stats": "stats",
-         "train_loader": "tiers"}
+_HOME = {"DataConfig": "config", "LoaderConfig": "config", "SampleIndex": "index.sample_index", "Batch": "loading.batch",
+         "TestLoader": "loading.eval_loader", "TrainLoader": "loading.train_loader", "Quarantine": "reading.source",
+         "SampleError": "reading.source", "Stats": "stats", "train_loader": "tiers"}
 
 
 def __getattr__(name: str) -> Any:

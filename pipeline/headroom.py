@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 
 from pipeline.config import LoaderConfig
-from pipeline.meter import Meter
+from pipeline.monitor import Meter
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Iterator, Sequence
 
 import numpy as np
 
-from pipeline.pack_images import BATCH, PackOptions, check_budget, decoded, encode, psnr, squared_error
-from pipeline.pack_plan import measured_ids, order
+from pipeline.packing.jpeg import BATCH, PackOptions, check_budget, decoded, encode, psnr, squared_error
+from pipeline.packing.plan import measured_ids, order
 
 if TYPE_CHECKING:
-    from pipeline.index import SampleIndex
+    from pipeline.index.sample_index import SampleIndex
 
 QUALITIES = tuple((quality, subsampling) for quality in (80, 85, 90, 92, 95) for subsampling in ("420", "422", "444"))
 _ROUNDS = 3  # the fastest counts: whatever else runs on the machine only makes things slower
@@ -35,7 +35,7 @@ def measure(index: "SampleIndex", split: str, options: PackOptions, settings: Se
 
     Raises RuntimeError when an image is unreadable.
     """
-    from pipeline.graph import SizeProbe
+    from pipeline.decoding.dali import SizeProbe
 
     skipped: dict[int, str] = {}
     ids = np.array(measured_ids(order(index.ids(split), options.seed)), np.int64)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from pipeline.config import DataConfig, LoaderConfig
 
 if TYPE_CHECKING:
-    from pipeline.index import SampleIndex
+    from pipeline.index.sample_index import SampleIndex
 
 _SAVE_S = 30.0  # seconds between saves of a pass under way
 
@@ -144,8 +144,8 @@ def compute(index: "SampleIndex", split: str, square_px: int, *, machine: Loader
     Raises:
         RuntimeError: more unreadable samples than the budget allows.
     """
-    from pipeline.loader import quarantine_budget
-    from pipeline.squares import TestLoader
+    from pipeline.loading.train_loader import quarantine_budget
+    from pipeline.loading.eval_loader import TestLoader
 
     total = len(index.ids(split))
     sums = _Sums.resume(index, split, square_px, batch)

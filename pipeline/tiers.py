@@ -8,12 +8,12 @@
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import LANES, WINDOW, DataConfig, LoaderConfig
-from pipeline.index import SampleIndex
-from pipeline.loader import TrainLoader
-from pipeline.meter import Meter
-from pipeline.reader import Quarantine
-from pipeline.sampler import Ids
-from pipeline.squares import TestLoader
+from pipeline.index.sample_index import SampleIndex
+from pipeline.loading.train_loader import TrainLoader
+from pipeline.monitor import Meter
+from pipeline.reading.source import Quarantine
+from pipeline.sampling.sampler import Ids
+from pipeline.loading.eval_loader import TestLoader
 from pipeline.stats import Stats
 
 if TYPE_CHECKING:
@@ -59,10 +59,10 @@ def train_loader(tier: str, index: SampleIndex, split: str, data: DataConfig, ba
     common: dict[str, Any] = {"machine": machine, "shard": shard, "device_id": device_id, "quarantine": quarantine,
                               "meter": meter}
     if tier == "resident":
-        from pipeline.resident import ResidentLoader
+        from pipeline.resident.train_loader import ResidentLoader
         return ResidentLoader(index, split, data, batch, seed, stats, resident=resident, group=group, **common)
     if tier == "streamed":
-        from pipeline.streamed import StreamedLoader
+        from pipeline.loading.streamed_loader import StreamedLoader
         return StreamedLoader(index, split, data, batch, seed, stats, window=window, lanes=lanes, store=store, **common)
     return TrainLoader(index, split, data, batch, seed, stats, **common)
 
@@ -84,7 +84,7 @@ def test_loader(tier: str, index: SampleIndex, split: str, data: DataConfig, bat
         raise ValueError(f"data.tier (={tier}) must be one of {', '.join(TIERS)}; correct the recipe")
     common: dict[str, Any] = {"machine": machine, "shard": shard, "device_id": device_id, "ids": ids, "meter": meter}
     if tier == "resident":
-        from pipeline.resident_squares import ResidentTestLoader
+        from pipeline.resident.eval_loader import ResidentTestLoader
         return ResidentTestLoader(index, split, data, batch, stats, resident=resident, keep=keep, **common)
     return TestLoader(index, split, data, batch, stats, **common)
 

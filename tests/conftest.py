@@ -23,13 +23,13 @@ class TinySet:
 
 @pytest.fixture(scope="session")
 def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> TinySet:
-    """6 classes, 12 drawn pictures each (80 to 100 px), and the odd files of tools/make_demo.py; 4 validation pictures a
+    """6 classes, 12 drawn pictures each (80 to 100 px), and the odd files of tools/demo/dataset.py; 4 validation pictures a
     class. One odd file cannot be decoded: training replaces it, within the default budget."""
-    from pipeline.index import SampleIndex
-    from pipeline.indexing import Builder
-    from pipeline.presets import build_ilsvrc
+    from pipeline.index.sample_index import SampleIndex
+    from pipeline.index.builder import Builder
+    from pipeline.index.ilsvrc import build_ilsvrc
     from pipeline.stats import compute, stats_path
-    from tools import make_demo
+    from tools.demo import dataset as make_demo
 
     folder = tmp_path_factory.mktemp("tiny_set")
     make_demo.make(folder, 0, 6, 12, 4, (80, 100))

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.atomic import is_temporary, remove_dead, replacing
+from pipeline.files import is_temporary, remove_dead, replacing
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -32,7 +32,7 @@ def test_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_only_the_temporaries_of_the_dead_are_removed(tmp_path: Path) -> None:
-    code = ("import os, sys; from pathlib import Path; from pipeline.atomic import replacing\n"
+    code = ("import os, sys; from pathlib import Path; from pipeline.files import replacing\n"
             "with replacing(Path(sys.argv[1])) as file:\n"
             "    file.write(b'half'); file.flush(); print('ready', flush=True); sys.stdin.read()\n")
     dead, live = (subprocess.Popen([sys.executable, "-c", code, str(tmp_path / name)], cwd=ROOT, stdin=subprocess.PIPE,

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.networks import small
+from tests.helpers.networks import small
 
 from model.alexnet import paper
 from tools import exchange_bytes

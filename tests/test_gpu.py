@@ -8,19 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.networks import small
-from tests.small_set import photographs, write_set
+from tests.helpers.networks import small
+from tests.helpers.small_set import photographs, write_set
 
 from model import lrn as response_norm
 from model.alexnet import AlexNet
 from model.config import LrnConfig
 from model.lrn import local_response_norm
-from pipeline.colour import Colour, Finish
+from pipeline.decoding.normalize import Colour, Finish
 from pipeline.config import DataConfig, LoaderConfig
-from pipeline.index import SampleIndex
-from pipeline.loader import TrainLoader
-from pipeline.reader import Quarantine
-from pipeline.squares import TestLoader
+from pipeline.index.sample_index import SampleIndex
+from pipeline.loading.train_loader import TrainLoader
+from pipeline.reading.source import Quarantine
+from pipeline.loading.eval_loader import TestLoader
 from pipeline.stats import Stats, compute
 from pipeline.tiers import train_loader
 from train.recipe import parse
@@ -154,7 +154,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Opens the fused way of LRN alone; the list names the passes that go through it."""
     pytest.importorskip("triton", reason="Triton is not installed (it comes with torch for CUDA)")
     module, taken = response_norm.fused(), []
-    assert module is not None, "Triton is here, but not what it builds with: see model/lrn_triton.py"
+    assert module is not None, "Triton is here, but not what it builds with: see model/kernels/lrn.py"
     launch = module._launch
 
     def counted(kernel: Any, *rest: Any) -> None:
@@ -180,7 +180,7 @@ def drawn(*shape: int, dtype: torch.dtype, layout: torch.memory_format, seed: in
 
 STRONG = LrnConfig(1.0, 5, 0.3, 0.75)  # a window that matters
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
-# As in tests/test_lrn.py: float32 rounds over a window, a power and the GPU's roots; the halves round their results.
+# As in tests/model/test_lrn.py: float32 rounds over a window, a power and the GPU's roots; the halves round their results.
 LRN_TOLERANCES = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
 
 
@@ -317,7 +317,7 @@ def test_a_training_step_equals_the_cpus(photos: SampleIndex, stats: Stats) -> N
 
 def test_the_demo_recipe_trains_on_the_gpu(tmp_path: Path) -> None:
     """Commands as a user types them; bf16 and channels_last too. `parse` shows that the recipe knows these settings."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[1]
     recipe = root / "train/recipes/demo.yaml"
     assert parse(["--config", str(recipe), "--machine.device=cuda"]).config.machine.device == "cuda"
     index = write_set(tmp_path / "set", photographs(64), photographs(72)[64:], classes=10)
@@ -333,7 +333,7 @@ def test_the_demo_recipe_trains_on_the_gpu(tmp_path: Path) -> None:
 
 def test_two_gpus_share_a_run_in_every_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command's own limit, 1e-5, on losses in float32; NCCL, a GPU a process."""
-    from tests.recipes import write_recipe
+    from tests.helpers.recipes import write_recipe
     from tools import same_losses
 
     if torch.cuda.device_count() < 2:

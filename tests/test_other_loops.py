@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import TinySet
 
-TEXT = (Path(__file__).resolve().parent.parent / "docs" / "other-loops.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).resolve().parents[1] / "docs" / "other-loops.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 TITLES = re.findall(r"^## (.*)$", TEXT, re.MULTILINE)
 

@@ -1,4 +1,4 @@
-"""FFCV as a side of `tools/bench.py`: the same JPEG bytes, or decoded squares, in a .beton; its own decoder and threads.
+"""FFCV as a side of `tools/bench/__main__.py`: the same JPEG bytes, or decoded squares, in a .beton; its own decoder and threads.
 
 The one concept: FFCV compiles a pipeline of operations with numba and runs it over a batch in threads. Its C library decodes
 and, of larger pictures, resizes a rectangle of whole pixels (OpenCV, area); the colour arithmetic is one fused operation,
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from tools.bench_work import CROP_PX, SQUARE_PX, Material, Running, Told, need
+from tools.bench.workload import CROP_PX, SQUARE_PX, Material, Running, Told, need
 
 _DRAWS = 4096   # rows of the table; numba compiles it in
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file from anywhere
 
 if TYPE_CHECKING:
-    from pipeline.index import SampleIndex
+    from pipeline.index.sample_index import SampleIndex
 
 
 def parser() -> argparse.ArgumentParser:
@@ -99,9 +99,9 @@ def _jobs(arguments: argparse.Namespace) -> int:
 
 
 def build(arguments: argparse.Namespace) -> int:
-    from pipeline import presets
-    from pipeline.index import SampleIndex
-    from pipeline.indexing import Builder
+    from pipeline.index import ilsvrc as presets
+    from pipeline.index.sample_index import SampleIndex
+    from pipeline.index.builder import Builder
     from tools.progress import Console
 
     with Console() as progress:
@@ -125,8 +125,8 @@ def build(arguments: argparse.Namespace) -> int:
 
 
 def subset(arguments: argparse.Namespace) -> int:
-    from pipeline.index import SampleIndex
-    from pipeline.subset import Choices, derive, read_names, read_range
+    from pipeline.index.sample_index import SampleIndex
+    from pipeline.index.subset import Choices, derive, read_names, read_range
 
     choices = Choices(read_names(arguments.classes) if arguments.classes is not None else None,
                       read_range(arguments.class_range) if arguments.class_range is not None else None,
@@ -140,7 +140,7 @@ def subset(arguments: argparse.Namespace) -> int:
 
 
 def info(arguments: argparse.Namespace) -> int:
-    from pipeline.verify import summary
+    from pipeline.index.verify import summary
 
     index = _load(arguments)
     if arguments.json:
@@ -151,7 +151,7 @@ def info(arguments: argparse.Namespace) -> int:
 
 
 def _print_info(index: "SampleIndex") -> None:
-    from pipeline.verify import summary
+    from pipeline.index.verify import summary
 
     about = summary(index)
     print(f"index     {_plain(about['path'])}  ({about['preset']}, version {about['version']}, sha256 {about['sha256'][:16]}…)")
@@ -179,13 +179,13 @@ def _print_info(index: "SampleIndex") -> None:
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    from pipeline import verify as checks
+    from pipeline.index import verify as checks
     from tools.progress import Console
 
     index, jobs = _load(arguments), _jobs(arguments)
     with Console() as progress:
         if arguments.scrub:
-            from pipeline.scrub import scrub
+            from pipeline.decoding.scrub import scrub
 
             found = checks.check_files(index) + scrub(index, jobs, progress)
         else:
@@ -210,7 +210,7 @@ def verify(arguments: argparse.Namespace) -> int:
 def ls(arguments: argparse.Namespace) -> int:
     import numpy as np
 
-    from pipeline.index import FORMATS, REASONS
+    from pipeline.index.sample_index import FORMATS, REASONS
 
     index = _load(arguments)
     ids = np.arange(len(index)) if arguments.wnid is None else index.class_rows(arguments.wnid)
@@ -247,7 +247,7 @@ def cat(arguments: argparse.Namespace) -> int:
 
 
 def _load(arguments: argparse.Namespace) -> "SampleIndex":
-    from pipeline.index import SampleIndex
+    from pipeline.index.sample_index import SampleIndex
 
     return SampleIndex.load(arguments.index, arguments.archives)
 

@@ -47,7 +47,7 @@ def _run(asked: argparse.Namespace) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from pipeline.config import LoaderConfig
-    from pipeline.index import SampleIndex
+    from pipeline.index.sample_index import SampleIndex
     from pipeline.stats import Stats, compute, stats_path
 
     if asked.square_px < 1:

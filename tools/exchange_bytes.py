@@ -37,7 +37,7 @@ class Traffic:
     """What one process sends.
 
     Attributes:
-        crossings: bytes for each image of the pair, by (layer, direction) as in model.meeting; none in data parallel.
+        crossings: bytes for each image of the pair, by (layer, direction) as in model.tower_exchange; none in data parallel.
         gradients: bytes of a step.
     """
 
@@ -121,10 +121,10 @@ def _step(config: ModelConfig, scheme: str, precision: str, rank: int) -> Traffi
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from model.alexnet import AlexNet
-    from model.meeting import crossing
+    from model.tower_exchange import crossing
     from model.towers import BOTH, Tower
-    from train.distributed import Topology
-    from train.gradients import Gradients
+    from train.parallel.topology import Topology
+    from train.parallel.gradients import Gradients
 
     class Hook(TorchDispatchMode):
         """Counts the bytes of each message to the other tower, and of each all-reduce."""
@@ -242,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--precision", choices=sorted(BYTES), default="fp32", help="of the network (fp32)")
     parser.add_argument("--measure", action="store_true", help="count in two processes, too, and compare")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    from tools.command import guarded
+    from tools.cli import guarded
     asked = parser.parse_args(arguments)
     return guarded(lambda: run(asked))
 

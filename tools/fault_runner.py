@@ -35,7 +35,7 @@ class Notes:
 
 def install(fault: str, step: int, notes: Notes) -> None:
     """Make this process fail at this step."""
-    from train.watchdog import Watchdog
+    from train.parallel.watchdog import Watchdog
 
     struck: list[bool] = []
     phase_of, step_of = ["start"], [0]
@@ -97,8 +97,8 @@ def _before_writing(then: Callable[[], object]) -> None:
 
 
 def _loader(strike: Callable[[Callable[[], object]], None]) -> None:
-    from pipeline.loader import TrainLoader
-    from pipeline.reader import SampleError
+    from pipeline.loading.train_loader import TrainLoader
+    from pipeline.reading.source import SampleError
 
     original = TrainLoader.__next__
 
@@ -146,7 +146,7 @@ def main(fault: str, rank: str, step: str, folder: str, argv: list[str]) -> NoRe
         notes.write("left", code=code)
         end(code)
     setattr(os, "_exit", left)
-    from train.ending import leave
+    from train.exit_codes import leave
     from train.main import main as train
 
     if fault != "none" and restart == "0" and rank == mine:

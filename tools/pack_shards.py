@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools.command import guarded  # noqa: E402
+from tools.cli import guarded  # noqa: E402
 
 if TYPE_CHECKING:
-    from pipeline.index import SampleIndex
-    from pipeline.pack_images import PackOptions
+    from pipeline.index.sample_index import SampleIndex
+    from pipeline.packing.jpeg import PackOptions
 
 
 def parser() -> argparse.ArgumentParser:
@@ -85,8 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _load(asked: argparse.Namespace) -> tuple[SampleIndex, PackOptions]:
-    from pipeline.index import SampleIndex
-    from pipeline.pack_images import PackOptions
+    from pipeline.index.sample_index import SampleIndex
+    from pipeline.packing.jpeg import PackOptions
 
     return (SampleIndex.load(asked.index, asked.archives),
             PackOptions(asked.region, asked.square_px, asked.quality, asked.subsampling, asked.seed))
@@ -104,8 +104,8 @@ def _measure(asked: argparse.Namespace) -> None:
 
 
 def _pack(asked: argparse.Namespace) -> None:
-    from pipeline import pack
-    from pipeline.pack_plan import missing, pieces, prepare
+    from pipeline.packing import pack
+    from pipeline.packing.plan import missing, pieces, prepare
     from pipeline.parallel import cores
     from tools.progress import Console
 

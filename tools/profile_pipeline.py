@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if TYPE_CHECKING:
-    from tools.profile_report import Profile
+    from tools.profile.report import Profile
 
 TIERS = ("archives", "packed", "streamed", "resident")
 
@@ -82,10 +82,10 @@ def run(asked: argparse.Namespace) -> Profile:
     """Measure, show, write. Raises ValueError or RuntimeError."""
     check(asked)
     if asked.plot:
-        from train.kernels import need_matplotlib
+        from train.figures.kernels import need_matplotlib
         need_matplotlib()
-    from tools import profile_report
-    from tools.profile_run import measure
+    from tools.profile import report as profile_report
+    from tools.profile.run import measure
 
     profile, events, depths = measure(asked)
     profile_report.show(profile, sys.stdout)
@@ -100,7 +100,7 @@ def run(asked: argparse.Namespace) -> Profile:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit code, see the module."""
-    from tools.command import guarded
+    from tools.cli import guarded
 
     asked = parser().parse_args(arguments)
     done: list[Profile] = []

@@ -176,7 +176,7 @@ def _environment() -> dict[str, str]:
 def _ended(state: State, process: subprocess.Popen[bytes], folder: Path) -> None:
     """A run's process has ended: it is done, has diverged, or failed."""
     from tools.study import test_of
-    from train.ending import NOT_FINITE
+    from train.exit_codes import NOT_FINITE
 
     run, began = state.running.pop(process)
     found = test_of(folder / run.name)

@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--precision", choices=sorted(LIMITS), default="fp32", help="fp32: equal to 1e-5; fp64: to 1e-10 (fp32)")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="ways to share the work (all)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    from tools.command import guarded
+    from tools.cli import guarded
     asked, more = parser.parse_known_args(arguments)
     asked.more = more
     return guarded(lambda: run(asked))

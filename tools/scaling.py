@@ -2,7 +2,7 @@
 machines into it.
 
 The one concept: one model (`tools.scaling_model`). `--measure` calibrates this machine (one process on two smaller batches,
-alone and with another beside it; messages between two processes), predicts what tools/bench_parallel.py measures in the same
+alone and with another beside it; messages between two processes), predicts what tools/bench/parallel.py measures in the same
 minutes, and compares: exit code 1 when a way is off by more than LIMIT. `--project`: `tools.scaling_gpus`. docs/scaling.md is
 written from both.
 """
@@ -23,8 +23,8 @@ sys.path.insert(0, str(ROOT))
 
 if TYPE_CHECKING:
     from model.config import ModelConfig
-    from tools.bench_parallel import Result, Side
-    from tools.bench_teams import LinkTimes, Team
+    from tools.bench.parallel import Result, Side
+    from tools.bench.teams import LinkTimes, Team
     from tools.scaling_model import Link, Machine, Step, Way
     from train.config import Config
 
@@ -65,7 +65,7 @@ class Samples:
 def fit(seconds: Sequence[float]) -> Link:
     """The link on which messages of LINK_BYTES take these seconds, carried by the core that computes: the smallest gives the
     latency, the largest the speed."""
-    from tools.bench_teams import LINK_BYTES
+    from tools.bench.teams import LINK_BYTES
     from tools.scaling_model import Link
     return Link(LINK_BYTES[-1] / max(1e-9, seconds[-1] - seconds[0]), seconds[0], 1.0)
 
@@ -97,7 +97,7 @@ def measure(config: Config, chosen: Sequence[Side], rounds: int, seconds: float)
     Raises:
         RuntimeError: a process failed.
     """
-    from tools.bench_parallel import measure as bench
+    from tools.bench.parallel import measure as bench
     from tools.scaling_model import predict
 
     cores = len(os.sched_getaffinity(0))
@@ -147,7 +147,7 @@ def show_checked(checked: Sequence[Checked], machines: dict[str, Machine]) -> No
 
 def run(asked: argparse.Namespace) -> bool:
     """Whether the model held (or was not asked)."""
-    from tools.bench_parallel import WAYS, about, read, sides
+    from tools.bench.parallel import WAYS, about, read, sides
     from tools.scaling_gpus import ASSUMED, projections, sensitivity, show
 
     found: dict[str, Any] = {}
@@ -172,8 +172,8 @@ def run(asked: argparse.Namespace) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit code: 0; 1 when a prediction is off by more than LIMIT; 2 with a message on stderr."""
-    from tools.bench_parallel import parser
-    from tools.command import guarded
+    from tools.bench.parallel import parser
+    from tools.cli import guarded
 
     made = parser("scaling.py", "Predict steps of many processes; check the predictions here.")
     made.add_argument("--measure", action="store_true", help="calibrate this machine, bench it, compare")

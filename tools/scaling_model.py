@@ -1,8 +1,10 @@
 """How long a training step takes when processes share it, computed: arithmetic, activations, gradients, loader.
 
 A step runs forwards and backwards through the layers. Where towers meet, activations travel, hidden behind the product of own
-ones (model/meeting.py); a gradient is summed over processes from the moment it is complete, one after the other, hidden behind
-the rest of the backward pass (train/gradients.py). What is not hidden is *exposed*, and added. A link may need the processor
+ones (model/tower_exchange.py); a gradient is summed over processes from the moment it is complete, one after the other, hidden
+behind
+the rest of the backward pass (train/parallel/gradients.py). What is not hidden is *exposed*, and added. A link may need the
+processor
 itself (`busy`): that part is never hidden. The loader works beside all this; a step is as long as the slower of the two.
 
 Left out: differences between processes (the slowest counts), other users of a network, validation, checkpoints.

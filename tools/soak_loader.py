@@ -46,7 +46,7 @@ def run(asked: argparse.Namespace) -> None:
                              "default")
     import train  # noqa: F401 (before torch: it says how idle threads wait)
     from pipeline.config import DataConfig, LoaderConfig
-    from pipeline.index import SampleIndex
+    from pipeline.index.sample_index import SampleIndex
     from pipeline.stats import Stats
     from pipeline.tiers import train_loader
 
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--crop-px", type=int, default=227, metavar="PX", help="side of the crop (227)")
     parser.add_argument("--limit-mib", type=float, default=4.0, metavar="MIB", help="growth that is still constant (4)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    from tools.command import guarded
+    from tools.cli import guarded
     asked = parser.parse_args(arguments)
     return guarded(lambda: run(asked))
 

@@ -26,7 +26,7 @@ from typing import Any, Optional
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tools.command import guarded  # noqa: E402
+from tools.cli import guarded  # noqa: E402
 from tools.fault_runner import FAULTS  # noqa: E402
 
 END_S = 5.0         # all processes must have ended so soon after a fault
@@ -87,11 +87,11 @@ class Outcome:
 def make_set(folder: Path) -> Path:
     """Draw a small set; returns its index."""
     import train  # noqa: F401 (before torch: it says how idle threads wait)
-    from pipeline.index import SampleIndex
-    from pipeline.indexing import Builder
-    from pipeline.presets import build_ilsvrc
+    from pipeline.index.sample_index import SampleIndex
+    from pipeline.index.builder import Builder
+    from pipeline.index.ilsvrc import build_ilsvrc
     from pipeline.stats import compute, stats_path
-    from tools import make_demo
+    from tools.demo import dataset as make_demo
 
     make_demo.make(folder, 0, 10, 8, 2, (80, 100))
     builder = Builder(folder / "index", "ilsvrc2012", jobs=1)
@@ -164,7 +164,7 @@ def digest(run: Path) -> str:
     import torch
     import torch.distributed.checkpoint as dcp
 
-    from train import checkpoint
+    from train.checkpoint import checkpoint
 
     path = checkpoint.checkpoints(run / "checkpoints")[-1]
     checkpoint.verify(path)

@@ -13,17 +13,17 @@ from model.alexnet import AlexNet, canonical_shapes
 from model.towers import BOTH, Tower
 from pipeline import tiers
 from pipeline.config import LoaderConfig
-from pipeline.index import SampleIndex
-from pipeline.loader import TrainLoader, quarantine_budget
+from pipeline.index.sample_index import SampleIndex
+from pipeline.loading.train_loader import TrainLoader, quarantine_budget
 from pipeline.parallel import cores
-from pipeline.reader import Quarantine
-from pipeline.sampler import Ids
-from pipeline.squares import TestLoader
+from pipeline.reading.source import Quarantine
+from pipeline.sampling.sampler import Ids
+from pipeline.loading.eval_loader import TestLoader
 from pipeline.stats import Stats
-from train import feed
+from train.parallel import pair_loader as feed
 from train.config import Config
-from train.feed import Fed
-from train.distributed import Topology
+from train.parallel.pair_loader import Fed
+from train.parallel.topology import Topology
 from train.optimizer import PaperSGD
 
 

@@ -12,7 +12,7 @@ from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from pipeline.meter import STATES, Waits, cause_of
+from pipeline.monitor import STATES, Waits, cause_of
 
 _WINDOW = 50  # steps over which the rates are taken
 

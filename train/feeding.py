@@ -12,7 +12,7 @@ from typing import Iterator
 
 from pipeline.config import LoaderConfig
 from pipeline.headroom import Usage, headroom, usage
-from pipeline.meter import STATES, Meter, Waits
+from pipeline.monitor import STATES, Meter, Waits
 
 FED = 0.01  # a share of waiting below which the network is fed
 

@@ -19,25 +19,27 @@ import torch
 from torch.nn import functional
 
 from model.alexnet import AlexNet
-from pipeline.batches import Batch
-from pipeline.index import SampleIndex
-from pipeline.loader import TrainLoader
-from pipeline.reader import SampleError
-from pipeline.sampler import first_step
-from pipeline.squares import TestLoader
+from pipeline.loading.batch import Batch
+from pipeline.index.sample_index import SampleIndex
+from pipeline.loading.train_loader import TrainLoader
+from pipeline.reading.source import SampleError
+from pipeline.sampling.sampler import first_step
+from pipeline.loading.eval_loader import TestLoader
 from pipeline.stats import Stats
-from train import build, checkpoint
+from train import build
+from train.checkpoint import checkpoint
 from train.config import Config
 from train.console import Console, Pace, Rates, Row
-from train.distributed import Topology
-from train.evaluate import Score, evaluate
-from train.feed import Fed
+from train.parallel.topology import Topology
+from train.evaluate.metrics import Score
+from train.evaluate.predict import evaluate
+from train.parallel.pair_loader import Fed
 from train.feeding import Feeding
-from train.gradients import Gradients
+from train.parallel.gradients import Gradients
 from train.optimizer import PaperSGD, Schedule, set_lr
 from train.recipe import dump, load
-from train.run import CHECKPOINTS, Metrics, check_sources
-from train.saving import Saver
+from train.run_folder import CHECKPOINTS, Metrics, check_sources
+from train.checkpoint.async_saver import Saver
 
 _AGAIN_S = 1.0  # a second Ctrl-C sooner than this is the same one, passed on by torchrun
 

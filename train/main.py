@@ -24,24 +24,25 @@ from typing import TYPE_CHECKING, Sequence
 if __name__ == "__main__":  # Ctrl-C while modules are imported ends it without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from train.ending import DONE, FAILED, INTERRUPTED, MISTAKE, NOT_FINITE, STOPPED, leave, speaks
+from train.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, NOT_FINITE, STOPPED, leave, speaks
 from train.recipe import Request, parse
 
 if TYPE_CHECKING:  # parsing a command line needs neither torch nor DALI
-    from train.distributed import Topology
+    from train.parallel.topology import Topology
 
 
 def run(request: Request, where: Topology) -> int:
     """Build the parts of a run, train, test."""
     from pipeline.stats import Stats
-    from train import build, initial_weights, run as folders
+    from train import build, run_folder as folders
+    from train.checkpoint import pretrained as initial_weights
     from train.console import Console
-    from train.evaluate import CHANCE
-    from train.feed import Fed
-    from train.gradients import Gradients
+    from train.evaluate.metrics import CHANCE
+    from train.parallel.pair_loader import Fed
+    from train.parallel.gradients import Gradients
     from train.loop import Job, Stop, restore, test, train
     from train.optimizer import Schedule, batch_scale, build_optimizer
-    from train.saving import Saver
+    from train.checkpoint.async_saver import Saver
 
     stop = Stop()
     stop.listen()
@@ -143,10 +144,10 @@ def main(argv: Sequence[str]) -> int:
         request = parse(argv)
     except ValueError as error:
         return _fail(error, MISTAKE, speaks())
-    from train.checkpoint import NotWritten
-    from train.distributed import topology
+    from train.checkpoint.checkpoint import NotWritten
+    from train.parallel.topology import topology
     from train.loop import NotFinite
-    from train.watchdog import OtherFailed
+    from train.parallel.watchdog import OtherFailed
 
     machine, is_main = request.config.machine, speaks()
     try:

@@ -1,0 +1,1 @@
+"""Encoded bytes to normalised pixels: DALI, resize, mean and PCA colour jitter."""

@@ -1,0 +1,187 @@
+"""Checks archives against an index: quick (a sample of rows) or full (every header and CRC-32).
+
+A `Finding` names what is damaged; `exclude` marks such samples excluded in the index. `pipeline.decoding.scrub` decodes every
+image besides.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any, Iterator, NamedTuple, Sequence
+
+import numpy as np
+
+from pipeline.index.tar import BLOCK, ArchiveError, ByteWindow, fingerprint, read_member
+from pipeline.index.folders import folder_archive, list_folder
+from pipeline.index.image_header import FORMAT_CODE, HEAD_BYTES, NeedMore, probe
+from pipeline.index.sample_index import REASONS, SampleIndex
+from pipeline.index.writer import file_sha256, mark_excluded
+from pipeline.parallel import Progress, Silent, in_processes
+
+SAMPLED = 1000  # rows whose headers the quick check reads
+_CHUNK_BYTES = 64 << 20  # of one task of the full check
+
+
+class Finding(NamedTuple):
+    """Something damaged: sample `id`, or an archive or the index itself when id is None."""
+
+    id: int | None
+    name: str
+    problem: str
+
+
+@dataclass(frozen=True)
+class _Task:
+    index: SampleIndex
+    position: int
+    ids: np.ndarray
+    crc: bool
+
+
+def check_files(index: SampleIndex) -> list[Finding]:
+    """The index's arrays against their SHA-256, and every archive's size and fingerprint. Raises ValueError when an
+    archive is not there."""
+    found = []
+    for entry in index.header["files"].values():
+        if file_sha256(index.path / entry["file"]) != entry["sha256"]:
+            found.append(Finding(None, str(index.path / entry["file"]), "differs from its SHA-256; build it again"))
+    for position, archive in enumerate(index.archives):
+        path = index.find_archive(position)
+        if archive.kind == "folder":
+            now = folder_archive(path, list_folder(path)[0])
+            size, mark = now.size, now.fingerprint
+        else:
+            size, mark = path.stat().st_size, fingerprint(path)
+        if size != archive.size:
+            found.append(Finding(None, str(path), f"has {size} bytes, had {archive.size} when it was indexed"))
+        elif mark != archive.fingerprint:
+            found.append(Finding(None, str(path), "has another fingerprint than when it was indexed"))
+    return found
+
+
+def quick(index: SampleIndex) -> list[Finding]:
+    """`check_files`, then the headers of up to SAMPLED rows spread over the index."""
+    found = check_files(index)
+    rows = _not_damaged(index)
+    rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(SAMPLED, len(rows))).astype(np.int64))]
+    for task in _tasks(index, rows, False):
+        found += _check_rows(task)
+    return found
+
+
+def full(index: SampleIndex, jobs: int, progress: Progress | None = None) -> list[Finding]:
+    """`check_files`, then tar header, image header and CRC-32 of every row; those marked damaged before are left out.
+
+    Raises ValueError when the index was built without CRC-32.
+    """
+    if not index.header["crc32"]:
+        raise ValueError(f"index (={index.path}) holds no CRC-32 to check (built with --no-crc); build it again "
+                         f"without --no-crc, or use --scrub")
+    progress = progress or Silent()
+    found = check_files(index)
+    tasks = list(_tasks(index, _not_damaged(index), True))
+    progress.expect("checking", int(index.samples["size"][_not_damaged(index)].sum(dtype=np.int64)))
+    for task, result in zip(tasks, in_processes(_check_rows, tasks, jobs), strict=True):
+        progress.advance(len(task.ids), int(index.samples["size"][task.ids].sum(dtype=np.int64)))
+        found += result
+    return found
+
+
+def exclude(index: SampleIndex, findings: Sequence[Finding]) -> int:
+    """Mark the samples found damaged excluded, atomically. Returns how many were not excluded before.
+
+    Raises ValueError when a tar or the index itself differs: that would throw away good samples. A folder of images always
+    differs when one of its files does.
+    """
+    folders = {str(archive.path) for archive in index.archives if archive.kind == "folder"}
+    for finding in findings:
+        if finding.id is None and finding.name not in folders:
+            raise ValueError(f"{finding.name} {finding.problem}, so nothing was excluded; restore it first, or build the "
+                             f"index again")
+    fresh = {finding.id: (finding.name, finding.problem) for finding in findings
+             if finding.id is not None and not index.samples["excluded"][finding.id]}
+    if fresh:
+        mark_excluded(index, fresh)
+    return len(fresh)
+
+
+def left_out(index: SampleIndex, scrub: bool) -> int:
+    """How many samples a full check, or a scrub, passes over: those found damaged before, or all that are excluded."""
+    return int(index.samples["excluded"].sum()) if scrub else len(index) - len(_not_damaged(index))
+
+
+def _not_damaged(index: SampleIndex) -> np.ndarray:
+    return np.flatnonzero(index.samples["reason"] != REASONS.index("damaged"))
+
+
+def _tasks(index: SampleIndex, ids: np.ndarray, crc: bool) -> Iterator[_Task]:
+    """Rows by archive and place in it, in chunks of about _CHUNK_BYTES."""
+    samples = index.samples
+    ids = ids[np.lexsort((samples["offset"][ids], samples["archive"][ids]))]
+    sizes = np.cumsum(samples["size"][ids], dtype=np.int64)
+    key = samples["archive"][ids].astype(np.int64) * (1 << 32) + sizes // _CHUNK_BYTES
+    for chunk in np.split(ids, np.flatnonzero(np.diff(key)) + 1):
+        if len(chunk):
+            yield _Task(index, int(samples["archive"][chunk[0]]), chunk, crc)
+
+
+def _check_rows(task: _Task) -> list[Finding]:
+    index = task.index
+    found = []
+    is_folder = index.archives[task.position].kind == "folder"
+    source = None if is_folder else ByteWindow(index.find_archive(task.position), 1 << 20 if task.crc else 16 << 10)
+    for id in task.ids.tolist():
+        problem = _check_row(index, id, source, task.crc)
+        if problem:
+            found.append(Finding(id, index.safe_name(id), problem))
+    if source is not None:
+        source.close()
+    return found
+
+
+def _check_row(index: SampleIndex, id: int, source: ByteWindow | None, crc: bool) -> str:
+    """What is wrong with a row; "" when nothing is."""
+    row = index.samples[id]
+    size = int(row["size"])
+    try:
+        if source is None:
+            data = index.file_path(id).read_bytes()
+        else:
+            member = read_member(source, int(row["offset"]) - BLOCK * int(row["header_blocks"]))
+            if (member.offset, member.size) != (int(row["offset"]), size):
+                return f"its header gives {member.size} bytes at {member.offset}, the index {size} at {row['offset']}"
+            data = source.at(member.offset, size)
+    except ArchiveError as error:
+        return f"its tar header is damaged: {error}"
+    except OSError as error:
+        return f"cannot be read: {error}"
+    if len(data) != size:
+        return f"has {len(data)} bytes, the index says {size}"
+    if crc and zlib.crc32(data) != row["crc32"]:
+        return f"has CRC-32 {zlib.crc32(data):08x}, the index says {row['crc32']:08x}"
+    try:
+        info = probe(data[:HEAD_BYTES], size <= HEAD_BYTES)
+    except NeedMore:
+        info = probe(data, True)
+    read = FORMAT_CODE[info.format], info.width, info.height, info.channels
+    if read != (row["format"], row["width"], row["height"], row["channels"]):
+        return f"its header says {info.format} {info.width}×{info.height}, not what the index says"
+    return ""
+
+
+def summary(index: SampleIndex) -> dict[str, Any]:
+    """What an index holds, for `info`: the header without its long lists, with counts and bytes."""
+    sizes = index.samples["size"]
+    counts = np.bincount(index.samples["label"][index.ids("train")], minlength=len(index.classes)).tolist() \
+        if "train" in index.split_names else []
+    formats = np.bincount(index.samples["format"], minlength=len(FORMAT_CODE))
+    return {"path": str(index.path), **{key: index.header[key] for key in ("version", "preset", "sha256", "crc32")},
+            "derived": index.derived, "samples": len(index), "bytes": int(sizes.sum(dtype=np.int64)),
+            "splits": index.header["splits"],
+            "formats": {name: int(formats[code]) for name, code in FORMAT_CODE.items() if formats[code]},
+            "reasons": index.header["reasons"], "archives": index.header["archives"],
+            "classes": index.header["classes"],
+            # a class that training never sees: an empty inner tar, or labels that begin at 1
+            "empty_classes": [entry.wnid for entry, count in zip(index.classes, counts) if not count],
+            "oddities": index.header["oddities"]}

@@ -1,0 +1,1 @@
+"""The data loaders for training and evaluation."""

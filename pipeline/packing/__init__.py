@@ -1,0 +1,1 @@
+"""Writes an index's images as shuffled WebDataset shards of small JPEGs."""

@@ -1,0 +1,1 @@
+"""Sample ids to encoded bytes, checked."""

@@ -1,0 +1,107 @@
+"""How the bytes of a square lie in the resident store, and how a crop comes out of them: as RGB, or as 4:2:0 planes.
+
+A *parcel* is what a crop needs of a square and nothing else, the same number of bytes wherever the crop lies: what travels
+between devices.
+
+On a CPU squares are NumPy arrays, handled one by one by whatever thread wants one; on a GPU torch tensors, handled together.
+B samples, N rows of a store, S side of a square, c side of a crop.
+"""
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pipeline.resident import yuv420 as yuv
+
+KINDS = ("rgb", "yuv420")
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Form:
+    """The form of a store's rows.
+
+    Attributes:
+        kind: ``rgb``, three planes of S² bytes; or ``yuv420``, see `pipeline.resident.yuv420`: half as many.
+        square_px: S.
+        crop_px: c, at most S.
+
+    Raises:
+        ValueError: another kind.
+    """
+    kind: str
+    square_px: int
+    crop_px: int
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"data.resident (={self.kind}) must be one of {', '.join(KINDS)}; correct the recipe")
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a square."""
+        return 3 * self.square_px ** 2 if self.kind == "rgb" else yuv.row_bytes(self.square_px)
+
+    @property
+    def parcel_bytes(self) -> int:
+        """Bytes of a parcel."""
+        return self.crop_px ** 2 * 3 if self.kind == "rgb" else self.crop_px ** 2 + 2 * yuv.window_px(self.crop_px) ** 2
+
+    def encode(self, square: Bytes) -> Bytes:
+        """(S, S, 3) uint8 → a row (row_bytes,) uint8."""
+        planar = np.ascontiguousarray(square.transpose(2, 0, 1))
+        return planar.reshape(-1) if self.kind == "rgb" else yuv.encode(planar)
+
+    def encode_all(self, squares: Tensor) -> Tensor:
+        """(B, S, S, 3) uint8 → rows (B, row_bytes) uint8, on the same device; the bits of `encode`."""
+        planar = squares.permute(0, 3, 1, 2)
+        return planar.contiguous().flatten(1) if self.kind == "rgb" else yuv.encode(planar)
+
+    def crop(self, row: Bytes, top: int, left: int) -> Bytes:
+        """RGB (3, c, c) uint8 of a row (row_bytes,): a view where the row is RGB."""
+        if self.kind == "yuv420":
+            return yuv.crop(row, self.square_px, top, left, self.crop_px)
+        return row.reshape(3, self.square_px, self.square_px)[:, top:top + self.crop_px, left:left + self.crop_px]
+
+    def pack(self, row: Bytes, top: int, left: int, parcel: Bytes) -> None:
+        """Write what a crop needs of a row (row_bytes,) into parcel (parcel_bytes,)."""
+        if self.kind == "rgb":
+            parcel.reshape(3, self.crop_px, self.crop_px)[...] = self.crop(row, top, left)
+            return
+        y, chroma = yuv.planes(row, self.square_px)
+        size, side = self.crop_px, yuv.window_px(self.crop_px)
+        parcel[:size ** 2].reshape(size, size)[...] = y[top:top + size, left:left + size]
+        parcel[size ** 2:].reshape(2, side, side)[...] = yuv.window(chroma, top, left, size)
+
+    def parcels(self, rows: Tensor, which: Tensor, top: Tensor, left: Tensor) -> Tensor:
+        """Parcels (B, parcel_bytes) uint8 of rows `which` of (N, row_bytes), crops at (top, left), all (B,) int64; any device."""
+        if self.kind == "rgb":
+            return cut(rows.view(-1, 3, self.square_px, self.square_px), which, top, left, self.crop_px).flatten(1)
+        y, chroma = yuv.planes(rows, self.square_px)
+        found = rows.new_empty(len(which), self.parcel_bytes)
+        own_y, own_chroma = self._parts(found)
+        own_y.copy_(cut(y.unsqueeze(1), which, top, left, self.crop_px).squeeze(1))
+        own_chroma.copy_(yuv.windows(chroma, which, top, left, self.crop_px))
+        return found
+
+    def unpack(self, parcels: Tensor, top: Tensor, left: Tensor) -> Tensor:
+        """RGB (B, 3, c, c) uint8 of parcels (B, parcel_bytes) cut at (top, left), (B,) int64: the bits of `crop`, anywhere."""
+        if self.kind == "rgb":
+            return parcels.view(-1, 3, self.crop_px, self.crop_px)
+        y, chroma = self._parts(parcels)
+        added = cut(yuv.addends(chroma), torch.arange(len(top), device=top.device), top % 2, left % 2, self.crop_px)
+        return yuv.merge(y, added)
+
+    def _parts(self, parcels: Tensor) -> tuple[Tensor, Tensor]:
+        size, side = self.crop_px, yuv.window_px(self.crop_px)
+        return parcels[..., :size ** 2].unflatten(-1, (size, size)), parcels[..., size ** 2:].unflatten(-1, (2, side, side))
+
+
+def cut(pixels: Tensor, which: Tensor, top: Tensor, left: Tensor, size: int) -> Tensor:
+    """(B, C, size, size): of each sample's row `which` of (N, C, H, W) the crop at (top, left); all (B,) int64 on the device."""
+    if pixels.shape[2:] == (size, size):  # there is one place only, and whole rows are copied many times faster
+        return pixels[which]
+    windows = pixels.unfold(2, size, 1).unfold(3, size, 1)  # (N, C, places down, places across, size, size), a view
+    return windows[which, :, top, left]

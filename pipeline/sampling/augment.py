@@ -1,0 +1,67 @@
+"""Random draws of one use of an image: crop, reflection, lighting. Functions of (seed, epoch, id), without state.
+
+So the stream does not depend on ranks, threads or prefetch depth. B samples of a batch.
+"""
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.rng import Purpose, normal, uniform
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Draws of B uses.
+
+    Attributes:
+        top, left: (B,) int64 offset of the crop, pixels of the resized image, inside its region.
+        mirror: (B,) bool, reflect horizontally.
+        alphas: (B, 3) float64, the α of paper §4.1, already times their standard deviation.
+    """
+    top: npt.NDArray[np.int64]
+    left: npt.NDArray[np.int64]
+    mirror: npt.NDArray[np.bool_]
+    alphas: npt.NDArray[np.float64]
+
+
+def draw(seed: int, epochs: npt.NDArray[np.int64], ids: npt.NDArray[np.int64], rooms: npt.NDArray[np.int64], *,
+         mirror: bool, lighting: float, lighting_epochs: int = 0) -> Draws:
+    """Draw crops, reflections and lighting for the samples of a batch (paper §4.1).
+
+    Args:
+        seed: the run's seed.
+        epochs: (B,) epoch of each use.
+        ids: (B,) sample ids.
+        rooms: (B, 2) largest offset (rows, columns) at which the crop still lies in its region.
+        mirror: False keeps every image as it is.
+        lighting: standard deviation of the alphas; 0 gives zeros.
+        lighting_epochs: zeros too for uses in epochs from this one on; 0: in none.
+
+    Returns:
+        Draws. Offsets are uniform on 0…room, both ends included.
+    """
+    top = uniform(seed, Purpose.TOP, epochs, ids) * (rooms[:, 0] + 1)
+    left = uniform(seed, Purpose.LEFT, epochs, ids) * (rooms[:, 1] + 1)
+    flips = uniform(seed, Purpose.MIRROR, epochs, ids) < (0.5 if mirror else 0.0)
+    alphas = np.zeros((len(ids), 3))
+    if lighting:
+        alphas = lighting * np.stack([normal(seed, Purpose.LIGHTING, epochs, ids, axis) for axis in range(3)], axis=1)
+        if lighting_epochs:
+            alphas[epochs >= lighting_epochs] = 0
+    return Draws(top.astype(np.int64), left.astype(np.int64), flips, alphas)
+
+
+def lighting_shift(alphas: npt.NDArray[np.float64], eigenvalues: npt.NDArray[np.float64],
+                   eigenvectors: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    """What the lighting noise adds to every pixel: Σ_i v_i·α_i·√λ_i, (B, 3) float32 grey levels.
+
+    The paper writes λ_i; its authors' code multiplies by the standard deviation √λ_i, and with pixels of 0–255 only that
+    leaves an image (FACTS: paper §4.1 against the release).
+
+    Args:
+        alphas: (B, 3).
+        eigenvalues: (3,) of the RGB covariance of the training set, grey levels squared.
+        eigenvectors: (3, 3), column i belongs to eigenvalue i, rows are R, G, B.
+    """
+    return ((alphas * np.sqrt(eigenvalues)) @ eigenvectors.T).astype(np.float32)

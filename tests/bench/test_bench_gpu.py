@@ -1,0 +1,34 @@
+"""The parts of tools/bench/gpu.py that need no GPU: rates of turns, and mistakes."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.recipes import write_recipe
+from tools.bench import gpu as bench_gpu
+
+
+def test_a_rate_is_what_was_done_in_a_turns_time() -> None:
+    waited: list[float] = []
+
+    def step() -> int:
+        time.sleep(0.002)
+        return 8
+    found = bench_gpu.measured(step, lambda: waited.append(time.perf_counter()), seconds=0.05, repeats=3)
+    assert len(waited) == 6, "before and after each turn"
+    assert 8 / 0.05 < found["least"] <= found["median"] <= found["most"] <= 8 / 0.002
+
+
+def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for words, message in (
+            (["--only", "copies", "decoder"], "--index (=none) must name an index with statistics, whose images the"),
+            (["--repeats", "0"], "--repeats (=0) must be positive; leave it out"),
+            (["--seconds", "-1"], "--seconds (=-1.0) must be positive; leave it out"),
+            ([], "device (=cuda) is not there; run this on a machine with a GPU")):
+        assert bench_gpu.main(["--config", str(write_recipe(tmp_path)), *words]) == 2
+        assert f"error: {message}" in capsys.readouterr().err

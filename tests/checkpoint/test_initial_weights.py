@@ -1,0 +1,471 @@
+"""Starting from a checkpoint of another run, and layers with rates of their own: pre-training and fine-tuning."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from model.alexnet import AlexNet
+from model.towers import Tower
+from pipeline.index.sample_index import SampleIndex
+from tests.conftest import TinySet
+from tests.helpers.networks import small
+from tests.helpers.recipes import write_recipe
+from tests.parallel.test_faults import fails_at
+from tests.helpers.runs import here, lines, pair, same, watch, weights
+from train import build
+from train.checkpoint import checkpoint
+from train.parallel import topology as distributed
+from train.checkpoint.checkpoint import DamagedCheckpoint
+from train.config import Config, LarsConfig, Milestone, OptimizerConfig, ScheduleConfig
+from train.parallel.topology import Topology
+from train.checkpoint.pretrained import Origin
+from train.optimizer import Schedule, build_optimizer, set_lr
+from train.recipe import dump, parse
+
+ALONE = Topology(0, 1, 0, 1, 0, 1, torch.device("cpu"))
+LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
+FROZEN = f"--optimizer.layer_rates={{{', '.join(f'{name}: 0' for name in LAYERS)}}}"
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_set: TinySet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("recipe"), tiny_set.index, epochs="  epochs: 2")
+
+
+@pytest.fixture
+def index(tiny_set: TinySet) -> SampleIndex:
+    return SampleIndex.load(tiny_set.index)
+
+
+def read(recipe: Path, *argv: str) -> Config:
+    return parse(["--config", str(recipe), *argv]).config
+
+
+def network_of(config: Config) -> dict[str, torch.Tensor]:
+    """Parameters as a run of this config begins with, by canonical name."""
+    return {name: p.detach() for name, p in AlexNet(config.model, seed=config.train.seed).named_parameters()}
+
+
+def write(root: Path, config: Config, index: SampleIndex, step: int = 1, error: float | None = 0.5, classes: str = "",
+          dtype: torch.dtype = torch.float32) -> Path:
+    """A checkpoint of the run folder `root`: the weights that `network_of` gives, as train.loop saves them."""
+    tensors, shapes = build.parameters(AlexNet(config.model, seed=config.train.seed).to(dtype), config)
+    state = {"step": step, "validation_error": error, "classes": classes or build.classes_sha256(index)}
+
+    def attach(folder: Path) -> None:
+        (folder / checkpoint.CONFIG).write_text(dump(config), encoding="utf-8")
+        (folder / checkpoint.STATS).write_bytes(b"123")
+    name = checkpoint.checkpoint_name(step, None if error is None else step)
+    return checkpoint.save(root / "checkpoints", name, tensors, shapes, state, attach, ALONE)
+
+
+@pytest.fixture
+def source(recipe: Path, index: SampleIndex, tmp_path: Path) -> Path:
+    """A checkpoint with the weights of seed 7."""
+    return write(tmp_path / "source", read(recipe, "--train.seed=7"), index)
+
+
+def take(config: Config, index: SampleIndex, resume: bool = False) -> tuple[dict[str, torch.Tensor], str, list[str]]:
+    """The network's parameters after `Origin.take`, what it says, and the warnings."""
+    warned: list[str] = []
+    network = build.network(config, ALONE)
+    said = Origin.of(config, resume, warned.append).take(network, config, ALONE, index)
+    return {name: p.detach() for name, p in network.named_parameters()}, said, warned
+
+
+# --- weights from a checkpoint
+
+def test_kept_layers_are_the_checkpoints_and_renewed_ones_are_drawn(recipe: Path, source: Path, index: SampleIndex) -> None:
+    config = read(recipe, f"--init_from.checkpoint={source}", "--init_from.renew=[fc7, fc8]")
+    found, said, _ = take(config, index)
+    theirs, drawn = network_of(read(recipe, "--train.seed=7")), network_of(config)
+    for name, value in found.items():
+        renewed = name.split(".")[0] in ("fc7", "fc8")
+        assert torch.equal(value, (drawn if renewed else theirs)[name]), name
+        assert renewed or name.endswith("bias") or not torch.equal(value, drawn[name]), "the test would not see random ones"
+    assert said == f"weights of conv1, conv2, conv3, conv4, conv5, fc6 from {source}; fc7, fc8 start anew"
+
+
+def test_without_a_checkpoint_nothing_is_taken(recipe: Path, index: SampleIndex) -> None:
+    config = read(recipe)
+    found, said, _ = take(config, index)
+    assert said == "" and Origin.of(config, False, pytest.fail) == Origin()
+    assert all(torch.equal(value, network_of(config)[name]) for name, value in found.items())
+
+
+def test_of_a_run_folder_the_best_or_else_the_newest(recipe: Path, index: SampleIndex, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    paths = [write(run, read(recipe, f"--train.seed={step}"), index, step, None) for step in (1, 2)]
+    config = read(recipe, f"--init_from.checkpoint={run}")
+    assert Origin.of(config, False, pytest.fail).path == paths[1]
+    paths += [write(run, read(recipe, f"--train.seed={step}"), index, step, error)
+              for step, error in ((3, 0.2), (4, 0.4), (5, None))]
+    origin = Origin.of(config, False, pytest.fail)
+    assert origin.path == paths[2] and len(origin.sha256) == 64
+    found, said, _ = take(config, index)
+    assert torch.equal(found["conv1.weight"], network_of(read(recipe, "--train.seed=3"))["conv1.weight"])
+    assert str(paths[2]) in said
+    one = Origin.of(read(recipe, f"--init_from.checkpoint={paths[2]}"), False, pytest.fail)
+    assert one == origin and one != Origin.of(read(recipe, f"--init_from.checkpoint={paths[3]}"), False, pytest.fail)
+
+
+def test_a_damaged_newest_is_passed_over_loudly(recipe: Path, index: SampleIndex, tmp_path: Path) -> None:
+    good, bad = (write(tmp_path / "run", read(recipe), index, step, None) for step in (1, 2))
+    (bad / "state.json").write_text("{}", encoding="utf-8")
+    _, said, warned = take(read(recipe, f"--init_from.checkpoint={tmp_path / 'run'}"), index)
+    assert str(good) in said and len(warned) == 1 and f"checkpoint file (={bad}/state.json) has 2 bytes" in warned[0]
+
+
+def test_another_dtype_is_rounded(recipe: Path, index: SampleIndex, tmp_path: Path) -> None:
+    path = write(tmp_path / "run", read(recipe, "--train.seed=7"), index, dtype=torch.float64)
+    found, _, _ = take(read(recipe, f"--init_from.checkpoint={path}"), index)
+    assert found["fc6.weight"].dtype == torch.float32
+    assert torch.equal(found["fc6.weight"], network_of(read(recipe, "--train.seed=7"))["fc6.weight"])
+
+
+def test_layers_more_and_fewer(recipe: Path, source: Path, index: SampleIndex) -> None:
+    added = ["--model.layers.conv6={kernels: 8, px: 1, std: 0.1, bias: 0}", f"--init_from.checkpoint={source}"]
+    with pytest.raises(ValueError, match=r"layer \(=conv6\) is not in .*, only conv1, .*, fc8; add it to init_from.renew$"):
+        take(read(recipe, *added), index)
+    found, said, _ = take(read(recipe, *added, "--init_from.renew=[conv6]"), index)
+    assert said.endswith("; conv6 start anew") and found["conv6.weight"].shape == (8, 4, 1, 1)
+    found, said, _ = take(read(recipe, "--model.layers.conv3=null", f"--init_from.checkpoint={source}"), index)
+    assert said.endswith(f"from {source}; its conv3 are not used") and "conv3.weight" not in found
+
+
+def test_other_shapes_are_named(recipe: Path, source: Path, index: SampleIndex) -> None:
+    at = f"--init_from.checkpoint={source}"
+    for words, message in (
+            (["--model.layers.conv3.kernels=32"], r"weight.conv3.bias \(=\(32,\) here\) is \(16,\) in "),
+            (["--model.towers=1"], r"weight.conv2.weight \(=\(16, 8, 5, 5\) here\) is \(16, 4, 5, 5\) in "),
+            (["--model.classes=7"], r"weight.fc8.bias \(=\(7,\) here\) is \(6,\) in ")):
+        with pytest.raises(ValueError, match=f"{message}.*; add the layer to init_from.renew, or give a checkpoint of this"):
+            take(read(recipe, at, *words), index)
+    take(read(recipe, at, "--model.classes=7", "--init_from.renew=[fc8]"), index)
+    take(read(recipe, at, "--model.layers.conv3.kernels=32", "--init_from.renew=[conv3, conv4]"), index)
+
+
+def test_other_classes_need_a_new_last_layer(recipe: Path, index: SampleIndex, tmp_path: Path) -> None:
+    """As many classes, but other ones: no shape tells."""
+    path = write(tmp_path / "run", read(recipe), index, classes="0" * 64)
+    at = f"--init_from.checkpoint={path}"
+    with pytest.raises(ValueError, match=r"classes of the index \(=.*\) are others, or in another order, than those .*; add"):
+        take(read(recipe, at, "--init_from.renew=[fc7]"), index)
+    assert take(read(recipe, at, "--init_from.renew=[fc8]"), index)[1].endswith("; fc8 start anew")
+
+
+def test_mistakes(recipe: Path, source: Path, index: SampleIndex, tmp_path: Path) -> None:
+    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    for path, message in ((tmp_path / "none", "is no checkpoint; give a run folder, or a folder of its checkpoints"),
+                          (tmp_path, "is no checkpoint; "), (source / "state.json", "is no checkpoint; "),
+                          (source.parent, "is no checkpoint; "),
+                          (tmp_path / "begun", "is a run without a checkpoint yet; wait for its first")):
+        with pytest.raises(ValueError) as caught:
+            take(read(recipe, f"--init_from.checkpoint={path}"), index)
+        assert str(caught.value).startswith(f"init_from.checkpoint (={path}) {message}")
+    with pytest.raises(ValueError, match=r"init_from.renew \(=\['conv1', .*'fc8'\]\) leaves no layer to take from .*; take"):
+        take(read(recipe, f"--init_from.checkpoint={source}", f"--init_from.renew=[{', '.join(LAYERS)}]"), index)
+
+
+def test_a_damaged_checkpoint_is_refused(recipe: Path, source: Path, index: SampleIndex) -> None:
+    data = bytearray((source / "__0_0.distcp").read_bytes())
+    data[1000] ^= 4
+    (source / "__0_0.distcp").write_bytes(data)
+    for path in (source, source.parent.parent):
+        with pytest.raises(DamagedCheckpoint, match=r"__0_0.distcp\) has SHA-256 \w+…, was written with \w+…; use another"):
+            take(read(recipe, f"--init_from.checkpoint={path}"), index)
+    config = read(recipe, f"--init_from.checkpoint={source}")
+    assert Origin.of(config, True, pytest.fail) == Origin(), "a resume has its own"
+    with pytest.raises(ValueError, match=r"init_from.checkpoint \(=.*\) is no longer there, or damaged, and this run has no "
+                       "checkpoint of its own yet; put it back"):
+        take(config, index, resume=True)
+
+
+def test_processes_that_found_different_checkpoints_do_not_begin(recipe: Path, source: Path, index: SampleIndex,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each looks by itself: of a run under way one may have seen its best checkpoint before, another after a better one."""
+    monkeypatch.setattr(Topology, "gather", lambda self, value: [value, "f" * 64])
+    with pytest.raises(ValueError, match=r"init_from.checkpoint \(=.*\) is not the same in all processes \(\w{16}…, f{16}…\); "):
+        take(read(recipe, f"--init_from.checkpoint={source}"), index)
+    take(read(recipe), index)
+
+
+def export(folder: Path, config: Config, classes: str) -> Path:
+    """What train.export writes, so far as it is read here."""
+    pytest.importorskip("safetensors")
+    from train.export import safetensors_io as exported
+
+    folder.mkdir()
+    facts = {"classes_sha256": classes} if classes else {}
+    (folder / exported.WEIGHTS).write_bytes(exported.pack(config, network_of(config), facts))
+    exported.write_manifest(folder)
+    return folder
+
+
+def test_an_exported_network_is_as_good_as_a_checkpoint(recipe: Path, index: SampleIndex, tmp_path: Path) -> None:
+    """In one process, and a half in each of two; refused for the same reasons."""
+    first = read(recipe, "--train.seed=7")
+    folder = export(tmp_path / "out", first, build.classes_sha256(index))
+    config = read(recipe, f"--init_from.checkpoint={folder}", "--init_from.renew=[fc7]")
+    found, said, _ = take(config, index)
+    theirs, drawn = network_of(first), network_of(config)
+    assert said == f"weights of conv1, conv2, conv3, conv4, conv5, fc6, fc8 from {folder}; fc7 start anew"
+    assert all(torch.equal(value, (drawn if name.startswith("fc7") else theirs)[name]) for name, value in found.items())
+    origin = Origin.of(config, False, pytest.fail)
+    halves = []
+    for rank in range(2):
+        half = AlexNet(config.model, seed=config.train.seed, tower=Tower(rank, 2))
+        origin.take(half, config, ALONE, index)
+        halves.append(dict(half.named_parameters()))
+    for name, value in found.items():
+        assert torch.equal(torch.cat([half[name].detach() for half in halves]), value), name
+    with pytest.raises(ValueError, match=r"weight.fc6.bias \(=\(20,\) here\) is \(18,\) in .*/out; add the layer to"):
+        take(read(recipe, f"--init_from.checkpoint={folder}", "--model.layers.fc6.neurons=20"), index)
+    for name, classes, message in (
+            ("other", "0" * 64, "are others, or in another order, than those of .*/other; add fc8 to init_from.renew"),
+            ("none", "", "cannot be compared: .*/none does not say which its are; add fc8 to init_from.renew")):
+        export(tmp_path / name, first, classes)
+        with pytest.raises(ValueError, match=message):
+            take(read(recipe, f"--init_from.checkpoint={tmp_path / name}"), index)
+        take(read(recipe, f"--init_from.checkpoint={tmp_path / name}", "--init_from.renew=[fc8]"), index)
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-5] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+    with pytest.raises(RuntimeError, match=r"exported file \(=.*model.safetensors\) has other bytes than were written"):
+        take(config, index)
+    assert Origin.of(config, True, pytest.fail) == Origin()
+
+
+# --- runs
+
+@pytest.fixture(scope="module")
+def tuned(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A run of two epochs that began with the best checkpoint of another, fc8 renewed; and its words."""
+    runs = tmp_path_factory.mktemp("runs")
+    here(recipe, runs, "--machine.name=first", "--train.seed=5")
+    words = [f"--init_from.checkpoint={runs / 'first'}", "--init_from.renew=[fc8]"]
+    out, _ = here(recipe, runs, *words)
+    best = checkpoint.best(runs / "first" / "checkpoints")
+    assert f"weights of conv1, conv2, conv3, conv4, conv5, fc6, fc7 from {best}; fc8 start anew\n" in out
+    return runs / "small", words
+
+
+def test_a_run_begins_with_these_weights(recipe: Path, tuned: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """In one process, and in two of which each takes its half: with every layer frozen they are still there after a step."""
+    first = checkpoint.best(tuned[0].parent / "first" / "checkpoints")
+    assert first is not None
+    theirs = {name: torch.empty(p.shape) for name, p in network_of(read(recipe)).items()}
+    checkpoint.load(first, {f"weight.{name}": value for name, value in theirs.items()},
+                    {f"weight.{name}": tuple(value.shape) for name, value in theirs.items()}, ALONE, all_of_it=False)
+    drawn = network_of(read(recipe))
+    for start, name in ((here, "one"), (pair, "two")):
+        out, _ = start(recipe, tmp_path, *tuned[1], FROZEN, f"--machine.name={name}", "--machine.stop_after=1", code=75)
+        assert out.count(f"from {first}; fc8 start anew") == 1
+        found = weights(tmp_path / name)
+        for key, value in theirs.items():
+            assert torch.equal(found[f"weight.{key}"], drawn[key] if key.startswith("fc8") else value), (name, key)
+    note = json.loads((tmp_path / "one" / "versions.jsonl").read_text(encoding="utf-8"))
+    assert note["initial_weights"] == checkpoint.read_state(checkpoint.checkpoints(tmp_path / "one" / "checkpoints")[-1])[
+        "sources"]["initial weights"] == Origin.of(read(recipe, *tuned[1]), False, pytest.fail).sha256
+
+
+def test_a_resume_needs_the_checkpoint_no_more_but_takes_no_other(recipe: Path, tuned: tuple[Path, list[str]], source: Path,
+                                                                  tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    shutil.copytree(tuned[0].parent / "first", gone)
+    words = [f"--init_from.checkpoint={gone}", "--init_from.renew=[fc8]"]
+    out, _ = here(recipe, tmp_path, *words, "--machine.stop_after=4", code=75)
+    assert "start anew" in out
+    _, err = here(recipe, tmp_path, "--resume", f"--init_from.checkpoint={source}", words[1], code=2)
+    assert "error: initial weights (=" in err and "…) is not the one of this run (=" in err
+    assert "; resume with the same init_from.checkpoint, or start another run with --machine.name" in err
+    _, err = here(recipe, tmp_path, "--resume", words[0], code=2)
+    assert "init_from.renew: ['fc8'] -> []; resume with the same recipe" in err
+    shutil.rmtree(gone)
+    out, _ = here(recipe, tmp_path, *words, "--resume")
+    assert "at step 4" in out and "start anew" not in out
+    same(tuned[0], tmp_path / "small")
+    _, err = here(recipe, tmp_path, *words, "--machine.name=new", code=2)
+    assert f"error: init_from.checkpoint (={gone}) is no checkpoint; " in err and not (tmp_path / "new").exists()
+
+
+def test_a_restart_by_torchrun_needs_the_checkpoint_no_more(recipe: Path, tuned: tuple[Path, list[str]], tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its store remembers that the run began. Where the first start came to no checkpoint, nothing begins at random instead."""
+    store = distributed.dist.HashStore()
+    monkeypatch.setattr(distributed, "_connect", lambda *words: (store, store))
+    gone = tmp_path / "gone"
+    shutil.copytree(tuned[0].parent / "first", gone)
+    words = [f"--init_from.checkpoint={gone}", "--init_from.renew=[fc8]"]
+    for step, code in ((0, 4), (4, 4)):
+        with monkeypatch.context() as patch:
+            watch(patch, lambda network: fails_at(network, step))
+            here(recipe, tmp_path, *words, "--machine.checkpoint_steps=1", code=code)
+    shutil.rmtree(gone)
+    out, _ = here(recipe, tmp_path, *words)
+    assert "restarted by torchrun: going on as with --resume" in out and "at step 4\n" in out and "start anew" not in out
+    same(tuned[0], tmp_path / "small")
+    for path in checkpoint.checkpoints(tmp_path / "small" / "checkpoints"):
+        shutil.rmtree(path)
+    _, err = here(recipe, tmp_path, *words, code=2)
+    assert f"error: init_from.checkpoint (={gone}) is no longer there, or damaged, and this run has no checkpoint of" in err
+
+
+def test_a_resume_is_indifferent_to_a_run_folder_that_went_on(recipe: Path, tuned: tuple[Path, list[str]], index: SampleIndex,
+                                                              tmp_path: Path) -> None:
+    """Its best checkpoint is another by now, and the one that was taken may have been pruned."""
+    moving = tmp_path / "moving"
+    shutil.copytree(tuned[0].parent / "first", moving)
+    words = [f"--init_from.checkpoint={moving}", "--init_from.renew=[fc8]"]
+    here(recipe, tmp_path, *words, "--machine.stop_after=4", code=75)
+    write(moving, read(recipe, "--train.seed=9"), index, 99, 0.0)
+    out, _ = here(recipe, tmp_path, *words, "--resume")
+    assert f"WARNING: init_from.checkpoint (={moving}) has another best checkpoint by now" in out
+    same(tuned[0], tmp_path / "small")
+    begun = [checkpoint.read_state(path)["sources"]["initial weights"]
+             for path in checkpoint.checkpoints(tmp_path / "small" / "checkpoints")]
+    assert set(begun) == {Origin.of(read(recipe, *tuned[1]), False, pytest.fail).sha256}
+
+
+def test_a_run_that_has_no_checkpoint_yet_takes_the_weights_again(recipe: Path, tuned: tuple[Path, list[str]],
+                                                                  tmp_path: Path) -> None:
+    here(recipe, tmp_path, *tuned[1], "--machine.stop_after=2", code=75)
+    for path in checkpoint.checkpoints(tmp_path / "small" / "checkpoints"):
+        shutil.rmtree(path)
+    _, err = here(recipe, tmp_path, f"--init_from.checkpoint={tmp_path}/x", tuned[1][1], "--resume", code=2)
+    assert f"error: init_from.checkpoint (={tmp_path}/x) is no longer there, or damaged, and this run has no checkpoint of" in err
+    out, _ = here(recipe, tmp_path, *tuned[1], "--resume")
+    assert "has no checkpoint yet; starting from step 0" in out and "fc8 start anew" in out
+    same(tuned[0], tmp_path / "small")
+
+
+def test_a_refused_start_leaves_nothing_behind(recipe: Path, tuned: tuple[Path, list[str]], source: Path,
+                                               tmp_path: Path) -> None:
+    (source / "stats.npz").write_bytes(b"")
+    for words, code, message in (
+            (["--init_from.checkpoint=/nowhere"], 2, "error: init_from.checkpoint (=/nowhere) is no checkpoint; give a"),
+            ([tuned[1][0], "--model.layers.fc6.neurons=20"], 2, "error: weight.fc6.bias (=(20,) here) is (18,) in "),
+            ([tuned[1][0], "--model.classes=7"], 2, "; add the layer to init_from.renew, or give a checkpoint of this network"),
+            ([tuned[1][0], f"--init_from.renew=[{', '.join(LAYERS)}]"], 2, "leaves no layer to take from"),
+            (["--init_from.renew=[fc8]"], 2, "needs init_from.checkpoint; say where the other layers come from"),
+            ([f"--init_from.checkpoint={source}"], 4, "stats.npz) has 0 bytes, was written with 3; use another checkpoint")):
+        out, err = here(recipe, tmp_path / "runs", *words, code=code)
+        assert message in err and "Traceback" not in err and err.count("\n") == 1, err
+        assert not (tmp_path / "runs").exists()
+    here(recipe, tmp_path / "runs", *tuned[1], "--machine.stop_after=1", code=75)
+
+
+# --- layers with rates of their own
+
+def moved(run: Path, before: dict[str, torch.Tensor]) -> set[str]:
+    """Layers whose weights, and those whose biases, are other than before, in the run's last checkpoint."""
+    found = weights(run)
+    return {name for name, value in before.items() if not torch.equal(found[f"weight.{name}"], value)}
+
+
+def test_a_frozen_layer_stays_and_the_others_move(recipe: Path, tmp_path: Path) -> None:
+    here(recipe, tmp_path, "--optimizer.layer_rates={conv1: 0, fc7: 0}", "--train.epochs=1")
+    before = network_of(read(recipe))
+    assert moved(tmp_path / "small", before) == {name for name in before if name.split(".")[0] not in ("conv1", "fc7")}
+    found = weights(tmp_path / "small")
+    assert not found["velocity.conv1.weight"].any() and not found["velocity.fc7.bias"].any()
+    assert found["velocity.conv2.weight"].any()
+
+
+SLOWED = ("--optimizer.layer_rates={fc8: 10, conv2: 0}", "--schedule.plateau=null",
+          "--schedule.milestones=[{epoch: 1, lr: 1e-3, layer_rates: {conv1: 0, conv2: 1}}]", "--machine.keep_last=9")
+
+
+def test_a_milestone_changes_the_factors_and_a_resume_keeps_them(recipe: Path, tmp_path: Path) -> None:
+    """conv1 is frozen from epoch 1 on, conv2 until then; fc8 keeps its factor. Cut within either epoch it is the same run."""
+    here(recipe, tmp_path, *SLOWED, "--machine.name=whole")
+    start, run = network_of(read(recipe)), tmp_path / "whole"
+    middle = {name: torch.empty(p.shape) for name, p in start.items()}
+    checkpoint.load(checkpoint.checkpoints(run / "checkpoints")[0], {f"weight.{name}": p for name, p in middle.items()},
+                    {f"weight.{name}": tuple(p.shape) for name, p in middle.items()}, ALONE, all_of_it=False)
+    assert {name.split(".")[0] for name in middle if not torch.equal(middle[name], start[name])} == set(LAYERS) - {"conv2"}
+    assert {name.split(".")[0] for name in moved(run, middle)} == set(LAYERS) - {"conv1"}
+    assert {line["lr"] for line in lines(run) if line["kind"] == "step" and line["epoch"] == 1} == {1e-3}
+    for step in (5, 14):
+        here(recipe, tmp_path, *SLOWED, f"--machine.name=cut{step}", f"--machine.stop_after={step}", code=75)
+        here(recipe, tmp_path, *SLOWED, f"--machine.name=cut{step}", "--resume")
+        same(run, tmp_path / f"cut{step}")
+
+
+def test_two_towers_with_lars_and_layers_of_their_own_train_as_one(recipe: Path, tmp_path: Path) -> None:
+    words = ["--optimizer.lars={trust: 0.02, epsilon: 1e-8}", "--optimizer.lr=1", "--train.epochs=1", "--machine.precision=fp64",
+             "--optimizer.layer_rates={conv2: 0.5, fc6: 0, fc8: 4}"]
+    for start, name in ((here, "one"), (pair, "two")):
+        start(recipe, tmp_path, *words, f"--machine.name={name}", "--machine.stop_after=4", code=75)
+    one, two, before = weights(tmp_path / "one"), weights(tmp_path / "two"), network_of(read(recipe))
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-6, atol=1e-7, msg=key)  # read as float32
+    assert moved(tmp_path / "two", before) == {name for name in before if not name.startswith("fc6")}
+
+
+def test_factors_by_epoch() -> None:
+    milestones = (Milestone(2, 0.1, {"conv1": 0.5}), Milestone(4, 0.01, {"conv1": 0, "fc7": 1}))
+    schedule = Schedule(ScheduleConfig(None, milestones, 0), 1.0, layer_rates={"fc8": 10, "fc7": 0})
+    assert schedule.layers == {"conv1", "fc7", "fc8"} and Schedule(ScheduleConfig(None, (), 0), 1.0).layers == set()
+    assert [schedule.layer_rates(epoch) for epoch in (0, 1, 2, 3, 4, 9)] == [
+        {"fc8": 10, "fc7": 0}, {"fc8": 10, "fc7": 0}, *[{"fc8": 10, "fc7": 0, "conv1": 0.5}] * 2,
+        *[{"fc8": 10, "fc7": 1, "conv1": 0}] * 2]
+
+
+def updated(lars: LarsConfig | None, layers: set[str], rates: dict[str, float], steps: int = 3) -> dict[str, torch.Tensor]:
+    """Weights of a small float64 network after some steps, with groups for `layers`."""
+    network = AlexNet(small(dropout=0.0), seed=5).double()
+    config = OptimizerConfig(lr=0.5 if lars else 0.01, momentum=0.9, weight_decay=5e-4, bias_lr_factor=2.0, lars=lars)
+    optimizer = build_optimizer(network, config, layers=layers)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 16
+    assert [group["layer"] for group in optimizer.param_groups] == [
+        name for name in ("", *sorted(layers)) for _ in range(2) if name or len(layers) < 8]
+    images = torch.randn(4, 3, 67, 67, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for step in range(steps):
+        set_lr(optimizer, config.lr, rates)
+        optimizer.zero_grad()
+        functional.cross_entropy(network(images, step=step), torch.arange(4)).backward()
+        optimizer.step()
+    return {name: p.detach() for name, p in network.named_parameters()}
+
+
+@pytest.mark.parametrize("lars", [None, LarsConfig(0.01, 1e-8)], ids=["plain", "LARS"])
+def test_groups_of_their_own_change_nothing_by_themselves(lars: LarsConfig | None) -> None:
+    """Factors of 1, said or not said, are the same bits as no groups; a layer's factor is its rate times that."""
+    plain = updated(lars, set(), {})
+    for layers, rates in (({"conv1", "fc8"}, {}), ({"conv1", "fc8"}, {"conv1": 1.0, "fc8": 1.0}), (set(LAYERS), {})):
+        found = updated(lars, layers, rates)
+        assert all(torch.equal(value, plain[name]) for name, value in found.items())
+    start = {name: p.detach().double() for name, p in AlexNet(small(dropout=0.0), seed=5).named_parameters()}
+    once = updated(lars, set(), {}, steps=1)
+    factored = updated(lars, {"conv1", "fc7", "fc8"}, {"conv1": 0.0, "fc8": 4.0}, steps=1)
+    for name, value in factored.items():
+        factor = {"conv1": 0, "fc8": 4}.get(name.split(".")[0], 1)
+        torch.testing.assert_close(value - start[name], factor * (once[name] - start[name]), rtol=1e-9, atol=1e-15, msg=name)
+
+
+def test_a_frozen_layer_keeps_its_velocity_and_goes_on_with_it() -> None:
+    """Momentum does not carry it on while it is frozen."""
+    w = torch.nn.Linear(1, 1, bias=False).double()
+    optimizer = build_optimizer(torch.nn.ModuleDict({"conv1": w}), OptimizerConfig(0.1, 0.5, 0.0, 1.0), layers={"conv1"})
+    at: list[Any] = []
+    for rate in (1.0, 0.0, 0.0, 1.0):
+        set_lr(optimizer, 0.1, {"conv1": rate})
+        w.weight.grad = torch.ones_like(w.weight)
+        optimizer.step()
+        at.append(w.weight.item())
+    assert at[0] == at[1] == at[2] and at[3] - at[2] == pytest.approx(0.5 * -0.1 - 0.1)
+
+
+def test_rates_and_origin_are_part_of_a_config(recipe: Path) -> None:
+    config = read(recipe, *SLOWED, "--init_from.checkpoint=x", "--init_from.renew=[fc8]")
+    assert dataclasses.replace(config) == config and config.init_from.renew == ("fc8",)
+    assert config.schedule.milestones[0].layer_rates == {"conv1": 0.0, "conv2": 1.0}

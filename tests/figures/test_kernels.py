@@ -1,0 +1,105 @@
+"""How much of the first kernels is colour (paper figure 3): by hand, per tower, and beneath the picture."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import TinySet
+from tests.helpers.trained_run import write_run
+from tools.show import kernels as show_kernels
+from train.figures.kernels import captioned, chroma_lines, chroma_share, conv1, png, sheet, tower_chroma
+
+RANDOM = np.random.default_rng(0)
+PATTERN = RANDOM.standard_normal((5, 5))
+
+
+def kernel(*colour: float) -> np.ndarray:
+    """(1, 3, 5, 5): a pattern in one colour."""
+    return np.array(colour)[None, :, None, None] * PATTERN
+
+
+def test_chroma_by_hand() -> None:
+    colours = [(1, 1, 1), (1, -1, 0), (1, 1, -2), (1, 0, 0), (0, 0, -3), (2, 1, 0)]
+    found = chroma_share(np.concatenate([kernel(*colour) for colour in colours]))
+    # Of (2, 1, 0), 9/3 of its 5 lie along grey.
+    np.testing.assert_allclose(found, [0, 1, 1, 2 / 3, 2 / 3, 2 / 5], atol=1e-12)
+    even = np.zeros((2, 3, 5, 5))
+    even[0], even[1, 0] = 7, 7  # an even grey and an even red: no mean is taken off
+    np.testing.assert_allclose(chroma_share(even), [0, 2 / 3], atol=1e-12)
+
+
+def test_chroma_has_no_scale_and_adds_up() -> None:
+    kernels = RANDOM.standard_normal((40, 3, 5, 5))
+    found = chroma_share(kernels)
+    assert ((found >= 0) & (found <= 1)).all() and found.std() > 0.01
+    for scale in 1e-30, 1e30:
+        np.testing.assert_allclose(chroma_share(kernels * scale), found, rtol=1e-9)
+    grey = np.array([1, 1, 1]) / np.sqrt(3)
+    others = np.array([[1, -1, 0], [1, 1, -2]]) / np.sqrt([[2], [6]])
+    share = np.einsum("tc,nchw->nthw", others, kernels)
+    np.testing.assert_allclose(found, (share ** 2).sum((1, 2, 3)) / (kernels ** 2).sum((1, 2, 3)))
+    assert np.allclose(others @ grey, 0)
+    assert chroma_share(RANDOM.standard_normal((4000, 3, 3, 3))).mean() == pytest.approx(2 / 3, abs=0.01)  # noise
+
+
+def test_a_kernel_of_zeros_has_no_share_and_a_damaged_one_is_refused() -> None:
+    kernels = np.concatenate([kernel(1, -1, 0), np.zeros((1, 3, 5, 5))])
+    assert chroma_share(kernels)[0] == 1 and np.isnan(chroma_share(kernels)[1])
+    found, _ = tower_chroma(kernels, 1)
+    assert (found[0].kernels, found[0].mean, found[0].colourful) == (2, 1, 1)
+    found, chance = tower_chroma(kernels, 2)
+    assert found[1].mean is None and chance is None and chroma_lines(found, chance)[1] == "tower b: 1 kernels, all zero"
+    kernels[1, 0, 0, 0] = np.nan
+    with pytest.raises(ValueError, match=r"kernels \(=NaN or infinite\) must be finite; the weights are damaged, give an ea"):
+        chroma_share(kernels)
+
+
+def test_towers_that_differ_and_towers_that_do_not() -> None:
+    grey, colour = ([kernel(*tint) + RANDOM.normal(0, 0.1, (1, 3, 5, 5)) for _ in range(24)] for tint in ((1, 1, 1), (1, -1, 0)))
+    found, chance = tower_chroma(np.concatenate(grey + colour), 2)
+    assert [entry.tower for entry in found] == ["a", "b"] and [entry.colourful for entry in found] == [0, 24]
+    assert found[0].mean is not None and found[0].median is not None and found[0].mean < 0.2
+    assert found[1].mean is not None and found[1].mean > 0.9
+    assert chance is not None and chance < 1e-8
+    _, mixed = tower_chroma(np.concatenate([kernels for pair in zip(grey, colour) for kernels in pair]), 2)
+    assert mixed is not None and mixed > 0.3
+    lines = chroma_lines(found, chance)
+    assert lines[0].startswith("tower a: 24 kernels, chroma ") and lines[0].endswith(", 0 above 50%") and len(lines) == 3
+    single = chroma_lines(*tower_chroma(np.concatenate(grey), 1))
+    assert len(single) == 1 and single[0].startswith("24 kernels, chroma ")
+
+
+@pytest.mark.parametrize("wide", [120, 712])
+def test_a_caption_leaves_the_picture_as_it_is(tmp_path: Path, wide: int) -> None:
+    picture = RANDOM.integers(0, 256, (40, wide, 3)) / 255
+    (tmp_path / "a.png").write_bytes(captioned(picture, ["tower a: 48 kernels, chroma 12% of a kernel's energy", "p"]))
+    with Image.open(tmp_path / "a.png") as drawn:
+        pixels = np.asarray(drawn.convert("RGB"))
+    np.testing.assert_array_equal(pixels[:40, :wide], np.round(picture * 255))
+    assert (pixels[:40, wide:] == 255).all() and pixels.shape[1] == max(wide, pixels.shape[1])
+    below = pixels[40:]
+    assert (below.min((1, 2)) < 100).sum() > 12, "two lines of text"
+    assert (below[[0, -1]] == 255).all() and (below[:, [0, -1]] == 255).all(), "text is cut"
+
+
+def test_the_command_prints_and_draws(tiny_set: TinySet, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path, tiny_set)
+    words = ["--run", str(run), "--out", str(tmp_path / "new/k.png")]
+    assert show_kernels.main(words) == 0
+    out = capsys.readouterr().out.splitlines()
+    kernels, towers = conv1(run / "checkpoints/step-000000000")
+    found, chance = tower_chroma(kernels, towers)
+    assert out[1:] == chroma_lines(found, chance) and len(out) == 4 and out[0].startswith("8 kernels of ")
+    with Image.open(tmp_path / "new/k.png") as drawn:
+        alone = np.asarray(Image.open(io.BytesIO(png(sheet(kernels, towers)))).convert("RGB"))
+        np.testing.assert_array_equal(np.asarray(drawn.convert("RGB"))[:alone.shape[0], :alone.shape[1]], alone)
+    assert show_kernels.main([*words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["kernels"] == 8 and told["p"] == chance
+    assert [entry["mean"] for entry in told["towers"]] == [entry.mean for entry in found]

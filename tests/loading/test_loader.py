@@ -1,0 +1,347 @@
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.helpers.oracle import ten_views, training_crop
+from tests.helpers.small_set import encode, photographs, picture, write_set
+
+from pipeline.config import DataConfig, LoaderConfig
+from pipeline.sampling.augment import lighting_shift
+from pipeline.index.sample_index import SampleIndex
+from pipeline.loading.batch import Batch
+from pipeline.loading.train_loader import TrainLoader
+from pipeline.reading.source import Quarantine, SampleError
+from pipeline.loading.eval_loader import TestLoader, views
+from pipeline.stats import Stats, compute
+
+# Decoders agree on JPEG, and torch resizes as PIL does, rounding after columns and after rows, but with weights of 16 bits where
+# PIL's have 22. Measured on ImageNet photographs: mean 0.002, largest 2.
+MEAN_TOLERANCE, LARGEST_TOLERANCE = 0.07, 2.01
+PAPER = DataConfig(region="square", square_px=256, crop_px=227, mirror=True, lighting=0.1, mean="image")
+SMALL = DataConfig(region="square", square_px=76, crop_px=67, mirror=True, lighting=0.1, mean="channel")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> SampleIndex:
+    return write_set(tmp_path_factory.mktemp("photos"), photographs(23), photographs(30)[23:])
+
+
+@pytest.fixture(scope="module")
+def stats(photos: SampleIndex) -> dict[int, Stats]:
+    return {px: compute(photos, "train", px) for px in (76, 256)}
+
+
+def loader(index: SampleIndex, stats: dict[int, Stats], data: DataConfig = SMALL, batch: int = 6,
+           **options: object) -> TrainLoader:
+    return TrainLoader(index, "train", data, batch, 7, stats[data.square_px], **options)  # type: ignore[arg-type]
+
+
+def digest(batches: list[Batch]) -> str:
+    found = hashlib.sha256()
+    for batch in batches:
+        for array in (batch.ids, batch.epochs, batch.labels.numpy(), batch.images.numpy()):
+            found.update(array.tobytes())
+    return found.hexdigest()
+
+
+@pytest.mark.parametrize("region,mean", [("square", "image"), ("square", "image_center"), ("square", "channel"),
+                                         ("full", "channel"), ("full", "image_center")])
+def test_training_crops_equal_the_oracle(photos: SampleIndex, stats: dict[int, Stats], region: str, mean: str) -> None:
+    data = DataConfig(region=region, square_px=256, crop_px=227, mirror=True, lighting=0.1, mean=mean)
+    s = stats[256]
+    with loader(photos, stats, data) as train:
+        batches = list(train)
+        mirrored = set()
+        for batch in batches:
+            drawn = train.draws(batch.ids, batch.epochs)
+            shift = lighting_shift(drawn.alphas, s.eigenvalues, s.eigenvectors)
+            low = (256 - 227) // 2
+            subtract = {"image": s.mean_image, "channel": s.channel_mean,
+                        "image_center": s.mean_image[low:low + 227, low:low + 227]}[mean]
+            for row, id in enumerate(batch.ids):
+                expected = training_crop(photos.read(int(id)), region=region, square_px=256, crop_px=227,
+                                         top=int(drawn.top[row]), left=int(drawn.left[row]), mirror=bool(drawn.mirror[row]),
+                                         shift=shift[row], mean=subtract)
+                difference = np.abs(batch.images[row].numpy() - expected)
+                assert difference.mean() < MEAN_TOLERANCE and difference.max() <= LARGEST_TOLERANCE, photos.name(int(id))
+                mirrored.add(bool(drawn.mirror[row]))
+        assert mirrored == {False, True}
+        assert np.abs(np.concatenate([train.draws(b.ids, b.epochs).alphas for b in batches])).max() > 0.05
+
+
+@pytest.mark.parametrize("mean", ["image", "channel"])
+def test_ten_views_equal_the_oracle(photos: SampleIndex, stats: dict[int, Stats], mean: str) -> None:
+    data = DataConfig(region="square", square_px=256, crop_px=227, mirror=True, lighting=0.1, mean=mean)
+    s = stats[256]
+    subtract = s.mean_image if mean == "image" else s.channel_mean
+    seen = 0
+    with TestLoader(photos, "val", data, 3, s) as test:
+        for batch in test:
+            found = torch.stack(list(test.views(batch.images, 10)), dim=1).numpy()
+            for row, id in enumerate(batch.ids):
+                expected = ten_views(photos.read(int(id)), square_px=256, crop_px=227, mean=subtract)
+                difference = np.abs(found[row] - expected)
+                assert difference.mean() < MEAN_TOLERANCE and difference.max() <= LARGEST_TOLERANCE
+                seen += 1
+            (centre,) = test.views(batch.images, 1)
+            assert torch.equal(centre, torch.from_numpy(found[:, 4]))
+    assert seen == 7
+
+
+def test_test_views_subtract_the_central_piece_like_the_release(photos: SampleIndex, stats: dict[int, Stats]) -> None:
+    data = DataConfig(region="square", square_px=256, crop_px=227, mirror=True, lighting=0, mean="image_center")
+    with TestLoader(photos, "val", data, 3, stats[256]) as test, TestLoader(photos, "val", data, 3, None) as plain:
+        batch, pixels = next(iter(test)), next(iter(plain)).images.permute(0, 3, 1, 2).float()
+        piece = torch.from_numpy(stats[256].mean_image_chw[:, 14:14 + 227, 14:14 + 227])
+        for found, expected in zip(test.views(batch.images, 10), views(pixels, 227, 10), strict=True):
+            assert torch.equal(found, expected - piece)
+
+
+def test_every_test_image_comes_once_for_any_number_of_ranks(photos: SampleIndex, stats: dict[int, Stats]) -> None:
+    for world in (1, 2, 3):
+        ids = []
+        for rank in range(world):
+            with TestLoader(photos, "train", SMALL, 4, stats[76], shard=(rank, world)) as test:
+                for _ in range(2):  # a second pass is the same pass
+                    found = [batch.ids for batch in test]
+                assert len(found) == len(test)
+                ids += list(np.concatenate(found))
+        assert sorted(ids) == list(photos.ids("train"))
+
+
+def test_each_epoch_holds_every_sample_once(photos: SampleIndex, stats: dict[int, Stats]) -> None:
+    with loader(photos, stats) as train:
+        ids, epochs, lengths = [], [], []
+        for epoch in range(6):
+            assert train.epoch == epoch
+            length, count = len(train), 0
+            for batch in train:
+                ids.append(batch.ids)
+                epochs.append(batch.epochs)
+                count += 1
+            assert count == length
+            lengths.append(count)
+    assert sum(lengths) == 6 * 23 / 6 and set(lengths) == {3, 4}
+    flat, of = np.concatenate(ids), np.concatenate(epochs)
+    for epoch in range(6):
+        assert sorted(flat[of == epoch]) == list(photos.ids("train"))
+    assert not np.array_equal(flat[of == 0], flat[of == 1])
+
+
+def test_the_stream_is_the_same_for_any_ranks_threads_and_prefetch(photos: SampleIndex, stats: dict[int, Stats]) -> None:
+    def stream(world: int, machine: LoaderConfig) -> str:
+        loaders = [loader(photos, stats, batch=8, shard=(rank, world), machine=machine) for rank in range(world)]
+        rows = [list(train) for train in loaders]
+        for train in loaders:
+            train.close()
+        whole = [Batch(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]),
+                       np.concatenate([part.ids for part in parts]), np.concatenate([part.epochs for part in parts]),
+                       parts[0].step) for parts in zip(*rows, strict=True)]
+        return digest(whole)
+
+    expected = stream(1, LoaderConfig(threads=1, prefetch=1, read_threads=0))
+    assert stream(2, LoaderConfig(threads=1)) == expected
+    assert stream(4, LoaderConfig(threads=2)) == expected
+    for threads in (1, 2, 3):
+        assert stream(1, LoaderConfig(threads=threads, prefetch=threads + 1, read_threads=threads)) == expected
+
+
+def test_resume_at_every_step_continues_the_stream(photos: SampleIndex, stats: dict[int, Stats]) -> None:
+    with loader(photos, stats) as train:
+        states, batches = [], []
+        for _ in range(3):
+            for batch in train:
+                batches.append(batch)
+                states.append(json.loads(json.dumps(train.state_dict())))
+    with loader(photos, stats) as other:
+        for done, state in enumerate(states, start=1):
+            other.load_state_dict(state)
+            assert other.step == done
+            rest = []
+            while other.step < len(batches):
+                rest += list(other)
+            assert digest(rest) == digest(batches[done:done + len(rest)]) and done + len(rest) == len(batches)
+
+
+def test_a_loader_left_in_mid_epoch_goes_on_there(photos: SampleIndex, stats: dict[int, Stats]) -> None:
+    with loader(photos, stats) as train:
+        first = next(iter(train))
+        rest = list(train)
+        assert [first.step] + [batch.step for batch in rest] == [0, 1, 2, 3]
+        train.close()
+        assert next(iter(train)).step == 4
+        with pytest.raises(StopIteration):
+            while True:
+                next(train)
+
+
+def test_state_of_another_run_is_refused(photos: SampleIndex, stats: dict[int, Stats]) -> None:
+    with loader(photos, stats) as train:
+        for key, value in (("seed", 8), ("batch", 5), ("images", "0" * 64)):
+            with pytest.raises(ValueError, match=rf"loader state {key} \(={value}\) must equal this loader's"):
+                train.load_state_dict({**train.state_dict(), key: value})
+
+
+def broken_set(folder: Path, spoil: dict[int, bytes]) -> SampleIndex:
+    blobs = photographs(20)
+    for id, blob in spoil.items():
+        blobs[id] = blob
+    return write_set(folder, blobs, blobs[:4])
+
+
+GARBAGE = encode(picture(0, 100, 100))[:1000]  # a header, and hardly anything after it
+
+
+def test_undecodable_samples_are_replaced_named_and_bounded(tmp_path: Path) -> None:
+    whole = photographs(20)[3]
+    index = broken_set(tmp_path, {3: whole[:len(whole) // 3], 7: GARBAGE})
+    healthy = write_set(tmp_path / "healthy", photographs(20))
+    s = compute(healthy, "train", 76)
+    note = tmp_path / "quarantine.jsonl"
+    with TrainLoader(index, "train", SMALL, 5, 7, s, quarantine=Quarantine(2, note)) as train:
+        batches = list(train) + list(train)
+    ids = np.concatenate([batch.ids for batch in batches])
+    assert len(batches) == 8 and not {3, 7} & set(ids)
+    lines = [json.loads(line) for line in note.read_text().splitlines()]
+    assert {line["id"] for line in lines} == {3, 7} and len(lines) == 2
+    assert all(line["member"] == f"train_{line['id']:04d}.JPEG" and line["reason"].startswith("cannot be decoded")
+               and line["archive"] == str(tmp_path / "images.tar") for line in lines)
+    # every other row is what a healthy set gives, and the stand-ins are the same on other ranks and after a resume
+    with TrainLoader(healthy, "train", SMALL, 5, 7, s) as train:
+        for batch, expected in zip(batches, list(train) + list(train), strict=True):
+            good = ~np.isin(expected.ids, (3, 7))
+            assert np.array_equal(batch.ids[good], expected.ids[good])
+            assert torch.equal(batch.images[good], expected.images[good])
+    halves = []
+    for rank in range(5):
+        with TrainLoader(index, "train", SMALL, 5, 7, s, shard=(rank, 5), quarantine=Quarantine(2)) as train:
+            train.load_state_dict({**train.state_dict(), "step": 4})
+            halves.append(np.concatenate([batch.ids for batch in train]))
+    assert np.array_equal(np.stack(halves, axis=1).ravel(), ids[20:])
+    with TrainLoader(index, "train", SMALL, 5, 7, s, quarantine=Quarantine(1)) as train:
+        with pytest.raises(RuntimeError, match=r"quarantine \(=2 unreadable samples\) must not exceed its budget \(=1\)"):
+            list(train)
+
+
+@pytest.mark.parametrize("garbage", [GARBAGE, None])
+def test_sets_that_are_mostly_broken_end_or_are_given_up(tmp_path: Path, garbage: bytes | None) -> None:
+    """Stand-ins that are broken themselves: no endless loop, and no broken sample comes through. None: bad CRC-32."""
+    bad = set(range(20)) - {3, 8, 13}
+    index = broken_set(tmp_path, {} if garbage is None else dict.fromkeys(bad, garbage))
+    if garbage is None:
+        with open(tmp_path / "images.tar", "r+b") as file:
+            for id in bad:
+                file.seek(int(index.samples[id]["offset"]) + 700)
+                file.write(b"\xff\x00\xff")
+    s = compute(write_set(tmp_path / "healthy", photographs(20)), "train", 76)
+    with TrainLoader(index, "train", SMALL, 5, 7, s, quarantine=Quarantine(20)) as train:
+        for _ in range(6):
+            assert set(np.concatenate([batch.ids for batch in train])) <= {3, 8, 13}
+    index = broken_set(tmp_path / "all", dict.fromkeys(range(20), GARBAGE))
+    with TrainLoader(index, "train", SMALL, 5, 7, s, quarantine=Quarantine(20)) as train:
+        with pytest.raises(RuntimeError, match="has no readable stand-in among 100; the last one: sample"):
+            next(iter(train))
+
+
+def test_whoever_goes_on_after_an_error_starts_at_the_batch_that_failed(tmp_path: Path) -> None:
+    index = broken_set(tmp_path, {7: GARBAGE})
+    s = compute(write_set(tmp_path / "healthy", photographs(20)), "train", 76)
+    with TrainLoader(index, "train", SMALL, 5, 7, s, quarantine=Quarantine(0)) as train:
+        steps = []
+        with pytest.raises(RuntimeError, match="must not exceed its budget"):
+            for batch in train:
+                steps.append(batch.step)
+        failed = train.step
+        assert steps == list(range(failed)) and 7 in train._sampler.take(failed)[0]
+        train._quarantine.budget = 1
+        assert next(iter(train)).step == failed == train.step - 1
+
+
+def test_changed_bytes_are_found_by_their_crc(tmp_path: Path) -> None:
+    index = write_set(tmp_path, photographs(20), photographs(4))
+    s = compute(index, "train", 76)
+    with open(tmp_path / "images.tar", "r+b") as file:
+        for id in (5, 21):
+            place = int(index.samples[id]["offset"]) + int(index.samples[id]["size"]) // 2
+            file.seek(place)
+            byte = file.read(1)
+            file.seek(place)
+            file.write(bytes([byte[0] ^ 1]))
+    with TrainLoader(index, "train", SMALL, 5, 7, s) as train:
+        assert 5 not in np.concatenate([batch.ids for batch in train])
+        assert train._quarantine.ids == {5}
+    with TestLoader(index, "val", SMALL, 3, s) as test:
+        with pytest.raises(SampleError, match=r"sample 21 \(=val_0001.JPEG in .*\) has another CRC-32 than the index; run"):
+            list(test)
+    with TestLoader(index, "val", SMALL, 3, s, skip_corrupt=True) as test:
+        assert [list(batch.ids) for batch in test] == [[20, 22], [23]]
+        assert test.skipped == {21: "has another CRC-32 than the index"}
+
+
+def test_a_corrupt_test_image_is_an_error_that_names_it(tmp_path: Path) -> None:
+    index = broken_set(tmp_path, {2: GARBAGE})
+    with TestLoader(index, "val", SMALL, 2, None) as test:
+        with pytest.raises(SampleError, match=r"sample 22 \(=val_0002.JPEG in .*\) cannot be decoded"):
+            list(test)
+    with TestLoader(index, "val", SMALL, 1, None, skip_corrupt=True) as test:
+        assert [batch.ids[0] for batch in test] == [20, 21, 23]
+
+
+def test_odd_files_train(tmp_path: Path) -> None:
+    plain = picture(1, 100, 120)
+    odd = [encode(plain, "PNG"), encode(plain.convert("CMYK")), encode(plain.convert("L")), encode(plain, progressive=True),
+           encode(picture(2, 8, 8).resize((1, 1))), encode(plain, "WEBP", lossless=True), encode(plain.convert("RGBA"), "PNG")]
+    index = write_set(tmp_path, odd)
+    s = compute(index, "train", 76, machine=LoaderConfig(quarantine_budget=0))
+    assert s.count == len(odd)
+    with TrainLoader(index, "train", SMALL, 7, 7, s, quarantine=Quarantine(0)) as train:
+        (batch,) = list(train)
+    assert batch.images.shape == (7, 3, 67, 67) and torch.isfinite(batch.images).all()
+
+
+def test_orientation_tags_do_not_turn_the_pixels(tmp_path: Path) -> None:
+    image = picture(1, 90, 120)
+    exif = image.getexif()
+    exif[0x0112] = 6
+    index = write_set(tmp_path, [encode(image, "JPEG", quality=95, exif=exif), encode(image, "JPEG", quality=95)])
+    with TestLoader(index, "train", SMALL, 2, None) as test:
+        (batch,) = list(test)
+    assert torch.equal(batch.images[0], batch.images[1])
+
+
+def test_missing_or_shortened_archives_are_named(tmp_path: Path) -> None:
+    index = write_set(tmp_path, photographs(5))
+    s = compute(index, "train", 76)
+    tar = tmp_path / "images.tar"
+    content = tar.read_bytes()
+    tar.write_bytes(content[:-512])
+    with TrainLoader(SampleIndex.load(index.path), "train", SMALL, 5, 7, s) as train:
+        with pytest.raises(RuntimeError, match=r"images.tar.* bytes"):
+            next(iter(train))
+    tar.unlink()
+    with TrainLoader(SampleIndex.load(index.path), "train", SMALL, 5, 7, s) as train:
+        with pytest.raises(RuntimeError, match="images.tar"):
+            next(iter(train))
+
+
+def test_wrong_use_is_explained(photos: SampleIndex, stats: dict[int, Stats]) -> None:
+    with pytest.raises(ValueError, match=r"stats \(=76 px\) must be computed at data.square_px \(=256\); run"):
+        TrainLoader(photos, "train", PAPER, 4, 0, stats[76])
+    with pytest.raises(ValueError, match=r"views \(=5\) must be 1 \(centre\) or 10"):
+        list(views(torch.zeros(1, 3, 8, 8), 4, 5))
+    with pytest.raises(ValueError, match=r"batch \(=24\) must not exceed the 23 samples"):
+        loader(photos, stats, batch=24)
+    with pytest.raises(ValueError, match=r"batch \(=0\) must be at least 1"):
+        TestLoader(photos, "val", SMALL, 0, stats[76])
+
+
+def test_taking_from_two_iterators_at_once_is_told(photos: SampleIndex, stats: dict[int, Stats]) -> None:
+    with TestLoader(photos, "train", SMALL, 4, stats[76]) as test:
+        first = iter(test)
+        next(first)
+        assert len(next(iter(test)).ids) == 4
+        with pytest.raises(RuntimeError, match="this loader was closed, or iterated anew, while its batches were being taken"):
+            list(first)

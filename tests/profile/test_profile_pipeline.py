@@ -1,0 +1,163 @@
+"""tools/profile_pipeline.py: a whole profile of the small set, its files, its exit codes, its errors."""
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.config import LoaderConfig
+from tools.profile.figures import EndToEnd, Facts, Measured, Stage, Together
+from pipeline.monitor import Event
+from tools.profile.verdict import verdict
+from tests.conftest import TinySet
+from tests.helpers.recipes import write_recipe
+from tools import profile_pipeline
+from tools.profile import report as profile_report
+from tools.profile.report import Profile
+
+SHORT = ["--seconds", "0.02", "--repeats", "1"]
+
+
+def profile(**more: Any) -> Profile:
+    stages = tuple(Stage(name, (rate, rate * 1.2), (cpu,), 2, size) for name, rate, cpu, size in (
+        ("order", 9e4, 0.01, 0.0), ("read", 8e4, 0.01, 1e5), ("decode", 900, 1.0, 1e5), ("colour", 9e3, 0.1, 0.0)))
+    whole = EndToEnd((700.0, 800.0), (1.2,), (60.0, 70.0, 80.0, 99.0), 0.99, {"decode": 0.9, "colour": 0.1},
+                     tuple((number / 10, number % 3) for number in range(200)), (300.0, 400.0, 450.0))
+    measured = Measured(stages, whole, 1000.0, Together((690.0,), 0.3, {"decode": 1.0}))
+    facts = Facts("archives", LoaderConfig(threads=2), 2, False, 300, 256, 1e5, True, 25 << 30)
+    return Profile("a set", 64, measured, facts, verdict(measured, facts), stages[:3], need_from="as stated", **more)
+
+
+def test_a_whole_profile(tiny_set: TinySet, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path, tiny_set.index)
+    out = {name: tmp_path / "out" / f"p.{name}" for name in ("json", "png", "trace")}
+    code = profile_pipeline.main(["--config", str(recipe), "--model", "--cold", "--device", "cpu", *SHORT, "--fail-below", "1e-9",
+                                  "--json", str(out["json"]), "--plot", str(out["png"]), "--trace", str(out["trace"])])
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    for words in ("stages, each alone", "CPU ms an image: the stages", "end to end", "start-up included", "memory:", "head-room",
+                  "together:", "verdict:", "advice, to paste into the recipe:"):
+        assert words in said.out
+    found = json.loads(out["json"].read_text())
+    assert [stage["name"] for stage in found["stages"]] == ["order", "read", "crc", "decode", "resize", "colour", "hand-over"]
+    assert [stage["name"] for stage in found["cumulative"]] == ["read", "crc", "decode", "resize", "colour"]
+    assert found["cpu_ms"]["remainder"] == pytest.approx(found["cpu_ms"]["loader"] - found["cpu_ms"]["stages"])
+    assert found["need"] > 0 and found["met"] == pytest.approx(found["together"]["rate"] / found["need"])
+    assert found["headroom"] == pytest.approx(found["loader"]["rate"] / found["need"]) and found["batch"] == 8
+    assert found["verdict"]["sentence"] in " ".join(said.out.split())
+    assert isinstance(yaml.safe_load(found["verdict"]["advice_yaml"]), dict | None)
+    assert out["png"].read_bytes().startswith(b"\x89PNG")
+    events = json.loads(out["trace"].read_text())["traceEvents"]
+    assert {"read", "decode", "colour", "copy", "wait"} <= {event["name"] for event in events if event["ph"] == "X"}
+
+
+def test_exit_code_1_when_the_loader_cannot_feed_the_need(tiny_set: TinySet, tmp_path: Path,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path, tiny_set.index)
+    with recipe.open("a", encoding="utf-8") as file:
+        file.write(f"  resident_folder: {tmp_path / 'squares'}\n")
+    code = profile_pipeline.main(["--config", str(recipe), "--need", "1e9", "--fail-below", "0.99", "--batch", "4",
+                                  "--threads", "1", "--tier", "resident", *SHORT])
+    said = capsys.readouterr()
+    assert code == 1 and "below --fail-below (=0.99)" in said.err and "tier resident" in said.out and "limits" in said.out
+
+
+def test_sweep_prints_yaml(tiny_set: TinySet, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path, tiny_set.index)
+    assert profile_pipeline.main(["--config", str(recipe), "--sweep", *SHORT]) == 0
+    said = capsys.readouterr().out
+    best = yaml.safe_load(said.partition("best setting:")[2].partition("verdict:")[0])
+    assert best["machine"].keys() == {"threads", "prefetch", "read_threads"} and "train.batch" in said
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    ([], "--config (=none) must name a recipe"),
+    (["--index", "x", "--model"], "--model (=True) needs the network of a recipe"),
+    (["--index", "x", "--fail-below", "0.9"], "--fail-below (=0.9) needs a need to compare with"),
+    (["--index", "x", "--prefetch", "0"], "--prefetch (=0) must be at least 1"),
+    (["--index", "x", "--read-threads", "-1"], "--read-threads (=-1) must be at least 0"),
+    (["--index", "x", "--need", "-5"], "--need (=-5.0) must be positive"),
+    (["--index", "x", "--seconds", "nan"], "--seconds (=nan) must be positive"),
+    (["--index", "nowhere"], "does not exist; make one with tools/build_index.py build"),
+    (["--config", "nowhere.yaml"], "nowhere.yaml"),
+])
+def test_mistakes(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert profile_pipeline.main(arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_mistakes_about_the_data(tiny_set: TinySet, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(write_recipe(tmp_path, tiny_set.index))
+    for arguments, said in ((["--tier", "packed"], "data.tier (=packed) needs packed images"),
+                            (["--compare", *SHORT], "--compare (=True) has 227 of 256 px, and this recipe 67 of 76")):
+        assert profile_pipeline.main(["--config", recipe, *arguments]) == 2
+        assert said in capsys.readouterr().err
+    assert profile_pipeline.main(["--index", str(tiny_set.index)]) == 2
+    assert "must exist before training; run `python tools/compute_stats.py" in capsys.readouterr().err
+
+
+def test_help_answers_at_once() -> None:
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "tools/profile_pipeline.py", "--help"], capture_output=True, text=True, timeout=60,
+                          cwd=Path(__file__).resolve().parents[2])
+    assert done.returncode == 0 and "--fail-below" in done.stdout and "130 Ctrl-C" in " ".join(done.stdout.split())
+    assert time.perf_counter() - start < 10     # a second without torch and DALI, on a machine that does nothing else
+    heavy = subprocess.run([sys.executable, "-c", "import sys; from tools import profile_pipeline as p; p.parser(); "
+                            "print([m for m in ('torch', 'nvidia.dali', 'matplotlib', 'rich') if m in sys.modules])"],
+                           capture_output=True, text=True, timeout=60, cwd=Path(__file__).resolve().parents[2])
+    assert heavy.stdout.strip() == "[]"
+
+
+# The report
+
+def test_trace_is_of_the_trace_event_format() -> None:
+    events = [Event("decode", "loader", 10.5, 10.75, 1), Event("read", "reader_0", 10.25, 10.5, 0),
+              Event("read", "reader_1", 10.3, 10.4, 1)]
+    made = json.loads(json.dumps(profile_report.trace(events, [(10.6, 2)])))
+    assert made["displayTimeUnit"] == "ms"
+    tracks = {line["tid"]: line["args"]["name"] for line in made["traceEvents"] if line["name"] == "thread_name"}
+    assert all(line["ph"] == "M" for line in made["traceEvents"] if line["name"] in ("thread_name", "process_name"))
+    assert sorted(tracks.values()) == ["loader", "reader_0", "reader_1"]
+    complete = [line for line in made["traceEvents"] if line["ph"] == "X"]
+    assert [line["ts"] for line in complete] == sorted(line["ts"] for line in complete) and complete[0]["ts"] == 0
+    for line in complete:
+        assert line.keys() == {"name", "cat", "ph", "ts", "dur", "pid", "tid", "args"} and line["tid"] in tracks
+    decode = next(line for line in complete if line["name"] == "decode")
+    assert (decode["ts"], decode["dur"], decode["args"], tracks[decode["tid"]]) == (
+        pytest.approx(0.25e6), pytest.approx(0.25e6), {"step": 1}, "loader")
+    counter = [line for line in made["traceEvents"] if line["ph"] == "C"]
+    assert [(line["ts"], line["args"]) for line in counter] == [(pytest.approx(0.35e6), {"batches": 2})]
+
+
+def test_tables_say_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = (({"threads": 2.0, "batch": 64.0}, 800.0, 1.1), ({"threads": 1.0, "batch": 64.0}, 500.0, 1.0))
+    profile_report.show(profile(cold_note="1 file, 3 MB forgotten", sweep=sweep, cold=profile().measured.loader,
+                                compared={"ours": (800.0, 810.0), "DataLoader + PIL": (400.0, 410.0)},
+                                absent=("FFCV: ffcv is not installed",)), sys.stdout)
+    said = " ".join(capsys.readouterr().out.split())
+    for words in ("80,000…96,000", "700…800", "stages 1.120, end to end 1.200, remainder +0.080 (+6.7%)",
+                  "cold: 1 file, 3 MB forgotten", "300 MB before, 400 after, 450 at most", "DataLoader + PIL",
+                  "0.50 of this loader", "did not run: FFCV: ffcv is not", "threads 2, batch 64", "machine: threads: 2",
+                  "head-room 0.75×",
+                  "0.92 of the slower alone, 0.69 of the need; waited 30.0%",
+                  "decode limits", "tier: packed"):
+        assert words in said, words
+
+
+def test_met_is_the_share_of_the_need() -> None:
+    assert profile().met == pytest.approx(0.69)
+
+
+def test_sparkline() -> None:
+    assert profile_report.sparkline([0, 1, 2]) == " ▄█" and profile_report.sparkline([]) == ""
+    assert len(profile_report.sparkline(list(range(500)), width=48)) == 48
+
+
+def test_plot(tmp_path: Path) -> None:
+    compared = {"ours": (800.0, 810.0), "DataLoader + PIL": (400.0, 410.0)}
+    profile_report.plot(profile(compared=compared), tmp_path / "made" / "p.png")
+    assert (tmp_path / "made" / "p.png").read_bytes().startswith(b"\x89PNG")

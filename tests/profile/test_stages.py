@@ -1,0 +1,248 @@
+"""Stages measured on a real loader: the same pixels, figures that add up, and a verdict that names what was slowed."""
+import itertools
+import time
+import zlib
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tools.profile import stages
+from tools.profile.cold import Dropped, cold_pass, drop
+from pipeline.decoding.normalize import Colour
+from pipeline.config import DataConfig, LoaderConfig
+from tools.profile.cutoff import cut_off, read_alone
+from tools.profile.figures import Facts, Measured
+from pipeline.decoding.dali import DecodeGraph, ResizeGraph
+from pipeline.index.sample_index import SampleIndex
+from pipeline.loading.batch import Batch, Loader
+from pipeline.loading.train_loader import TrainLoader
+from pipeline.reading.source import Reader
+from pipeline.decoding.resize import Resizer
+from pipeline.stats import Stats, compute
+from tools.profile.sweep import Point, axes, sweep
+from pipeline.tiers import train_loader
+from tools.profile.measure import Turns, Work, machine_cpu_s, rss_mb, take_turns
+from tools.profile.verdict import NETWORK, Verdict, verdict
+from tests.helpers.small_set import encode, photographs, picture, write_set
+
+DATA = DataConfig(region="square", square_px=76, crop_px=67, mirror=True, lighting=0.1, mean="image")
+MACHINE = LoaderConfig(threads=1)
+BATCH = 10
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[SampleIndex, Stats]:
+    index = write_set(tmp_path_factory.mktemp("stages"), photographs(40))
+    return index, compute(index, "train", 76)
+
+
+def opened(small: tuple[SampleIndex, Stats], machine: LoaderConfig = MACHINE, batch: int = BATCH,
+           tier: str = "archives") -> TrainLoader:
+    return train_loader(tier, small[0], "train", DATA, batch, 0, small[1], machine=machine)
+
+
+def measured(small: tuple[SampleIndex, Stats], consume: Callable[[Batch], None] | None = None, need: float | None = None,
+             seconds: float = 0.1, repeats: int = 1) -> Measured:
+    with ExitStack() as closers:
+        loader = closers.enter_context(opened(small))
+        works = stages.alone(loader, closers)
+        fed = [stages.fed(loader, consume)] if consume else []
+        turns = take_turns([*works, stages.whole(loader), *fed], seconds, repeats)
+    return Measured(tuple(stages.as_stage(work, turns[work.name]) for work in works), stages.as_loader(turns["loader"]), need,
+                    stages.as_together(turns["together"]) if consume else None)
+
+
+def judged(small: tuple[SampleIndex, Stats], **more: Any) -> Verdict:
+    facts = Facts("archives", MACHINE, 8, False, 40, 76, 1e4, True, 64 << 30)
+    return verdict(measured(small, **more), facts)
+
+
+def slowed(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+    """The same, late."""
+    def late(*given: Any, **named: Any) -> Any:
+        time.sleep(seconds)
+        return function(*given, **named)
+    return late
+
+
+# The verdict on the real loader
+
+def test_a_slow_disk_is_named(small: tuple[SampleIndex, Stats], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Reader, "read", slowed(Reader.read, 0.01))
+    found = judged(small)
+    assert found.limit == "read" and "read_threads: 4" in found.advice_yaml and "tier: packed" in found.advice_yaml
+
+
+def test_slow_checks_are_named(small: tuple[SampleIndex, Stats], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zlib, "crc32", slowed(zlib.crc32, 0.01))
+    found = judged(small)
+    assert found.limit == "crc" and "check_crc: false" in found.advice_yaml
+
+
+def test_too_few_threads_are_named(tmp_path: Path) -> None:
+    # Large enough that decoding, not handing over, is what one thread cannot do faster; small ones are a matter of luck.
+    index = write_set(tmp_path, [encode(picture(number, 700, 900)) for number in range(BATCH)])
+    found = judged((index, compute(index, "train", 76)))
+    assert found.limit in ("decode", "resize") and "threads: 8" in found.advice_yaml
+
+
+def test_slow_colour_is_named(small: tuple[SampleIndex, Stats], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Colour, "_some", slowed(Colour._some, 0.1))
+    assert judged(small).limit == "colour"
+
+
+def test_a_slow_copy_is_named(small: tuple[SampleIndex, Stats], monkeypatch: pytest.MonkeyPatch) -> None:
+    true = Loader._batch
+
+    def late(loader: Loader, *given: Any) -> Batch:
+        loader.meter.enter("copy")
+        time.sleep(0.1)
+        return true(loader, *given)
+
+    monkeypatch.setattr(Loader, "_batch", late)
+    found = judged(small)
+    assert found.limit == "hand-over" and "handing over" in found.sentence
+
+
+def test_a_slow_network_is_named(small: tuple[SampleIndex, Stats]) -> None:
+    found = judged(small, consume=lambda batch: time.sleep(0.1), need=BATCH / 0.1)
+    assert found.limit == NETWORK and found.headroom is not None and found.headroom > 1
+
+
+# The stages themselves
+
+def test_the_halves_of_the_graph_are_the_graph(small: tuple[SampleIndex, Stats]) -> None:
+    with opened(small) as loader:
+        ready = stages.make_ready(loader)
+        assert loader.plan(BATCH, 67).resample
+        with closing(Resizer(67, 2)) as resizer:
+            for images, one, pixels in zip(ready.decoded, ready.prepared, ready.pixels):
+                assert (resizer(images, one.inputs.regions) == pixels).all()
+        inputs = itertools.cycle([one.inputs for one in ready.prepared])
+        with closing(DecodeGraph(inputs, BATCH, 67, machine=MACHINE, threads=1, device_id=None)) as decode:
+            for images in ready.decoded:
+                assert decode.collect().tolist() == [list(image.shape) for image in images]
+
+
+def test_the_half_that_resizes_on_a_gpu(small: tuple[SampleIndex, Stats]) -> None:
+    """DALI's, here on the CPU: it takes the region's pixels, and gives those of the CPU's resize but for rounding, and but for
+    the outermost row or column, where DALI repeats pixels and PIL shortens the filter (docs/lab-log.md: up to 13)."""
+    with opened(small) as loader:
+        ready = stages.make_ready(loader)
+    regions = ready.prepared[0].inputs.regions
+    cut = [image.numpy()[top:, left:].copy() for image, (top, left) in zip(ready.decoded[0], regions.anchor.tolist())]
+    given = itertools.repeat((cut, regions))
+    with closing(ResizeGraph(given, BATCH, 67, machine=MACHINE, threads=1, device_id=None)) as resize:
+        apart = (resize.collect().int() - ready.pixels[0].int()).abs()
+    assert apart.max() <= 13 and apart.float().mean() < 0.5
+
+
+def test_stages_add_up(small: tuple[SampleIndex, Stats]) -> None:
+    found = measured(small, seconds=0.15, repeats=3)
+    assert [stage.name for stage in found.stages] == ["order", "read", "crc", "decode", "resize", "colour", "hand-over"]
+    # A tenth on a quiet machine with photographs (docs/results); here 40 small pictures on a machine that does other things.
+    assert abs(found.remainder_ms) < 0.5 * found.loader.cpu
+    assert found.loader.waited > 0.5 and sum(found.loader.causes.values()) == pytest.approx(1)
+
+
+def test_stages_of_a_loader_that_checks_nothing_and_reads_in_its_own_thread(small: tuple[SampleIndex, Stats]) -> None:
+    machine = LoaderConfig(threads=1, read_threads=0, check_crc=False)
+    with ExitStack() as closers:
+        loader = closers.enter_context(opened(small, machine))
+        works = stages.alone(loader, closers)
+        assert [work.name for work in works] == ["order", "read", "decode", "resize", "colour", "hand-over"]
+        assert next(works[1].steps) == BATCH
+
+
+def test_cut_off_after_each_stage(small: tuple[SampleIndex, Stats]) -> None:
+    with ExitStack() as closers:
+        names = ["order", "read", "crc", "decode", "resize", "colour", "hand-over"]
+        works = cut_off(lambda machine: opened(small, machine), MACHINE, names, closers)
+        assert [work.name for work in works] == names[1:-1]
+        assert all(next(work.steps) == BATCH for work in works for _ in range(6))
+        assert read_alone(lambda machine: opened(small, machine), MACHINE, closers) == []
+
+
+def test_an_undecodable_picture_is_replaced_in_the_stages_too(tmp_path: Path) -> None:
+    blobs = photographs(20)
+    blobs[3] = blobs[3][:len(blobs[3]) // 4]
+    index = write_set(tmp_path, blobs)
+    machine = LoaderConfig(threads=1, quarantine_budget=0.1)
+    stats = compute(index, "train", 76, machine=machine)
+    with ExitStack() as closers:
+        loader = closers.enter_context(opened((index, stats), machine))
+        works = stages.alone(loader, closers)
+        assert all(next(work.steps) == BATCH for work in works for _ in range(4))
+
+
+def test_resident(small: tuple[SampleIndex, Stats], tmp_path: Path) -> None:
+    machine = LoaderConfig(threads=1, resident_folder=str(tmp_path))
+    with ExitStack() as closers:
+        loader = closers.enter_context(opened(small, machine, tier="resident"))
+        loader.fill()  # type: ignore[attr-defined]
+        works = stages.alone(loader, closers)
+        assert [work.name for work in works] == ["order", "colour", "hand-over"]
+        turns = take_turns([*works, stages.whole(loader)], 0.02, 1)
+        assert turns["loader"].rates[0] > 0
+        assert cut_off(lambda machine: opened(small, machine, tier="resident"), machine, ["colour"], closers) == []
+
+
+# Turns, cold files, the sweep
+
+def test_turns() -> None:
+    def work() -> Any:
+        while True:
+            time.sleep(0.001)
+            yield 3
+    found = take_turns([Work("a", work(), warm=2), Work("b", work())], 0.005, 2)
+    assert len(found["a"].rates) == 2 and 0 < found["a"].rates[0] < 3000 and len(found["b"].latencies_ms) >= 4
+    p50, p95, p99, most = found["a"].percentiles_ms()
+    assert 1 <= p50 <= p95 <= p99 <= most
+    assert found["a"].waited == 0 and found["a"].causes() == {} and Turns().waited == 0
+    with pytest.raises(ValueError, match=r"works \(=\['a', 'a'\]\) must have different names"):
+        take_turns([Work("a", work()), Work("a", work())], 0.1, 1)
+    assert rss_mb() > 10 and machine_cpu_s() > 0
+
+
+def test_depths_and_latencies_of_the_whole_loader(small: tuple[SampleIndex, Stats]) -> None:
+    with opened(small) as loader:
+        turns = take_turns([stages.fed(loader, lambda batch: time.sleep(0.02))], 0.1, 2)["together"]
+    assert turns.depth and max(count for _, count in turns.depth) <= MACHINE.queue
+    assert len(turns.latencies_ms) >= 4 and turns.rss_mb[2] >= turns.rss_mb[0] > 0
+    assert stages.as_together(turns).rate > 0
+
+
+def test_cold(small: tuple[SampleIndex, Stats]) -> None:
+    turns, note = cold_pass(lambda: opened(small), small[0], "train", 0.05, 2)
+    assert len(turns.rates) == 2 and "1 file" in note and "start-up included" in note
+    assert stages.as_loader(turns).waited > 0
+
+
+def test_dropping_is_reported_as_it_went(small: tuple[SampleIndex, Stats]) -> None:
+    dropped = drop(small[0], "train")
+    assert dropped.files == 1 and dropped.bytes == small[0].archives[0].size
+    assert dropped.kept is None or 0 <= dropped.kept <= 1
+    assert Dropped(2, 3_000_000, None).note == "2 files, 3 MB asked to be forgotten; the file system does not say whether it did"
+    assert "keeps 50% of 1 file" in Dropped(1, 10, 0.5).note and "no cold figure" in Dropped(1, 10, 0.5).note
+    assert Dropped(1, 2_000_000, 0.0).note == "1 file, 2 MB forgotten by the page cache"
+
+
+def test_sweep_keeps_the_best(small: tuple[SampleIndex, Stats]) -> None:
+    along = [("prefetch", (1, 2)), ("batch", (5, 10))]
+    points = sweep(lambda machine, batch: opened(small, machine, batch), MACHINE, BATCH, along, 0.03, 1)
+    assert {tuple(sorted(point.settings)) for point in points} == {("batch", "prefetch")}
+    assert len(points) == len({tuple(point.settings.items()) for point in points}) >= 3
+    assert all(isinstance(point, Point) and point.rate > 0 for point in points)
+    assert [name for name, _ in axes(MACHINE, 64, 8, True)] == ["threads", "prefetch", "read_threads", "batch", "hw_decoder_load"]
+    assert dict(axes(MACHINE, 64, 8, False))["threads"] == [1, 4, 8] and dict(axes(MACHINE, 1, 8, False))["batch"] == [1, 2]
+
+
+def test_ready_inputs_are_our_own_memory(small: tuple[SampleIndex, Stats]) -> None:
+    with opened(small) as loader:
+        ready = stages.make_ready(loader)
+        assert len(ready.prepared) == len(loader) == 4 and all(view.flags.owndata for view in ready.prepared[0].inputs.encoded)
+        assert stages.image_bytes(loader) == pytest.approx(float(np.mean(small[0].samples["size"])))

@@ -1,0 +1,163 @@
+"""The verdict as a function of figures: which stage, the figures in the sentence, YAML that can be pasted."""
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.config import LoaderConfig
+from tools.profile.figures import EndToEnd, Facts, Measured, Stage, Together
+from tools.profile.verdict import NETWORK, Verdict, limiting, resident_bytes, verdict
+
+IMAGENET = 1_281_167
+FACTS = Facts("archives", LoaderConfig(threads=2), cores=16, gpu=False, images=IMAGENET, square_px=256, image_bytes=110e3,
+              square=True, ram_bytes=64 << 30)
+
+
+def stage(name: str, rate: float, cpu_ms: float, threads: int = 2, image_bytes: float = 0.0) -> Stage:
+    return Stage(name, (rate * 0.9, rate, rate * 1.1), (cpu_ms,), threads, image_bytes)
+
+
+STAGES = (stage("order", 100e3, 0.01), stage("read", 90e3, 0.01, image_bytes=110e3), stage("crc", 60e3, 0.02),
+          stage("decode", 2000, 1.0), stage("resize", 3000, 0.65), stage("colour", 10e3, 0.15), stage("hand-over", 1e6, 0.001))
+
+
+def loader(rate: float, cpu_ms: float = 1.9, waited: float = 0.99, **causes: float) -> EndToEnd:
+    return EndToEnd((rate,), (cpu_ms,), (60.0, 70.0, 80.0, 90.0), waited, causes)
+
+
+def judge(whole: EndToEnd, facts: Facts = FACTS, stages: tuple[Stage, ...] = STAGES, **more: Any) -> Verdict:
+    return verdict(Measured(stages, whole, **more), facts)
+
+
+def pasted(found: Verdict) -> dict[str, dict[str, Any]]:
+    return yaml.safe_load(found.advice_yaml) or {}
+
+
+def test_waiting_for_dali_is_decode_and_more_threads_lift_it() -> None:
+    found = judge(loader(1000, decode=0.7, colour=0.3), need=5000)
+    assert found.limit == "decode" and found.headroom == pytest.approx(0.2)
+    for figure in ("1,000 img/s", "0.20 of the 5,000", "70%", "2,000 img/s", "1.00 of the stages' 1.84 CPU ms"):
+        assert figure in found.sentence
+    assert pasted(found) == {"machine": {"threads": 16}, "data": {"tier": "packed", "packed": "FOLDER"}}
+
+
+def test_busy_cores_get_no_more_threads() -> None:
+    busy = judge(loader(8000, decode=0.9), replace(FACTS, settings=LoaderConfig(threads=15)))
+    assert "all 16 cores are busy" in busy.sentence and "machine" not in pasted(busy)
+    others = judge(loader(1000, decode=0.9), replace(FACTS, others=0.9))
+    assert "90% with other programs" in others.sentence and "machine" not in pasted(others)
+    assert "measure again on an idle machine" in others.advice_yaml
+
+
+def test_resize_when_it_takes_more_of_the_same_threads() -> None:
+    assert judge(loader(1000, colour=0.9)).limit == "resize"  # 3,000 img/s alone; colour 10,000
+    stages = tuple(replace(one, rates=(500.0,)) if one.name == "colour" else one for one in STAGES)
+    assert judge(loader(1000, colour=0.9), stages=stages).limit == "colour"
+    assert limiting(Measured(tuple(replace(one, rates=(500.0,)) if one.name == "resize" else one for one in STAGES),
+                             loader(1000, decode=0.9)), gpu=True) == ("resize", "decode")
+
+
+def test_finishing_pixels_while_dali_is_late_is_no_evidence_against_colour() -> None:
+    assert limiting(Measured(STAGES, loader(1000, decode=0.3, colour=0.7))) == ("decode", "decode")
+    assert limiting(Measured(STAGES, loader(1000, decode=0.05, colour=0.95))) == ("resize", "colour")
+
+
+def test_the_slowest_of_the_stages_before_decoding() -> None:
+    slow = tuple(replace(one, rates=(50.0,)) if one.name == "read" else one for one in STAGES)
+    found = judge(loader(50, cpu_ms=1.9, read=0.97, decode=0.03), stages=slow, need=1000)
+    assert found.limit == "read" and "MB/s" in found.sentence and "waited for bytes in 97%" in found.sentence
+    assert pasted(found) == {"machine": {"read_threads": 4}, "data": {"tier": "packed", "packed": "FOLDER"}}
+    checks = tuple(replace(one, rates=(50.0,)) if one.name == "crc" else one for one in STAGES)
+    found = judge(loader(50, read=0.97), stages=checks)
+    assert found.limit == "crc" and pasted(found)["machine"] == {"read_threads": 4, "check_crc": False}
+
+
+def test_turning_disks_are_read_forwards() -> None:
+    slow = tuple(replace(one, rates=(50.0,)) if one.name == "read" else one for one in STAGES)
+    facts = replace(FACTS, tier="packed", spinning=True)
+    assert pasted(judge(loader(50, read=0.9), facts, slow))["data"] == {"tier": "streamed"}
+
+
+def test_colour_and_copy() -> None:
+    packed = tuple(one for one in STAGES if one.name != "resize")
+    assert judge(loader(900, colour=0.95), stages=packed).limit == "colour"
+    found = judge(loader(900, copy=0.95))
+    assert found.limit == "hand-over" and "no setting lifts this" in found.advice_yaml and not pasted(found)
+    own = judge(loader(900, waited=0.1, decode=1.0))
+    assert own.limit == "hand-over" and "waited for in 10% of the time only" in own.sentence
+
+
+def test_copy_on_a_gpu_is_lifted_by_its_own_memory() -> None:
+    stages = (*STAGES[:-1], stage("copy", 500, 0.1), STAGES[-1])
+    gpu = replace(FACTS, gpu=True, gpu_bytes=280 << 30)
+    assert pasted(judge(loader(500, copy=0.9), gpu, stages)) == {
+        "machine": {"resident_memory": "gpu"}, "data": {"tier": "resident", "resident": "rgb"}}
+    half = judge(loader(500, copy=0.9), replace(gpu, gpu_bytes=141 * 10 ** 9), stages)
+    assert pasted(half)["data"] == {"tier": "resident", "resident": "yuv420"}
+    kept = judge(loader(500, copy=0.9), replace(gpu, tier="resident"), stages)
+    assert pasted(kept) == {"machine": {"resident_memory": "gpu"}}
+
+
+def test_decoding_on_a_gpu_names_the_decoders_share() -> None:
+    found = judge(loader(5000, decode=0.9), replace(FACTS, gpu=True))
+    assert pasted(found)["machine"]["hw_decoder_load"] == 0.65 and "--sweep" in found.advice_yaml
+
+
+def test_resident_set_fits_or_is_said_not_to() -> None:
+    assert resident_bytes(FACTS, "rgb") == 251_887_681_536 == 2 * resident_bytes(FACTS, "yuv420")  # "252 GB as RGB"
+    assert "would need 251.9 GB (rgb) or 125.9 (yuv420)" in judge(loader(1000, decode=0.9)).advice_yaml
+    packed = replace(FACTS, tier="packed", ram_bytes=300 << 30)
+    assert pasted(judge(loader(1000, decode=0.9), packed))["data"] == {"tier": "resident", "resident": "rgb"}
+    offered = judge(loader(1000, decode=0.9), replace(FACTS, ram_bytes=150 << 30))
+    assert "tier: resident, resident: yuv420" in offered.advice_yaml and pasted(offered)["data"]["tier"] == "packed"
+    full = judge(loader(1000, decode=0.9), replace(packed, square=False))
+    assert "cannot serve this recipe" in full.advice_yaml and "data" not in pasted(full)
+
+
+def test_uneven_batches_get_a_longer_queue() -> None:
+    uneven = replace(loader(1000, decode=0.9), latency_ms=(10.0, 20.0, 50.0, 90.0))
+    assert pasted(judge(uneven))["machine"]["queue"] == 4
+
+
+def test_the_network_limits_when_nobody_waits() -> None:
+    quiet = Together((990.0,), 0.001, {})
+    found = judge(loader(4000, decode=0.9), need=1000, together=quiet)
+    assert found.limit == NETWORK and found.headroom == 4 and "4.0× head-room" in found.sentence and not pasted(found)
+    assert judge(loader(4000, decode=0.9), need=1000).limit == NETWORK
+    assert judge(loader(950, decode=0.9), need=1000).limit == "decode"
+    assert judge(loader(950, decode=0.9), need=1000, together=quiet).limit == NETWORK
+
+
+def test_a_network_on_the_same_cores_is_left_some() -> None:
+    facts = replace(FACTS, settings=LoaderConfig(threads=8))
+    slow = Together((700.0,), 0.01, {})
+    found = judge(loader(4000, decode=0.9), facts, need=1000, together=slow, network_here=True)
+    assert pasted(found) == {"machine": {"threads": 3}} and "share the cores" in found.sentence
+
+
+def test_a_loop_that_waits_names_the_loaders_stage_whatever_the_rates() -> None:
+    waiting = Together((700.0,), 0.3, {"colour": 1.0})
+    found = judge(loader(4000, decode=0.9), need=1000, together=waiting)
+    assert found.limit == "decode" and "they reach 700, and 30% of the time is waiting for the loader" in found.sentence
+
+
+def test_without_evidence_the_slowest_stage_alone() -> None:
+    assert limiting(Measured(STAGES, loader(1000))) == ("decode", "alone")
+
+
+def test_stages_that_are_missing() -> None:
+    with pytest.raises(ValueError, match=r"stages \(=none\) must have been measured"):
+        judge(loader(1000), stages=())
+    resident = tuple(one for one in STAGES if one.name in ("order", "colour", "hand-over"))
+    found = judge(loader(5000, colour=0.99), replace(FACTS, tier="resident", settings=LoaderConfig(threads=16)), resident)
+    assert found.limit == "colour" and "no setting lifts colour" in found.advice_yaml
+
+
+def test_figures() -> None:
+    measured = Measured(STAGES, loader(1000, cpu_ms=2.0), need=500)
+    assert measured.headroom == 2 and measured.remainder_ms == pytest.approx(2.0 - 1.841)
+    assert measured.stage("copy") is None
+    read = measured.stage("read")
+    assert read is not None and read.mb_s == pytest.approx(9900) and read.core_rate == pytest.approx(100e3)
+    assert stage("order", 10, 0.0).core_rate == float("inf")

@@ -1,0 +1,117 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.helpers.small_set import photographs, write_set
+
+from pipeline.config import DataConfig, LoaderConfig
+from pipeline.index.sample_index import SampleIndex
+from pipeline.reading.source import Quarantine, Reader, SampleError
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> SampleIndex:
+    return write_set(tmp_path, photographs(5))
+
+
+def test_views_are_the_files_bytes(index: SampleIndex) -> None:
+    reader = Reader(index)
+    reader.announce(index.ids("train"))
+    for id, blob in enumerate(photographs(5)):
+        view = reader.read(id)
+        assert view.tobytes() == blob and not view.flags.writeable and view.base is not None
+
+
+def test_every_flipped_bit_of_a_file_is_found(index: SampleIndex) -> None:
+    row = index.samples[2]
+    path = index.archive_path(0)
+    content = bytearray(path.read_bytes())
+    for bit in range(0, int(row["size"]) * 8, 997):
+        place = int(row["offset"]) + bit // 8
+        content[place] ^= 1 << bit % 8
+        path.write_bytes(content)
+        with pytest.raises(SampleError, match=r"sample 2 \(=train_0002.JPEG in .*\) has another CRC-32"):
+            Reader(index).read(2)
+        if bit // 8 > 1000:  # behind the header
+            assert len(Reader(index, check_crc=False).read(2)) == row["size"]
+        content[place] ^= 1 << bit % 8
+
+
+def test_an_index_without_crcs_is_not_checked(tmp_path: Path) -> None:
+    index = write_set(tmp_path / "plain", photographs(2), crc32=False)
+    assert len(Reader(index).read(0)) == index.samples[0]["size"]
+
+
+def test_quarantine_counts_samples_once_and_remembers(index: SampleIndex, tmp_path: Path) -> None:
+    path = tmp_path / "quarantine.jsonl"
+    kept = Quarantine(2, path)
+    for _ in range(3):
+        kept.add(index, SampleError(index, 1, "is torn"), epoch=0, step=4)
+    kept.add(index, SampleError(index, 3, "is torn"), epoch=0, step=5)
+    assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == [1, 3]
+    with open(path, "a") as file:
+        file.write('{"id": 4, "mem')  # cut off by a kill
+    assert Quarantine(2, path, process=1).ids == {1, 3} and not path.read_text().endswith("\n")
+    again = Quarantine(2, path)
+    assert again.ids == {1, 3}
+    with pytest.raises(RuntimeError, match=r"quarantine \(=3 unreadable samples\) must not exceed its budget \(=2\); the last "
+                                           r"one: sample 0 .* all in .*quarantine.jsonl; or raise"):
+        again.add(index, SampleError(index, 0, "is torn"))
+    last = Quarantine(2, path)
+    assert last.ids == {0, 1, 3}  # the line after the one cut off is whole
+    with pytest.raises(RuntimeError, match=r"quarantine \(=3 unreadable samples\) must not exceed"):
+        last.add(index, SampleError(index, 1, "is torn"))  # starting again does not raise the budget
+
+
+def test_the_quarantine_of_several_processes_is_one(index: SampleIndex, tmp_path: Path) -> None:
+    """Each writes what it finds, all count all of it, whoever found it and whenever they began."""
+    path = tmp_path / "quarantine.jsonl"
+    first, fourth = Quarantine(3, path), Quarantine(3, path, process=3)
+    first.add(index, SampleError(index, 0, "is torn"), epoch=0)
+    fourth.add(index, SampleError(index, 1, "is torn"), epoch=0)
+    fourth.add(index, SampleError(index, 0, "is torn"), epoch=0)  # named already
+    found = {file.name: [json.loads(line)["id"] for line in file.read_text().splitlines()] for file in tmp_path.glob("q*.jsonl")}
+    assert found == {"quarantine.jsonl": [0], "quarantine-3.jsonl": [1]}
+    with open(tmp_path / "quarantine-3.jsonl", "a") as file:
+        file.write('{"id": 2, "me')  # being written: counts when it is whole
+    first.add(index, SampleError(index, 3, "is torn"))
+    assert first.ids == {0, 1, 3}
+    with open(tmp_path / "quarantine-3.jsonl", "a") as file:
+        file.write('mber": "x"}\n')
+    with pytest.raises(RuntimeError, match=r"quarantine \(=4 unreadable samples\) must not exceed its budget \(=3\); the last "
+                                           r"one: sample 1 .* all in .*quarantine\*.jsonl; or raise"):
+        Quarantine(3, path, process=2).add(index, SampleError(index, 1, "is torn"))
+    with pytest.raises(RuntimeError, match=r"quarantine \(=5 unreadable samples\)"):
+        first.add(index, SampleError(index, 4, "is torn"))
+    assert not (tmp_path / "quarantine-2.jsonl").exists() and Quarantine(3, path, process=9).ids == {0, 1, 2, 3, 4}
+
+
+def test_settings_out_of_range_are_explained() -> None:
+    for key, value, message in (("threads", -1, "at least 0"), ("prefetch", 0, "at least 1"), ("read_threads", -2, "at least 0"),
+                                ("quarantine_budget", 1.5, "share between 0 and 1"), ("hw_decoder_load", -0.1, "share between")):
+        with pytest.raises(ValueError, match=rf"machine.{key} \(={value}\) must be .*{message}"):
+            LoaderConfig(**{key: value})
+    good = {"region": "square", "square_px": 256, "crop_px": 227, "mirror": True, "lighting": 0.1, "mean": "image"}
+    for key, bad, message in (("region", "middle", "one of square, full"), ("mean", "none", "one of image"),
+                              ("square_px", 0, "at least"), ("crop_px", 257, r"lie in 1…data.square_px \(=256\)"),
+                              ("lighting", -1.0, "standard deviation"),
+                              ("region", "full", "needs data.region square")):
+        name = "mean" if (key, bad) == ("region", "full") else key
+        with pytest.raises(ValueError, match=rf"data.{name} \(=.*{message}"):
+            DataConfig(**{**good, key: bad})  # type: ignore[arg-type]
+    assert np.isclose(DataConfig(**good).lighting, 0.1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("spoil, place", [(b"\x00\x00", 0), (b"\x00\x01\x00\x01", None)])
+def test_without_a_crc_the_header_must_still_be_the_indexs(tmp_path: Path, spoil: bytes, place: int | None) -> None:
+    """DALI dies of one that it cannot parse, and one of another size would be cut elsewhere."""
+    blob = photographs(5)[2]
+    place = blob.index(b"\xff\xc0") + 5 if place is None else place  # height and width
+    index = write_set(tmp_path, photographs(5), crc32=False)
+    with open(index.archive_path(0), "r+b") as file:
+        file.seek(int(index.samples[2]["offset"]) + place)
+        file.write(spoil)
+    assert len(Reader(index).read(1)) == index.samples[1]["size"]
+    with pytest.raises(SampleError, match=r"sample 2 \(=train_0002.JPEG in .*\) has another header than the index; run"):
+        Reader(index).read(2)

@@ -1,0 +1,231 @@
+"""What a report says: what counts as one result, what is held against the paper, what a change costs."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.reports import Page, checked, recipe, report, small, write_run
+from train.report import paper
+from train.report.compare import Difference, Ensemble, ablations, difference, sooner
+from train.report.facts import Run
+from train.report.groups import Stat, group, stat
+from train.report.runs import read_run
+from train.report.tables import _five
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return small(tmp_path_factory.mktemp("recipe"))
+
+
+def test_seeds_are_one_row_with_mean_and_deviation(tmp_path: Path, base: dict[str, Any]) -> None:
+    other = copy.deepcopy(base)
+    other["optimizer"]["lr"] = 0.02
+    faster = copy.deepcopy(base)
+    faster["machine"]["threads"] = 7
+    runs = [write_run(tmp_path / "full-s1", base, 1, test=0.40), write_run(tmp_path / "full-s2", faster, 2, test=0.42),
+            write_run(tmp_path / "full-s3", base, 3, test=0.47), write_run(tmp_path / "other", other, 1)]
+    page = checked(report(tmp_path / "r.html", *runs)[0])
+    first, second = page.rows("Results on nowhere (6 classes, about 7")
+    # Mean 43, deviations −3, −1, 4: sd = sqrt(26 / 2).
+    assert (first["recipe"], first["seeds"], first["epochs"]) == ("full", "3", "3")
+    assert first["test top-1 error, %"] == f"43.00 ± {math.sqrt(13):.2f}" == "43.00 ± 3.61"
+    assert first["test top-5 error, %"] == "21.50 ± 1.80" and first["test"] == "val, 10 views"
+    assert (first["validation top-1 error, %"], first["images/s"]) == ("50.00 ± 0.00", "100 ± 0")
+    assert (first["waiting, % of time"], first["training, minutes"]) == ("4.0 ± 0.0", "3.0 ± 0.0")
+    assert (second["recipe"], second["seeds"], second["test top-1 error, %"]) == ("other", "1", "40.00")
+
+
+def test_other_images_precision_and_weights_are_other_results(tmp_path: Path, base: dict[str, Any]) -> None:
+    precise, tuned = copy.deepcopy(base), copy.deepcopy(base)
+    precise["machine"]["precision"] = "bf16"
+    tuned["init_from"] = {"checkpoint": "runs/x", "renew": []}
+    runs = [write_run(tmp_path / "a", base), write_run(tmp_path / "b", base, 2, index="j" * 64),
+            write_run(tmp_path / "c", precise, 3), write_run(tmp_path / "d", tuned, 4)]
+    assert [len(one.runs) for one in group([read_run(run) for run in runs])] == [1, 1, 1, 1]
+
+
+def test_a_seed_twice_is_counted_once_and_those_behind_are_not_averaged(tmp_path: Path, base: dict[str, Any]) -> None:
+    runs = [write_run(tmp_path / "a-1", base, 1, test=0.4), write_run(tmp_path / "a-1-again", base, 1, errors=(0.8,), test=None),
+            write_run(tmp_path / "a-2", base, 2, test=0.5), write_run(tmp_path / "a-3", base, 3, errors=(0.9,), test=None)]
+    page = checked(report(tmp_path / "r.html", *runs)[0])
+    row, = page.rows("Results on nowhere (6 classes, about 7")
+    assert (row["seeds"], row["epochs"], row["test top-1 error, %"]) == ("2 of 3", "1–3 of 3", "45.00 ± 7.07")
+    assert row["validation top-1 error, %"] == "50.00 ± 0.00"
+    assert "a-1-again (seed 1): another run of this seed is counted in its place" in page.text
+    assert "a-3 (seed 3): not finished: 1 of 3 epochs" in page.text
+
+
+def test_stat_and_difference_against_scipy() -> None:
+    from scipy.stats import ttest_ind
+
+    one, other = [0.41, 0.44, 0.42], [0.40, 0.38, 0.405, 0.39]
+    mine = difference(one, [*other, None])
+    limits = ttest_ind(one, other, equal_var=False).confidence_interval(0.95)
+    assert mine is not None and mine.half is not None
+    assert (mine.mean - mine.half, mine.mean + mine.half) == pytest.approx((limits.low, limits.high), abs=1e-9)
+    single = difference([0.5], [0.4, 0.3])
+    assert single is not None and single.mean == pytest.approx(0.15) and single.half is None
+    assert difference([None], other) is None and stat([None]) is None
+    same = difference([0.5, 0.5], [0.25, 0.25])
+    assert same is not None and (same.mean, same.half) == (0.25, 0.0)
+
+
+@pytest.mark.parametrize("batch, train", [(8, 72), (128, 1_281_167), (128, 50_000), (7, 72), (256, 100)])
+def test_training_images_are_counted_from_the_steps(tmp_path: Path, base: dict[str, Any], batch: int, train: int) -> None:
+    config = copy.deepcopy(base)
+    config["train"]["batch"] = batch
+    run = read_run(write_run(tmp_path / "run", config, errors=(0.9,) * 20, train=train))
+    assert run.train_images is not None and run.train_images[0] <= train <= run.train_images[1]
+    assert run.train_images[1] - run.train_images[0] < batch
+
+
+def ours(page: Page) -> list[dict[str, str]]:
+    """Rows of the paper's table in which something of ours stands."""
+    return [row for row in page.rows("The paper’s results beside ours")
+            if {row["our top-1 error, %"], row["our top-5 error, %"], row["our runs"]} != {"–"}]
+
+
+def test_ours_stands_beside_the_paper_only_when_it_is_the_same(tmp_path: Path) -> None:
+    config = recipe("alexnet_ilsvrc2012")
+    imagenet: dict[str, Any] = {"images": 50_000, "train": 1_281_167, "errors": (0.6,) * 90}
+    narrow, tiny = copy.deepcopy(config), recipe("tiny100")
+    narrow["model"]["layers"]["fc6"]["neurons"] = 2048
+    runs = {"tiny": write_run(tmp_path / "tiny", tiny, images=5000, train=50_000, errors=(0.5,) * 50),
+            "full size on other images": write_run(tmp_path / "full_tiny", config, images=5000, train=50_000, index="t" * 64),
+            "a narrower network": write_run(tmp_path / "narrow", narrow, 1, **imagenet)}
+    for what, run in runs.items():
+        assert ours(checked(report(tmp_path / "r.html", run)[0])) == [], what
+    normalised = copy.deepcopy(config)
+    normalised["model"]["lrn"] = None
+    more = [write_run(tmp_path / "net-s1", config, 1, test=0.41, **imagenet),
+            write_run(tmp_path / "net-s2", config, 2, test=0.40, **imagenet),
+            write_run(tmp_path / "no_lrn", normalised, 1, test=0.42, views=1, **imagenet)]
+    first, second = ours(checked(report(tmp_path / "r.html", *runs.values(), *more)[0]))
+    assert (first["experiment"], first["data"], first["paper top-1 error, %"]) == ("the network", "ILSVRC-2012 val", "40.66")
+    assert first["our top-1 error, %"] == "40.50 ± 0.71" and first["our runs"] == "net: 2 seeds"
+    assert second["experiment"] == "no response normalisation"
+    assert second["our top-1 error, %"] == "–" and second["our runs"] == "no_lrn: not tested with ten crops"
+
+
+def test_an_unfinished_run_shows_how_far_it_is_and_no_figure(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "net", recipe("alexnet_ilsvrc2012"), errors=(0.6,) * 13, test=None, images=50_000, train=1_281_167)
+    row, = ours(checked(report(tmp_path / "r.html", run)[0]))
+    assert row["our runs"] == "net: not finished: 13 of 90 epochs" and row["our top-1 error, %"] == "–"
+
+
+def test_changes_stand_beside_the_papers_with_what_else_differs(tmp_path: Path) -> None:
+    tiny = recipe("tiny100")
+    normalised, shallow = copy.deepcopy(tiny), copy.deepcopy(tiny)
+    normalised["model"]["lrn"] = None
+    del shallow["model"]["layers"]["conv4"]
+    shallow["train"]["epochs"] = 40
+    runs = []
+    for seed, error in ((1, 0.50), (2, 0.52)):
+        runs += [write_run(tmp_path / f"full-s{seed}", tiny, seed, test=error, images=5000, train=50_000),
+                 write_run(tmp_path / f"no_lrn-s{seed}", normalised, seed, test=error + 0.03, images=5000, train=50_000)]
+    runs += [write_run(tmp_path / "shallow", shallow, 1, test=0.6, images=5000, train=50_000),
+             write_run(tmp_path / "elsewhere", normalised, 1, test=0.1, images=5000, train=50_000, index="x" * 64)]
+    page = checked(report(tmp_path / "r.html", *runs, "--json", tmp_path / "r.json")[0])
+    rows = {row["change"]: row for row in page.rows("Changes to the network")}
+    assert rows["the network (full)"]["our top-1 error, %"] == "51.00 ± 1.41"
+    lrn = rows["no response normalisation (no_lrn: no LRN)"]
+    # Two seeds each with sd √2: standard error √2, two degrees of freedom: 4.303 √2 = 6.08.
+    assert (lrn["our top-1, points"], lrn["paper top-1, points"], lrn["our seeds"]) == ("+3.00 ± 6.08", "+1.37", "2")
+    assert "also differs" not in lrn["source of the paper’s figure"]
+    layer = rows["a middle layer removed (shallow: without conv4)"]
+    assert (layer["our top-1, points"], layer["paper top-1, points"]) == ("+9.00", "about +2")
+    assert "also differs: train.epochs: 50 -> 40" in layer["source of the paper’s figure"]
+    assert rows["pooling that does not overlap"]["our top-1, points"] == "–"  # not run
+    assert "Ours are on tiny100 (100 classes, about 49,99" in page.text and "other data and another size" in page.text
+    found = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert {entry["name"] for entry in found["changes"]} == {"no_lrn", "shallow"}, "those on other images have no full network"
+
+
+def test_a_network_that_learned_nothing_is_named(tmp_path: Path) -> None:
+    tiny = recipe("tiny100")
+    normalised = copy.deepcopy(tiny)
+    normalised["model"]["lrn"] = None
+    longer = copy.deepcopy(tiny)
+    longer["train"]["epochs"] = 99
+    runs = [write_run(tmp_path / name, config, test=error, images=5000, train=50_000) for name, config, error in (
+        ("full", tiny, 0.5), ("no_lrn", normalised, 0.99), ("longer", longer, 0.9862))]
+    page = checked(report(tmp_path / "r.html", *runs)[0])
+    assert "no_lrn (seed 1): its test is at chance: it learned nothing" in page.text and "full (seed 1): its" not in page.text
+    assert "longer (seed 1): its test" in page.text  # 69 right of 5,000; chance is 50 ± 7
+    row, = (row for row in page.rows("Changes to the network") if "no_lrn" in row["change"])
+    assert row["source of the paper’s figure"].endswith("release 148at chance: nothing was learned")
+
+
+def test_results_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    tiny = recipe("tiny100")
+    longer, longest, other = (copy.deepcopy(tiny) for _ in range(3))
+    longer["train"]["epochs"], longest["train"]["epochs"], other["model"]["lrn"] = 99, 100, None
+    folders = [("a/study/full-s1", tiny, 1), ("b/study/full-s1", longer, 1), ("c/full-s1", longest, 1), ("c/no_lrn", other, 1)]
+    runs = [read_run(write_run(tmp_path / name, config, seed, images=5000, train=50_000)) for name, config, seed in folders]
+    assert [one.name for one in group(runs)] == ["a/…/full-s1", "b/…/full-s1", "c/full-s1", "no_lrn"]
+    page = checked(report(tmp_path / "r.html", *(tmp_path / name for name, _, _ in folders))[0])
+    row, = (row for row in page.rows("Changes to the network") if "no_lrn" in row["change"])
+    assert "against" not in row["source of the paper’s figure"], "it is held against one only, the nearest"
+    halves = [Run(tmp_path / name, name, {**config, "train": {**config["train"], "seed": seed}})
+              for name, config, seed in (("x-s1", tiny, 1), ("x-s2", tiny, 2), ("x-s3", longer, 3), ("x-s4", longer, 4))]
+    assert [one.name for one in group(halves)] == ["x (seeds 1, 2)", "x (seeds 3, 4)"]
+
+
+def test_an_average_on_other_images_is_not_the_papers(tmp_path: Path) -> None:
+    config = recipe("alexnet_ilsvrc2012")
+    run = read_run(write_run(tmp_path / "net", config, errors=(0.6,) * 90, images=50_000, train=1_281_167))
+    one, = group([run])
+    five, row = Stat(0.3, None, 1), next(row for row in paper.ROWS if row.key == paper.FIVE)
+
+    def cells(images: int, views: int, members: int) -> list[str]:
+        less = Difference(-0.01, None)
+        return _five(row, [Ensemble(one, members, "val", images, views, five, five, less, less)])
+
+    assert cells(50_000, 10, 5) == ["30.00", "30.00", "net"]
+    assert cells(20_000, 10, 5) == cells(50_000, 1, 5) == cells(50_000, 10, 4) == ["–"] * 3
+
+
+def test_what_a_change_does_not_ask_for_is_named() -> None:
+    config = recipe("tiny100")
+    wide = copy.deepcopy(config)
+    wide["model"]["lrn"] = None
+    wide["model"]["layers"]["fc6"]["neurons"] = 512
+    wide["machine"]["precision"] = "bf16"
+    found = ablations(group([Run(Path(name), name, values) for name, values in (("full", config), ("wide", wide))]))
+    assert found[0].also == ("model.layers.fc6.neurons: 1024 -> 512", "machine.precision: fp32 -> bf16")
+
+
+def test_figure_1_compares_the_quickest_of_each_activation(tmp_path: Path, base: dict[str, Any]) -> None:
+    config = copy.deepcopy(base)
+    config["model"]["classes"] = 10
+    cifar: dict[str, Any] = {"images": 10_000, "train": 50_000}
+
+    def made(name: str, activation: str, lr: float, errors: tuple[float, ...]) -> Path:
+        values = copy.deepcopy(config)
+        values["model"]["activation"], values["optimizer"]["lr"] = activation, lr
+        return write_run(tmp_path / name, values, errors=errors, test=None, **cifar)
+
+    # Training errors are 0.1 more: 0.45, 0.30, 0.20 fall below 0.25 half-way through the third epoch.
+    runs = [made("relu", "relu", 0.1, (0.35, 0.2, 0.1)), made("slow", "relu", 0.01, (0.4, 0.4, 0.4)),
+            made("tanh", "tanh", 0.1, (0.4,) * 9 + (0.14,)), made("worse", "tanh", 0.5, (0.4,) * 12)]
+    pair = sooner(group([read_run(run) for run in runs]))
+    assert pair is not None and (pair.relu.name, pair.tanh.name) == ("relu", "tanh")
+    assert pair.relu_epochs is not None and pair.relu_epochs.mean == pytest.approx(2.5)
+    row, = checked(report(tmp_path / "r.html", *runs)[0]).rows("ReLU against tanh")
+    assert (row["paper"], row["ReLU, epochs"], row["our runs"]) == ("about 6", "2.5", "relu, tanh")
+    assert float(row["ours"]) == pytest.approx((9 + 0.25 / 0.26) / 2.5, abs=0.05)
+    row, = checked(report(tmp_path / "r.html", runs[1], runs[3])[0]).rows("ReLU against tanh")
+    assert (row["ours"], row["ReLU, epochs"]) == ("–", "not reached")
+    assert sooner(group([read_run(runs[0])])) is None
+    stuck = copy.deepcopy(config)
+    stuck["model"]["activation"], stuck["optimizer"]["lr"] = "relu", 0.1
+    runs.append(write_run(tmp_path / "relu-2", stuck, 2, errors=(0.9,) * 3, test=None, **cifar))
+    row, = checked(report(tmp_path / "r.html", runs[0], runs[2], runs[4])[0]).rows("ReLU against tanh")
+    assert (row["ours"], row["ReLU, epochs"]) == ("–", "2.5 (1 of 2 runs)"), "a mean over those that got there is too small"

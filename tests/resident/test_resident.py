@@ -1,0 +1,329 @@
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.helpers.small_set import photographs, write_set
+
+from pipeline.resident import yuv420 as yuv
+from pipeline.decoding.normalize import Colour
+from pipeline.config import DataConfig, LoaderConfig
+from pipeline.index.sample_index import SampleIndex
+from pipeline.loading.batch import Batch
+from pipeline.loading.train_loader import TrainLoader
+from pipeline.resident.layout import Form
+from pipeline.reading.source import Quarantine
+from pipeline.resident.train_loader import ResidentLoader
+from pipeline.loading.eval_loader import TestLoader
+from pipeline.stats import Stats, compute
+from pipeline.resident.ram_store import RamStore
+
+SMALL = DataConfig(region="square", square_px=76, crop_px=67, mirror=True, lighting=0.1, mean="image")
+COUNT = 48
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> SampleIndex:
+    return write_set(tmp_path_factory.mktemp("photos"), photographs(COUNT))
+
+
+@pytest.fixture(scope="module")
+def stats(photos: SampleIndex) -> Stats:
+    return compute(photos, "train", 76)
+
+
+@pytest.fixture(scope="module")
+def expected(photos: SampleIndex, stats: Stats, tmp_path_factory: pytest.TempPathFactory) -> list[Batch]:
+    """Three epochs of one process."""
+    with loader(photos, stats, tmp_path_factory.mktemp("expected")) as train:
+        return take(train, 18)
+
+
+def loader(index: SampleIndex, stats: Stats, folder: Path, resident: str = "rgb", *, data: DataConfig = SMALL, batch: int = 8,
+           memory: str = "ram", **options: object) -> ResidentLoader:
+    machine = LoaderConfig(threads=2, resident_folder=str(folder), resident_memory=memory)
+    return ResidentLoader(index, "train", data, batch, 7, stats, resident=resident, machine=machine,
+                          **options)  # type: ignore[arg-type]
+
+
+def take(train: TrainLoader, steps: int) -> list[Batch]:
+    """So many batches, across epochs."""
+    found: list[Batch] = []
+    while len(found) < steps:
+        for batch in train:
+            found.append(batch)
+            if len(found) == steps:
+                break
+    return found
+
+
+def digest(batches: list[Batch]) -> str:
+    found = hashlib.sha256()
+    for batch in batches:
+        for array in (batch.ids, batch.epochs, batch.labels.numpy(), batch.images.numpy()):
+            found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
+
+
+def squares_of(index: SampleIndex) -> dict[int, torch.Tensor]:
+    with TestLoader(index, "train", SMALL, 16, None) as test:
+        return {int(id): pixels.permute(2, 0, 1).contiguous() for batch in test
+                for id, pixels in zip(batch.ids, batch.images, strict=True)}
+
+
+@pytest.mark.parametrize("mean", ["image", "image_center", "channel"])
+@pytest.mark.parametrize("kind", ["rgb", "yuv420"])
+def test_crops_are_those_of_the_decoded_square(photos: SampleIndex, stats: Stats, tmp_path: Path, kind: str, mean: str) -> None:
+    data = DataConfig(**{**SMALL.__dict__, "mean": mean})
+    squares = squares_of(photos)
+    if kind == "yuv420":
+        squares = {id: yuv.decode(yuv.encode(square), 76) for id, square in squares.items()}
+    with loader(photos, stats, tmp_path, kind, data=data) as train:
+        colour = Colour(67, train._mean_image(), threads=1)
+        for batch in take(train, 14):  # while filling and after it
+            finish = train._finish(train.draws(batch.ids, batch.epochs), cut=True)
+            whole = colour([squares[int(id)] for id in batch.ids], finish)
+            assert torch.equal(batch.images, whole), batch.step
+            assert batch.labels.tolist() == (batch.ids % 5).tolist()
+        assert train.filled == (COUNT, COUNT)
+
+
+def test_pixels_are_tier_archives_but_for_single_grey_levels(photos: SampleIndex, stats: Stats, expected: list[Batch]) -> None:
+    with TrainLoader(photos, "train", SMALL, 8, 7, stats) as train:
+        archives = take(train, 18)
+    off, values = 0, 0
+    for ours, theirs in zip(expected, archives, strict=True):
+        assert np.array_equal(ours.ids, theirs.ids) and np.array_equal(ours.epochs, theirs.epochs)
+        assert torch.equal(ours.labels, theirs.labels) and ours.step == theirs.step
+        difference = (ours.images - theirs.images).abs()
+        assert difference.max() < 1.001
+        off, values = off + int((difference > 0.001).sum()), values + difference.numel()
+    assert off <= 5e-6 * values  # measured on photographs of 256 px: 0.5 in a million
+
+
+def test_resume_at_any_step_with_or_without_what_was_filled(photos: SampleIndex, stats: Stats, expected: list[Batch],
+                                                            tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    for done in (0, 1, 3, 5, 6, 7, 11, 13):
+        for folder in (tmp_path / str(done), kept):
+            with loader(photos, stats, folder) as train:
+                train.load_state_dict(json.loads(json.dumps({**train.state_dict(), "step": done})))
+                assert digest(take(train, 4)) == digest(expected[done:done + 4])
+                state = train.state_dict()
+                assert state["step"] == done + 4
+                train.close()  # whoever closes it goes on where he was
+                train.load_state_dict(state)
+                assert digest(take(train, 1)) == digest(expected[done + 4:done + 5])
+    with loader(photos, stats, kept) as train:
+        assert train.filled == (COUNT, COUNT)
+
+
+def test_after_the_fill_nothing_is_read(stats: Stats, expected: list[Batch], tmp_path: Path) -> None:
+    index = write_set(tmp_path, photographs(COUNT))
+    with loader(index, stats, tmp_path / "store") as train:
+        train.fill()
+        assert train.filled == (COUNT, COUNT) and train.step == 0
+    (tmp_path / "images.tar").unlink()
+    with loader(SampleIndex.load(tmp_path / "index"), stats, tmp_path / "store") as train:
+        assert digest(take(train, 18)) == digest(expected)
+        assert "decode" not in train.meter.spans() and train.meter.spans()["colour"].count >= 18
+        train.close()
+        assert train._store.sealed and train.note == ""  # type: ignore[union-attr]
+
+
+def test_filling_says_how_far_it_is_and_can_be_interrupted(photos: SampleIndex, stats: Stats, expected: list[Batch],
+                                                           tmp_path: Path) -> None:
+    class Enough(Exception):
+        pass
+
+    def stop(done: int, total: int) -> None:
+        raise Enough
+
+    seen: list[tuple[int, int]] = []
+    with loader(photos, stats, tmp_path, batch=2, shard=(0, 2)) as train:
+        train._most = 7
+        with pytest.raises(Enough):
+            train.fill(stop)
+        assert 7 <= train.filled[0] < COUNT // 2
+        train.fill(lambda done, total: seen.append((done, total)))
+        assert seen == [(7, 24), (14, 24), (21, 24), (24, 24)] and train.filled == (24, COUNT)  # rank 0's part of 2
+        assert not train._store.sealed  # type: ignore[union-attr]
+    with loader(photos, stats, tmp_path) as train:
+        assert train.filled == (24, COUNT) and digest(take(train, 8)) == digest(expected[:8])
+        assert train.filled == (COUNT, COUNT)
+
+
+def joined(parts: list[Batch]) -> Batch:
+    return Batch(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]),
+                 np.concatenate([part.ids for part in parts]), np.concatenate([part.epochs for part in parts]), parts[0].step)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_that_share_a_file_give_the_stream_of_one(photos: SampleIndex, stats: Stats, expected: list[Batch], tmp_path: Path,
+                                                        world: int) -> None:
+    ranks = [loader(photos, stats, tmp_path, shard=(rank, world)) for rank in range(world)]
+    rows = [take(train, 9) if rank else take(train, 4) + take(train, 5) for rank, train in enumerate(ranks)]
+    assert digest([joined(list(parts)) for parts in zip(*rows, strict=True)]) == digest(expected[:9])
+    assert all(train.filled == (COUNT, COUNT) for train in ranks)
+    for train in ranks:
+        train.close()
+
+
+def test_unreadable_samples_are_replaced_as_in_tier_archives(tmp_path: Path) -> None:
+    blobs = photographs(20)
+    s = compute(write_set(tmp_path / "healthy", blobs), "train", 76)
+    index = write_set(tmp_path, [blob[:len(blob) // 3] if id in (3, 7) else blob for id, blob in enumerate(blobs)])
+    with open(tmp_path / "images.tar", "r+b") as file:
+        file.seek(int(index.samples[12]["offset"]) + 700)
+        file.write(b"\xff\x00\xff")  # another CRC-32
+
+    def named(path: Path) -> dict[int, str]:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        assert len(lines) == len({line["id"] for line in lines})
+        return {line["id"]: line["reason"] for line in lines}
+
+    with TrainLoader(index, "train", SMALL, 5, 7, s, quarantine=Quarantine(3, tmp_path / "theirs.jsonl")) as train:
+        theirs = [batch.ids.tolist() for batch in take(train, 12)]
+    for part in range(2):  # the second process finds the others filled, and tries the three again
+        with loader(index, s, tmp_path / "store", batch=5, quarantine=Quarantine(3, tmp_path / f"ours{part}.jsonl")) as train:
+            ours = take(train, 12)
+            assert [batch.ids.tolist() for batch in ours] == theirs and train.filled == (17, 20)
+            assert named(tmp_path / f"ours{part}.jsonl") == named(tmp_path / "theirs.jsonl")
+            train.close()
+            assert train._store.sealed  # type: ignore[union-attr]
+    with loader(index, s, tmp_path / "other", batch=5, memory="gpu", quarantine=Quarantine(3)) as train:
+        assert digest(take(train, 12)) == digest(ours)
+    with loader(index, s, tmp_path / "third", batch=5, quarantine=Quarantine(2)) as train:
+        train.fill()
+        with pytest.raises(RuntimeError, match=r"quarantine \(=3 unreadable samples\) must not exceed its budget \(=2\)"):
+            take(train, 12)
+    broken = write_set(tmp_path / "all", [b"this is no picture " * 40] * 20)
+    with loader(broken, s, tmp_path / "fourth", batch=5, quarantine=Quarantine(20)) as train:
+        with pytest.raises(RuntimeError, match="has no readable stand-in among 100; the last one: sample"):
+            next(iter(train))
+
+
+def test_what_tier_resident_cannot_do_is_refused(photos: SampleIndex, stats: Stats, tmp_path: Path) -> None:
+    full = DataConfig(**{**SMALL.__dict__, "region": "full", "mean": "channel"})
+    with pytest.raises(ValueError, match=r"data.region \(=full\) must be square for tier resident"):
+        loader(photos, stats, tmp_path, data=full)
+    with pytest.raises(ValueError, match=r"data.resident \(=webp\) must be one of rgb, yuv420"):
+        loader(photos, stats, tmp_path, "webp")
+    with pytest.raises(RuntimeError, match=r"resident store \(=/proc/none/train.*\) cannot be made or opened"):
+        loader(photos, stats, Path("/proc/none"))
+
+
+def test_the_store_lies_beside_the_index_unless_told_otherwise(stats: Stats, tmp_path: Path) -> None:
+    index = write_set(tmp_path, photographs(COUNT))
+    with ResidentLoader(index, "train", SMALL, 8, 7, stats):
+        assert [path.name for path in sorted((tmp_path / "index" / "resident").iterdir())] == [
+            f"train-76-rgb-cpu-{index.split_sha256('train')[:16]}.{end}" for end in ("lock", "squares")]
+    assert SampleIndex.load(tmp_path / "index").ids("train").size == COUNT
+
+
+@pytest.mark.parametrize("kind", ["rgb", "yuv420"])
+def test_what_goes_to_a_device_becomes_the_same_crops(photos: SampleIndex, stats: Stats, tmp_path: Path, kind: str) -> None:
+    with loader(photos, stats, tmp_path, kind) as train, ThreadPoolExecutor(2) as pool:
+        train.fill()
+        found = train._store
+        assert isinstance(found, RamStore) and found.form == Form(kind, 76, 67)
+        ids = photos.ids("train")[5:30]
+        drawn = train.draws(ids, np.zeros_like(ids))
+        crops = found.uploaded(ids, drawn.top, drawn.left, pool, 2, torch.device("cpu"))
+        assert all(torch.equal(*pair) for pair in zip(crops, found.crops(ids, drawn.top, drawn.left)[:], strict=True))
+        for crop, place, top, left in zip(crops, ids, drawn.top, drawn.left, strict=True):
+            assert torch.equal(crop, found.crop(int(place), int(top), int(left)))
+
+
+KILLED = """
+import sys, time
+from tests.resident.test_resident import *
+from pipeline.resident.ram_store import RamStore
+put = RamStore.put
+def slowly(store, places, squares):  # else all of so few are there at once
+    for row in range(len(places)):
+        put(store, places[row:row + 1], squares[row:row + 1])
+        print("row", flush=True)
+        time.sleep(0.02)
+RamStore.put = slowly
+train = loader(SampleIndex.load(sys.argv[1]), Stats.for_index(SampleIndex.load(sys.argv[1]), 76), Path(sys.argv[2]))
+for batch in train:
+    pass
+"""
+
+
+def test_a_process_killed_while_filling_leaves_what_can_be_gone_on_with(photos: SampleIndex, stats: Stats, expected: list[Batch],
+                                                                        tmp_path: Path) -> None:
+    from pipeline.stats import stats_path
+
+    stats.save(stats_path(photos.path, 76))
+    squares = squares_of(photos)
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(photos.path), str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT,
+                               env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert process.stdout is not None
+    for _ in range(20):
+        assert process.stdout.readline() == b"row\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    with loader(photos, stats, tmp_path) as train:
+        filled = train.filled[0]
+        assert 20 <= filled < COUNT
+        for place in np.flatnonzero(train._store.have):  # a row that is marked is whole
+            row = train._store.pixels[place]  # type: ignore[union-attr]
+            assert torch.equal(torch.from_numpy(row), squares[int(place)].ravel())
+        assert digest(take(train, 18)) == digest(expected)
+        assert train.filled == (COUNT, COUNT)
+
+
+def rank_process(rank: int, folder: Path, index: Path) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    try:
+        photos = SampleIndex.load(index)
+        s = Stats.for_index(photos, 76)
+        found = {}
+        with loader(photos, s, folder / "shared", shard=(rank, 2)) as train:  # one file, filled by two at a time
+            found["ram"] = take(train, 12)
+        for kind in ("rgb", "yuv420"):
+            for name, shard in (("shard", (rank, 2)), ("replicate", (0, 1))):
+                with loader(photos, s, folder, kind, memory="gpu", shard=shard, group=dist.new_group(),
+                            quarantine=Quarantine(1)) as train:
+                    early = take(train, 5)
+                    train.close()  # in the middle of the fill, and batches of the others may be under way
+                    found[f"{kind} {name}"] = early + take(train, 13)
+                    assert train.filled == (COUNT - 1, COUNT)
+        with loader(photos, s, folder, memory="gpu", shard=(rank, 2), group=dist.new_group(), quarantine=Quarantine(1)) as train:
+            train.fill()
+            found["filled"] = take(train, 6)
+        torch.save(found, folder / f"rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_processes_share_one_file_or_their_memories(stats: Stats, tmp_path: Path) -> None:
+    from pipeline.stats import stats_path
+
+    blobs = photographs(COUNT)
+    index = write_set(tmp_path, [*blobs[:13], blobs[13][:len(blobs[13]) // 3], *blobs[14:]])
+    s = compute(index, "train", 76, machine=LoaderConfig(quarantine_budget=0.1))
+    s.save(stats_path(index.path, 76))
+    torch.multiprocessing.spawn(rank_process, (tmp_path, index.path), nprocs=2)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2))
+    for kind in ("rgb", "yuv420"):
+        with loader(index, s, tmp_path / kind, kind, quarantine=Quarantine(1)) as train:
+            alone = take(train, 18)
+        assert digest([joined(list(parts)) for parts in zip(first[f"{kind} shard"], second[f"{kind} shard"])]) == digest(alone)
+        assert digest(first[f"{kind} replicate"]) == digest(second[f"{kind} replicate"]) == digest(alone)
+        if kind == "rgb":
+            assert digest([joined(list(parts)) for parts in zip(first["ram"], second["ram"])]) == digest(alone[:12])
+            assert digest([joined(list(parts)) for parts in zip(first["filled"], second["filled"])]) == digest(alone[:6])

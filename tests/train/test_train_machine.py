@@ -1,0 +1,79 @@
+"""What a run asks of the machine, and what it says when there is too little of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.recipes import write_recipe
+from tests.helpers.runs import here, inside
+from train import build
+from train.evaluate import __main__ as evaluate
+from train.parallel import topology as distributed
+from train.parallel.topology import Topology, topology
+from train.recipe import load
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    return write_recipe(tmp_path)
+
+
+def test_a_gpu_computes_in_full_precision_and_with_exact_repeats(recipe: Path, tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `settle` asks of torch; no GPU is touched."""
+    asked: list[bool] = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    for owner, name in ((torch.backends.cudnn, "deterministic"), (torch.backends.cudnn, "benchmark"),
+                        (torch.utils.deterministic, "fill_uninitialized_memory")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    gpu = Topology(0, 1, 0, 1, 0, 1, torch.device("cuda", 0))
+    flags = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+        build.settle(load_with(recipe, tmp_path, "machine:", "machine:\n  precision: bf16\n  deterministic: false"), gpu)
+        assert torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32
+        build.settle(load(recipe), gpu)
+        assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+        assert asked == [False, True]
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = flags
+
+
+def load_with(recipe: Path, folder: Path, old: str, new: str) -> Any:
+    """A recipe with one line replaced."""
+    path = folder / "other.yaml"
+    path.write_text(recipe.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+    return load(path)
+
+
+def test_cublas_is_told_before_cuda_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(distributed, "_device", lambda wanted, local_rank: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: told.append(os.environ["CUBLAS_WORKSPACE_CONFIG"]))
+    for mine, expected in ((None, ":4096:8"), (":16:8", ":16:8")):
+        with monkeypatch.context() as patch:
+            patch.setenv("CUBLAS_WORKSPACE_CONFIG", mine or "x")
+            if mine is None:
+                patch.delenv("CUBLAS_WORKSPACE_CONFIG")
+            with topology(towers=2, device="cuda", timeout_s=5):
+                assert told.pop() == expected
+
+
+@pytest.mark.parametrize("text", ["", "Unable to allocate 3 GiB"])
+def test_too_little_memory_is_a_failure_of_the_machine(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                       text: str) -> None:
+    def fail(*args: Any) -> None:
+        raise MemoryError(*([text] if text else []))
+    monkeypatch.setattr(build, "settle", fail)
+    _, err = here(recipe, tmp_path, code=4)
+    assert err == (f"error: memory (={text or 'used up'}) does not suffice; lower train.batch, machine.test_batch or "
+                   "machine.prefetch\n")
+    monkeypatch.setattr(evaluate, "run", fail)
+    _, err = inside(evaluate.main, ["--run", "x"], code=4)
+    assert err == f"error: memory (={text or 'used up'}) does not suffice; give a smaller --batch\n"

@@ -1,0 +1,1 @@
+"""Benchmarks against other data loaders: `python -m tools.bench`."""

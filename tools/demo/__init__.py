@@ -1,0 +1,1 @@
+"""Generates a small data set and trains on it: `python -m tools.demo`."""

@@ -1,0 +1,1 @@
+"""Profiles the data loader, stage by stage."""

@@ -1,0 +1,1 @@
+"""Pictures of batches, kernels, predictions and neighbours."""

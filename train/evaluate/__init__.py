@@ -1,0 +1,1 @@
+"""Tests of trained networks: `python -m train.evaluate`."""

@@ -1,0 +1,1 @@
+"""Publishes trained networks: `python -m train.export`."""

@@ -1,0 +1,1 @@
+"""Processes of a run: ranks and groups, gradient all-reduce, failures."""
