@@ -18,7 +18,7 @@ import torch
 
 from tests.conftest import TinySet
 from tests.helpers.recipes import write_recipe
-from tests.helpers.runs import ALONE, MEASURED, PAIR, ROOT, finish, here, inside, launch, lines, pair, run, same, start, weights
+from tests.helpers.runs import ALONE, PAIR, finish, here, inside, launch, lines, pair, run, same, start, weights
 from train.checkpoint import checkpoint
 from train.config import ParallelConfig
 from train.parallel.topology import _place, topology
