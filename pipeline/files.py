@@ -1,57 +1,120 @@
-"""A file that is there whole or not at all, and temporaries that tell whether their writer still lives.
+"""Atomic files and folders, file locks, SHA-256 and JSON manifests: how everything that must survive a crash is written.
 
-A temporary is a hidden sibling named by host and process, locked (`flock`) as long as it is written; the kernel drops the lock
-when its writer dies, however. Whoever obtains the lock of a temporary has found what a dead process left.
+A file or folder under way is a temporary: a hidden sibling named by host and process, which its writer keeps locked (`flock`).
+The kernel drops the lock when the writer dies, however it dies, so a temporary whose lock is free is garbage (`remove_dead`).
+
+A manifest is a JSON object with an entry {"size", "sha256"} for each file it vouches for; it may also carry a hash of itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
+import json
 import os
+import secrets
+import shutil
 import socket
 from pathlib import Path
-from typing import BinaryIO, Iterator
+from typing import Any, BinaryIO, Iterable, Iterator, Mapping
+
+
+class LockHeld(RuntimeError):
+    """A lock that another process holds; the message says which process ("process 12 on host", or "another process")."""
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether a file is called like a temporary of `replacing`."""
+    """Whether a file or folder is called like a temporary of this module."""
     return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, keep: bool = False) -> Iterator[BinaryIO]:
-    """A file to write that becomes `path` in one rename, on disk, at the end; on an exception nothing remains.
+def atomic_write(path: Path, *, keep: bool = False) -> Iterator[BinaryIO]:
+    """A binary file to write that becomes `path` in one rename, on disk, at the end; on an exception nothing remains.
 
-    Any number of processes of any number of hosts may do so at once: the last one wins, with `keep` the first. Raises OSError.
+    Any number of processes on any number of hosts may write the same path at once: the last one wins, with `keep` the first.
+    Raises OSError.
     """
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    file = _locked(temporary)
+    temporary, descriptor = _create_temporary(path, is_folder=False)
     try:
-        with file:
+        with open(descriptor, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
             if keep:
-                _keep(temporary, path)
+                _rename_unless_there(temporary, path)
             else:
                 os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Put the names of a folder's files on disk."""
-    handle = os.open(folder, os.O_RDONLY)
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `path` in one rename, on disk, at the end; on an exception nothing remains.
+
+    `path.parent` must exist. Raises OSError, also when by then `path` is there and is no empty folder.
+    """
+    temporary, descriptor = _create_temporary(path, is_folder=True)
     try:
-        os.fsync(handle)
+        yield temporary
+        sync_tree(temporary)
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     finally:
-        os.close(handle)
+        os.close(descriptor)
+    sync(path.parent)
 
 
-def _keep(temporary: Path, path: Path) -> None:
+def remove_dead(folder: Path) -> list[Path]:
+    """Remove the temporaries in `folder` whose writers are dead; returns them."""
+    removed = []
+    for temporary in sorted(folder.iterdir()):
+        if not is_temporary(temporary):
+            continue
+        with contextlib.suppress(OSError):  # gone by now, its writer lives, or the file system has no locks
+            descriptor = os.open(temporary, os.O_RDONLY if temporary.is_dir() else os.O_RDWR)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if temporary.is_dir():
+                    shutil.rmtree(temporary)
+                else:
+                    temporary.unlink()
+            finally:
+                os.close(descriptor)
+            removed.append(temporary)
+    return removed
+
+
+def _create_temporary(path: Path, is_folder: bool) -> tuple[Path, int]:
+    """A new temporary for `path` and a descriptor of it, which holds its lock until it is closed."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+        try:
+            if is_folder:
+                temporary.mkdir()
+                descriptor = os.open(temporary, os.O_RDONLY)
+            else:
+                descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            continue
+        except FileNotFoundError:  # `remove_dead` was quicker, between mkdir and open; or there is no parent
+            if not path.parent.is_dir():
+                raise
+            continue
+        with contextlib.suppress(OSError):  # a file system without locks: then nobody removes it either
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if temporary.exists():  # `remove_dead` was not quicker
+            return temporary, descriptor
+        os.close(descriptor)
+
+
+def _rename_unless_there(temporary: Path, path: Path) -> None:
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -62,27 +125,113 @@ def _keep(temporary: Path, path: Path) -> None:
     temporary.unlink()
 
 
-def _locked(temporary: Path) -> BinaryIO:
-    while True:
-        file = open(temporary, "wb")
-        try:
-            with contextlib.suppress(OSError):  # a file system without locks: then nobody removes it either
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if os.stat(temporary).st_ino == os.fstat(file.fileno()).st_ino:
-                return file
-        except FileNotFoundError:  # `remove_dead` was quicker, between our open and our lock
-            pass
+def sync(path: Path) -> None:
+    """fsync a file's bytes, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """fsync a folder and everything below it."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
+
+
+def lock(path: Path, *, wait: bool = False) -> BinaryIO:
+    """Take the exclusive lock of the lock file `path`, which is created, holds the name of its holder, and stays for good.
+
+    The lock is free again when the returned file is closed (it is a context manager) and no child process has inherited it.
+    On a file system without locks nobody is kept out.
+
+    Args:
+        wait: until the lock is free.
+
+    Raises:
+        LockHeld: another process has it, and `wait` is not given.
+        OSError: the file cannot be created.
+    """
+    file = open(path, "a+b", buffering=0)  # not "w": the name of the holder must stay until the lock is ours
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read(200).decode(errors="replace").strip()
         file.close()
+        raise LockHeld(holder or "another process") from None
+    except OSError:  # a file system without locks
+        pass
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    return file
 
 
-def remove_dead(folder: Path) -> list[Path]:
-    """Remove the temporaries of `replacing` in a folder whose writers are dead; returns them."""
-    removed = []
-    for temporary in sorted(folder.iterdir()):
-        if not is_temporary(temporary) or not temporary.is_file():
-            continue
-        with contextlib.suppress(OSError), open(temporary, "rb") as file:  # gone by now, or its writer lives
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            temporary.unlink()
-            removed.append(temporary)
-    return removed
+def file_sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_sha256(content: Any) -> str:
+    """SHA-256 (hex) of a value as JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """A file's entry in a manifest: {"size": bytes, "sha256": hex}."""
+    return {"size": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def file_entries(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """File name → entry, for the "files" of a manifest."""
+    return {name: file_entry(folder / name) for name in names}
+
+
+def difference(path: Path, entry: Mapping[str, Any]) -> str:
+    """How a file differs from its manifest entry; "" when it does not.
+
+    A predicate for a message: ``f"checkpoint file (={path}) {difference(path, entry)}; use another checkpoint"``.
+    The SHA-256 is computed only where the size is right. Raises OSError when a file that is there cannot be read.
+    """
+    if not path.is_file():
+        return "is missing"
+    size = path.stat().st_size
+    if size != entry["size"]:
+        return f"has {size} bytes, was written with {entry['size']}"
+    sha256 = file_sha256(path)
+    if sha256 != entry["sha256"]:
+        return f"has SHA-256 {sha256[:16]}…, was written with {str(entry['sha256'])[:16]}…"
+    return ""
+
+
+def write_json(path: Path, content: Any, *, newline: bool = True) -> None:
+    """Write a value as indented JSON, atomically. Raises OSError."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(content, indent=1).encode() + (b"\n" if newline else b""))
+
+
+def with_own_hash(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest and, under "sha256", the hash of all its other keys."""
+    return {**manifest, "sha256": json_sha256(manifest)}
+
+
+def read_manifest(path: Path, *, own_hash: bool = False) -> dict[str, Any]:
+    """Read a JSON object; with `own_hash` one that `with_own_hash` made, returned without its hash.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON object, or was altered; a predicate like that of `difference`.
+    """
+    try:
+        manifest = json.loads(path.read_bytes())
+    except ValueError:
+        raise ValueError("is not JSON") from None
+    if not isinstance(manifest, dict):
+        raise ValueError("is not a JSON object")
+    if own_hash and manifest.pop("sha256", None) != json_sha256(manifest):
+        raise ValueError("does not match its SHA-256, so it was altered")
+    return manifest

@@ -20,7 +20,7 @@ from typing import Any, Sequence
 
 import numpy as np
 
-from pipeline.files import replacing
+from pipeline.files import atomic_write
 from pipeline.index.sample_index import (MAGIC, REASONS, SAMPLE, VERSION, Archive, ClassInfo, SampleIndex, content_sha256,
                                          read_header)
 
@@ -147,9 +147,9 @@ def _publish_among(out: Path, header: dict[str, Any], samples: np.ndarray) -> st
     header["files"] = {"samples": {"file": "samples.npy", "size": len(array.getbuffer()),
                                    "sha256": hashlib.sha256(array.getbuffer()).hexdigest()}}
     header["sha256"] = content_sha256(header)
-    with replacing(out / "samples.npy") as file:
+    with atomic_write(out / "samples.npy") as file:
         file.write(array.getbuffer())
-    with replacing(out / "index.json") as file:  # the commit
+    with atomic_write(out / "index.json") as file:  # the commit
         file.write(json.dumps(header, indent=1).encode() + b"\n")
     return str(header["sha256"])
 

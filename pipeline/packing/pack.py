@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.index.tar import fingerprint
-from pipeline.files import is_temporary, replacing
+from pipeline.files import is_temporary, atomic_write
 from pipeline.index.sample_index import FORMATS, REASONS, SAMPLE, Archive, SampleIndex
 from pipeline.index.writer import write_index
 from pipeline.packing.jpeg import allowed, check_budget, psnr
@@ -159,7 +159,7 @@ def _write_index(index: SampleIndex, out: Path, plan: Plan, every: list[Piece], 
 
 def _write_left_out(index: SampleIndex, path: Path, rows: npt.NDArray[Any], skipped: dict[int, str]) -> None:
     """A tar of one text a sample that is not packed: a row has to point somewhere, and there it says why."""
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         writer = TarWriter(file)
         for id in np.flatnonzero(rows["excluded"]).tolist():
             why = skipped.get(id, REASONS[rows["reason"][id]])
@@ -189,7 +189,7 @@ def _bring_stats(index: SampleIndex, made: SampleIndex, split: str, square_px: i
         stats = Stats.for_index(index, square_px, split)
     except ValueError:
         return f"no statistics of {split} at {square_px} px beside the original to copy; {command}"
-    with tempfile.TemporaryDirectory() as folder, replacing(path) as file:
+    with tempfile.TemporaryDirectory() as folder, atomic_write(path) as file:
         dataclasses.replace(stats, index=made.split_sha256(split)).save(Path(folder) / path.name)
         file.write((Path(folder) / path.name).read_bytes())
     return f"{path} copied from the original"

@@ -15,7 +15,7 @@ from typing import Sequence
 
 import numpy as np
 
-from pipeline.files import is_temporary, remove_dead, replacing
+from pipeline.files import is_temporary, remove_dead, atomic_write
 from pipeline.rng import Purpose, bits
 from pipeline.index.sample_index import SampleIndex
 from pipeline.packing.jpeg import Ids, PackOptions, allowed, check_budget, decoded, encode, encoder
@@ -117,7 +117,7 @@ def prepare(index: SampleIndex, out: Path, options: PackOptions, *, splits: Sequ
                     shard_images or max(1, shard_bytes // image_bytes), image_bytes)
         _check_space(index, out, plan)
         out.mkdir(parents=True, exist_ok=True)
-        with replacing(path, keep=True) as file:
+        with atomic_write(path, keep=True) as file:
             file.write((json.dumps(asdict(plan), indent=1) + "\n").encode())
     plan = Plan.load(path)
     new = Plan(options, source, encoder(), 0 if shard_images else shard_bytes, shard_images or plan.shard_images,

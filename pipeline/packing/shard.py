@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.index.tar import ArchiveError, open_tar, walk
-from pipeline.files import replacing
+from pipeline.files import atomic_write
 from pipeline.packing.jpeg import PackOptions, check_budget, decoded, encode, squared_error
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Shard:
         about: dict[str, Any] = {"plan": self.plan, "size": self.size, "sha256": self.sha256,
                                  "rows": [[row.id, row.offset, row.size, row.crc32, row.width, row.height] for row in self.rows],
                                  "skipped": self.skipped, "errors": self.errors}
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write(json.dumps(about).encode() + b"\n")
 
     @classmethod
@@ -136,7 +136,7 @@ def write_shard(tar: Path, index: "SampleIndex", split: str, ids: npt.NDArray[np
         RuntimeError: more samples are unreadable. OSError: the disk.
     """
     shard = Shard(plan, 0, "")
-    with replacing(tar) as file:
+    with atomic_write(tar) as file:
         writer = TarWriter(file)
         for id, pixels in decoded(index, split, ids, options, threads, shard.skipped):
             check_budget(index, split, shard.skipped, budget)

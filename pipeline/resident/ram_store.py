@@ -33,7 +33,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline.resident import capacity as room
-from pipeline.files import replacing
+from pipeline.files import atomic_write
 from pipeline.resident.layout import Form
 
 MAGIC, VERSION = "alexnet-resident-squares", 2  # the version of the pixels too: raise it when decoding or resizing changes
@@ -147,7 +147,7 @@ class RamStore:
 
     def _make(self) -> None:
         text = json.dumps({**self._header, "boot_id": _boot_id()}).encode()
-        with replacing(self.path) as file:
+        with atomic_write(self.path) as file:
             file.write(text + b" " * (_PAGE - 1 - len(text)) + b"\0")
             file.truncate(self._size)
 

@@ -124,7 +124,7 @@ def _draw(asked: argparse.Namespace, trained: Trained, features: Features, queri
     """Write the sheet."""
     import numpy as np
 
-    from pipeline.files import replacing
+    from pipeline.files import atomic_write
     from tools.show import similar_sheet as sheet
     from train.figures.similar import crops_of
     from train.checkpoint.trained import word
@@ -148,7 +148,7 @@ def _draw(asked: argparse.Namespace, trained: Trained, features: Features, queri
     title = (f"{len(rows)} {'query' if len(rows) == 1 else 'queries'}, {chosen}, and the nearest of {len(features.ids)} images "
              f"of split {split}, by {' and by '.join(found)}; {trained.path}")
     asked.out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(asked.out) as file:
+    with atomic_write(asked.out) as file:
         if asked.out.suffix.lower() == ".html":
             file.write(sheet.html(rows, title).encode())
         else:

@@ -99,7 +99,7 @@ def run(asked: argparse.Namespace) -> None:
     """Choose images, ask the network, draw. Raises ValueError or RuntimeError."""
     import numpy as np
 
-    from pipeline.files import replacing
+    from pipeline.files import atomic_write
     from train.figures.kernels import need_matplotlib
     from train.figures.similar import crops_of, pick, split_of
     from train.checkpoint.trained import chosen, opened, word
@@ -125,7 +125,7 @@ def run(asked: argparse.Namespace) -> None:
                  f"{views} view{'s' if views > 1 else ''} each; {trained.path}")
     sheet = draw(pixels, found, labels, words, title)
     asked.out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(asked.out) as file:
+    with atomic_write(asked.out) as file:
         sheet.savefig(file, format="png", metadata={"Software": None})
     places = (found > found[np.arange(len(ids)), labels][:, None]).sum(1)[labels >= 0]
     print(f"{len(ids)} images in {asked.out}; the right label is the first of {int((places == 0).sum())}, among five of "

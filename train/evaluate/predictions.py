@@ -21,7 +21,7 @@ from typing import Any, Callable, Literal, Optional
 import numpy as np
 import torch
 
-from pipeline.files import replacing, sync_folder
+from pipeline.files import atomic_write, sync
 from pipeline.index.writer import file_sha256
 from train.parallel.topology import Topology
 from train.evaluate.probabilities import IMAGE, Evaluation, Facts, Made, check_complete, differences, intact, packed, untested
@@ -169,7 +169,7 @@ def _read_manifest(path: Path) -> _Manifest:
 
 
 def _write_manifest(path: Path, text: dict[str, Any]) -> None:
-    with replacing(path / MANIFEST) as file:
+    with atomic_write(path / MANIFEST) as file:
         file.write(json.dumps(text, indent=1).encode() + b"\n")
 
 
@@ -286,7 +286,7 @@ def _begin(path: Path, facts: Facts, made: Made, ids: np.ndarray, labels: np.nda
                 size = len(header) + int(np.prod(shape)) * dtype.itemsize
                 os.posix_fallocate(file.fileno(), 0, size)  # a full disk says so now
                 os.fsync(file.fileno())
-        sync_folder(path)
+        sync(path)
         _write_manifest(path, {"format": FORMAT, **about, "facts": asdict(facts), "made": asdict(made), "files": None})
     except OSError:
         for name in (IMAGES, PROBABILITIES):  # a full disk needs the room

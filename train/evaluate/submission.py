@@ -9,7 +9,7 @@ from typing import Callable
 
 import numpy as np
 
-from pipeline.files import replacing
+from pipeline.files import atomic_write
 from pipeline.index.sample_index import SampleIndex
 from pipeline.index.devkit import read_devkit
 
@@ -66,7 +66,7 @@ def write(path: Path, index: SampleIndex, split: str, images: np.ndarray, best: 
     if guesses := len(lines) - len(images):
         tell(f"{guesses} images of split {split} are excluded from {index.path}; their lines of {path} are guesses")
     try:
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write("".join(" ".join(map(str, line)) + "\n" for line in lines.tolist()).encode())
     except OSError as error:
         raise ValueError(f"submission (={path}) cannot be written ({error.strerror}); give another --submission") from None

@@ -14,7 +14,7 @@ from typing import Iterator, Mapping, Optional, Sequence
 import torch
 
 from model.alexnet import AlexNet
-from pipeline.files import sync_folder
+from pipeline.files import sync
 from pipeline.index.sample_index import ClassInfo
 from pipeline.stats import Stats
 from train.export import safetensors_io as weights
@@ -146,12 +146,12 @@ def publishing(out: Path) -> Iterator[Path]:
         for path in staged.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        sync_folder(staged)
+        sync(staged)
         staged.rename(out)  # refused by the system when another process has put files there meanwhile
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
-    sync_folder(out.parent)
+    sync(out.parent)
 
 
 def _alive(process: str) -> bool:

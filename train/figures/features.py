@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Callable, Iterator
 
 import numpy as np
 
-from pipeline.files import remove_dead, replacing
+from pipeline.files import remove_dead, atomic_write
 from train.checkpoint.trained import Trained, identity
 
 FORMAT = 1
@@ -121,7 +121,7 @@ def build(trained: Trained, split: str, out: Path, *, force: bool = False,
         remove_dead(out)
         (out / MANIFEST).unlink(missing_ok=True)
         total, ids = len(trained.index.ids(split)), []
-        with replacing(out / FEATURES) as file:
+        with atomic_write(out / FEATURES) as file:
             done = 0
             for some, rows in trained.features(loader):
                 if done == 0:
@@ -137,13 +137,13 @@ def build(trained: Trained, split: str, out: Path, *, force: bool = False,
             if _header(file, done, rows.shape[1]) != start:
                 raise RuntimeError(f"features file (={out / FEATURES}) would have a header of another length; report this")
         skipped = loader.skipped
-    with replacing(out / IDS) as file:
+    with atomic_write(out / IDS) as file:
         np.save(file, np.concatenate(ids), allow_pickle=False)
     manifest: dict[str, Any] = {"format": FORMAT, "source": asdict(source), "images": done,
                                 "skipped": {str(id): reason for id, reason in sorted(skipped.items())},
                                 "files": {name: {"size": (out / name).stat().st_size, "sha256": _sha256(out / name)}
                                           for name in (FEATURES, IDS)}}
-    with replacing(out / MANIFEST) as file:
+    with atomic_write(out / MANIFEST) as file:
         file.write(json.dumps({**manifest, "sha256": _content_sha256(manifest)}, indent=1).encode())
     return Features.load(out)
 

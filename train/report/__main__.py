@@ -107,10 +107,10 @@ def as_json(groups: Sequence[Group], averaged: Sequence[Ensemble], wrong: Sequen
 
 def write(path: Path, content: str) -> None:
     """A text file that is there whole or not at all."""
-    from pipeline.files import replacing
+    from pipeline.files import atomic_write
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(content.encode("utf-8", "replace"))
 
 

@@ -1,0 +1,116 @@
+"""Atomic files and folders, temporaries of dead writers, locks, manifests."""
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.files import (LockHeld, atomic_folder, atomic_write, difference, file_entries, is_temporary, json_sha256, lock,
+                            read_manifest, remove_dead, with_own_hash, write_json)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with atomic_write(path) as file:
+        file.write(b"one")
+        assert not path.exists() and [is_temporary(found) for found in tmp_path.iterdir()] == [True]
+    assert path.read_bytes() == b"one"
+    with pytest.raises(KeyError), atomic_write(path) as file:
+        file.write(b"two")
+        raise KeyError
+    assert path.read_bytes() == b"one" and os.listdir(tmp_path) == ["file"]
+    with atomic_write(path) as file:
+        file.write(b"three")
+    with atomic_write(path, keep=True) as file:
+        file.write(b"four")
+    assert path.read_bytes() == b"three" and os.listdir(tmp_path) == ["file"]
+    with atomic_write(tmp_path / "new", keep=True) as file:
+        file.write(b"five")
+    assert (tmp_path / "new").read_bytes() == b"five" and len(os.listdir(tmp_path)) == 2
+
+
+def test_folder_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    with pytest.raises(KeyError), atomic_folder(path) as folder:
+        (folder / "file").write_text("half")
+        raise KeyError
+    assert os.listdir(tmp_path) == []
+    with atomic_folder(path) as folder:
+        (folder / "below").mkdir()
+        (folder / "below" / "file").write_text("whole")
+        assert is_temporary(folder) and not path.exists() and remove_dead(tmp_path) == []
+    assert (path / "below" / "file").read_text() == "whole" and os.listdir(tmp_path) == ["folder"]
+    with pytest.raises(OSError), atomic_folder(path) as folder:
+        (folder / "file").write_text("another")
+    assert os.listdir(path) == ["below"] and os.listdir(tmp_path) == ["folder"]
+    with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "none" / "folder"):
+        pass
+
+
+def run_writer(tmp_path: Path, name: str, code: str) -> subprocess.Popen[str]:
+    """A process in the midst of writing `name` until its stdin ends."""
+    code = ("import sys\nfrom pathlib import Path\nfrom pipeline.files import *\n"
+            f"{code}print('ready', flush=True); sys.stdin.read()\n")
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / name)], cwd=ROOT, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_only_the_temporaries_of_the_dead_are_removed(tmp_path: Path) -> None:
+    file = "with atomic_write(Path(sys.argv[1])) as file:\n    file.write(b'half'); file.flush(); "
+    folder = "with atomic_folder(Path(sys.argv[1])) as folder:\n    (folder / 'file').write_bytes(b'half'); "
+    dead, live = ([run_writer(tmp_path, f"{kind}-file", file), run_writer(tmp_path, f"{kind}-folder", folder)]
+                  for kind in ("dead", "live"))
+    for process in dead:
+        process.kill()
+        process.communicate()
+    (tmp_path / "other").write_text("not ours")
+    assert [path.name.split(".")[1] for path in remove_dead(tmp_path)] == ["dead-file", "dead-folder"]
+    assert remove_dead(tmp_path) == []
+    for process in live:
+        process.communicate("")
+    assert sorted(os.listdir(tmp_path)) == ["live-file", "live-folder", "other"]
+    assert (tmp_path / "live-file").read_bytes() == (tmp_path / "live-folder" / "file").read_bytes() == b"half"
+
+
+def test_lock_names_its_holder_and_ends_with_it(tmp_path: Path) -> None:
+    process = run_writer(tmp_path, ".lock", "file = lock(Path(sys.argv[1])); ")
+    with pytest.raises(LockHeld, match=rf"^process {process.pid} on "):
+        lock(tmp_path / ".lock")
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    with lock(tmp_path / ".lock") as first:
+        with pytest.raises(LockHeld, match=f"^process {os.getpid()} on "):
+            lock(tmp_path / ".lock")
+        assert not first.closed
+    lock(tmp_path / ".lock", wait=True).close()
+
+
+def test_manifest_tells_what_differs(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"bytes")
+    manifest = with_own_hash({"format": 1, "files": file_entries(tmp_path, ["file"])})
+    write_json(tmp_path / "manifest.json", manifest)
+    content = read_manifest(tmp_path / "manifest.json", own_hash=True)
+    entry = content["files"]["file"]
+    assert "sha256" not in content and manifest["sha256"] == json_sha256(content) and entry["size"] == 5
+    assert difference(tmp_path / "file", entry) == ""
+    (tmp_path / "file").write_bytes(b"BYTES")
+    assert difference(tmp_path / "file", entry).startswith("has SHA-256 ")
+    (tmp_path / "file").write_bytes(b"byte")
+    assert difference(tmp_path / "file", entry) == "has 4 bytes, was written with 5"
+    (tmp_path / "file").unlink()
+    assert difference(tmp_path / "file", entry) == "is missing"
+    write_json(tmp_path / "manifest.json", {**manifest, "format": 2})
+    assert read_manifest(tmp_path / "manifest.json")["format"] == 2
+    with pytest.raises(ValueError, match="^does not match its SHA-256"):
+        read_manifest(tmp_path / "manifest.json", own_hash=True)
+    for text, problem in ((json.dumps([1]), "is not a JSON object"), ("{", "is not JSON")):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(ValueError, match=f"^{problem}$"):
+            read_manifest(tmp_path / "manifest.json")
