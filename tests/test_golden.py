@@ -28,30 +28,31 @@ from model.alexnet import AlexNet
 from model.config import LrnConfig
 from model.dropout import dropout, keep_mask
 from model.lrn import local_response_norm
-from pipeline import counter, geometry
-from pipeline.batches import Batch
+from pipeline import rng as counter
 from pipeline.config import DataConfig, LoaderConfig
-from pipeline.draws import draw, lighting_shift
-from pipeline.index import SampleIndex, content_sha256
-from pipeline.reader import Quarantine
-from pipeline.sampler import Sampler
+from pipeline.decoding import geometry
+from pipeline.index.sample_index import SampleIndex, content_sha256
+from pipeline.loading.batch import Batch
+from pipeline.loading.streamed_loader import StreamedSampler
+from pipeline.reading.source import Quarantine
+from pipeline.sampling.augment import draw, lighting_shift
+from pipeline.sampling.sampler import Sampler
 from pipeline.stats import Stats, compute, stats_path
-from pipeline.streamed import StreamedSampler
 from pipeline.tiers import test_loader as loader_of_tests
 from pipeline.tiers import train_loader as loader_of_training
 from tools.build_index import main as build_index
 from tools.compute_stats import main as compute_stats
-from tools.make_demo import make as make_demo
+from tools.demo.dataset import make as make_demo
 from tools.pack_shards import main as pack_shards
 from train.recipe import load as load_config
 from train.recipe import parse as parse_recipe
 
 import torch
-from tests.networks import small as small_network
-from tests.packed_set import write_packed
-from tests.recipes import write_recipe
-from tests.small_set import encode, photographs, picture, write_set
-from tests.test_train import PAIR, finish, here, lines, start, weights
+from tests.helpers.networks import small as small_network
+from tests.helpers.packed_set import write_packed
+from tests.helpers.recipes import write_recipe
+from tests.helpers.small_set import encode, photographs, picture, write_set
+from tests.helpers.runs import PAIR, finish, here, lines, start, weights
 
 RECIPES = Path(train.__file__).parent / "recipes"
 FILE = Path(__file__).parent / "golden" / "digests.json"
