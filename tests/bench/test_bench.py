@@ -202,8 +202,9 @@ def made(name: str, *rates: float, reason: str = "") -> Result:
 
 FOUND = [made("archives", 900, 1000, 1200), made("pil", 400, 500, 480), made("torch", 800, 800, 800),
          made("decode", 2000, 2000, 1500), made("packed", 3000, 3300, 3100),
-         made("packed_dataloader", 1000, 1000, 2000), made("packed_ffcv", 1550, 1550, 1550),
-         made("resident", 9000, 9000, 9000), made("memmap", 4500, 4500, 4500), made("ffcv_raw", reason="ffcv is not installed")]
+         made("packed_dataloader", 1000, 1000, 2000), made("packed_spdl", 1550, 1550, 1550),
+         made("resident", 9000, 9000, 9000), made("memmap", 4500, 4500, 4500),
+         made("memmap_spdl", reason="spdl is not installed")]
 
 
 def test_ratios_are_of_medians_against_the_best_that_ran() -> None:
@@ -213,14 +214,10 @@ def test_ratios_are_of_medians_against_the_best_that_ran() -> None:
     assert best.by_cpu == 1.0           # made up: each used 2 ms an image
     assert found["archives", "decode"].value == 0.5 and found["archives", "decode"].met is False
     assert found["packed", "archives"].value == 3.1 and found["packed", "archives"].least == 3100 / 1200
-    assert found["packed", "packed_ffcv"].value == 2.0 and found["packed", "packed_ffcv"].aim == 1.25
-    assert ("packed", "packed_dataloader") not in found       # the best peer is FFCV itself
-    faster = [*FOUND, made("packed_webdataset", 2000, 2000, 2000)]
-    assert [(ratio.under, ratio.aim) for ratio in bench_report.ratios(faster) if ratio.over == "packed"] == [
-        ("archives", 2.7), ("packed_ffcv", 1.25), ("packed_webdataset", None)]
+    peer = found["packed", "packed_spdl"]
+    assert (peer.value, peer.aim, peer.met) == (2.0, None, None) and ("packed", "packed_dataloader") not in found
     assert found["resident", "packed"].value == 9000 / 3100 and found["resident", "packed"].met is False
-    instead = found["resident", "memmap"]       # FFCV did not run: the best that did takes its aim
-    assert (instead.value, instead.aim, instead.of) == (2.0, 2.5, "best peer (FFCV did not run)") and instead.met is False
+    assert found["resident", "memmap"].value == 2.0         # the best that ran
     assert bench_report.ratios([made("pil", 1), made("archives", reason="no")]) == []
 
 
@@ -230,12 +227,12 @@ def test_json_table_and_plot_tell_the_same(tmp_path: Path) -> None:
     side = found["sides"][0]
     assert side["images_per_s"] == {"median": 1000, "min": 900, "max": 1200} and side["cpu_ms_per_image"] == 2.0
     assert side["turns"][0] == {"images": 900, "seconds": 1.0, "cpu_s": 1.8} and side["ran"] and side["reason"] is None
-    assert found["sides"][-1]["reason"] == "ffcv is not installed" and found["sides"][-1]["turns"] == []
+    assert found["sides"][-1]["reason"] == "spdl is not installed" and found["sides"][-1]["turns"] == []
     assert {(r["over"], r["under"]) for r in found["ratios"]} >= {("archives", "torch"), ("resident", "memmap")}
     text = io.StringIO()
     bench_report.show(FOUND, Console(file=text, width=160))
     table = text.getvalue()
-    for words in ("1,000", "(900–1,200)", "ffcv is not installed", "missed", "met", "0.50", "2.5", "files of 256 px"):
+    for words in ("1,000", "(900–1,200)", "spdl is not installed", "missed", "met", "0.50", "2.7", "files of 256 px"):
         assert words in table
     bench_report.plot(FOUND, "title", tmp_path / "a" / "plot.png")
     from PIL import Image

@@ -137,11 +137,11 @@ def test_tables_say_what_was_measured(capsys: pytest.CaptureFixture[str]) -> Non
     sweep = (({"threads": 2.0, "batch": 64.0}, 800.0, 1.1), ({"threads": 1.0, "batch": 64.0}, 500.0, 1.0))
     profile_report.show(profile(cold_note="1 file, 3 MB forgotten", sweep=sweep, cold=profile().measured.loader,
                                 compared={"ours": (800.0, 810.0), "DataLoader + PIL": (400.0, 410.0)},
-                                absent=("FFCV: ffcv is not installed",)), sys.stdout)
+                                absent=("spdl: spdl is not installed",)), sys.stdout)
     said = " ".join(capsys.readouterr().out.split())
     for words in ("80,000…96,000", "700…800", "stages 1.120, end to end 1.200, remainder +0.080 (+6.7%)",
                   "cold: 1 file, 3 MB forgotten", "300 MB before, 400 after, 450 at most", "DataLoader + PIL",
-                  "0.50 of this loader", "did not run: FFCV: ffcv is not", "threads 2, batch 64", "machine: threads: 2",
+                  "0.50 of this loader", "did not run: spdl: spdl is not", "threads 2, batch 64", "machine: threads: 2",
                   "head-room 0.75×",
                   "0.92 of the slower alone, 0.69 of the need; waited 30.0%",
                   "decode limits", "tier: packed"):

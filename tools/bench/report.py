@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "torch", "numpy", "pillow", "simplejpeg", "opencv-python-headless",
-            "webdataset", "spdl", "ffcv")
+            "webdataset", "spdl")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Ratio:
     Attributes:
         over: name of the side above the line.
         under: name of the one below it.
-        of: what `under` stands for: "best peer", "FFCV" …
+        of: what `under` stands for: "best peer", "tier archives" …
         value, least, most: ratio of the medians; smallest and largest within a round.
         by_cpu: the inverse ratio of CPU time an image, which says what `value` would be with every core busy; beside other
             work on the machine it is the steadier of the two.
@@ -90,8 +90,7 @@ def best_peer(results: Sequence[Result], data: str) -> Result | None:
 
 
 def ratios(results: Sequence[Result]) -> list[Ratio]:
-    """The ratios that docs/results answers for, as far as their sides ran. Where FFCV did not run, the best peer that did
-    takes its aim."""
+    """The ratios that docs/results answers for, as far as their sides ran."""
     ran = {result.side.name: result for result in results if result.turns}
 
     def ratio(over: str, under: Result | None, of: str, aim: float | None) -> list[Ratio]:
@@ -101,18 +100,13 @@ def ratios(results: Sequence[Result]) -> list[Ratio]:
         return [Ratio(over, under.side.name, of, ran[over].rate / under.rate, min(rounds), max(rounds),
                       under.cpu_ms / ran[over].cpu_ms, aim)]
 
-    def ffcv(over: str, name: str, aim: float) -> list[Ratio]:
-        best = best_peer(results, BY_NAME[over].data)
-        if name in ran:
-            return (ratio(over, ran[name], BY_NAME[name].label, aim)
-                    + (ratio(over, best, "best peer", None) if best is not ran[name] else []))
-        return ratio(over, best, "best peer (FFCV did not run)", aim)
-
     return (ratio("archives", best_peer(results, "original"), "best peer", 1.15)
             + ratio("archives", ran.get("decode"), "whole decode alone", 0.6)
-            + ratio("packed", ran.get("archives"), "tier archives", 2.7) + ffcv("packed", "packed_ffcv", 1.25)
+            + ratio("packed", ran.get("archives"), "tier archives", 2.7)
+            + ratio("packed", best_peer(results, "packed"), "best peer", None)
             + ratio("packed", ran.get("packed_decode"), "whole decode alone", None)
-            + ratio("resident", ran.get("packed"), "tier packed", 3.0) + ffcv("resident", "ffcv_raw", 2.5))
+            + ratio("resident", ran.get("packed"), "tier packed", 3.0)
+            + ratio("resident", best_peer(results, "decoded"), "best peer", None))
 
 
 def hardware() -> dict[str, Any]:

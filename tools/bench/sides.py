@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tools import bench_ffcv
 from tools.bench import contenders as bench_peers
 from tools.bench.workload import Material, Running, Told, Work, data_config
 
@@ -90,7 +89,6 @@ SIDES = (
          lambda work: bench_peers.spdl(_cutter(work, "original", _spdl)), 3.0),
     Side("spdl_torch", "spdl + simplejpeg, torch's resize", "original", "peer",
          lambda work: bench_peers.spdl(_cutter(work, "original", _torch))),
-    Side("ffcv", "FFCV", "original", "peer", lambda work: bench_ffcv.ffcv(Material(work, "original")), 8.0),
     Side("decode", "libjpeg-turbo, whole decode and nothing else", "original", "limit",
          lambda work: bench_peers.whole_decode(Material(work, "original"))),
     Side("packed", "ours, tier packed", "packed", "ours", lambda work: ours(work, "packed")),
@@ -103,7 +101,6 @@ SIDES = (
          lambda work: bench_peers.spdl(_cutter(work, "packed", _spdl)), 3.0),
     Side("packed_spdl_simplejpeg", "spdl + simplejpeg", "packed", "peer",
          lambda work: bench_peers.spdl(_cutter(work, "packed", _torch))),
-    Side("packed_ffcv", "FFCV, JPEG", "packed", "peer", lambda work: bench_ffcv.ffcv(Material(work, "packed")), 3.0),
     Side("packed_decode", "libjpeg-turbo, whole decode and nothing else", "packed", "limit",
          lambda work: bench_peers.whole_decode(Material(work, "packed"))),
     Side("resident", "ours, tier resident", "decoded", "ours", lambda work: ours(work, "resident")),
@@ -113,6 +110,5 @@ SIDES = (
          lambda work: bench_peers.dataloader(_cutter(work, "original", None))),
     Side("memmap_spdl", "memory map + spdl's threads", "decoded", "peer",
          lambda work: bench_peers.spdl(_cutter(work, "original", None))),
-    Side("ffcv_raw", "FFCV, raw", "decoded", "peer", lambda work: bench_ffcv.ffcv(Material(work, "original"), raw=True)),
 )
 BY_NAME = {side.name: side for side in SIDES}
