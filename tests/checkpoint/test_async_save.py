@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoint.test_checkpoint import ALONE, ROOT, SHAPES, attach, processes, tensors
+from tests.checkpoint.test_checkpoint import ALONE, ROOT, SHAPES, attach, tensors
+from tests.helpers.runs import processes
 from train.checkpoint import checkpoint
 from train.checkpoint.async_saver import Saver
 

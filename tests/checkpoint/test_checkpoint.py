@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Callable
 
 import pytest
 import torch
 
+from tests.helpers.runs import processes
 from train.checkpoint import checkpoint
 from train.checkpoint.checkpoint import DamagedCheckpoint
 from train.parallel.topology import Topology
@@ -246,14 +245,6 @@ with topology(towers=2, device="cpu", timeout_s=60) as where:
     assert where.share("main" if where.is_main else "other") == "main"
     print("done")
 """
-
-
-def processes(count: int, *argv: Any) -> None:
-    """Run a script in so many processes; each prints "done" at its end."""
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count),
-                           *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=120,
-                          env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"})
-    assert done.returncode == 0 and done.stdout.count("done") == count, done.stdout + done.stderr
 
 
 def test_two_processes_write_and_one_reads_and_the_reverse(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pipeline.loading.eval_loader import TestLoader, views
 from pipeline.stats import Stats
 from tests.conftest import TinySet
 from tests.helpers.recipes import write_recipe
-from tests.checkpoint.test_checkpoint import processes
+from tests.helpers.runs import processes
 from train.evaluate.metrics import Score, ranks
 from train.evaluate.predict import evaluate
 

@@ -20,7 +20,8 @@ from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.eval_loader import TestLoader
 from pipeline.stats import Stats
 from tests.conftest import TinySet
-from tests.checkpoint.test_checkpoint import ALONE, processes
+from tests.checkpoint.test_checkpoint import ALONE
+from tests.helpers.runs import processes
 from tests.evaluate.test_evaluate import PIXELS, Means
 from train.evaluate import predictions as saved
 from train.evaluate.probabilities import SCALE, Facts, Made, Memory, intact, packed

@@ -82,6 +82,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def processes(count: int, *argv: Any) -> None:
+    """Run a script in so many processes; each prints "done" at its end."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count),
+                           *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=120,
+                          env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"})
+    assert done.returncode == 0 and done.stdout.count("done") == count, done.stdout + done.stderr
+
+
 MEASURED = ("time", "images_per_s", "waited", "waited_for", "seconds")  # of a clock; differ from run to run
 
 
