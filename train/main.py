@@ -41,7 +41,7 @@ def run(request: Request, where: Topology) -> int:
     from train.parallel.pair_loader import Fed
     from train.parallel.gradients import Gradients
     from train.loop import Job, Stop, restore, test, train
-    from train.optimizer import Schedule, batch_scale, build_optimizer
+    from train.optimizer import Schedule, build_optimizer
     from train.checkpoint.async_saver import Saver
 
     stop = Stop()
@@ -52,9 +52,8 @@ def run(request: Request, where: Topology) -> int:
     index = build.index(config, config.data.train_split, config.data.validation_split, config.data.test_split)
     stats = Stats.for_index(index, config.data.square_px, config.data.train_split)
     network = build.network(config, where)
-    schedule = Schedule(config.schedule, config.optimizer.lr, batch_scale(config.optimizer, config.train.batch),
-                        config.optimizer.layer_rates)
-    optimizer = build_optimizer(network, config.optimizer, where.group("tower"), schedule.layers)
+    schedule = Schedule(config.schedule, config.optimizer, config.train.batch)
+    optimizer = build_optimizer(network, config.optimizer, schedule.layers, where.group("tower"))
     folder = folders.run_folder(config, request.recipe)
     mine = f"began {folder.resolve()}"
     again, = where.agree(request.resume or bool(where.noted(mine)))  # it has weights of its own by now, mostly

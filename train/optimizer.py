@@ -1,19 +1,16 @@
-"""The paper's update rule, and how its learning rate moves.
+"""The paper's update rule (SGD with momentum and weight decay), LARS, and the learning rate schedule.
 
     v <- momentum v - weight_decay lr w - lr g
     w <- w + v
 
-The learning rate is inside the velocity (paper §5). PyTorch's SGD has it outside; the two differ in the steps after a
-change of the rate, where the paper's velocity still carries the old one. Biases have no decay and a rate of their own
-(release: twice the weights').
-
-For large batches: linear scaling of the rates (Goyal et al. 2017, arXiv 1706.02677), in `Schedule`, and layer-wise rates
-(LARS, You et al. 2017, arXiv 1708.03888), in `Lars`.
+The learning rate is inside the velocity (paper §5). PyTorch's SGD has it outside; the two differ in the steps after a change of
+the rate, when the paper's velocity still carries the old one. Biases have no decay and a learning rate of their own (release:
+twice that of weights).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Optional
 
 import torch
@@ -21,27 +18,27 @@ import torch.distributed as dist
 from torch import nn
 
 from model.alexnet import AlexNet
-from train.config import LarsConfig, OptimizerConfig, ScheduleConfig
+from train.optimizer_config import LarsConfig, OptimizerConfig, ScheduleConfig
 
 
 class Lars:
-    """Layer-wise rates: what the rate of each weight is multiplied with, trust ‖w‖ / (‖g‖ + weight_decay ‖w‖ + epsilon).
+    """Layer-wise adaptive rates (You et al. 2017): factors trust ‖w‖ / (‖g‖ + weight_decay ‖w‖ + epsilon) of the learning rate.
 
-    Norms are those of whole canonical weights: of one whose rows lie in two towers, each adds its part. So the factors are the
-    same, to rounding, however the network is held. 1 where a norm is 0: else a weight of zeros could never begin to move.
-    Not timm's or apex's: their rate is outside the velocity, and they see one process's rows only.
+    Norms are of whole canonical weights: for a weight split between two towers each tower contributes its rows, so the factors
+    are the same, up to rounding, for one process and two. The factor is 1 where a norm is 0: a weight of zeros could never move
+    otherwise. Differs from timm's and apex's, whose rate is outside the velocity and whose norms are of one process's rows.
 
     Args:
         config: trust and epsilon.
         split: the weights of which this process holds only its tower's rows.
-        group: the towers of a pair; None when this process holds all.
+        group: the two towers; None when this process holds everything.
     """
 
     def __init__(self, config: LarsConfig, split: Iterable[torch.Tensor] = (), group: Optional[dist.ProcessGroup] = None) -> None:
         self._config, self._split, self._group = config, {id(weight) for weight in split}, group
 
     def factors(self, weights: list[torch.Tensor], grads: list[torch.Tensor], weight_decay: float) -> list[torch.Tensor]:
-        """One factor for each weight, a scalar tensor of its dtype. With a group both towers must ask, for the same weights."""
+        """One scalar tensor per weight, of its dtype. Both towers must call it, with the same weights."""
         norms = torch.stack([*torch._foreach_norm(weights), *torch._foreach_norm(grads)]).double().view(2, len(weights))
         if self._group is not None and self._split:
             split = torch.tensor([id(weight) in self._split for weight in weights], device=norms.device)
@@ -54,15 +51,15 @@ class Lars:
 
 
 class PaperSGD(torch.optim.Optimizer):
-    """Momentum with weight decay as paper §5 writes it. State per parameter: `velocity`, of its shape, from zero.
+    """SGD with momentum and weight decay as in paper §5. State per parameter: `velocity`, of its shape, initially zero.
 
     Args:
         params: parameters or groups; a group may override `weight_decay`, `lr_factor` (its rate is lr times that), `layerwise`
-            (False: not for `lars`) and `layer` (the name by which `set_lr` finds it). A rate of 0 freezes a group.
+            (False: without `lars`) and `layer` (the name of its rate in `Schedule.layer_rates`). A rate of 0 freezes a group.
         lr: learning rate of a group with `lr_factor` 1.
-        momentum: share of the velocity that is kept.
-        weight_decay: per step and unit of lr.
-        lars: layer-wise rates, or none.
+        momentum: momentum.
+        weight_decay: weight decay.
+        lars: layer-wise adaptive rates, or None.
     """
 
     def __init__(self, params: Iterable[Any], *, lr: float, momentum: float, weight_decay: float,
@@ -72,16 +69,12 @@ class PaperSGD(torch.optim.Optimizer):
                                   "layerwise": True, "layer": ""})
 
     @torch.no_grad()
-    def step(self, closure: Optional[Callable[[], float]] = None) -> Optional[float]:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self) -> None:  # type: ignore[override]  # no closure
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             lr = group["lr"] * group["lr_factor"]
             params = [p for p in group["params"] if p.grad is not None]
-            if not params or lr == 0:  # frozen: no weight moves, not even by the velocity it has
+            if not params or lr == 0:  # frozen: no weight moves, not even by its remaining velocity
                 continue
             grads = [p.grad for p in params]
             velocities = [self.velocity(p) for p in params]
@@ -96,10 +89,9 @@ class PaperSGD(torch.optim.Optimizer):
                 torch._foreach_addcmul_(velocities, params, factors, value=-decay * lr)
                 torch._foreach_addcmul_(velocities, grads, factors, value=-lr)
             torch._foreach_add_(params, velocities)
-        return loss
 
     def velocity(self, parameter: torch.Tensor) -> torch.Tensor:
-        """The velocity of a parameter (same shape), made of zeros when there is none yet."""
+        """The velocity of a parameter, created as zeros on first use."""
         state = self.state[parameter]
         if "velocity" not in state:
             state["velocity"] = torch.zeros_like(parameter)
@@ -107,70 +99,67 @@ class PaperSGD(torch.optim.Optimizer):
         return velocity
 
 
-def build_optimizer(network: nn.Module, config: OptimizerConfig, group: Optional[dist.ProcessGroup] = None,
-                    layers: Iterable[str] = ()) -> PaperSGD:
-    """Two groups: weights with decay, biases without it and with their own rate (paper §5, release layers-145.cfg).
+def build_optimizer(network: nn.Module, config: OptimizerConfig, layers: Iterable[str] = (),
+                    towers: Optional[dist.ProcessGroup] = None) -> PaperSGD:
+    """The optimizer of a network: one group of weights, with decay, and one of biases, without decay and with their own rate
+    (paper §5, release layers-145.cfg).
 
     Args:
-        group: joins the towers of a pair, for LARS of weights that are split between them; None when there is one process a
-            network.
-        layers: those whose rates differ from the others' at some time (`Schedule.layers`): each has two groups of its own.
+        layers: layers with a learning rate of their own at some time (`Schedule.layers`): each gets two groups of its own.
+        towers: the two processes of a network split in towers, for LARS; None when this process holds everything.
     """
-    weights = {name: p for name, p in network.named_parameters() if not name.endswith("bias")}
     lars = None
     if config.lars is not None:
-        split = [p for name, p in weights.items() if network.tower_of(name).count > 1] if isinstance(network, AlexNet) else []
-        lars = Lars(config.lars, split, group)
-    alone = sorted(layers)
-    groups: list[dict[str, Any]] = []
-    for layer in ("", *alone):
-        mine = [(name, p) for name, p in network.named_parameters()
-                if (name.split(".")[0] == layer if layer else name.split(".")[0] not in alone)]
-        groups.append({"params": [p for name, p in mine if name in weights], "layer": layer})
-        groups.append({"params": [p for name, p in mine if name not in weights], "layer": layer, "weight_decay": 0.0,
-                       "lr_factor": config.bias_lr_factor, "layerwise": False})
-    return PaperSGD([group for group in groups if group["params"]], lr=config.lr, momentum=config.momentum,
+        split = [p for name, p in network.named_parameters() if network.tower_of(name).count > 1] \
+            if isinstance(network, AlexNet) else []
+        lars = Lars(config.lars, split, towers)
+    alone = set(layers)
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    for name, parameter in network.named_parameters():
+        layer, is_bias = name.split(".")[0], name.endswith("bias")
+        layer = layer if layer in alone else ""
+        group = groups.setdefault((layer, is_bias), {"params": [], "layer": layer})
+        if is_bias:
+            group |= {"weight_decay": 0.0, "lr_factor": config.bias_lr_factor, "layerwise": False}
+        group["params"].append(parameter)
+    return PaperSGD([groups[key] for key in sorted(groups)], lr=config.lr, momentum=config.momentum,
                     weight_decay=config.weight_decay, lars=lars)
 
 
-def batch_scale(config: OptimizerConfig, batch: int) -> float:
-    """What linear scaling multiplies the rates with, for so many images a step over all processes: 1 without `base_batch`."""
-    return batch / config.base_batch if config.base_batch else 1.0
-
-
 class Schedule:
-    """The learning rate as a function of the step, the epoch, and (with a plateau) of the validation errors so far.
+    """The learning rate as a function of the step, the epoch, and (with a plateau) the validation errors so far.
+
+    Rates of the recipe are for batches of `optimizer.base_batch` images and are scaled linearly to `batch` (Goyal et al. 2017). A
+    warm-up climbs from the unscaled rate when scaling raises it (§2.2 there), else from 0.
 
     Args:
         config: plateau, milestones or neither.
-        lr: the rate at the start, as the recipe has it.
-        scale: what this rate and those of milestones are multiplied with (`batch_scale`). A warm-up climbs from the unscaled
-            rate when it is above 1 (Goyal et al. §2.2), else from 0.
-        layer_rates: factors of single layers at the start (`OptimizerConfig.layer_rates`).
+        optimizer: the initial rate, its base batch, and factors of single layers.
+        batch: images of a step over all processes.
     """
 
-    def __init__(self, config: ScheduleConfig, lr: float, scale: float = 1.0,
-                 layer_rates: Optional[Mapping[str, float]] = None) -> None:
-        self.config, self.start, self.scale, self._layer_rates = config, lr, scale, dict(layer_rates or {})
+    def __init__(self, config: ScheduleConfig, optimizer: OptimizerConfig, batch: int) -> None:
+        self.config, self._optimizer = config, optimizer
+        self._scale = batch / optimizer.base_batch if optimizer.base_batch else 1.0
         self.drops = 0
         self.best: Optional[float] = None
         self.stale = 0
 
     def lr(self, step: int, epoch: int) -> float:
-        """The rate of one step (both counted from 0)."""
-        rate = self.start
+        """The learning rate of a step (both counted from 0)."""
+        rate = self._optimizer.lr
         for milestone in self.config.milestones:
             if epoch >= milestone.epoch:
                 rate = milestone.lr
         if self.config.plateau is not None:
             rate *= self.config.plateau.factor ** self.drops
-        low, rate = rate if self.scale > 1 else 0.0, rate * self.scale
+        low, rate = rate if self._scale > 1 else 0.0, rate * self._scale
         warmup = self.config.warmup_steps
         return low + (rate - low) * (step + 1) / warmup if step < warmup else rate
 
     def layer_rates(self, epoch: int) -> dict[str, float]:
-        """Layer → what its rate is multiplied with in this epoch; 1 for layers that are not in it."""
-        rates = dict(self._layer_rates)
+        """Layer → factor of its learning rate in this epoch; 1 for layers that are not in it."""
+        rates = dict(self._optimizer.layer_rates)
         for milestone in self.config.milestones:
             if epoch >= milestone.epoch:
                 rates |= milestone.layer_rates
@@ -178,11 +167,11 @@ class Schedule:
 
     @property
     def layers(self) -> set[str]:
-        """Layers that have a rate of their own at some time."""
-        return set(self._layer_rates).union(*(milestone.layer_rates for milestone in self.config.milestones))
+        """Layers that have a learning rate of their own at some time."""
+        return set(self._optimizer.layer_rates).union(*(milestone.layer_rates for milestone in self.config.milestones))
 
     def epoch_done(self, validation_error: float) -> bool:
-        """Take note of an epoch's top-1 validation error (a share); True when the rate drops because of it."""
+        """Record an epoch's top-1 validation error (a share); True when the learning rate drops because of it."""
         plateau = self.config.plateau
         if plateau is None:
             return False
@@ -196,15 +185,15 @@ class Schedule:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is not in the config; plain numbers."""
+        """Everything that is not in the config; plain numbers."""
         return {"drops": self.drops, "best": self.best, "stale": self.stale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Resume from a `state_dict`."""
         self.drops, self.best, self.stale = int(state["drops"]), state["best"], int(state["stale"])
 
 
 def set_lr(optimizer: PaperSGD, lr: float, layer_rates: Optional[Mapping[str, float]] = None) -> None:
-    """Give every group the rate, times its layer's factor; the groups' own factors stay."""
+    """Set the learning rate of every group, times its layer's factor; the groups' `lr_factor` stays."""
     for group in optimizer.param_groups:
         group["lr"] = lr * (layer_rates or {}).get(group["layer"], 1.0)

@@ -1,17 +1,18 @@
-"""Recipes and command lines into a `Config`, and back.
+"""Recipes (YAML files) and command lines: parsed strictly into a `Config`, and written back.
 
-A recipe is YAML with the groups of train/config.py; `--group.key=value` overrides it. `extends: OTHER.yaml` (beside it) takes all
-that it does not say from another recipe, so that an experiment says what is different about it, and nothing else. Read more
-strictly than YAML asks: the same key twice is an error (PyYAML takes the last), 5e-4 is a number (PyYAML reads a string), and a
-field that changes results must be said, null included.
+A recipe has the groups of train/config.py; `--group.key=value` overrides a value, and `extends: OTHER.yaml` (relative to the
+file) inherits all that a recipe does not state. Stricter than YAML: a repeated key is an error (PyYAML takes the last), 5e-4 is a
+number (PyYAML reads a string), and a value that changes results must be stated, null included.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import math
 import re
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Hashable, Sequence
@@ -19,17 +20,15 @@ from typing import Any, Hashable, Sequence
 import jsonargparse
 import yaml
 
-from model.config import ModelConfig
-from train.config import Config, Data, InitConfig, MachineConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, TrainConfig
+from train.config import Config
 
-GROUPS: dict[str, type] = {"data": Data, "model": ModelConfig, "optimizer": OptimizerConfig,
-                           "schedule": ScheduleConfig, "train": TrainConfig, "machine": MachineConfig,
-                           "parallel": ParallelConfig, "init_from": InitConfig}
+GROUPS: dict[str, type] = typing.get_type_hints(Config)
 MODE = "strict_yaml"
+PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, ten times faster, where it is installed
 
 
-class StrictLoader(yaml.SafeLoader):
-    """YAML with floats as people write them, and no key twice."""
+class StrictLoader(PARSER):  # type: ignore[misc]
+    """YAML loader with floats in every usual notation, and without repeated keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
@@ -38,47 +37,52 @@ class StrictLoader(yaml.SafeLoader):
             if key in seen:
                 raise ValueError(f"key {key!r} (line {key_node.start_mark.line + 1}) is given twice; keep one")
             seen.add(key)
-        return super().construct_mapping(node, deep)
+        found: dict[Hashable, Any] = super().construct_mapping(node, deep)
+        return found
 
 
 StrictLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":timestamp"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+    for first, resolvers in PARSER.yaml_implicit_resolvers.items()}
 StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(?:[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.[0-9]+(?:[eE][-+]?[0-9]+)?"
                r"|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$"), list("-+0123456789."))
 
 
-def load_yaml(text: str) -> Any:
-    """Plain values of a YAML text, read strictly.
+@dataclass(frozen=True)
+class Request:
+    """A parsed command line: the config, whether to resume, and the last recipe named."""
 
-    Raises:
-        ValueError: a key given twice.
-    """
+    config: Config
+    resume: bool
+    recipe: Path | None
+
+
+def load_yaml(text: str) -> Any:
+    """Plain values of a YAML text, read strictly. Raises ValueError or yaml.YAMLError."""
     return yaml.load(text, Loader=StrictLoader)  # noqa: S506 (a SafeLoader)
 
 
-def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The values of a recipe, with those of the one it extends beneath them. Mappings are merged, all else is replaced.
+def read_recipe(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a recipe over those of the one it extends. Mappings are merged, all else is replaced.
 
     Args:
-        above: the recipes that led to this one.
+        children: the recipes that extend this one, the first of them the one that was asked for.
 
     Raises:
-        ValueError: no such file, not YAML, no mapping, or it extends itself.
+        ValueError: no such file, not YAML, not a mapping, or it extends itself.
     """
     if not path.is_file():
         raise ValueError(f"recipe (={path}) does not exist; give one of train/recipes" + (
-            f", or correct extends in {above[-1]}" if above else ""))
-    if path.resolve() in (other.resolve() for other in above):
-        raise ValueError(f"extends (={path.name} in {above[-1]}) leads back to itself; take one of the lines away")
+            f", or correct extends in {children[-1]}" if children else ""))
+    if path.resolve() in (other.resolve() for other in children):
+        raise ValueError(f"extends (={path.name} in {children[-1]}) leads back to itself; take one of the lines away")
     try:
         values = load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError) as error:  # UnicodeDecodeError is one
-        raise ValueError(f"recipe (={path}) is no YAML: {_tidy(str(error))}") from None
-    if values is None:
-        values = {}
+        raise ValueError(f"recipe (={path}) is no YAML: {_one_line(str(error))}") from None
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise ValueError(f"recipe (={path}) must be groups of keys, not a {type(values).__name__}; see train/recipes/demo.yaml")
     parent = values.pop("extends", None)
@@ -86,83 +90,64 @@ def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         return values
     if not isinstance(parent, str):
         raise ValueError(f"extends (={parent} in {path}) must be the name of a recipe beside it; correct it")
-    return _merged(read_recipe(path.parent / parent, (*above, path)), values)
+    merged: dict[str, Any] = _merge(read_recipe(path.parent / parent, (*children, path)), values)
+    return merged
 
 
-def _merged(below: Any, values: Any) -> Any:
-    """`values` over those `below`."""
-    if not isinstance(below, dict) or not isinstance(values, dict):
+def _merge(base: Any, values: Any) -> Any:
+    """`values` over `base`: mappings key by key, all else replaced."""
+    if not isinstance(base, dict) or not isinstance(values, dict):
         return values
-    return below | {key: _merged(below.get(key), value) for key, value in values.items()}
+    return base | {key: _merge(base.get(key), value) for key, value in values.items()}
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the command line asked for."""
-
-    config: Config
-    resume: bool
-    recipe: Path | None
-
-
+@functools.cache
 def build_parser() -> jsonargparse.ArgumentParser:
     """The parser of `python -m train.main`."""
     jsonargparse.set_loader(MODE, load_yaml, exceptions=(yaml.YAMLError, ValueError))
     parser = jsonargparse.ArgumentParser(
         prog="python -m train.main", exit_on_error=False, allow_abbrev=False, parser_mode=MODE, default_env=False,
-        description="Train the two-tower AlexNet as a recipe says; exit codes: 0 done, 2 a mistake in what was asked, "
-                    "3 the loss or a gradient was not finite, 4 the machine failed, 75 stopped and saved (go on with --resume).")
+        description="Train the two-tower AlexNet as a recipe says; exit codes: 0 done, 2 a mistake in recipe or command line, "
+                    "3 the loss or a gradient was not finite, 4 the machine failed, 75 stopped and saved (resume with --resume).")
     parser.add_argument("--config", action="config", help="a recipe, train/recipes/*.yaml")
-    parser.add_argument("--resume", action="store_true", help="go on from the last good checkpoint of the run folder")
+    parser.add_argument("--resume", action="store_true", help="resume from the newest good checkpoint of the run folder")
     for name, group in GROUPS.items():
         parser.add_class_arguments(group, name)
     return parser
 
 
-def _say_all(raw: dict[str, Any], argv: Sequence[str]) -> None:
-    """Every field that changes results is said, in the recipe or here; the parser would make an Optional null."""
-    for name, group in GROUPS.items():
-        for item in dataclasses.fields(group):
-            required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-            key = f"{name}.{item.name}"
-            said = item.name in (raw.get(name) or {}) or any(re.match(rf"--{re.escape(key)}[.=]?", a) for a in argv)
-            if required and not said:
-                raise ValueError(f"{key} is missing; a field that changes results has no default: say it in the recipe "
-                                 f"or with --{key}=VALUE")
-
-
 def parse(argv: Sequence[str]) -> Request:
-    """Command line to request. `--help` and `--print_config` print and exit 0.
+    """Parse a command line. `--help` and `--print_config` print and exit 0.
 
     Raises:
-        ValueError: an unknown or missing key, a value of the wrong type or outside its range.
+        ValueError: an unknown or missing key, a value of the wrong type or out of range.
     """
-    parser = build_parser()
-    paths, layers, words = _recipes(argv)
     if not any(word.startswith(("--config", "--help", "-h", "--print_config")) for word in argv):
         raise ValueError("--config (=none) must name a recipe; give one of train/recipes, such as --config "
                          "train/recipes/demo.yaml")
+    paths, layers, words = _split(argv)
     try:
-        raw: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for path in paths:
-            raw = _merged(raw, read_recipe(path))
-        raw = {name: values for name, values in _merged(raw, layers).items() if values is not None or name not in GROUPS}
-        space = parser.parse_args([*words[:1], yaml.safe_dump(raw, sort_keys=False), *words[1:]] if paths else words)
-        _say_all(raw, argv)
-        made = parser.instantiate(space)
+            values = _merge(values, read_recipe(path))
+        values = {name: group for name, group in _merge(values, layers).items() if group is not None or name not in GROUPS}
+        parser = build_parser()
+        parsed = parser.parse_args(["--config", yaml.safe_dump(values, sort_keys=False), *words] if paths else words)
+        _check_all_stated(values, argv)
+        built = parser.instantiate(parsed)
     except (argparse.ArgumentError, ValueError) as error:
-        raise ValueError(_tidy(str(error))) from None
-    config = Config(**{name: made[name] for name in GROUPS})
-    _all_finite(config.as_dict())
-    return Request(config, bool(space.resume), paths[-1] if paths else None)
+        raise ValueError(_one_line(str(error))) from None
+    config = Config(**{name: built[name] for name in GROUPS})
+    _check_finite(config.as_dict())
+    return Request(config, bool(parsed.resume), paths[-1] if paths else None)
 
 
-def _recipes(argv: Sequence[str]) -> tuple[list[Path], dict[str, Any], list[str]]:
-    """The recipes named on a command line; what it says of single layers, which the parser would take for strings; and the other
-    words, with a --config in front that awaits the recipes' values, if there is any."""
+def _split(argv: Sequence[str]) -> tuple[list[Path], dict[str, Any], list[str]]:
+    """The recipes named on a command line; its values below model.layers, which the parser would take for strings; the other
+    words."""
     paths: list[Path] = []
-    said: dict[str, Any] = {}
-    words, rest = ["--config"], list(argv)
+    layers: dict[str, Any] = {}
+    words, rest = [], list(argv)
     while rest:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
@@ -177,29 +162,42 @@ def _recipes(argv: Sequence[str]) -> tuple[list[Path], dict[str, Any], list[str]
             paths.append(Path(value))
             continue
         try:
-            found = load_yaml(value)
+            nested = load_yaml(value)
         except yaml.YAMLError:
             raise ValueError(f"{name} (={value}) is no YAML; write key: value with a space, in quotes for the shell") from None
         for key in reversed(name.removeprefix("--").split(".")):
-            found = {key: found}
-        said = _merged(said, found)
-    return paths, said, words if paths else words[1:]
+            nested = {key: nested}
+        layers = _merge(layers, nested)
+    return paths, layers, words
 
 
-def _all_finite(values: Any, key: str = "") -> None:
-    """Refuse .nan and .inf, which pass most comparisons and come out as a loss that is not finite."""
+def _check_all_stated(values: dict[str, Any], argv: Sequence[str]) -> None:
+    """Raise ValueError for a field without default that neither recipe nor command line states; the parser would take null for an
+    Optional."""
+    for name, group in GROUPS.items():
+        for item in dataclasses.fields(group):
+            required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+            key = f"{name}.{item.name}"
+            stated = item.name in (values.get(name) or {}) or any(re.match(rf"--{re.escape(key)}[.=]?", a) for a in argv)
+            if required and not stated:
+                raise ValueError(f"{key} is missing; a field that changes results has no default: state it in the recipe "
+                                 f"or with --{key}=VALUE")
+
+
+def _check_finite(values: Any, key: str = "") -> None:
+    """Raise ValueError for .nan and .inf, which pass most comparisons and would show as a loss that is not finite."""
     if isinstance(values, dict):
         for name, value in values.items():
-            _all_finite(value, f"{key}.{name}" if key else str(name))
+            _check_finite(value, f"{key}.{name}" if key else str(name))
     elif isinstance(values, (list, tuple)):
         for value in values:
-            _all_finite(value, key)
+            _check_finite(value, key)
     elif isinstance(values, float) and not math.isfinite(values):
         raise ValueError(f"{key} (={values}) must be a finite number; correct the recipe or the command line")
 
 
-def _tidy(message: str) -> str:
-    """A message of the parser on one line, without its remarks on the null that an Optional could also have been."""
+def _one_line(message: str) -> str:
+    """A parser's message on one line, without its remarks on the null that an Optional could also be."""
     line = re.sub(r"\s+", " ", message).strip()
     line = re.sub(r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - (.*?) - Expected a "
                   r"<class 'NoneType'>.*", r"\1", line)
@@ -213,9 +211,5 @@ def dump(config: Config) -> str:
 
 
 def load(path: Path) -> Config:
-    """The config in a YAML file that says everything, such as a run's config.yaml.
-
-    Raises:
-        ValueError: as `parse`.
-    """
+    """The config of a recipe, or of a run's config.yaml. Raises ValueError as `parse`."""
     return parse(["--config", str(path)]).config

@@ -24,7 +24,8 @@ from train import build
 from train.checkpoint import checkpoint
 from train.parallel import topology as distributed
 from train.checkpoint.checkpoint import DamagedCheckpoint
-from train.config import Config, LarsConfig, Milestone, OptimizerConfig, ScheduleConfig
+from train.config import Config
+from train.optimizer_config import LarsConfig, Milestone, OptimizerConfig, ScheduleConfig
 from train.parallel.topology import Topology
 from train.checkpoint.pretrained import Origin
 from train.optimizer import Schedule, build_optimizer, set_lr
@@ -413,8 +414,10 @@ def test_two_towers_with_lars_and_layers_of_their_own_train_as_one(recipe: Path,
 
 def test_factors_by_epoch() -> None:
     milestones = (Milestone(2, 0.1, {"conv1": 0.5}), Milestone(4, 0.01, {"conv1": 0, "fc7": 1}))
-    schedule = Schedule(ScheduleConfig(None, milestones, 0), 1.0, layer_rates={"fc8": 10, "fc7": 0})
-    assert schedule.layers == {"conv1", "fc7", "fc8"} and Schedule(ScheduleConfig(None, (), 0), 1.0).layers == set()
+    rates = OptimizerConfig(1.0, 0.9, 0.0, 1.0, layer_rates={"fc8": 10, "fc7": 0})
+    schedule = Schedule(ScheduleConfig(None, milestones, 0), rates, 8)
+    assert schedule.layers == {"conv1", "fc7", "fc8"}
+    assert Schedule(ScheduleConfig(None, (), 0), OptimizerConfig(1.0, 0.9, 0.0, 1.0), 8).layers == set()
     assert [schedule.layer_rates(epoch) for epoch in (0, 1, 2, 3, 4, 9)] == [
         {"fc8": 10, "fc7": 0}, {"fc8": 10, "fc7": 0}, *[{"fc8": 10, "fc7": 0, "conv1": 0.5}] * 2,
         *[{"fc8": 10, "fc7": 1, "conv1": 0}] * 2]

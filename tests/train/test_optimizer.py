@@ -18,8 +18,8 @@ from tests.helpers.networks import small
 
 from model.alexnet import AlexNet
 from model.towers import BOTH, Tower
-from train.config import LarsConfig, Milestone, OptimizerConfig, Plateau, ScheduleConfig
-from train.optimizer import Lars, PaperSGD, Schedule, batch_scale, build_optimizer, set_lr
+from train.optimizer_config import LarsConfig, Milestone, OptimizerConfig, Plateau, ScheduleConfig
+from train.optimizer import Lars, PaperSGD, Schedule, build_optimizer, set_lr
 
 CONSTANT = ScheduleConfig(plateau=None, milestones=(), warmup_steps=0)
 
@@ -138,16 +138,11 @@ def test_lars_of_a_network_against_numpy() -> None:
             np.testing.assert_allclose(p.detach().numpy(), naive[name], rtol=1e-12, atol=1e-14)
 
 
-def test_lars_with_a_closure_and_float32() -> None:
+def test_lars_in_float32() -> None:
     w = torch.full((4,), 2.0, requires_grad=True)
     optimizer = PaperSGD([w], lr=1.0, momentum=0.0, weight_decay=0.0, lars=Lars(LarsConfig(trust=0.5, epsilon=0.0)))
-
-    def closure() -> float:
-        optimizer.zero_grad()
-        loss = w.sum()
-        loss.backward()
-        return loss.item()
-    assert optimizer.step(closure) == 8.0
+    w.grad = torch.ones(4)
+    optimizer.step()
     assert w.tolist() == [1.0] * 4  # 0.5 * 4 / 2 = 1
 
 
@@ -159,7 +154,7 @@ def trained(tower: Tower) -> dict[str, torch.Tensor]:
     torch.set_num_threads(1)
     network = AlexNet(NETWORK, seed=5, tower=tower).double()
     config = OptimizerConfig(lr=1.0, momentum=0.9, weight_decay=5e-4, bias_lr_factor=2.0, lars=LarsConfig(0.01, 1e-8))
-    optimizer = build_optimizer(network, config, tower.group)
+    optimizer = build_optimizer(network, config, towers=tower.group)
     generator = torch.Generator().manual_seed(1)
     for step in range(5):
         images = torch.randn(4, 3, 67, 67, generator=generator, dtype=torch.float64)
@@ -195,33 +190,36 @@ def test_lars_in_two_towers_equals_one(tmp_path: Path) -> None:
 
 # --- schedules
 
+def schedule_of(config: ScheduleConfig, lr: float = 1.0, base_batch: int = 0, batch: int = 128) -> Schedule:
+    return Schedule(config, OptimizerConfig(lr, momentum=0.9, weight_decay=0.0, bias_lr_factor=1.0, base_batch=base_batch), batch)
+
+
 def test_constant_and_milestones() -> None:
-    assert [Schedule(CONSTANT, 0.01).lr(step, step) for step in (0, 5, 90)] == [0.01] * 3
-    fixed = Schedule(ScheduleConfig(None, (Milestone(2, 0.001), Milestone(4, 0.0005)), 0), 0.01)
+    assert [schedule_of(CONSTANT, 0.01).lr(step, step) for step in (0, 5, 90)] == [0.01] * 3
+    fixed = schedule_of(ScheduleConfig(None, (Milestone(2, 0.001), Milestone(4, 0.0005)), 0), 0.01)
     assert [fixed.lr(0, epoch) for epoch in range(6)] == [0.01, 0.01, 0.001, 0.001, 0.0005, 0.0005]
     assert fixed.epoch_done(0.5) is False
 
 
 def test_warmup_climbs_to_the_rate() -> None:
-    schedule = Schedule(ScheduleConfig(None, (), 4), 0.01)
+    schedule = schedule_of(ScheduleConfig(None, (), 4), 0.01)
     assert [schedule.lr(step, 0) for step in range(6)] == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
 
 
 def test_linear_scaling_of_all_rates() -> None:
     """Batch 512 for rates chosen at 128, with a warm-up of 4 steps from the rate of 128 (Goyal et al.)."""
-    config = OptimizerConfig(lr=0.01, momentum=0.9, weight_decay=0.0, bias_lr_factor=1.0, base_batch=128)
-    assert (batch_scale(config, 512), batch_scale(config, 32), batch_scale(OptimizerConfig(0.01, 0.9, 0, 1), 512)) == (4, 0.25, 1)
-    schedule = Schedule(ScheduleConfig(None, (Milestone(2, 0.001),), 4), 0.01, batch_scale(config, 512))
+    assert schedule_of(CONSTANT, 0.01, batch=512).lr(0, 0) == 0.01
+    schedule = schedule_of(ScheduleConfig(None, (Milestone(2, 0.001),), 4), 0.01, 128, 512)
     assert [schedule.lr(step, 0) for step in range(5)] == pytest.approx([0.0175, 0.025, 0.0325, 0.04, 0.04])
     assert schedule.lr(100, 2) == pytest.approx(0.004)
-    smaller = Schedule(ScheduleConfig(None, (), 4), 0.01, batch_scale(config, 32))  # from 0: the unscaled rate would be a peak
+    smaller = schedule_of(ScheduleConfig(None, (), 4), 0.01, 128, 32)  # from 0: the unscaled rate would be a peak
     assert [smaller.lr(step, 0) for step in (0, 3, 4)] == pytest.approx([0.0025 / 4, 0.0025, 0.0025])
-    plateau = Schedule(ScheduleConfig(Plateau(0.1, 1, 0.0, 1), (), 0), 0.01, 4.0)
+    plateau = schedule_of(ScheduleConfig(Plateau(0.1, 1, 0.0, 1), (), 0), 0.01, 128, 512)
     assert [plateau.epoch_done(error) for error in (0.5, 0.6)] == [False, True] and plateau.lr(9, 2) == pytest.approx(0.004)
 
 
 def test_plateau_drops_after_patience_and_stops_dropping() -> None:
-    schedule = Schedule(ScheduleConfig(Plateau(factor=0.1, patience=2, min_delta=0.01, drops=2), (), 0), 1.0)
+    schedule = schedule_of(ScheduleConfig(Plateau(factor=0.1, patience=2, min_delta=0.01, drops=2), (), 0))
     errors = [0.9, 0.8, 0.795, 0.795, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7]
     #         best best  stale  drop  best stale drop stale (no drop left)
     drops = [schedule.epoch_done(error) for error in errors]
@@ -233,7 +231,7 @@ def test_plateau_drops_after_patience_and_stops_dropping() -> None:
 def test_plateau_resumed_anywhere_is_the_same(cut: int) -> None:
     config = ScheduleConfig(Plateau(factor=0.5, patience=1, min_delta=0.0, drops=5), (), 0)
     errors = [0.9, 0.8, 0.8, 0.7, 0.75, 0.75, 0.6, 0.6]
-    whole, before, after = Schedule(config, 1.0), Schedule(config, 1.0), Schedule(config, 1.0)
+    whole, before, after = schedule_of(config), schedule_of(config), schedule_of(config)
     for error in errors:
         whole.epoch_done(error)
     for error in errors[:cut]:

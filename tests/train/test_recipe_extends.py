@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.recipes import TEXT, write_recipe
-from train.config import Config, Milestone
+from train.config import Config
+from train.optimizer_config import Milestone
 from train.recipe import dump, load, load_yaml, parse, read_recipe
 
 LAYERS = ["conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"]

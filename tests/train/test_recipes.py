@@ -103,7 +103,7 @@ def test_the_papers_network_and_update_rule() -> None:
 def test_as_run() -> None:
     for name in ("ilsvrc2010_as_run", "ilsvrc2012_as_run"):
         config = recipe(name)
-        schedule = Schedule(config.schedule, config.optimizer.lr, layer_rates=config.optimizer.layer_rates)
+        schedule = Schedule(config.schedule, config.optimizer, config.train.batch)
         rates = [(schedule.lr(0, epoch), schedule.layer_rates(epoch).get("conv1", 1.0)) for epoch in range(93)]
         assert config.train.epochs == 93
         assert rates[:23] == [(0.01, 1.0)] * 23 and rates[23:51] == [(0.001, 1.0)] * 28 and rates[51:68] == [(1e-4, 1.0)] * 17
@@ -182,7 +182,7 @@ def test_fine_tuning_takes_what_pre_training_has() -> None:
 def test_fine_tuning_of_tiny50_has_half_of_the_rates_of_training_from_scratch() -> None:
     """In every epoch; its softmax layer, which is new, has the whole of them."""
     scratch, tuned = recipe("tiny50_second"), recipe("tiny50_finetune")
-    ours, theirs = (Schedule(config.schedule, config.optimizer.lr, layer_rates=config.optimizer.layer_rates)
+    ours, theirs = (Schedule(config.schedule, config.optimizer, config.train.batch)
                     for config in (tuned, scratch))
     for epoch in range(scratch.train.epochs):
         assert ours.lr(0, epoch) == pytest.approx(theirs.lr(0, epoch) / 2) and ours.layer_rates(epoch) == {"fc8": 2}, epoch
@@ -224,8 +224,8 @@ def test_one_step(path: Path, tmp_path: Path) -> None:
     alone = Topology(0, 1, 0, 1, 0, 1, torch.device("cpu"))
     stats = compute(index, "train", config.data.square_px)
     network = build.network(config, alone)
-    schedule = Schedule(config.schedule, config.optimizer.lr, layer_rates=config.optimizer.layer_rates)
-    optimizer = build_optimizer(network, config.optimizer, layers=schedule.layers)
+    schedule = Schedule(config.schedule, config.optimizer, config.train.batch)
+    optimizer = build_optimizer(network, config.optimizer, schedule.layers)
     before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
     loader = build.train_loader(config, alone, index, stats, tmp_path / "quarantine.jsonl")
     try:

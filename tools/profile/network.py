@@ -28,7 +28,7 @@ class NetworkStep:
         self._network = build.network(config, where)
         self._network.train()
         self._gradients = Gradients(self._network, where, config.parallel.overlap)
-        self._optimizer = build_optimizer(self._network, config.optimizer, where.group("tower"))
+        self._optimizer = build_optimizer(self._network, config.optimizer, towers=where.group("tower"))
         self._autocast = build.autocast(config, where)
         self._step = 0
 
