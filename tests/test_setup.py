@@ -52,13 +52,14 @@ def test_minimum_versions_are_below_the_pins(setup: configparser.ConfigParser) -
 
 def test_core_requirements_are_the_agreed_ones(setup: configparser.ConfigParser) -> None:
     assert {name_of(line) for line in lines(setup["options"]["install_requires"])} == {
-        "nvidia-dali-cuda120", "torch", "numpy", "pyyaml", "rich", "jsonargparse", "docstring-parser", "scipy", "simplejpeg"}
+        "nvidia-dali-cuda120", "torch", "numpy", "pyyaml", "rich", "jsonargparse", "docstring-parser", "scipy", "jinja2",
+        "simplejpeg"}
 
 
 def test_packages_and_recipes_are_installed(setup: configparser.ConfigParser) -> None:
     assert setup["options"]["packages"] == "find:"
     assert lines(setup["options.packages.find"]["include"]) == [f"{package}*" for package in PACKAGES]
-    assert lines(setup["options.package_data"]["train"]) == ["recipes/*.yaml", "recipes/studies/*.yaml"]
+    assert lines(setup["options.package_data"]["train"]) == ["recipes/*.yaml", "recipes/studies/*.yaml", "*/*.jinja"]
     lacking = {path.parent for package in PACKAGES for path in (ROOT / package).rglob("*.py")
                if not (path.parent / "__init__.py").exists()}
     assert not lacking, f"{lacking} would not be installed: no __init__.py"
