@@ -28,7 +28,8 @@ def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> TinySet:
     from pipeline.index.sample_index import SampleIndex
     from pipeline.index.builder import Builder
     from pipeline.index.ilsvrc import build_ilsvrc
-    from pipeline.stats import compute, stats_path
+    from pipeline.compute_stats import compute
+    from pipeline.stats import stats_path
     from tools.demo import dataset as make_demo
 
     folder = tmp_path_factory.mktemp("tiny_set")

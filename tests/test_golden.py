@@ -37,7 +37,8 @@ from pipeline.loading.streamed_loader import StreamedSampler
 from pipeline.reading.source import Quarantine
 from pipeline.sampling.augment import draw, lighting_shift
 from pipeline.sampling.sampler import Sampler
-from pipeline.stats import Stats, compute, stats_path
+from pipeline.compute_stats import compute
+from pipeline.stats import Stats, stats_path
 from pipeline.tiers import test_loader as loader_of_tests
 from pipeline.tiers import train_loader as loader_of_training
 from tools.build_index import main as build_index

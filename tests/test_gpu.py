@@ -21,7 +21,8 @@ from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.train_loader import TrainLoader
 from pipeline.reading.source import Quarantine
 from pipeline.loading.eval_loader import TestLoader
-from pipeline.stats import Stats, compute
+from pipeline.compute_stats import compute
+from pipeline.stats import Stats
 from pipeline.tiers import train_loader
 from train.recipe import parse
 

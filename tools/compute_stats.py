@@ -48,7 +48,8 @@ def _run(asked: argparse.Namespace) -> int:
 
     from pipeline.config import LoaderConfig
     from pipeline.index.sample_index import SampleIndex
-    from pipeline.stats import Stats, compute, stats_path
+    from pipeline.compute_stats import compute
+    from pipeline.stats import Stats, stats_path
 
     if asked.square_px < 1:
         raise ValueError(f"--square-px (={asked.square_px}) must be at least 1; give the recipe's data.square_px")

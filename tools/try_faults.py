@@ -90,7 +90,8 @@ def make_set(folder: Path) -> Path:
     from pipeline.index.sample_index import SampleIndex
     from pipeline.index.builder import Builder
     from pipeline.index.ilsvrc import build_ilsvrc
-    from pipeline.stats import compute, stats_path
+    from pipeline.compute_stats import compute
+    from pipeline.stats import stats_path
     from tools.demo import dataset as make_demo
 
     make_demo.make(folder, 0, 10, 8, 2, (80, 100))

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from pipeline.index.sample_index import SampleIndex
 from pipeline.config import LoaderConfig
-from pipeline.stats import compute
+from pipeline.compute_stats import compute
 from tests.helpers.small_set import photographs, write_set
 from tools.bench import __main__ as bench
 from tools.bench import contenders as bench_peers, report as bench_report, rounds as bench_turns, sides as bench_sides

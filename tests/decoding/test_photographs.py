@@ -12,7 +12,8 @@ from pipeline.sampling.augment import lighting_shift
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.train_loader import TrainLoader
 from pipeline.loading.eval_loader import TestLoader
-from pipeline.stats import Stats, compute
+from pipeline.compute_stats import compute
+from pipeline.stats import Stats
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif("PHOTOGRAPHS" not in os.environ, reason="PHOTOGRAPHS names no index")]
 

@@ -293,7 +293,8 @@ def test_archives_that_moved(source: SampleIndex, tmp_path: Path) -> None:
 
 def test_trained_on_and_packed(tiny_set: TinySet, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Half of the classes, half of their images held out: statistics, shards and a run, tested on the held-out half."""
-    from pipeline.stats import Stats, compute, stats_path
+    from pipeline.compute_stats import compute
+    from pipeline.stats import Stats, stats_path
     from tests.helpers.runs import here
 
     index = SampleIndex.load(tiny_set.index)

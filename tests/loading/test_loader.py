@@ -15,7 +15,8 @@ from pipeline.loading.batch import Batch
 from pipeline.loading.train_loader import TrainLoader
 from pipeline.reading.source import Quarantine, SampleError
 from pipeline.loading.eval_loader import TestLoader, views
-from pipeline.stats import Stats, compute
+from pipeline.compute_stats import compute
+from pipeline.stats import Stats
 
 # Decoders agree on JPEG, and torch resizes as PIL does, rounding after columns and after rows, but with weights of 16 bits where
 # PIL's have 22. Measured on ImageNet photographs: mean 0.002, largest 2.

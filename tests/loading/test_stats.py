@@ -10,7 +10,8 @@ from PIL import Image
 
 from pipeline.config import LoaderConfig
 from pipeline.index.sample_index import SampleIndex
-from pipeline.stats import Stats, compute, stats_path
+from pipeline.compute_stats import compute
+from pipeline.stats import Stats, stats_path
 from tools import compute_stats
 
 

@@ -13,7 +13,8 @@ from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.batch import Batch
 from pipeline.loading.train_loader import TrainLoader
 from pipeline.reading.source import Quarantine
-from pipeline.stats import Stats, compute
+from pipeline.compute_stats import compute
+from pipeline.stats import Stats
 from pipeline.loading.streamed_loader import StreamedLoader, StreamedSampler
 
 DATA = DataConfig(region="square", square_px=76, crop_px=67, mirror=True, lighting=0.1, mean="channel")

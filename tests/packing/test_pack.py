@@ -25,7 +25,8 @@ from pipeline.packing.jpeg import PackOptions, decoded, psnr, squared_error
 from pipeline.packing.plan import order
 from pipeline.pack_quality import measure
 from pipeline.loading.eval_loader import TestLoader
-from pipeline.stats import Stats, compute, stats_path
+from pipeline.compute_stats import compute
+from pipeline.stats import Stats, stats_path
 from tests.helpers.small_set import encode, photographs, picture, write_set
 from tools import build_index
 from tools.pack_shards import main, place

@@ -18,7 +18,8 @@ from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.train_loader import TrainLoader
 from pipeline.reading.source import Quarantine
-from pipeline.stats import Stats, compute, stats_path
+from pipeline.compute_stats import compute
+from pipeline.stats import Stats, stats_path
 from tests.helpers.packed_set import write_packed
 from tests.helpers.small_set import encode, photographs, picture, write_set
 from tests.resident.test_resident import digest

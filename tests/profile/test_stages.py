@@ -22,7 +22,8 @@ from pipeline.loading.batch import Batch, Loader
 from pipeline.loading.train_loader import TrainLoader
 from pipeline.reading.source import Reader
 from pipeline.decoding.resize import Resizer
-from pipeline.stats import Stats, compute
+from pipeline.compute_stats import compute
+from pipeline.stats import Stats
 from tools.profile.sweep import Point, axes, sweep
 from pipeline.tiers import train_loader
 from tools.profile.measure import Turns, Work, machine_cpu_s, rss_mb, take_turns

@@ -22,7 +22,8 @@ from pipeline.resident.layout import Form
 from pipeline.reading.source import Quarantine
 from pipeline.resident.train_loader import ResidentLoader
 from pipeline.loading.eval_loader import TestLoader
-from pipeline.stats import Stats, compute
+from pipeline.compute_stats import compute
+from pipeline.stats import Stats
 from pipeline.resident.ram_store import RamStore
 
 SMALL = DataConfig(region="square", square_px=76, crop_px=67, mirror=True, lighting=0.1, mean="image")

@@ -24,7 +24,8 @@ from pipeline.reading.source import SampleError
 from pipeline.resident.train_loader import ResidentLoader
 from pipeline.resident.eval_loader import ResidentTestLoader
 from pipeline.loading.eval_loader import TestLoader
-from pipeline.stats import Stats, compute, stats_path
+from pipeline.compute_stats import compute
+from pipeline.stats import Stats, stats_path
 from pipeline.resident.ram_store import RamStore
 from pipeline.decoding.decoder import Prepared, Stream
 from pipeline.tiers import TIERS, test_loader

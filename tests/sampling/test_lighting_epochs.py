@@ -14,7 +14,8 @@ from pipeline.config import DataConfig, LoaderConfig
 from pipeline.sampling.augment import draw
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.train_loader import TrainLoader
-from pipeline.stats import Stats, compute
+from pipeline.compute_stats import compute
+from pipeline.stats import Stats
 from train.recipe import parse
 
 COUNT, BATCH, LIT = 21, 8, 2  # 21 samples in batches of 8: batch 5 has the last 2 samples of epoch 1 and the first 6 of epoch 2

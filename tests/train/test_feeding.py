@@ -13,7 +13,7 @@ from pipeline.config import DataConfig, LoaderConfig
 from pipeline.headroom import Headroom, Usage
 from pipeline.loading.train_loader import TrainLoader
 from pipeline.monitor import Waits
-from pipeline.stats import compute
+from pipeline.compute_stats import compute
 from train.feeding import Feeding
 
 MACHINE = LoaderConfig(read_threads=2)

@@ -12,7 +12,8 @@ from torch.nn import functional
 from model.alexnet import AlexNet
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.train_loader import TrainLoader
-from pipeline.stats import Stats, compute, stats_path
+from pipeline.compute_stats import compute
+from pipeline.stats import Stats, stats_path
 from tests.helpers.recipes import write_recipe
 from tests.helpers.small_set import photographs, write_set
 from tests.helpers.runs import here, lines, watch, weights

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from model.alexnet import parameter_count, paper, shapes
 from model.config import LrnConfig, PoolConfig
-from pipeline.stats import compute
+from pipeline.compute_stats import compute
 from tools.study import read_study
 from train import build
 from train.config import Config

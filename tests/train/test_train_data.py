@@ -10,7 +10,8 @@ import torch
 
 from pipeline.index.sample_index import SampleIndex
 from pipeline.index.writer import mark_excluded
-from pipeline.stats import Stats, compute, stats_path
+from pipeline.compute_stats import compute
+from pipeline.stats import Stats, stats_path
 from tests.helpers.recipes import write_recipe
 from tests.helpers.small_set import photographs, write_set
 from tests.helpers.runs import here, same

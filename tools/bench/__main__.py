@@ -60,7 +60,8 @@ def prepare(asked: argparse.Namespace, chosen: Sequence[str], scratch: Path) -> 
     """
     from pipeline.config import LoaderConfig
     from pipeline.index.sample_index import SampleIndex
-    from pipeline.stats import Stats, compute
+    from pipeline.compute_stats import compute
+    from pipeline.stats import Stats
     from tools.bench.sides import BY_NAME
     from tools.bench.workload import SQUARE_PX, Work
 

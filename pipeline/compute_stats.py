@@ -1,0 +1,114 @@
+"""Computes `Stats` of a split: one pass through the training's own decode and resize, exact and resumable.
+
+All sums are integers of uint8 pixels, so they do not depend on the order of the images, and an interrupted and resumed pass gives
+the same bits. S: side of the central square; pixel values 0–255.
+"""
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.config import DataConfig, LoaderConfig
+from pipeline.index.sample_index import SampleIndex
+from pipeline.loading.eval_loader import TestLoader
+from pipeline.loading.train_loader import quarantine_budget
+from pipeline.stats import Stats, load_arrays, save_arrays, stats_path
+
+_SAVE_S = 30.0  # seconds between saves of a pass under way
+
+
+def compute(index: SampleIndex, split: str, square_px: int, *, machine: LoaderConfig = LoaderConfig(), batch: int = 64,
+            device_id: int | None = None, progress: Callable[[int, int], None] | None = None, save_s: float = _SAVE_S) -> Stats:
+    """Statistics of a split's central squares.
+
+    An interrupted pass resumes where it last saved (``stats-<split>-<S>.partial.npz`` beside the index).
+
+    Args:
+        index, split: the samples; unreadable ones are skipped, listed, and bounded by `machine.quarantine_budget`.
+        square_px: short side after the resize and side of the square.
+        machine, device_id: as for the loaders.
+        batch: images decoded together.
+        progress: called with (images done, images in all).
+        save_s: seconds between saves.
+
+    Raises:
+        RuntimeError: more unreadable samples than the budget allows, or no readable one.
+    """
+    total = len(index.ids(split))
+    sums = _Sums.resume(index, split, square_px, batch)
+    config = DataConfig(region="square", square_px=square_px, crop_px=square_px, mirror=False, lighting=0, mean="channel")
+    budget = quarantine_budget(machine, total)
+    saved = time.monotonic()
+    with TestLoader(index, split, config, batch, None, machine=machine, device_id=device_id, skip_corrupt=True,
+                    first=sums.next_batch) as loader:
+        for loaded in loader:
+            sums.add(loaded.images.cpu().numpy(), loaded.step)
+            skipped = sums.skipped | loader.skipped
+            if len(skipped) > budget:
+                id, why = next(iter(skipped.items()))
+                raise RuntimeError(f"unreadable samples (={len(skipped)} of {total}) must not exceed the budget (={budget}); "
+                                   f"the first: {index.safe_name(id)} {why}; run `python tools/build_index.py verify "
+                                   f"{index.path} --scrub --exclude`")
+            if progress is not None:
+                progress(min(sums.next_batch * batch, total), total)
+            if time.monotonic() - saved > save_s:
+                sums.save(index, split, batch, skipped)
+                saved = time.monotonic()
+        sums.skipped |= loader.skipped
+    if sums.count == 0:
+        raise RuntimeError(f"split (={split}) of {index.path} must have a readable image; all {len(sums.skipped)} failed")
+    _partial_path(index, split, square_px).unlink(missing_ok=True)
+    return sums.stats(index.split_sha256(split), split)
+
+
+def _partial_path(index: SampleIndex, split: str, square_px: int) -> Path:
+    return stats_path(index.path, square_px, split).with_suffix(".partial.npz")
+
+
+@dataclass
+class _Sums:
+    """Exact integer sums of a pass under way."""
+    image: npt.NDArray[np.int64]    # (S, S, 3)
+    product: npt.NDArray[np.int64]  # (3, 3) sum over pixels of channel × channel
+    count: int
+    next_batch: int
+    skipped: dict[int, str]
+
+    def add(self, pixels: npt.NDArray[np.uint8], batch: int) -> None:
+        """Add (B, S, S, 3) pixels of batch number `batch`."""
+        self.image += pixels.sum(axis=0, dtype=np.int64)
+        for image in pixels:  # float64 is exact below 2^53: 65,536 pixels of 255² are 2^32
+            flat = image.reshape(-1, 3).astype(np.float64)
+            self.product += (flat.T @ flat).astype(np.int64)
+        self.count += len(pixels)
+        self.next_batch = batch + 1
+
+    def save(self, index: SampleIndex, split: str, batch: int, skipped: dict[int, str]) -> None:
+        """Save the pass so far."""
+        save_arrays(_partial_path(index, split, self.image.shape[0]), {"image": self.image, "product": self.product},
+                    {"count": self.count, "next_batch": self.next_batch, "skipped": skipped,
+                     "index": index.split_sha256(split), "split": split, "batch": batch})
+
+    @classmethod
+    def resume(cls, index: SampleIndex, split: str, square_px: int, batch: int) -> "_Sums":
+        """The pass as last saved, if it was one over the same samples in the same batches; else a new one."""
+        path = _partial_path(index, split, square_px)
+        if path.exists():
+            arrays, about = load_arrays(path)
+            if (about.get("index"), about.get("split"), about.get("batch")) == (index.split_sha256(split), split, batch):
+                return cls(arrays["image"], arrays["product"], about["count"], about["next_batch"],
+                           {int(id): why for id, why in about["skipped"].items()})
+        return cls(np.zeros((square_px, square_px, 3), np.int64), np.zeros((3, 3), np.int64), 0, 0, {})
+
+    def stats(self, index: str, split: str) -> Stats:
+        """The sums as `Stats` of the images with this hash."""
+        pixels = self.count * self.image.shape[0] * self.image.shape[1]
+        mean = self.image.sum(axis=(0, 1)) / pixels
+        values, vectors = np.linalg.eigh(self.product / pixels - np.outer(mean, mean))
+        values, vectors = values[::-1].clip(min=0), vectors[:, ::-1]
+        vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(axis=0), range(3)])  # a sign eigh leaves open
+        return Stats((self.image / self.count).astype(np.float32), mean.astype(np.float32), values, vectors, self.count,
+                     self.skipped, index, split)
