@@ -68,7 +68,7 @@ def meta_mat(leaves: list[tuple[str, str, int]]) -> bytes:
     target = io.BytesIO()
     savemat(target, {"synsets": synsets}, format="5", oned_as="row")
     # The first 116 bytes are free text, into which scipy writes the date.
-    return b"MATLAB 5.0 MAT-file, drawn by tools/demo/dataset.py".ljust(116) + target.getvalue()[116:]
+    return b"MATLAB 5.0 MAT-file, drawn by tools/make_demo.py".ljust(116) + target.getvalue()[116:]
 
 
 def _damage(oddity: str, draw: Callable[[], Any], encode: Callable[..., bytes]) -> bytes:
@@ -147,7 +147,7 @@ def make(out: Path, seed: int, class_count: int, per_class: int, val_per_class: 
     leaves = [(names[k], f"{colour} {shape}, toy", per_class + (k < len(ODDITIES)))
               for k, (colour, shape) in enumerate(kinds)]
     devkit = _tar(iter([
-        (f"{folder}/readme.txt", b"Drawn by tools/demo/dataset.py in the shape of the ILSVRC2012 development kit.\n"),
+        (f"{folder}/readme.txt", b"Drawn by tools/make_demo.py in the shape of the ILSVRC2012 development kit.\n"),
         (f"{folder}/data/meta.mat", meta_mat(leaves)),
         (f"{folder}/data/ILSVRC2012_validation_ground_truth.txt", "".join(f"{k + 1}\n" for k in truth).encode())]))
     with _whole(out / DEVKIT) as path:
