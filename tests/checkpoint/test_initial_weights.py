@@ -28,6 +28,7 @@ from train.config import Config
 from train.optimizer_config import LarsConfig, Milestone, OptimizerConfig, ScheduleConfig
 from train.parallel.topology import Topology
 from train.checkpoint.pretrained import Origin
+from train.checkpoint.resolve import Resolved
 from train.optimizer import Schedule, build_optimizer, set_lr
 from train.recipe import dump, parse
 
@@ -106,11 +107,11 @@ def test_of_a_run_folder_the_best_or_else_the_newest(recipe: Path, index: Sample
     run = tmp_path / "run"
     paths = [write(run, read(recipe, f"--train.seed={step}"), index, step, None) for step in (1, 2)]
     config = read(recipe, f"--init_from.checkpoint={run}")
-    assert Origin.of(config, False, pytest.fail).path == paths[1]
+    assert Origin.of(config, False, pytest.fail).source == Resolved(paths[1], "checkpoint")
     paths += [write(run, read(recipe, f"--train.seed={step}"), index, step, error)
               for step, error in ((3, 0.2), (4, 0.4), (5, None))]
     origin = Origin.of(config, False, pytest.fail)
-    assert origin.path == paths[2] and len(origin.sha256) == 64
+    assert origin.source == Resolved(paths[2], "checkpoint") and len(origin.sha256) == 64
     found, said, _ = take(config, index)
     assert torch.equal(found["conv1.weight"], network_of(read(recipe, "--train.seed=3"))["conv1.weight"])
     assert str(paths[2]) in said
@@ -163,15 +164,7 @@ def test_other_classes_need_a_new_last_layer(recipe: Path, index: SampleIndex, t
     assert take(read(recipe, at, "--init_from.renew=[fc8]"), index)[1].endswith("; fc8 start anew")
 
 
-def test_mistakes(recipe: Path, source: Path, index: SampleIndex, tmp_path: Path) -> None:
-    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
-    for path, message in ((tmp_path / "none", "is no checkpoint; give a run folder, or a folder of its checkpoints"),
-                          (tmp_path, "is no checkpoint; "), (source / "state.json", "is no checkpoint; "),
-                          (source.parent, "is no checkpoint; "),
-                          (tmp_path / "begun", "is a run without a checkpoint yet; wait for its first")):
-        with pytest.raises(ValueError) as caught:
-            take(read(recipe, f"--init_from.checkpoint={path}"), index)
-        assert str(caught.value).startswith(f"init_from.checkpoint (={path}) {message}")
+def test_no_layer_left_to_take(recipe: Path, source: Path, index: SampleIndex) -> None:
     with pytest.raises(ValueError, match=r"init_from.renew \(=\['conv1', .*'fc8'\]\) leaves no layer to take from .*; take"):
         take(read(recipe, f"--init_from.checkpoint={source}", f"--init_from.renew=[{', '.join(LAYERS)}]"), index)
 
@@ -295,7 +288,7 @@ def test_a_resume_needs_the_checkpoint_no_more_but_takes_no_other(recipe: Path, 
     assert "at step 4" in out and "start anew" not in out
     same(tuned[0], tmp_path / "small")
     _, err = here(recipe, tmp_path, *words, "--machine.name=new", code=2)
-    assert f"error: init_from.checkpoint (={gone}) is no checkpoint; " in err and not (tmp_path / "new").exists()
+    assert f"error: init_from.checkpoint (={gone}) does not exist; " in err and not (tmp_path / "new").exists()
 
 
 def test_a_restart_by_torchrun_needs_the_checkpoint_no_more(recipe: Path, tuned: tuple[Path, list[str]], tmp_path: Path,
@@ -352,7 +345,7 @@ def test_a_refused_start_leaves_nothing_behind(recipe: Path, tuned: tuple[Path, 
                                                tmp_path: Path) -> None:
     (source / "stats.npz").write_bytes(b"")
     for words, code, message in (
-            (["--init_from.checkpoint=/nowhere"], 2, "error: init_from.checkpoint (=/nowhere) is no checkpoint; give a"),
+            (["--init_from.checkpoint=/nowhere"], 2, "error: init_from.checkpoint (=/nowhere) does not exist; give a"),
             ([tuned[1][0], "--model.layers.fc6.neurons=20"], 2, "error: weight.fc6.bias (=(20,) here) is (18,) in "),
             ([tuned[1][0], "--model.classes=7"], 2, "; add the layer to init_from.renew, or give a checkpoint of this network"),
             ([tuned[1][0], f"--init_from.renew=[{', '.join(LAYERS)}]"], 2, "leaves no layer to take from"),

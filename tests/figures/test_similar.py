@@ -23,7 +23,8 @@ from train.figures import features as folders
 from train.figures.features import FEATURES, IDS, MANIFEST, Features
 from train.figures.neighbours import NOBODY, Nearest, agreement
 from train.figures.similar import chance, from_files, from_index, pick
-from train.checkpoint.trained import chosen, opened, word
+from train.checkpoint.load_trained import class_name, load_trained
+from train.checkpoint.resolve import resolve
 
 
 def brute(queries: np.ndarray, ids: np.ndarray, rows: np.ndarray, count: int, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -136,7 +137,7 @@ def test_features_are_those_of_the_network(run: Path, built: Path, tiny_set: Tin
     assert left_out == set(found.skipped) and len(left_out) == 1, "the set has one file that cannot be decoded"
     assert (found.source.layer, found.source.split, found.rows.shape) == ("fc7", "train", (75, 16))
     assert isinstance(found.rows, np.memmap) and found.rows.dtype == np.float32 and (np.diff(found.ids) > 0).all()
-    with opened(run / "checkpoints/step-000000000") as trained:
+    with load_trained(resolve(run / "checkpoints/step-000000000")) as trained:
         found.check(trained)
         with TestLoader(index, "train", trained.config.data.pixels(), 1, trained.stats, skip_corrupt=True) as loader:
             for place, batch in enumerate(loader):
@@ -205,7 +206,7 @@ def test_what_is_there_is_not_overwritten_unless_asked(run: Path, built: Path, t
 
 def test_a_build_that_fails_leaves_no_features(run: Path, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = altered(built, tmp_path)
-    with opened(chosen(run, None, "best"), batch=10) as trained:
+    with load_trained(resolve(run, "best"), batch=10) as trained:
         def fails(done: int, total: int) -> None:
             if done > 30:
                 raise OSError("disk full")
@@ -231,7 +232,7 @@ def test_ids_and_files_give_the_same_queries(run: Path, tiny_set: TinySet, tmp_p
     for place, id in enumerate(ids.tolist()):  # one called as what it is not
         files.append(tmp_path / ("a.jpg", "b.txt")[place])
         files[-1].write_bytes(index.read(id))
-    with opened(chosen(run, None, None)) as trained:
+    with load_trained(resolve(run)) as trained:
         named, loose = from_index(trained, ids), from_files(trained, files)
     assert named.names == [f"val {id}" for id in ids] and loose.names == ["a.jpg", "b.txt"]
     np.testing.assert_array_equal(named.crops, loose.crops)
@@ -263,7 +264,7 @@ def test_a_file_that_cannot_be_decoded_is_named(run: Path, tmp_path: Path) -> No
     Image.effect_noise((90, 70), 50).convert("RGB").save(tmp_path / "good.jpg")
     data = (tmp_path / "good.jpg").read_bytes()
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x40\0\0\0\x40\x08\x02\0\0\0" + data)
-    with opened(chosen(run, None, None)) as trained, pytest.raises(ValueError, match=r"image \(=.*cut.png\) cannot be dec"):
+    with load_trained(resolve(run)) as trained, pytest.raises(ValueError, match=r"image \(=.*cut.png\) cannot be dec"):
         from_files(trained, [tmp_path / "good.jpg", tmp_path / "cut.png"])
 
 
@@ -282,12 +283,6 @@ def test_a_network_of_one_full_layer_has_features_of_its_last_convolution(tiny_s
     assert Features.load(tmp_path / "features").source.layer == "conv5"
 
 
-def test_what_export_wrote_is_no_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"is a network that train.export wrote; give the checkpoint it was made of"):
-        chosen(None, tmp_path, None)
-
-
 def asked(built: Path, *words: str) -> int:
     return similar.main(["query", "--features", str(built), *words])
 
@@ -296,7 +291,7 @@ def test_the_evaluation_equals_brute_force(run: Path, built: Path, capsys: pytes
     assert asked(built, "--evaluate", "24", "--neighbours", "4", "--split", "val", "--json", "--batch", "5") == 0
     told = json.loads(capsys.readouterr().out)
     features = Features.load(built)
-    with opened(chosen(run, None, "best")) as trained:
+    with load_trained(resolve(run, "best")) as trained:
         index, queries = trained.index, from_index(trained, trained.index.ids("val"))
         pixels = from_index(trained, features.ids).crops.reshape(len(features.ids), -1)
         random = chance(index, features, queries)
@@ -358,7 +353,7 @@ def test_the_page_needs_nothing_else_and_says_what_it_shows(built: Path, tiny_se
     assert len(page.alts) == 13 and all(page.alts)
     assert all(source.startswith("data:image/jpeg;base64,") for source in page.sources)
     assert page.links == ["data:,"] and "url(" not in text and "@import" not in text
-    own = word(index.classes, int(index.samples["label"][id]))
+    own = class_name(index.classes, int(index.samples["label"][id]))
     assert page.alts[0] == f"query val {id}: {own}" and page.alts[1].startswith("neighbour 1 by fc7: ")
     assert page.alts[7].startswith("neighbour 1 by pixels: ")
     for alt, look in zip(page.alts[1:], page.looks[1:]):
@@ -434,7 +429,7 @@ def test_features_of_another_checkpoint_or_index_are_refused(run: Path, built: P
     (["--out", "a.png", "--ids", "5", "5"], "id (=5) is given twice; give it once"),
     (["--out", "a.png", "--ids", "5000"], "id (=5000) is not in the index"),
     (["--out", "a.png", "--images", "nowhere.jpg"], "image (=nowhere.jpg) does not exist; give a JPEG or PNG file"),
-    (["--out", "a.png", "--checkpoint", "nowhere"], "checkpoint folder (=nowhere) does not exist; give a run folder with"),
+    (["--out", "a.png", "--checkpoint", "nowhere"], "checkpoint (=nowhere) does not exist; give a run folder or"),
     (["--out", "a.png", "--which", "best"], "--which (=best) chooses among a run's checkpoints; leave it out, or")])
 def test_bad_arguments_are_one_line_and_exit_2(built: Path, words: list[str], message: str, tmp_path: Path,
                                                monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -445,23 +440,15 @@ def test_bad_arguments_are_one_line_and_exit_2(built: Path, words: list[str], me
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_without_checkpoints_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(ValueError, match=r"run \(=.*\) has no validated checkpoint yet; wait for its first, or give another"):
-        chosen(tmp_path, None, "best")
-    with pytest.raises(ValueError, match=r"run \(=.*\) has no checkpoint yet; wait for its first, or give another"):
-        chosen(tmp_path, None, None)
-
-
 def test_other_classes_are_refused(run: Path, tmp_path: Path) -> None:
     from tests.helpers.small_set import photographs, write_set
     other = write_set(tmp_path, photographs(3), photographs(3))
     with pytest.raises(ValueError, match=r"has other classes, or another order of them, than the one the network was"):
-        with opened(chosen(run, None, None), index=other.path):
+        with load_trained(resolve(run), index=other.path):
             pass
 
 
 def test_words_of_classes(tiny_set: TinySet) -> None:
     from pipeline.index.sample_index import ClassInfo
     classes = [ClassInfo("n1", "great cat, Felis magna"), ClassInfo("n2", "")]
-    assert [word(classes, label) for label in (-1, 0, 1, 2)] == ["?", "great cat", "n2", "class 2"]
+    assert [class_name(classes, label) for label in (-1, 0, 1, 2)] == ["?", "great cat", "n2", "class 2"]

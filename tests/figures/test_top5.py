@@ -18,7 +18,8 @@ from tests.conftest import TinySet
 from tests.figures.test_similar import check_apart
 from tests.helpers.trained_run import write_run
 from tools.show import top5 as show_top5
-from train.checkpoint.trained import chosen, opened, word
+from train.checkpoint.load_trained import class_name, load_trained
+from train.checkpoint.resolve import resolve
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +32,11 @@ def test_probabilities_are_those_of_a_test(run: Path, tiny_set: TinySet, views: 
     from train import build
     from train.evaluate.predict import evaluate
 
-    with opened(chosen(run, None, None)) as trained:
+    with load_trained(resolve(run)) as trained:
         ids = trained.index.ids("val")
         found = show_top5.probabilities(trained, "val", ids, views)
         with trained.loader(trained.index, "val") as loader:
-            score = evaluate(trained.network, loader, views, build.autocast(trained.config, trained.where))
+            score = evaluate(trained.network, loader, views, build.autocast(trained.config, trained.topology))
         some = show_top5.probabilities(trained, "val", ids[[7, 3]], views)
     assert score is not None and found.shape == (24, 6) and np.allclose(found.sum(1), 1)
     labels = SampleIndex.load(tiny_set.index).samples["label"][ids]
@@ -92,14 +93,14 @@ def test_the_command_writes_a_png(run: Path, tiny_set: TinySet, tmp_path: Path, 
     assert show_top5.main([*words, "--images", "3", "--seed", "2"]) == 0 and out.read_bytes() == first, "a seed gives a sheet"
     assert show_top5.main([*words, "--images", "3", "--seed", "3"]) == 0 and out.read_bytes() != first
     index = SampleIndex.load(tiny_set.index)
-    with opened(chosen(run, None, "best")) as trained:
+    with load_trained(resolve(run, "best")) as trained:
         ids = index.ids("val")[[1, 0]]
         found = show_top5.probabilities(trained, "val", ids, 1)
     capsys.readouterr()
     assert show_top5.main([*words, "--ids", *map(str, ids), "--views", "1"]) == 0
     right = (found.argmax(1) == index.samples["label"][ids]).sum()
     assert f"2 images in {out}; the right label is the first of {right}, among five of " in capsys.readouterr().out
-    assert word(index.classes, 0) in {"red ball", "blue ball", "red box", "blue box"}
+    assert class_name(index.classes, 0) in {"red ball", "blue ball", "red box", "blue box"}
 
 
 @pytest.mark.parametrize("words, message", [
@@ -118,4 +119,4 @@ def test_bad_arguments_are_one_line_and_exit_2(run: Path, words: list[str], mess
 
 def test_a_missing_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert show_top5.main(["--run", str(tmp_path / "no"), "--out", str(tmp_path / "a.png")]) == 2
-    assert "no/checkpoints) does not exist; give a run folder with --run or a checkpoint" in capsys.readouterr().err
+    assert "no) does not exist; give a run folder or a checkpoint" in capsys.readouterr().err

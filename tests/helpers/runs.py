@@ -75,8 +75,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of the last checkpoint of a run."""
     path = checkpoint.checkpoints(folder / "checkpoints")[-1]
     checkpoint.verify(path)
-    metadata = checkpoint.dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    shapes = {name: tuple(getattr(entry, "size")) for name, entry in metadata.items()}
+    shapes = checkpoint.stored_shapes(path)
     found = {name: torch.empty(shape) for name, shape in shapes.items()}
     checkpoint.load(path, found, shapes, Topology(0, 1, 0, 1, 0, 1, torch.device("cpu")))
     return found

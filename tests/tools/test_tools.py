@@ -238,7 +238,7 @@ def test_kernels_are_stretched_one_by_one_and_laid_out_by_tower() -> None:
 
 def test_kernels_of_no_checkpoint_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert show_kernels.main(["--checkpoint", str(tmp_path / "no"), "--out", str(tmp_path / "k.png")]) == 2
-    assert "does not exist; give a run folder with --run or a checkpoint" in capsys.readouterr().err
+    assert "does not exist; give a run folder or a checkpoint" in capsys.readouterr().err
 
 
 # --- README.md

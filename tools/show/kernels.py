@@ -19,16 +19,11 @@ from train.figures.kernels import conv1, sheet, stretch  # noqa: E402, F401 (the
 
 def run(asked: argparse.Namespace) -> None:
     """Find the checkpoint and draw. Raises ValueError or RuntimeError."""
-    from train.checkpoint.checkpoint import newest_good
+    from train.checkpoint.resolve import resolve
     from train.figures.kernels import captioned, chroma_lines, need_matplotlib, tower_chroma
 
     need_matplotlib()
-    path = asked.checkpoint
-    if path is None:
-        path = newest_good(asked.run / "checkpoints", lambda message: print(f"warning: {message}", file=sys.stderr))
-    if path is None or not path.is_dir():
-        raise ValueError(f"checkpoint (={asked.checkpoint or asked.run}) does not exist; give a run folder with --run "
-                         "or a checkpoint of it with --checkpoint")
+    path = resolve(asked.run or asked.checkpoint).path
     kernels, towers = conv1(path)
     found, chance = tower_chroma(kernels, towers)
     lines = chroma_lines(found, chance)

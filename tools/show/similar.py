@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from train.figures.features import Features
     from train.figures.neighbours import Nearest
     from train.figures.similar import Queries
-    from train.checkpoint.trained import Trained
+    from train.checkpoint.load_trained import TrainedNetwork
 
 MOST = 40  # queries of a sheet
 
@@ -32,10 +32,11 @@ MOST = 40  # queries of a sheet
 def build(asked: argparse.Namespace) -> None:
     """Write features. Raises ValueError or RuntimeError."""
     from train.figures.features import build as write
-    from train.checkpoint.trained import chosen, opened
+    from train.checkpoint.load_trained import load_trained
+    from train.checkpoint.resolve import resolve
 
-    path = chosen(asked.run, asked.checkpoint, asked.which)
-    with opened(path, index=asked.index, archives=asked.archives, device=asked.device, batch=asked.batch) as trained, \
+    source = resolve(asked.run or asked.checkpoint, asked.which)
+    with load_trained(source, index=asked.index, archives=asked.archives, device=asked.device, batch=asked.batch) as trained, \
             _bar("features") as progress:
         made = write(trained, asked.split or trained.config.data.train_split, asked.out, force=asked.force, progress=progress)
     count, width = made.rows.shape
@@ -46,13 +47,14 @@ def build(asked: argparse.Namespace) -> None:
 def query(asked: argparse.Namespace) -> None:
     """Find neighbours, draw them, count them. Raises ValueError or RuntimeError."""
     from train.figures.features import Features
-    from train.checkpoint.trained import chosen, opened
+    from train.checkpoint.load_trained import load_trained
+    from train.checkpoint.resolve import resolve
 
     _check(asked)
     features = Features.load(asked.features)
-    path = chosen(asked.run, asked.checkpoint or (None if asked.run else Path(features.source.checkpoint)), asked.which)
-    with opened(path, index=asked.index or features.source.index, archives=asked.archives, device=asked.device,
-                batch=asked.batch) as trained:
+    source = resolve(asked.run or asked.checkpoint or Path(features.source.checkpoint), asked.which)
+    with load_trained(source, index=asked.index or features.source.index, archives=asked.archives, device=asked.device,
+                      batch=asked.batch) as trained:
         features.check(trained)
         trained.index.check_archives(features.source.split)
         queries = _queries(asked, trained)
@@ -90,7 +92,7 @@ def _check(asked: argparse.Namespace) -> None:
         raise ValueError(f"queries (={queries}) must lie in 1..{MOST}; larger sheets cannot be read, --evaluate draws none")
 
 
-def _queries(asked: argparse.Namespace, trained: Trained) -> Queries:
+def _queries(asked: argparse.Namespace, trained: TrainedNetwork) -> Queries:
     import numpy as np
 
     from train.figures.similar import from_files, from_index, pick, split_of
@@ -107,7 +109,7 @@ def _queries(asked: argparse.Namespace, trained: Trained) -> Queries:
     return from_index(trained, ids)
 
 
-def _search(asked: argparse.Namespace, trained: Trained, features: Features, queries: Queries) -> dict[str, Nearest]:
+def _search(asked: argparse.Namespace, trained: TrainedNetwork, features: Features, queries: Queries) -> dict[str, Nearest]:
     """Neighbours by layer, then by pixels."""
     from train.figures.similar import by_features, by_pixels
 
@@ -119,7 +121,7 @@ def _search(asked: argparse.Namespace, trained: Trained, features: Features, que
     return found
 
 
-def _draw(asked: argparse.Namespace, trained: Trained, features: Features, queries: Queries,
+def _draw(asked: argparse.Namespace, trained: TrainedNetwork, features: Features, queries: Queries,
           found: dict[str, Nearest]) -> None:
     """Write the sheet."""
     import numpy as np
@@ -127,7 +129,7 @@ def _draw(asked: argparse.Namespace, trained: Trained, features: Features, queri
     from pipeline.files import atomic_write
     from tools.show import similar_sheet as sheet
     from train.figures.similar import crops_of
-    from train.checkpoint.trained import word
+    from train.checkpoint.load_trained import class_name
 
     index, split = trained.index, features.source.split
     wanted = np.unique(np.concatenate([nearest.ids.ravel() for nearest in found.values()]))
@@ -136,17 +138,17 @@ def _draw(asked: argparse.Namespace, trained: Trained, features: Features, queri
     def near(label: int, id: int) -> sheet.Shown:
         other = int(index.samples["label"][id])
         same = None if min(label, other) < 0 else label == other
-        return sheet.Shown(crops[id], word(index.classes, other), same, f"{split} {id}")
+        return sheet.Shown(crops[id], class_name(index.classes, other), same, f"{split} {id}")
 
     rows: list[Row] = []
     for place, name in enumerate(queries.names):
         label = int(queries.labels[place])
         kinds = [(kind, [near(label, id) for id in nearest.ids[place].tolist()]) for kind, nearest in found.items()]
-        words = word(index.classes, label) if label >= 0 else name
+        words = class_name(index.classes, label) if label >= 0 else name
         rows.append(sheet.Row(sheet.Shown(queries.crops[place], words, None, name), kinds))
     chosen = "given" if asked.images or asked.ids else f"drawn at random (seed {asked.seed})"
     title = (f"{len(rows)} {'query' if len(rows) == 1 else 'queries'}, {chosen}, and the nearest of {len(features.ids)} images "
-             f"of split {split}, by {' and by '.join(found)}; {trained.path}")
+             f"of split {split}, by {' and by '.join(found)}; {trained.source.path}")
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(asked.out) as file:
         if asked.out.suffix.lower() == ".html":
@@ -155,7 +157,7 @@ def _draw(asked: argparse.Namespace, trained: Trained, features: Features, queri
             sheet.draw(rows, title).savefig(file, format="png", metadata={"Software": None})
 
 
-def _tell(asked: argparse.Namespace, trained: Trained, features: Features, queries: Queries,
+def _tell(asked: argparse.Namespace, trained: TrainedNetwork, features: Features, queries: Queries,
           found: dict[str, Nearest]) -> None:
     """Print how many neighbours are of the query's class, where that is known."""
     from train.figures.similar import agreeing, chance

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
 
-    from train.checkpoint.trained import Trained
+    from train.checkpoint.load_trained import TrainedNetwork
 
 MOST = 60  # images of a sheet
 RIGHT, WRONG, TRACK = "#e4572e", "#9db8d9", "#eef0f2"
@@ -26,7 +26,7 @@ _WIDE, _HIGH = 2.25, 3.4  # inches of an image with its bars
 _BAR = 1.95  # inches
 
 
-def probabilities(trained: Trained, split: str, ids: np.ndarray, views: int) -> np.ndarray:
+def probabilities(trained: TrainedNetwork, split: str, ids: np.ndarray, views: int) -> np.ndarray:
     """(N, K) softmax of images in the order of `ids`, averaged over 1 view or 10, as a test computes it."""
     import numpy as np
     import torch
@@ -34,7 +34,7 @@ def probabilities(trained: Trained, split: str, ids: np.ndarray, views: int) -> 
     from train.build import autocast
 
     found = []
-    with trained.loader(trained.index, split, ids) as loader, torch.no_grad(), autocast(trained.config, trained.where)():
+    with trained.loader(trained.index, split, ids) as loader, torch.no_grad(), autocast(trained.config, trained.topology)():
         for batch in loader:
             made = [trained.network(view.contiguous()).double().softmax(1) for view in loader.views(batch.images, views)]
             found.append((sum(made[1:], made[0]) / views).cpu().numpy())
@@ -102,14 +102,15 @@ def run(asked: argparse.Namespace) -> None:
     from pipeline.files import atomic_write
     from train.figures.kernels import need_matplotlib
     from train.figures.similar import crops_of, pick, split_of
-    from train.checkpoint.trained import chosen, opened, word
+    from train.checkpoint.load_trained import class_name, load_trained
+    from train.checkpoint.resolve import resolve
 
     count = len(asked.ids or ()) or asked.images
     if not 1 <= count <= MOST:
         raise ValueError(f"images (={count}) must lie in 1..{MOST}; larger sheets cannot be read")
     need_matplotlib()
-    path = chosen(asked.run, asked.checkpoint, asked.which)
-    with opened(path, index=asked.index, archives=asked.archives, device=asked.device) as trained:
+    source = resolve(asked.run or asked.checkpoint, asked.which)
+    with load_trained(source, index=asked.index, archives=asked.archives, device=asked.device) as trained:
         index, views = trained.index, asked.views or trained.config.train.test_views
         split = asked.split or trained.config.data.test_split
         splits = split_of(index, asked.ids) if asked.ids else [split]
@@ -118,11 +119,11 @@ def run(asked: argparse.Namespace) -> None:
             index.check_archives(used)
         found = probabilities(trained, splits[0], ids, views)
         labels = index.samples["label"][ids].astype(np.int64)
-        words = [word(index.classes, label) for label in range(found.shape[1])]
+        words = [class_name(index.classes, label) for label in range(found.shape[1])]
         pixels = crops_of(trained, index, splits[0], ids)
         how = f"drawn at random (seed {asked.seed})" if not asked.ids else "chosen"
         title = (f"{len(ids)} images of split {', '.join(sorted(set(splits)))}, {how}, and their most probable labels, "
-                 f"{views} view{'s' if views > 1 else ''} each; {trained.path}")
+                 f"{views} view{'s' if views > 1 else ''} each; {trained.source.path}")
     sheet = draw(pixels, found, labels, words, title)
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(asked.out) as file:

@@ -269,16 +269,24 @@ def load(path: Path, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, S
     Raises:
         ValueError: names or shapes differ from those in the checkpoint; both are printed.
     """
-    reader = dcp.FileSystemReader(path)
-    stored = {name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()
-              if hasattr(entry, "size")}
-    wanted = {name: tuple(shapes[name]) for name in tensors}
-    for name in sorted(wanted.keys() | (stored.keys() if all_of_it else set())):
+    check_shapes(stored_shapes(path), {name: tuple(shapes[name]) for name in tensors}, path, exact=all_of_it)
+    with _reasons(f"checkpoint (={path}) could not be read: "):
+        dcp.load(_canonical(tensors, shapes, where), storage_reader=dcp.FileSystemReader(path), no_dist=where.is_alone)
+
+
+def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Canonical shape of each tensor of a checkpoint."""
+    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    return {name: tuple(entry.size) for name, entry in metadata.items() if hasattr(entry, "size")}
+
+
+def check_shapes(stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], path: Path, *,
+                 exact: bool = False) -> None:
+    """Raise ValueError naming the first tensor that `path` lacks or has in another shape, or, if `exact`, that is not wanted."""
+    for name in sorted(wanted.keys() | (stored.keys() if exact else set())):
         if stored.get(name) != wanted.get(name):
             raise ValueError(f"{name} (={wanted.get(name, 'none')} here) is {stored.get(name, 'none')} in {path}; "
                              "load it with the recipe it was written with")
-    with _reasons(f"checkpoint (={path}) could not be read: "):
-        dcp.load(_canonical(tensors, shapes, where), storage_reader=reader, no_dist=where.is_alone)
 
 
 def _canonical(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]],

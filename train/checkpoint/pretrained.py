@@ -1,133 +1,91 @@
-"""Where weights come from when they do not start at random: a checkpoint of another run, or what train.export writes (paper §6:
-pre-training, fine-tuning)."""
+"""Initial weights from a trained network (`init_from` of a recipe): pre-training and fine-tuning (paper §6)."""
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Optional
 
-import torch
-
 from model.alexnet import AlexNet
-from model.towers import tower_slice
 from pipeline.index.sample_index import SampleIndex
 from train import build
 from train.checkpoint import checkpoint
-from train.export import safetensors_io as weights
+from train.checkpoint.resolve import Resolved, resolve
 from train.config import Config
+from train.export.safetensors_io import DamagedWeights
 from train.parallel.topology import Topology
-from train.recipe import load
-from train.run_folder import CHECKPOINTS
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The checkpoint that `init_from` names, if any.
+    """The checkpoint or exported network that `init_from` names, if any.
 
     Attributes:
-        path: its folder, verified; None when there is none, or (before a resume, which does not need it) no longer, or damaged.
-        sha256: what it is: SHA-256 (hex) of its manifest, which holds those of its files; empty without one.
+        source: what it is, verified; None when the recipe names none, or, before a resume, which does not need it, when it is
+            gone or damaged.
+        sha256: SHA-256 (hex) of its manifest; empty without one.
     """
 
-    path: Optional[Path] = None
+    source: Optional[Resolved] = None
     sha256: str = ""
 
     @classmethod
     def of(cls, config: Config, resume: bool, warn: Callable[[str], None]) -> Origin:
-        """Look for it: of a run folder the best checkpoint, or else the newest.
+        """Find it: of a run folder the best checkpoint, or else the newest.
 
         Raises:
-            ValueError: nothing is there, unless this is a resume. checkpoint.DamagedCheckpoint, weights.DamagedWeights: it is not
-                as it was written.
+            ValueError: nothing is there. DamagedCheckpoint, DamagedWeights: it is not as it was written. Neither before a resume.
         """
         if not config.init_from.checkpoint:
             return cls()
-        path = Path(config.init_from.checkpoint)
         try:
-            path = _checkpoint(path, warn)
-            (weights if _exported(path) else checkpoint).verify(path)
-        except (ValueError, checkpoint.DamagedCheckpoint, weights.DamagedWeights):
+            source = resolve(Path(config.init_from.checkpoint), default="best", kinds=("checkpoint", "exported"),
+                             name="init_from.checkpoint", warn=warn)
+        except (ValueError, checkpoint.DamagedCheckpoint, DamagedWeights):
             if not resume:
                 raise
             return cls()
-        return cls(path, hashlib.sha256((path / checkpoint.MANIFEST).read_bytes()).hexdigest())
+        return cls(source, source.sha256)
 
     def take(self, network: AlexNet, config: Config, where: Topology, index: SampleIndex) -> str:
-        """Give the network these weights, but for the layers that `init_from.renew` names. Says in words what was done.
+        """Give the network these weights, but for the layers that `init_from.renew` names. Returns a message that says what was
+        done; empty for nothing.
 
         Raises:
             ValueError: there is no checkpoint, though one is named, or processes have found different ones; or a layer is not in
                 it, has another shape there, or gives other classes, and is not renewed.
         """
-        if config.init_from.checkpoint and len(found := set(where.gather(self.sha256))) > 1:  # each has looked by itself
+        if not config.init_from.checkpoint:
+            return ""
+        digests = set(where.gather(self.sha256))  # each process has looked by itself
+        if len(digests) > 1:
             raise ValueError(f"init_from.checkpoint (={config.init_from.checkpoint}) is not the same in all processes "
-                             f"({', '.join(sorted(f'{digest[:16]}…' if digest else 'none' for digest in found))}); name one "
+                             f"({', '.join(sorted(f'{digest[:16]}…' if digest else 'none' for digest in digests))}); name one "
                              "checkpoint that all of them see, or wait until its run has ended")
-        if self.path is not None:
-            return _take(self.path, network, config, where, index)
-        if config.init_from.checkpoint:
+        if self.source is None:
             raise ValueError(f"init_from.checkpoint (={config.init_from.checkpoint}) is no longer there, or damaged, and "
                              "this run has no checkpoint of its own yet; put it back")
-        return ""
+        return _load(self.source, network, config, where, index)
 
 
-def _checkpoint(path: Path, warn: Callable[[str], None]) -> Path:
-    if (path / CHECKPOINTS).is_dir():
-        found = checkpoint.best(path / CHECKPOINTS) or checkpoint.newest_good(path / CHECKPOINTS, warn)
-        if found is None:
-            raise ValueError(f"init_from.checkpoint (={path}) is a run without a checkpoint yet; wait for its first")
-        path = found
-    if not (path / checkpoint.MANIFEST).is_file():
-        raise ValueError(f"init_from.checkpoint (={path}) is no checkpoint; give a run folder, or a folder of its checkpoints")
-    return path
-
-
-def _exported(path: Path) -> bool:
-    return (path / weights.WEIGHTS).is_file()
-
-
-@torch.no_grad()
-def _take(path: Path, network: AlexNet, config: Config, where: Topology, index: SampleIndex) -> str:
-    whole: dict[str, torch.Tensor] = {}
-    if _exported(path):
-        theirs, whole = weights.load_safetensors(path / weights.WEIGHTS)
-        classes = weights.read_metadata(path / weights.WEIGHTS).get("classes_sha256", "")
-    else:
-        theirs, classes = load(path / checkpoint.CONFIG).model, str(checkpoint.read_state(path)["classes"])
-    renew = config.init_from.renew
+def _load(source: Resolved, network: AlexNet, config: Config, where: Topology, index: SampleIndex) -> str:
+    renew, stored, path = config.init_from.renew, source.layers(), source.path
     kept = [name for name in config.model.layers if name not in renew]
     if not kept:
         raise ValueError(f"init_from.renew (={list(renew)}) leaves no layer to take from {path}; take layers out of it")
     for name in kept:
-        if name not in theirs.layers:
-            raise ValueError(f"layer (={name}) is not in {path}, only {', '.join(theirs.layers)}; add it to init_from.renew")
+        if name not in stored:
+            raise ValueError(f"layer (={name}) is not in {path}, only {', '.join(stored)}; add it to init_from.renew")
     last = config.model.last
-    if last in kept and build.classes_sha256(index) != classes:
+    if last in kept and build.classes_sha256(index) != (classes := source.classes_sha256):
         raise ValueError(f"classes of the index (={index.path}) " + (
             f"are others, or in another order, than those of {path}" if classes else
             f"cannot be compared: {path} does not say which its are") + f"; add {last} to init_from.renew")
-    tensors, shapes = build.parameters(network, config)
-    chosen = {name: tensor for name, tensor in tensors.items() if name.split(".")[1] in kept}
     try:
-        if whole:
-            _copy(whole, chosen, shapes, network, path)
-        else:
-            checkpoint.load(path, chosen, shapes, where, all_of_it=False)
+        source.load_weights(network, config, where, kept)
     except ValueError as error:
         raise ValueError(f"{str(error).rpartition(';')[0]}; add the layer to init_from.renew, or give a checkpoint of this "
                          "network") from None
-    gone = [name for name in theirs.layers if name not in config.model.layers]
+    unused = [name for name in stored if name not in config.model.layers]
     return (f"weights of {', '.join(kept)} from {path}" + (f"; {', '.join(renew)} start anew" if renew else "")
-            + (f"; its {', '.join(gone)} are not used" if gone else ""))
-
-
-def _copy(whole: dict[str, torch.Tensor], chosen: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]], network: AlexNet,
-          path: Path) -> None:
-    """This process's rows of whole tensors. Raises ValueError as `checkpoint.load`, before any is filled."""
-    for name in sorted(chosen):
-        if (stored := tuple(whole[name.removeprefix("weight.")].shape)) != shapes[name]:
-            raise ValueError(f"{name} (={shapes[name]} here) is {stored} in {path}; load it with the recipe it was written with")
-    for name, tensor in chosen.items():
-        tensor.copy_(tower_slice(whole[name.removeprefix("weight.")], network.tower_of(name.removeprefix("weight."))))
+            + (f"; its {', '.join(unused)} are not used" if unused else ""))

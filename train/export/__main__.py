@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Optional, Sequence
+from typing import TYPE_CHECKING, Callable, Sequence
 
 from train.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, leave
 
@@ -45,33 +45,6 @@ def add_outputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--softmax", action="store_true", help="with --onnx: give probabilities besides the logits")
     parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True,
                         help="compare the logits of what was written with the network's (default)")
-
-
-def find(path: Path, which: Optional[str]) -> Path:
-    """The checkpoint that is meant, compared with its manifest.
-
-    Raises:
-        ValueError: there is none. checkpoint.DamagedCheckpoint: it is not as it was written.
-    """
-    from train.checkpoint import checkpoint
-    from train.run_folder import CHECKPOINTS
-
-    root = path / CHECKPOINTS
-    if root.is_dir():
-        found = checkpoint.best(root) if which != "last" else None
-        if found is None and which != "best":
-            found = checkpoint.newest_good(root, lambda message: print(f"warning: {message}", file=sys.stderr))
-        if found is None:
-            raise ValueError(f"run (={path}) has no {'validated ' if which == 'best' else ''}checkpoint yet; wait for its first")
-    elif not (path / checkpoint.MANIFEST).is_file():
-        raise ValueError(f"checkpoint (={path}) is neither a run folder nor a checkpoint; give runs/NAME, or a folder of its "
-                         "checkpoints")
-    elif which is not None:
-        raise ValueError(f"--which (={which}) chooses among a run's checkpoints; leave it out, or give the run folder")
-    else:
-        found = path
-    checkpoint.verify(found)
-    return found
 
 
 def network_weights(path: Path, config: Config) -> dict[str, torch.Tensor]:
@@ -123,28 +96,27 @@ def class_names(folder: str, wanted: str, asked: bool) -> tuple[Sequence[ClassIn
 
 def run(asked: argparse.Namespace) -> None:
     """Export what was asked for."""
-    from pipeline.stats import Stats
     from train.checkpoint import checkpoint
+    from train.checkpoint.resolve import resolve
     from train.export.model_card import NOT_SAID, About
     from train.export.facts import measured, versions
     from train.export.folder import report, write_folder
-    from train.recipe import load
-    from train.export.safetensors_io import sha256
 
-    path = find(asked.checkpoint, asked.which)
-    config, state = load(path / checkpoint.CONFIG), checkpoint.read_state(path)
-    stats = Stats.load(path / checkpoint.STATS)
+    source = resolve(asked.checkpoint, asked.which, default="best")
+    path, config, manifest = source.path, source.config(), source.sha256
+    state = checkpoint.read_state(path)
     classes, lacking = class_names(asked.index or config.data.images, state["classes"], asked.index is not None)
     tensors = network_weights(path, config)
-    manifest, sources = sha256(path / checkpoint.MANIFEST), state.get("sources", {})
+    sources = state.get("sources", {})
     about = About(
         origin=f"Trained for {state['step']:,} steps of {config.train.batch} images (checkpoint `{path.name}`).",
         hashes={"checkpoint (its manifest)": manifest, "classes": state["classes"],
                 **{what: digest for what, digest in sources.items() if digest}},
         results=measured(path, manifest), classes=len(classes), order="not written here: the index was not at hand",
         versions=versions(path), licence=asked.licence or NOT_SAID)
-    found = write_folder(asked.out, config, tensors, stats, about, classes=classes, onnx=asked.onnx, softmax=asked.softmax,
-                         check=asked.check, facts={"classes_sha256": state["classes"], "checkpoint_sha256": manifest})
+    found = write_folder(asked.out, config, tensors, source.stats(), about, classes=classes, onnx=asked.onnx,
+                         softmax=asked.softmax, check=asked.check,
+                         facts={"classes_sha256": state["classes"], "checkpoint_sha256": manifest})
     print(report(asked.out, tensors, found, [f"classes.txt was not written: {lacking}"] if lacking else []))
 
 

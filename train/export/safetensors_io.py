@@ -64,18 +64,23 @@ def load_safetensors(path: str | Path) -> tuple[ModelConfig, dict[str, torch.Ten
         DamagedWeights: the folder's manifest says other sizes or hashes.
     """
     file = _file(Path(path))
+    config, tensors = read_model(file), read_weights(file)
+    _check(tensors, config, str(file))
+    return config, tensors
+
+
+def read_model(path: str | Path) -> ModelConfig:
+    """The network of a file that `pack` made, from its metadata. Raises as `load_safetensors`."""
+    file = _file(Path(path))
     metadata = read_metadata(file)
     if metadata.get("alexnet_dali_format") != str(FORMAT):
         raise ValueError(f"weights (={file}) have format {metadata.get('alexnet_dali_format', 'none')}, not {FORMAT}; give a "
                          "file that train.export of this version wrote")
     try:
-        config = model_config(json.loads(metadata["config"])["model"])
+        return model_config(json.loads(metadata["config"])["model"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"weights (={file}) have a config that this version does not read ({error}); use the version that "
                          "wrote them") from None
-    tensors = read_weights(file)
-    _check(tensors, config, str(file))
-    return config, tensors
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Callable, Iterator
 import numpy as np
 
 from pipeline.files import remove_dead, atomic_write
-from train.checkpoint.trained import Trained, identity
+from train.checkpoint.load_trained import TrainedNetwork
 
 FORMAT = 1
 MANIFEST, FEATURES, IDS = "manifest.json", "features.npy", "ids.npy"
@@ -46,11 +46,11 @@ class Source:
     split_sha256: str
 
     @classmethod
-    def of(cls, trained: Trained, split: str) -> "Source":
+    def of(cls, trained: TrainedNetwork, split: str) -> "Source":
         """What the features of a split would be of."""
         index = trained.index
-        return cls(str(trained.path.absolute()), identity(trained.path), trained.layer, str(index.path), index.sha256, split,
-                   index.split_sha256(split))
+        return cls(str(trained.source.path.absolute()), trained.source.sha256, trained.layer, str(index.path), index.sha256,
+                   split, index.split_sha256(split))
 
 
 class Features:
@@ -85,7 +85,7 @@ class Features:
         return cls(path, Source(**manifest["source"]), arrays[IDS], arrays[FEATURES],
                    {int(id): reason for id, reason in manifest["skipped"].items()})
 
-    def check(self, trained: Trained) -> None:
+    def check(self, trained: TrainedNetwork) -> None:
         """Raise ValueError unless queries that this network makes can be compared with these features."""
         now = Source.of(trained, self.source.split)
         for key, what in (("checkpoint_sha256", "checkpoint"), ("split_sha256", "index")):
@@ -100,7 +100,7 @@ class Features:
             yield self.ids[first:first + BLOCK], np.array(self.rows[first:first + BLOCK])
 
 
-def build(trained: Trained, split: str, out: Path, *, force: bool = False,
+def build(trained: TrainedNetwork, split: str, out: Path, *, force: bool = False,
           progress: Callable[[int, int], None] = lambda done, total: None) -> Features:
     """Write the features of every readable image of a split. What is unreadable is left out and listed.
 

@@ -71,15 +71,12 @@ def conv1(checkpoint: Path) -> tuple[np.ndarray, int]:
         ValueError: it has no conv1 that sees three colours.
     """
     import torch
-    from torch.distributed.checkpoint import FileSystemReader
-
     from train.checkpoint import checkpoint as checkpoints
     from train.parallel.topology import Topology
     from train.recipe import load_yaml
 
     checkpoints.verify(checkpoint)
-    stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata.get(WEIGHT)
-    shape = tuple(getattr(stored, "size", ()))
+    shape = checkpoints.stored_shapes(checkpoint).get(WEIGHT, ())
     if len(shape) != 4 or shape[1] != 3:
         raise ValueError(f"conv1 (={shape or 'none'} in {checkpoint}) must have the shape (kernels, 3, rows, columns); give a "
                          "checkpoint of a network that sees three colours")

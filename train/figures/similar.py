@@ -18,7 +18,7 @@ from pipeline.index.loose import SPLIT, index_of_files
 from pipeline.reading.source import SampleError
 from train.figures.features import Features
 from train.figures.neighbours import Nearest, agreement
-from train.checkpoint.trained import Trained
+from train.checkpoint.load_trained import TrainedNetwork
 
 _BLOCK = 512  # crops compared at once
 Progress = Callable[[int, int], None]
@@ -61,7 +61,7 @@ def split_of(index: SampleIndex, ids: Sequence[int]) -> list[str]:
     return [index.split_names[int(index.row(id)["split"])] for id in ids]
 
 
-def from_index(trained: Trained, ids: np.ndarray) -> Queries:
+def from_index(trained: TrainedNetwork, ids: np.ndarray) -> Queries:
     """Images of the index that is searched."""
     index = trained.index
     splits = split_of(index, ids.tolist()) if len(ids) < 1000 else [index.split_names[s] for s in index.samples["split"][ids]]
@@ -70,7 +70,7 @@ def from_index(trained: Trained, ids: np.ndarray) -> Queries:
                    features)
 
 
-def from_files(trained: Trained, files: Sequence[Path]) -> Queries:
+def from_files(trained: TrainedNetwork, files: Sequence[Path]) -> Queries:
     """Image files from anywhere. Raises ValueError naming one that cannot be read."""
     with tempfile.TemporaryDirectory() as scratch:
         index = index_of_files(files, Path(scratch))
@@ -83,38 +83,38 @@ def from_files(trained: Trained, files: Sequence[Path]) -> Queries:
     return Queries(names, nothing, nothing, crops, features)
 
 
-def _seen(trained: Trained, index: SampleIndex, split: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _seen(trained: TrainedNetwork, index: SampleIndex, split: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Crops and features of images, in the order of `ids`."""
     with trained.loader(index, split, ids) as loader:
         features = np.concatenate([rows for _, rows in trained.features(loader)])
     return crops_of(trained, index, split, ids), features
 
 
-def crops_of(trained: Trained, index: SampleIndex, split: str, ids: np.ndarray) -> np.ndarray:
+def crops_of(trained: TrainedNetwork, index: SampleIndex, split: str, ids: np.ndarray) -> np.ndarray:
     """(N, c, c, 3) uint8 centre crops, in the order of `ids`."""
     with trained.loader(index, split, ids, pixels=True) as loader:
         return np.concatenate([crops.cpu().numpy() for _, crops in trained.crops(loader)])
 
 
-def by_features(trained: Trained, features: Features, queries: Queries, count: int, progress: Progress) -> Nearest:
+def by_features(trained: TrainedNetwork, features: Features, queries: Queries, count: int, progress: Progress) -> Nearest:
     """The `count` nearest of the images of `features`, by these."""
     return _nearest(trained, features, queries, queries.features, count, features.blocks(), progress)
 
 
-def by_pixels(trained: Trained, features: Features, queries: Queries, count: int, progress: Progress) -> Nearest:
+def by_pixels(trained: TrainedNetwork, features: Features, queries: Queries, count: int, progress: Progress) -> Nearest:
     """The `count` nearest of the same images, by the pixels of their centre crops, which are decoded once and not kept."""
     with trained.loader(trained.index, features.source.split, features.ids, pixels=True) as loader:
         rows = ((ids, crops.flatten(1).cpu().numpy()) for ids, crops in trained.crops(loader))
         return _nearest(trained, features, queries, queries.crops.reshape(len(queries.crops), -1), count, _joined(rows), progress)
 
 
-def _nearest(trained: Trained, features: Features, queries: Queries, mine: np.ndarray, count: int,
+def _nearest(trained: TrainedNetwork, features: Features, queries: Queries, mine: np.ndarray, count: int,
              blocks: Iterable[tuple[np.ndarray, np.ndarray]], progress: Progress) -> Nearest:
     total = len(features.ids)
     if not 1 <= count < total:
         raise ValueError(f"neighbours (={count}) must lie in 1..{total - 1}, for {features.path} has {total} images; the paper "
                          "shows 6")
-    found, done = Nearest(mine, count, queries.ids, trained.where.device), 0
+    found, done = Nearest(mine, count, queries.ids, trained.topology.device), 0
     for ids, rows in blocks:
         found.add(ids, rows)
         done += len(ids)
