@@ -116,8 +116,8 @@ class AlexNet(nn.Module):
         overlap: compute while activations and gradients travel; changes no bit.
 
     Raises:
-        ValueError: `tower` is one of two but the configuration has a single tower, or LRN windows that cross between two; or
-            scheme weird is asked of a network with a fully connected layer that sees only its own tower.
+        ValueError: `tower` is one of two but the configuration has a single tower; or scheme weird is asked of a
+            network with a fully connected layer that sees only its own tower.
     """
 
     def __init__(self, config: ModelConfig, *, seed: int, tower: Tower = BOTH, scheme: Literal["towers", "weird"] = "towers",
@@ -128,9 +128,6 @@ class AlexNet(nn.Module):
                              f"process, or model.towers=2")
         self.config, self.seed, self.tower = config, seed, tower
         self.halves_images = scheme == "weird" and tower.count == 2
-        if config.lrn is not None and config.lrn.across and tower.count == 2 and not self.halves_images:
-            raise ValueError("model.lrn.across (=true) makes each tower need the other's maps for LRN; use parallel.towers=1, or "
-                             "parallel.scheme=weird")
         self._links: dict[str, Link] = {}
         self._first_full = next(iter(config.fulls))
         canonical = canonical_shapes(config)
@@ -181,8 +178,6 @@ class AlexNet(nn.Module):
             x = self._normalised(name, conv, self._layer(name, x))
             if conv.pool:
                 x = functional.max_pool2d(x, config.pool.px, config.pool.stride)
-            if conv.lrn == "pooled" and config.lrn is not None:
-                x = local_response_norm(x, config.lrn, groups=self._groups(name))
         x = x.flatten(1)
         for name, full in list(config.fulls.items())[:-1]:
             x = self._layer(name, x)
@@ -199,19 +194,14 @@ class AlexNet(nn.Module):
     def _normalised(self, name: str, conv: Conv, x: torch.Tensor) -> torch.Tensor:
         """The activation of a convolution and its response normalisation, in the order the layer asks for, before any pooling."""
         lrn = self.config.lrn
-        if lrn is None or conv.lrn in ("none", "pooled"):
+        if lrn is None or conv.lrn == "none":
             return self._activated(x)
-        groups = self._groups(name)
+        groups = self.config.towers // self.tower_of(name).count  # LRN windows do not cross from one tower into the other
         if conv.lrn == "before":
             return self._activated(local_response_norm(x, lrn, groups=groups))
         if self.config.activation == "relu":
             return local_response_norm(x, lrn, groups=groups, relu=True)  # in one pass over memory
         return local_response_norm(self._activated(x), lrn, groups=groups)
-
-    def _groups(self, name: str) -> int:
-        """Parts of the maps held here that LRN's windows do not leave: the towers."""
-        lrn = self.config.lrn
-        return 1 if lrn is not None and lrn.across else self.config.towers // self.tower_of(name).count
 
     def _layer(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """A layer's product, with the other tower where it sees both."""

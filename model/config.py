@@ -16,7 +16,7 @@ from typing import Any, Literal, Mapping, Optional, Union, get_args
 
 LAYER_NAME = re.compile(r"(conv|fc)[1-9][0-9]?")
 Sees = Literal["own", "both"]
-Norm = Literal["none", "after", "before", "pooled"]
+Norm = Literal["none", "after", "before"]
 Activation = Literal["relu", "tanh"]
 
 
@@ -35,15 +35,12 @@ class LrnConfig:
         n: adjacent channels in the window, odd (paper: 5).
         alpha: factor of the sum of squares, not divided by n (paper: 1e-4; the release's 1e-4 is divided by its 5: 2e-5).
         beta: exponent (paper: 0.75).
-        across: windows cross from one tower into the other, as in Caffe's AlexNet, whose towers are groups of convolutions only;
-            such towers cannot be apart.
     """
 
     k: float
     n: int
     alpha: float
     beta: float
-    across: bool = False
 
     def __post_init__(self) -> None:
         _need(self.n >= 1 and self.n % 2 == 1, "model.lrn.n", self.n, "must be odd and positive; the paper uses 5")
@@ -72,8 +69,8 @@ class Conv:
         px: side of a kernel, pixels.
         stride, pad: pixels.
         sees: the maps of its own tower, or of both (paper figure 2). conv1 sees the image whatever is said.
-        lrn: response normalisation, where model.lrn has its constants: none; after the activation (paper); before it (release
-            run 145, conv1); or pooled, after the pooling (Caffe's CaffeNet).
+        lrn: response normalisation, where model.lrn has its constants: none; after the activation (paper); or before it (release
+            run 145, conv1).
         pool: max pooling follows.
         std, bias: initial weights are drawn from N(0, std), biases are constant (paper §5).
     """
@@ -155,9 +152,6 @@ class ModelConfig:
                 _need(layer.neurons == 0, f"model.layers.{name}.neurons", layer.neurons, "must be left out of the last layer, "
                       "which has one for each class; or add the layer that follows")
                 continue
-            if isinstance(layer, Conv):
-                _need(layer.lrn != "pooled" or layer.pool, f"model.layers.{name}.lrn", layer.lrn, "needs pooling before it; set "
-                      f"model.layers.{name}.pool: true, or lrn: after")
             key, size = ("kernels", layer.kernels) if isinstance(layer, Conv) else ("neurons", layer.neurons)
             _need(size >= 1 and size % self.towers == 0, f"model.layers.{name}.{key}", size,
                   f"must be a positive multiple of the {self.towers} towers; round it")

@@ -85,6 +85,9 @@ def read_recipe(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ValueError(f"recipe (={path}) must be groups of keys, not a {type(values).__name__}; see train/recipes/demo.yaml")
+    model = values.get("model")
+    if isinstance(model, dict) and isinstance(model.get("lrn"), dict) and model["lrn"].get("across") is False:
+        del model["lrn"]["across"]  # runs of version 0.1 say so; windows never cross towers now
     parent = values.pop("extends", None)
     if parent is None:
         return values

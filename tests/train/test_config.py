@@ -145,7 +145,7 @@ def test_differences_name_both_values(tmp_path: Path) -> None:
     path = write_recipe(tmp_path)
     old, new = read(path), read(path, "--optimizer.lr=0.5", "--model.lrn=null", "--machine.threads=3", "--data.index=x")
     lines = differences(new.as_dict(), old.as_dict())
-    assert lines == ["model.lrn: {'k': 2.0, 'n': 5, 'alpha': 0.0001, 'beta': 0.75, 'across': False} -> None",
+    assert lines == ["model.lrn: {'k': 2.0, 'n': 5, 'alpha': 0.0001, 'beta': 0.75} -> None",
                      "optimizer.lr: 0.01 -> 0.5"]
 
 
@@ -181,3 +181,13 @@ def test_print_config_prints_everything(tmp_path: Path, capsys: pytest.CaptureFi
     printed = load_yaml(capsys.readouterr().out)
     assert left.value.code == 0 and printed["train"]["seed"] == 9 and printed["machine"]["prefetch"] == 2
     assert printed["model"]["lrn"]["alpha"] == 1e-4 and printed.keys() >= load_yaml(TEXT).keys()
+
+
+def test_a_recipe_of_version_0_1_with_lrn_across_false_is_read(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    old = tmp_path / "old.yaml"
+    old.write_text(dump(read(path)).replace("    beta: 0.75\n", "    beta: 0.75\n    across: false\n"), encoding="utf-8")
+    assert "across: false" in old.read_text() and load(old) == read(path)
+    old.write_text(old.read_text().replace("across: false", "across: true"), encoding="utf-8")
+    with pytest.raises(ValueError, match="across"):
+        load(old)

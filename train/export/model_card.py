@@ -108,7 +108,7 @@ def _layers(model: ModelConfig) -> str:
                  "has the inputs of that half only (`groups=2`).")
     if (lrn := model.lrn) is not None:
         text += (f" LRN: b = a / ({lrn.k:g} + {lrn.alpha:g} Σ a²)^{lrn.beta:g} over {lrn.n} adjacent maps"
-                 + (" of one tower" if model.towers == 2 and not lrn.across else "") + "; alpha is not divided by their number.")
+                 + (" of one tower" if model.towers == 2 else "") + "; alpha is not divided by their number.")
     return text
 
 
@@ -122,7 +122,7 @@ def _what(model: ModelConfig, name: str, layer: Conv | Full) -> str:
         steps.insert({"before": 1}.get(layer.lrn, 2), "LRN")
     if layer.pool:
         pooling = f"max pooling {model.pool.px}×{model.pool.px}, stride {model.pool.stride}"
-        steps.insert(2 if layer.lrn == "pooled" else len(steps), pooling)
+        steps.append(pooling)
     return ", ".join(steps)
 
 

@@ -112,8 +112,8 @@ def _convolution(graph: _Graph, config: ModelConfig, name: str, conv: Conv, arra
     weight, bias = (graph.constant(f"{name}.{part}", arrays[f"{name}.{part}"]) for part in ("weight", "bias"))
     graph.add("Conv", name, weight, bias, kernel_shape=[conv.px] * 2, strides=[conv.stride] * 2, pads=[conv.pad] * 4,
               group=1 if whole else config.towers)
-    steps = {"none": ("active",), "after": ("active", "lrn"), "before": ("lrn", "active"), "pooled": ("active",)}[conv.lrn]
-    steps += ("pool",) * conv.pool + ("lrn",) * (conv.lrn == "pooled")
+    steps = {"none": ("active",), "after": ("active", "lrn"), "before": ("lrn", "active")}[conv.lrn]
+    steps += ("pool",) * conv.pool
     for step in steps:
         if step == "active":
             graph.add(_activation(config), f"{name}/active")
@@ -124,9 +124,9 @@ def _convolution(graph: _Graph, config: ModelConfig, name: str, conv: Conv, arra
 
 
 def _lrn(graph: _Graph, name: str, lrn: LrnConfig, channels: int, towers: int) -> None:
-    """LRN of each tower, or across both."""
+    """LRN of each tower."""
     constants = {"alpha": lrn.alpha * lrn.n, "beta": lrn.beta, "bias": lrn.k, "size": lrn.n}
-    if towers == 1 or lrn.across:
+    if towers == 1:
         graph.add("LRN", name, **constants)
         return
     parts = []

@@ -14,7 +14,7 @@ def plain_code(model: ModelConfig) -> str:
     lrn, pool = model.lrn, model.pool
     if lrn is not None and any(conv.lrn != "none" for conv in model.convs.values()):
         call = f"F.local_response_norm({{}}, {lrn.n}, {lrn.alpha * lrn.n:.12g}, {lrn.beta}, {lrn.k})"
-        apart = model.towers == 2 and not lrn.across
+        apart = model.towers == 2
         lines.append("lrn = lambda x: " + (f"torch.cat([{call.format('t')} for t in x.chunk(2, 1)], 1)" if apart else
                                            call.format("x")) + "  # torch divides alpha by n")
     if model.towers == 2 and any(full.sees == "own" for full in model.fulls.values()):
@@ -26,10 +26,9 @@ def plain_code(model: ModelConfig) -> str:
         groups = f", groups={model.towers}" if conv.sees == "own" and number and model.towers > 1 else ""
         term = f'F.conv2d(x, *of("{name}"), stride={conv.stride}, padding={conv.pad}{groups})'
         placed = conv.lrn if lrn is not None else "none"
-        term = {"none": f"{activation}({term})", "after": f"lrn({activation}({term}))", "before": f"{activation}(lrn({term}))",
-                "pooled": f"{activation}({term})"}[placed]
+        term = {"none": f"{activation}({term})", "after": f"lrn({activation}({term}))", "before": f"{activation}(lrn({term}))"}[placed]
         term = f"F.max_pool2d({term}, {pool.px}, {pool.stride})" if conv.pool else term
-        lines.append("x = " + (f"lrn({term})" if placed == "pooled" else term))
+        lines.append(f"x = {term}")
     lines.append("x = x.flatten(1)")
     for name, full in model.fulls.items():
         product = "own" if model.towers == 2 and full.sees == "own" else "F.linear"
