@@ -45,6 +45,7 @@ from tools.build_index import main as build_index
 from tools.compute_stats import main as compute_stats
 from tools.demo.dataset import make as make_demo
 from tools.pack_shards import main as pack_shards
+from train.config import PATHS, SPEED, Config
 from train.recipe import load as load_config
 from train.recipe import parse as parse_recipe
 
@@ -169,6 +170,18 @@ class Made:
         path.write_text(text.replace("  mean: image\n", f"  mean: image\n  tier: archives\n  packed: {self.shards('square')}\n")
                         .replace("  epochs: 3\n", "  epochs: 2\n"), encoding="utf-8")
         return path
+
+
+def fingerprint(config: Config) -> str:
+    """`Config.fingerprint` as it was when model.lrn still had `across`."""
+    values = config.as_dict()
+    if values["model"]["lrn"] is not None:
+        values["model"]["lrn"]["across"] = False
+    for group in SPEED:
+        del values[group]
+    for group, name in PATHS:
+        del values[group][name]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def pixels(mean: str = "image", region: str = "square", **changes: Any) -> DataConfig:
@@ -378,7 +391,7 @@ def of_run(name: str, run: Path) -> Iterator[tuple[str, Entry]]:
                    told(scores[key] for key in ("loss", "top1_errors", "top5_errors")))
     for tensor, value in sorted(weights(run).items()):
         yield f"{name}/{tensor}", floats(value)
-    yield f"{name}/fingerprint", load_config(run / "config.yaml").fingerprint()
+    yield f"{name}/fingerprint", fingerprint(load_config(run / "config.yaml"))
 
 
 def runs(made: Made) -> Iterator[tuple[str, Entry]]:
@@ -404,7 +417,7 @@ def runs(made: Made) -> Iterator[tuple[str, Entry]]:
 def recipes(made: Made) -> Iterator[tuple[str, Entry]]:
     """Fingerprints of the recipes that are shipped."""
     for path in sorted(RECIPES.glob("*.yaml")):
-        yield path.stem, parse_recipe(["--config", str(path)]).config.fingerprint()
+        yield path.stem, fingerprint(parse_recipe(["--config", str(path)]).config)
 
 
 # Group → what makes its entries, and the generated pictures they are made of.
