@@ -26,7 +26,8 @@ def plain_code(model: ModelConfig) -> str:
         groups = f", groups={model.towers}" if conv.sees == "own" and number and model.towers > 1 else ""
         term = f'F.conv2d(x, *of("{name}"), stride={conv.stride}, padding={conv.pad}{groups})'
         placed = conv.lrn if lrn is not None else "none"
-        term = {"none": f"{activation}({term})", "after": f"lrn({activation}({term}))", "before": f"{activation}(lrn({term}))"}[placed]
+        term = {"none": f"{activation}({term})", "after": f"lrn({activation}({term}))",
+                "before": f"{activation}(lrn({term}))"}[placed]
         term = f"F.max_pool2d({term}, {pool.px}, {pool.stride})" if conv.pool else term
         lines.append(f"x = {term}")
     lines.append("x = x.flatten(1)")
