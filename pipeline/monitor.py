@@ -27,6 +27,30 @@ def cause_of(seconds: Mapping[str, float]) -> str:
     return max(late if sum(seconds[state] for state in late) > _LATE * total else own, key=lambda state: seconds[state])
 
 
+# What lifts a stall, best first, by tier and by the state that is late: keys of REMEDIES.
+_BY_TIER: dict[str, dict[str, tuple[str, ...]]] = {
+    "archives": {"read": ("storage", "packed", "resident"), "decode": ("packed", "resident", "threads"),
+                 "colour": ("threads", "packed", "resident")},
+    "packed": {"read": ("storage", "resident"), "decode": ("resident", "threads"), "colour": ("threads", "resident")},
+    "streamed": {"read": ("lanes", "resident"), "decode": ("resident", "threads"), "colour": ("threads", "resident")},
+    "resident": {"read": ("filled",), "decode": ("filled",), "colour": ("threads",)},
+}
+REMEDIES = {
+    "storage": "put the images on faster storage or raise machine.read_threads",
+    "packed": "write packed shards once (tools/pack_shards.py, data.tier: packed)",
+    "resident": "keep the images in memory (data.tier: resident)",
+    "threads": "give the loader more threads (machine.threads)",
+    "lanes": "raise data.lanes (another order, so another run), or copy the shards to a disk of this machine (data.tier: packed)",
+    "filled": "nothing to do if the first epoch was among these: it fills the memory, later ones only cut crops",
+    "queue": "raise machine.queue",
+}
+
+
+def remedies(tier: str, state: str) -> tuple[str, ...]:
+    """What would lift stalls for which this state of a loader is the cause, best first: keys of REMEDIES."""
+    return _BY_TIER[tier].get(state, ("queue",))
+
+
 @dataclass(frozen=True)
 class Waits:
     """Seconds the consumer has waited, by what the producer was doing; they add up to `seconds` but for the hand-over itself.

@@ -12,25 +12,9 @@ from typing import Iterator
 
 from pipeline.config import LoaderConfig
 from pipeline.headroom import Usage, headroom, usage
-from pipeline.monitor import STATES, Meter, Waits
+from pipeline.monitor import REMEDIES, STATES, Meter, Waits, remedies
 
 FED = 0.01  # a share of waiting below which the network is fed
-
-_PACK = "write packed shards once (tools/pack_shards.py, data.tier: packed)"
-_KEEP = "keep the images in memory (data.tier: resident)"
-_DECODE = "give the loader more threads (machine.threads)"
-_READ = "put the images on faster storage or raise machine.read_threads"
-# What lifts waiting for a state, by tier.
-ADVICE = {
-    "archives": {"read": f"{_READ}; or {_PACK}, or {_KEEP}", "decode": f"{_PACK}, or {_KEEP}, or {_DECODE}", "colour": _DECODE},
-    "packed": {"read": f"{_READ}; or {_KEEP}", "decode": f"{_KEEP}, or {_DECODE}", "colour": f"{_DECODE}, or {_KEEP}"},
-    "streamed": {"read": "raise data.lanes (another order, so another run), or copy the shards to a disk of this machine "
-                         f"(data.tier: packed), or {_KEEP}",
-                 "decode": f"{_KEEP}, or {_DECODE}", "colour": f"{_DECODE}, or {_KEEP}"},
-    "resident": {"read": "nothing to do if the first epoch was among these: it fills the memory, later ones only cut crops",
-                 "decode": "nothing to do if the first epoch was among these: it fills the memory, later ones only cut crops",
-                 "colour": _DECODE},
-}
 
 
 @dataclass
@@ -77,7 +61,9 @@ class Feeding:
             more = "" if on_gpu else f", {room.times:.1f}× head-room ({room.stage} is its busiest part)"
             return f"the loader waited for the network{more}; the network waited {share:.1%} of the time"
         cause = self.waits.cause
-        advice = ADVICE[tier].get(cause, "try --parallel.feed=replicate" if swaps and cause == "copy" else "raise machine.queue")
+        advice = "; or ".join(REMEDIES[remedy] for remedy in remedies(tier, cause))
+        if swaps and cause == "copy":
+            advice = "try --parallel.feed=replicate"
         shares = {state: getattr(self.waits, state) / self.waits.seconds for state in STATES}
         shares["other"] = max(0.0, 1 - sum(shares.values()))
         parts = ", ".join(f"{state} {part:.0%}" for state, part in shares.items() if part >= 0.005)

@@ -10,26 +10,28 @@ import pytest
 import yaml
 
 from pipeline.config import LoaderConfig
-from tools.profile.figures import EndToEnd, Facts, Measured, Stage, Together
+from tools.profile.measure import Figures
 from pipeline.monitor import Event
-from tools.profile.verdict import verdict
+from tools.profile.verdict import Measured, Setup, verdict
 from tests.conftest import TinySet
 from tests.helpers.recipes import write_recipe
 from tools import profile_pipeline
 from tools.profile import report as profile_report
 from tools.profile.report import Profile
+from tools.profile.sweep import Point
 
 SHORT = ["--seconds", "0.02", "--repeats", "1"]
 
 
 def profile(**more: Any) -> Profile:
-    stages = tuple(Stage(name, (rate, rate * 1.2), (cpu,), 2, size) for name, rate, cpu, size in (
+    stages = tuple(Figures(name, (rate, rate * 1.2), (cpu,), 2, size) for name, rate, cpu, size in (
         ("order", 9e4, 0.01, 0.0), ("read", 8e4, 0.01, 1e5), ("decode", 900, 1.0, 1e5), ("colour", 9e3, 0.1, 0.0)))
-    whole = EndToEnd((700.0, 800.0), (1.2,), (60.0, 70.0, 80.0, 99.0), 0.99, {"decode": 0.9, "colour": 0.1},
-                     tuple((number / 10, number % 3) for number in range(200)), (300.0, 400.0, 450.0))
-    measured = Measured(stages, whole, 1000.0, Together((690.0,), 0.3, {"decode": 1.0}))
-    facts = Facts("archives", LoaderConfig(threads=2), 2, False, 300, 256, 1e5, True, 25 << 30)
-    return Profile("a set", 64, measured, facts, verdict(measured, facts), stages[:3], need_from="as stated", **more)
+    whole = Figures("loader", (700.0, 800.0), (1.2,), 2, 0.0, (60.0, 70.0, 80.0, 99.0), 0.99,
+                    {"read": 0.0, "decode": 0.9, "colour": 0.1, "copy": 0.0},
+                    tuple((number / 10, number % 3) for number in range(200)), (300.0, 400.0, 450.0))
+    measured = Measured(stages, whole, 1000.0, Figures("together", (690.0,), (1.2,), waited=0.3, causes={"decode": 1.0}))
+    setup = Setup("archives", LoaderConfig(threads=2), 2, False, 300, 256, 1e5, True, 25 << 30)
+    return Profile("a set", 64, measured, setup, verdict(measured, setup), stages[:3], need_from="as stated", **more)
 
 
 def test_a_whole_profile(tiny_set: TinySet, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,7 +41,7 @@ def test_a_whole_profile(tiny_set: TinySet, tmp_path: Path, capsys: pytest.Captu
                                   "--json", str(out["json"]), "--plot", str(out["png"]), "--trace", str(out["trace"])])
     said = capsys.readouterr()
     assert code == 0, said.err
-    for words in ("stages, each alone", "CPU ms an image: the stages", "end to end", "start-up included", "memory:", "head-room",
+    for words in ("stages, each alone", "CPU ms an image: the stages", "end to end", "start-up included", "memory:", "headroom",
                   "together:", "verdict:", "advice, to paste into the recipe:"):
         assert words in said.out
     found = json.loads(out["json"].read_text())
@@ -134,16 +136,16 @@ def test_trace_is_of_the_trace_event_format() -> None:
 
 
 def test_tables_say_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    sweep = (({"threads": 2.0, "batch": 64.0}, 800.0, 1.1), ({"threads": 1.0, "batch": 64.0}, 500.0, 1.0))
-    profile_report.show(profile(cold_note="1 file, 3 MB forgotten", sweep=sweep, cold=profile().measured.loader,
+    sweep = (Point({"threads": 2.0, "batch": 64.0}, 800.0, 1.1), Point({"threads": 1.0, "batch": 64.0}, 500.0, 1.0))
+    profile_report.show(profile(cold_note="1 file, 3 MB dropped", sweep=sweep, cold=profile().measured.loader,
                                 compared={"ours": (800.0, 810.0), "DataLoader + PIL": (400.0, 410.0)},
                                 absent=("spdl: spdl is not installed",)), sys.stdout)
     said = " ".join(capsys.readouterr().out.split())
     for words in ("80,000…96,000", "700…800", "stages 1.120, end to end 1.200, remainder +0.080 (+6.7%)",
-                  "cold: 1 file, 3 MB forgotten", "300 MB before, 400 after, 450 at most", "DataLoader + PIL",
+                  "cold: 1 file, 3 MB dropped", "300 MB before, 400 after, 450 at most", "DataLoader + PIL",
                   "0.50 of this loader", "did not run: spdl: spdl is not", "threads 2, batch 64", "machine: threads: 2",
-                  "head-room 0.75×",
-                  "0.92 of the slower alone, 0.69 of the need; waited 30.0%",
+                  "headroom 0.75×",
+                  "0.92 of the slower alone, 0.69 of the need; stall 30.0%",
                   "decode limits", "tier: packed"):
         assert words in said, words
 

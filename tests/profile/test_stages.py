@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 
 from tools.profile import stages
-from tools.profile.cold import Dropped, cold_pass, drop
+from tools.profile.cold import Dropped, drop, measure_cold
 from pipeline.decoding.normalize import Colour
 from pipeline.config import DataConfig, LoaderConfig
 from tools.profile.cutoff import cut_off, read_alone
-from tools.profile.figures import Facts, Measured
 from pipeline.decoding.dali import DecodeGraph, ResizeGraph
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.batch import Batch, Loader
@@ -26,8 +25,8 @@ from pipeline.compute_stats import compute
 from pipeline.stats import Stats
 from tools.profile.sweep import Point, axes, sweep
 from pipeline.tiers import train_loader
-from tools.profile.measure import Turns, Work, machine_cpu_s, rss_mb, take_turns
-from tools.profile.verdict import NETWORK, Verdict, verdict
+from tools.profile.measure import measure, rss_mb
+from tools.profile.verdict import NETWORK, Measured, Setup, Verdict, verdict
 from tests.helpers.small_set import encode, photographs, picture, write_set
 
 DATA = DataConfig(region="square", square_px=76, crop_px=67, mirror=True, lighting=0.1, mean="image")
@@ -52,14 +51,13 @@ def measured(small: tuple[SampleIndex, Stats], consume: Callable[[Batch], None] 
         loader = closers.enter_context(opened(small))
         works = stages.alone(loader, closers)
         fed = [stages.fed(loader, consume)] if consume else []
-        turns = take_turns([*works, stages.whole(loader), *fed], seconds, repeats)
-    return Measured(tuple(stages.as_stage(work, turns[work.name]) for work in works), stages.as_loader(turns["loader"]), need,
-                    stages.as_together(turns["together"]) if consume else None)
+        figures = measure([*works, stages.end_to_end(loader), *fed], seconds, repeats)
+    return Measured(tuple(figures[work.name] for work in works), figures["loader"], need, figures.get("together"))
 
 
 def judged(small: tuple[SampleIndex, Stats], **more: Any) -> Verdict:
-    facts = Facts("archives", MACHINE, 8, False, 40, 76, 1e4, True, 64 << 30)
-    return verdict(measured(small, **more), facts)
+    setup = Setup("archives", MACHINE, 8, False, 40, 76, 1e4, True, 64 << 30)
+    return verdict(measured(small, **more), setup)
 
 
 def slowed(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
@@ -156,7 +154,7 @@ def test_stages_of_a_loader_that_checks_nothing_and_reads_in_its_own_thread(smal
         loader = closers.enter_context(opened(small, machine))
         works = stages.alone(loader, closers)
         assert [work.name for work in works] == ["order", "read", "decode", "resize", "colour", "hand-over"]
-        assert next(works[1].steps) == BATCH
+        assert next(works[1].batches) == BATCH
 
 
 def test_cut_off_after_each_stage(small: tuple[SampleIndex, Stats]) -> None:
@@ -164,7 +162,7 @@ def test_cut_off_after_each_stage(small: tuple[SampleIndex, Stats]) -> None:
         names = ["order", "read", "crc", "decode", "resize", "colour", "hand-over"]
         works = cut_off(lambda machine: opened(small, machine), MACHINE, names, closers)
         assert [work.name for work in works] == names[1:-1]
-        assert all(next(work.steps) == BATCH for work in works for _ in range(6))
+        assert all(next(work.batches) == BATCH for work in works for _ in range(6))
         assert read_alone(lambda machine: opened(small, machine), MACHINE, closers) == []
 
 
@@ -177,7 +175,7 @@ def test_an_undecodable_picture_is_replaced_in_the_stages_too(tmp_path: Path) ->
     with ExitStack() as closers:
         loader = closers.enter_context(opened((index, stats), machine))
         works = stages.alone(loader, closers)
-        assert all(next(work.steps) == BATCH for work in works for _ in range(4))
+        assert all(next(work.batches) == BATCH for work in works for _ in range(4))
 
 
 def test_resident(small: tuple[SampleIndex, Stats], tmp_path: Path) -> None:
@@ -187,49 +185,32 @@ def test_resident(small: tuple[SampleIndex, Stats], tmp_path: Path) -> None:
         loader.fill()  # type: ignore[attr-defined]
         works = stages.alone(loader, closers)
         assert [work.name for work in works] == ["order", "colour", "hand-over"]
-        turns = take_turns([*works, stages.whole(loader)], 0.02, 1)
-        assert turns["loader"].rates[0] > 0
+        assert measure([*works, stages.end_to_end(loader)], 0.02, 1)["loader"].rate > 0
         assert cut_off(lambda machine: opened(small, machine, tier="resident"), machine, ["colour"], closers) == []
 
 
 # Turns, cold files, the sweep
 
-def test_turns() -> None:
-    def work() -> Any:
-        while True:
-            time.sleep(0.001)
-            yield 3
-    found = take_turns([Work("a", work(), warm=2), Work("b", work())], 0.005, 2)
-    assert len(found["a"].rates) == 2 and 0 < found["a"].rates[0] < 3000 and len(found["b"].latencies_ms) >= 4
-    p50, p95, p99, most = found["a"].percentiles_ms()
-    assert 1 <= p50 <= p95 <= p99 <= most
-    assert found["a"].waited == 0 and found["a"].causes() == {} and Turns().waited == 0
-    with pytest.raises(ValueError, match=r"works \(=\['a', 'a'\]\) must have different names"):
-        take_turns([Work("a", work()), Work("a", work())], 0.1, 1)
-    assert rss_mb() > 10 and machine_cpu_s() > 0
-
-
 def test_depths_and_latencies_of_the_whole_loader(small: tuple[SampleIndex, Stats]) -> None:
     with opened(small) as loader:
-        turns = take_turns([stages.fed(loader, lambda batch: time.sleep(0.02))], 0.1, 2)["together"]
-    assert turns.depth and max(count for _, count in turns.depth) <= MACHINE.queue
-    assert len(turns.latencies_ms) >= 4 and turns.rss_mb[2] >= turns.rss_mb[0] > 0
-    assert stages.as_together(turns).rate > 0
+        fed = measure([stages.fed(loader, lambda batch: time.sleep(0.02))], 0.1, 2)["together"]
+    assert fed.depth and max(ready for _, ready in fed.depth) <= MACHINE.queue and fed.depth == tuple(sorted(fed.depth))
+    assert len(fed.rates) == 2 and fed.rate > 0 and fed.rss_mb[2] >= fed.rss_mb[0] > 0 and rss_mb() > 10
 
 
 def test_cold(small: tuple[SampleIndex, Stats]) -> None:
-    turns, note = cold_pass(lambda: opened(small), small[0], "train", 0.05, 2)
-    assert len(turns.rates) == 2 and "1 file" in note and "start-up included" in note
-    assert stages.as_loader(turns).waited > 0
+    cold, note = measure_cold(lambda: opened(small), small[0], "train", 0.05, 2)
+    assert len(cold.rates) == 2 and "1 file" in note and "start-up included" in note and cold.waited > 0
 
 
 def test_dropping_is_reported_as_it_went(small: tuple[SampleIndex, Stats]) -> None:
     dropped = drop(small[0], "train")
     assert dropped.files == 1 and dropped.bytes == small[0].archives[0].size
     assert dropped.kept is None or 0 <= dropped.kept <= 1
-    assert Dropped(2, 3_000_000, None).note == "2 files, 3 MB asked to be forgotten; the file system does not say whether it did"
+    assert Dropped(2, 3_000_000, None).note == (
+        "asked the kernel to drop 2 files, 3 MB; the file system does not say whether it did")
     assert "keeps 50% of 1 file" in Dropped(1, 10, 0.5).note and "no cold figure" in Dropped(1, 10, 0.5).note
-    assert Dropped(1, 2_000_000, 0.0).note == "1 file, 2 MB forgotten by the page cache"
+    assert Dropped(1, 2_000_000, 0.0).note == "1 file, 2 MB dropped from the page cache"
 
 
 def test_sweep_keeps_the_best(small: tuple[SampleIndex, Stats]) -> None:
@@ -238,8 +219,10 @@ def test_sweep_keeps_the_best(small: tuple[SampleIndex, Stats]) -> None:
     assert {tuple(sorted(point.settings)) for point in points} == {("batch", "prefetch")}
     assert len(points) == len({tuple(point.settings.items()) for point in points}) >= 3
     assert all(isinstance(point, Point) and point.rate > 0 for point in points)
-    assert [name for name, _ in axes(MACHINE, 64, 8, True)] == ["threads", "prefetch", "read_threads", "batch", "hw_decoder_load"]
-    assert dict(axes(MACHINE, 64, 8, False))["threads"] == [1, 4, 8] and dict(axes(MACHINE, 1, 8, False))["batch"] == [1, 2]
+    tried = axes(MACHINE, 64, 8, True, 100)
+    assert [name for name, _ in tried] == ["threads", "prefetch", "read_threads", "batch", "hw_decoder_load"]
+    assert dict(tried)["batch"] == [32, 64, 100]
+    assert dict(axes(MACHINE, 64, 8, False, 200))["threads"] == [1, 4, 8]
 
 
 def test_ready_inputs_are_our_own_memory(small: tuple[SampleIndex, Stats]) -> None:

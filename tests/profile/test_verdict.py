@@ -6,28 +6,34 @@ import pytest
 import yaml
 
 from pipeline.config import LoaderConfig
-from tools.profile.figures import EndToEnd, Facts, Measured, Stage, Together
-from tools.profile.verdict import NETWORK, Verdict, limiting, resident_bytes, verdict
+from pipeline.monitor import STATES
+from tools.profile.measure import Figures
+from tools.profile.verdict import NETWORK, Measured, Setup, Verdict, limiting, verdict
 
 IMAGENET = 1_281_167
-FACTS = Facts("archives", LoaderConfig(threads=2), cores=16, gpu=False, images=IMAGENET, square_px=256, image_bytes=110e3,
+SETUP = Setup("archives", LoaderConfig(threads=2), cores=16, gpu=False, images=IMAGENET, square_px=256, image_bytes=110e3,
               square=True, ram_bytes=64 << 30)
 
 
-def stage(name: str, rate: float, cpu_ms: float, threads: int = 2, image_bytes: float = 0.0) -> Stage:
-    return Stage(name, (rate * 0.9, rate, rate * 1.1), (cpu_ms,), threads, image_bytes)
+def stage(name: str, rate: float, cpu_ms: float, threads: int = 2, image_bytes: float = 0.0) -> Figures:
+    return Figures(name, (rate * 0.9, rate, rate * 1.1), (cpu_ms,), threads, image_bytes)
 
 
 STAGES = (stage("order", 100e3, 0.01), stage("read", 90e3, 0.01, image_bytes=110e3), stage("crc", 60e3, 0.02),
           stage("decode", 2000, 1.0), stage("resize", 3000, 0.65), stage("colour", 10e3, 0.15), stage("hand-over", 1e6, 0.001))
 
 
-def loader(rate: float, cpu_ms: float = 1.9, waited: float = 0.99, **causes: float) -> EndToEnd:
-    return EndToEnd((rate,), (cpu_ms,), (60.0, 70.0, 80.0, 90.0), waited, causes)
+def loader(rate: float, cpu_ms: float = 1.9, waited: float = 0.99, **causes: float) -> Figures:
+    return Figures("loader", (rate,), (cpu_ms,), latency_ms=(60.0, 70.0, 80.0, 90.0), waited=waited,
+                   causes={**dict.fromkeys(STATES, 0.0), **causes} if causes else {})
 
 
-def judge(whole: EndToEnd, facts: Facts = FACTS, stages: tuple[Stage, ...] = STAGES, **more: Any) -> Verdict:
-    return verdict(Measured(stages, whole, **more), facts)
+def together(rate: float, waited: float, causes: dict[str, float]) -> Figures:
+    return Figures("together", (rate,), (1.9,), waited=waited, causes=causes)
+
+
+def judge(whole: Figures, setup: Setup = SETUP, stages: tuple[Figures, ...] = STAGES, **more: Any) -> Verdict:
+    return verdict(Measured(stages, whole, **more), setup)
 
 
 def pasted(found: Verdict) -> dict[str, dict[str, Any]]:
@@ -43,9 +49,9 @@ def test_waiting_for_dali_is_decode_and_more_threads_lift_it() -> None:
 
 
 def test_busy_cores_get_no_more_threads() -> None:
-    busy = judge(loader(8000, decode=0.9), replace(FACTS, settings=LoaderConfig(threads=15)))
+    busy = judge(loader(8000, decode=0.9), replace(SETUP, settings=LoaderConfig(threads=15)))
     assert "all 16 cores are busy" in busy.sentence and "machine" not in pasted(busy)
-    others = judge(loader(1000, decode=0.9), replace(FACTS, others=0.9))
+    others = judge(loader(1000, decode=0.9), replace(SETUP, others=0.9))
     assert "90% with other programs" in others.sentence and "machine" not in pasted(others)
     assert "measure again on an idle machine" in others.advice_yaml
 
@@ -75,8 +81,8 @@ def test_the_slowest_of_the_stages_before_decoding() -> None:
 
 def test_turning_disks_are_read_forwards() -> None:
     slow = tuple(replace(one, rates=(50.0,)) if one.name == "read" else one for one in STAGES)
-    facts = replace(FACTS, tier="packed", spinning=True)
-    assert pasted(judge(loader(50, read=0.9), facts, slow))["data"] == {"tier": "streamed"}
+    setup = replace(SETUP, tier="packed", spinning=True)
+    assert pasted(judge(loader(50, read=0.9), setup, slow))["data"] == {"tier": "streamed"}
 
 
 def test_colour_and_copy() -> None:
@@ -90,7 +96,7 @@ def test_colour_and_copy() -> None:
 
 def test_copy_on_a_gpu_is_lifted_by_its_own_memory() -> None:
     stages = (*STAGES[:-1], stage("copy", 500, 0.1), STAGES[-1])
-    gpu = replace(FACTS, gpu=True, gpu_bytes=280 << 30)
+    gpu = replace(SETUP, gpu=True, gpu_bytes=280 << 30)
     assert pasted(judge(loader(500, copy=0.9), gpu, stages)) == {
         "machine": {"resident_memory": "gpu"}, "data": {"tier": "resident", "resident": "rgb"}}
     half = judge(loader(500, copy=0.9), replace(gpu, gpu_bytes=141 * 10 ** 9), stages)
@@ -100,16 +106,16 @@ def test_copy_on_a_gpu_is_lifted_by_its_own_memory() -> None:
 
 
 def test_decoding_on_a_gpu_names_the_decoders_share() -> None:
-    found = judge(loader(5000, decode=0.9), replace(FACTS, gpu=True))
+    found = judge(loader(5000, decode=0.9), replace(SETUP, gpu=True))
     assert pasted(found)["machine"]["hw_decoder_load"] == 0.65 and "--sweep" in found.advice_yaml
 
 
 def test_resident_set_fits_or_is_said_not_to() -> None:
-    assert resident_bytes(FACTS, "rgb") == 251_887_681_536 == 2 * resident_bytes(FACTS, "yuv420")  # "252 GB as RGB"
+    assert SETUP.resident_bytes("rgb") == 251_887_681_536 == 2 * SETUP.resident_bytes("yuv420")  # "252 GB as RGB"
     assert "would need 251.9 GB (rgb) or 125.9 (yuv420)" in judge(loader(1000, decode=0.9)).advice_yaml
-    packed = replace(FACTS, tier="packed", ram_bytes=300 << 30)
+    packed = replace(SETUP, tier="packed", ram_bytes=300 << 30)
     assert pasted(judge(loader(1000, decode=0.9), packed))["data"] == {"tier": "resident", "resident": "rgb"}
-    offered = judge(loader(1000, decode=0.9), replace(FACTS, ram_bytes=150 << 30))
+    offered = judge(loader(1000, decode=0.9), replace(SETUP, ram_bytes=150 << 30))
     assert "tier: resident, resident: yuv420" in offered.advice_yaml and pasted(offered)["data"]["tier"] == "packed"
     full = judge(loader(1000, decode=0.9), replace(packed, square=False))
     assert "cannot serve this recipe" in full.advice_yaml and "data" not in pasted(full)
@@ -121,25 +127,25 @@ def test_uneven_batches_get_a_longer_queue() -> None:
 
 
 def test_the_network_limits_when_nobody_waits() -> None:
-    quiet = Together((990.0,), 0.001, {})
+    quiet = together(990.0, 0.001, {})
     found = judge(loader(4000, decode=0.9), need=1000, together=quiet)
-    assert found.limit == NETWORK and found.headroom == 4 and "4.0× head-room" in found.sentence and not pasted(found)
+    assert found.limit == NETWORK and found.headroom == 4 and "4.0× headroom" in found.sentence and not pasted(found)
     assert judge(loader(4000, decode=0.9), need=1000).limit == NETWORK
     assert judge(loader(950, decode=0.9), need=1000).limit == "decode"
     assert judge(loader(950, decode=0.9), need=1000, together=quiet).limit == NETWORK
 
 
 def test_a_network_on_the_same_cores_is_left_some() -> None:
-    facts = replace(FACTS, settings=LoaderConfig(threads=8))
-    slow = Together((700.0,), 0.01, {})
-    found = judge(loader(4000, decode=0.9), facts, need=1000, together=slow, network_here=True)
+    setup = replace(SETUP, settings=LoaderConfig(threads=8))
+    slow = together(700.0, 0.01, {})
+    found = judge(loader(4000, decode=0.9), setup, need=1000, together=slow, network_here=True)
     assert pasted(found) == {"machine": {"threads": 3}} and "share the cores" in found.sentence
 
 
 def test_a_loop_that_waits_names_the_loaders_stage_whatever_the_rates() -> None:
-    waiting = Together((700.0,), 0.3, {"colour": 1.0})
+    waiting = together(700.0, 0.3, {"colour": 1.0})
     found = judge(loader(4000, decode=0.9), need=1000, together=waiting)
-    assert found.limit == "decode" and "they reach 700, and 30% of the time is waiting for the loader" in found.sentence
+    assert found.limit == "decode" and "they reach 700, and 30% of the time is data stall" in found.sentence
 
 
 def test_without_evidence_the_slowest_stage_alone() -> None:
@@ -150,7 +156,7 @@ def test_stages_that_are_missing() -> None:
     with pytest.raises(ValueError, match=r"stages \(=none\) must have been measured"):
         judge(loader(1000), stages=())
     resident = tuple(one for one in STAGES if one.name in ("order", "colour", "hand-over"))
-    found = judge(loader(5000, colour=0.99), replace(FACTS, tier="resident", settings=LoaderConfig(threads=16)), resident)
+    found = judge(loader(5000, colour=0.99), replace(SETUP, tier="resident", settings=LoaderConfig(threads=16)), resident)
     assert found.limit == "colour" and "no setting lifts colour" in found.advice_yaml
 
 

@@ -21,7 +21,7 @@ from pipeline.resident.train_loader import ResidentLoader
 from tools.profile.stages import arrived, image_bytes, touch
 from pipeline.decoding.decoder import GraphPlan, Prepared, Stream
 from pipeline.loading.streamed_loader import StreamedLoader
-from tools.profile.measure import Work
+from tools.profile.measure import Workload
 
 
 class _DecodePlan(GraphPlan):
@@ -60,7 +60,7 @@ class _ReadPlan(GraphPlan):
 
 
 def cut_off(make: Callable[[LoaderConfig], TrainLoader], machine: LoaderConfig, stages: list[str],
-            closers: ExitStack) -> list[Work]:
+            closers: ExitStack) -> list[Workload]:
     """The loader cut off after each of these stages (those from "read" to "colour"); loaders are closed by `closers`.
 
     Args:
@@ -74,19 +74,19 @@ def cut_off(make: Callable[[LoaderConfig], TrainLoader], machine: LoaderConfig, 
         if isinstance(loader, ResidentLoader):
             return []   # three stages that follow one another in one thread: nothing to cut
         threads = max(1, machine.read_threads) if stage in ("read", "crc") else loader.threads
-        works.append(Work(stage, closers.enter_context(closing(_through(loader, stage))),
-                          machine.prefetch + machine.read_threads + 3, None, threads))
+        works.append(Workload(stage, closers.enter_context(closing(_through(loader, stage))),
+                              machine.prefetch + machine.read_threads + 3, None, threads))
     return works
 
 
-def read_alone(make: Callable[[LoaderConfig], TrainLoader], machine: LoaderConfig, closers: ExitStack) -> list[Work]:
+def read_alone(make: Callable[[LoaderConfig], TrainLoader], machine: LoaderConfig, closers: ExitStack) -> list[Workload]:
     """Reading as a stage of tier streamed: in its order, the drawing of that order included. Nothing for other tiers."""
     loader = closers.enter_context(make(replace(machine, check_crc=False)))
     if not isinstance(loader, StreamedLoader):
         return []
     reading = max(1, machine.read_threads)
-    return [Work("read", closers.enter_context(closing(_through(loader, "read"))), machine.read_threads + 2, None, reading,
-                 image_bytes(loader))]
+    return [Workload("read", closers.enter_context(closing(_through(loader, "read"))), machine.read_threads + 2, None, reading,
+                     image_bytes(loader))]
 
 
 def _through(loader: TrainLoader, last: str) -> Generator[int, None, None]:

@@ -1,136 +1,251 @@
-"""Measuring several things fairly: they take turns, so that whatever disturbs the machine disturbs all of them alike.
+"""Interleaved measuring: workloads take turns, round by round, so that whatever disturbs the machine disturbs all of them alike.
 
-The one concept: a `Work` does one piece (a batch) each time it is asked; `take_turns` lets every work run for a while, again
-and again, and keeps a figure of each turn. The clock starts when what was made ahead is used up. CPU time is the whole process's,
-of all its threads, from rest to rest: what is ahead when a turn begins is made ahead again when it ends, so that as many
-pieces were made as were taken.
+`interleave` is the harness: it calls every workload once a round. `measure` uses it for workloads of this process, each of which
+first uses up what was prefetched before the clock starts. CPU time is that of the whole process tree from idle to idle: as many
+batches are made in a turn as are taken, since the queues are full before and after it.
 """
 from __future__ import annotations
 
+import itertools
 import os
 import resource
+import statistics
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from pipeline.monitor import STATES, Meter, Waits
 
-_QUIET_S, _QUIET_CPU_S, _SETTLE_S = 0.02, 0.002, 5.0
+_QUIET_S, _QUIET_CPU_S = 0.02, 0.002    # idle: in so many seconds no more CPU seconds, twice in a row
+_LEAST_BATCHES = 2                      # of a turn
+T = TypeVar("T")
+
+
+class Spread(NamedTuple):
+    """Median, smallest and largest of the rounds."""
+    median: float
+    least: float
+    most: float
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median, smallest and largest of some figures, one a round."""
+    return Spread(statistics.median(values), min(values), max(values))
+
+
+def ratio(over: Sequence[float], under: Sequence[float]) -> Spread:
+    """Spread of the ratios within each round, whose two figures were taken within a minute of each other."""
+    return spread([above / below for above, below in zip(over, under)])
+
+
+def interleave(workloads: Mapping[str, Callable[[], T]], rounds: int, verbose: bool = False) -> dict[str, list[T]]:
+    """Call every workload once a round; each round begins with another one, so that no workload always follows the same one.
+
+    Args:
+        workloads: name → a function that takes one turn and returns its result.
+        rounds: how many.
+        verbose: print each round's number to stderr.
+
+    Returns:
+        name → its results, one a round.
+    """
+    names = list(workloads)
+    results: dict[str, list[T]] = {name: [] for name in names}
+    for number in range(rounds):
+        if verbose:
+            print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+        first = number * len(names) // rounds
+        for name in [*names[first:], *names[:first]]:
+            results[name].append(workloads[name]())
+    return results
 
 
 @dataclass(frozen=True)
-class Work:
-    """Something to be measured.
+class Workload:
+    """Something to be measured in this process.
 
     Attributes:
         name: of it.
-        steps: each `next` does one piece of work and says how many images that were. Closed by whoever made it.
-        warm: pieces done before the clock of a turn starts: more than are made ahead.
+        batches: each `next` makes one batch and gives its number of images. Closed by whoever made it.
+        warmup: batches taken before the clock of a turn starts: more than are prefetched.
         meter: of the loader in it, if there is one.
-        threads: that do it.
-        image_bytes: mean bytes an image, where bytes are what it is about.
+        threads: that do the work.
+        image_bytes: mean bytes an image that pass through it; 0 where bytes are not what it is about.
     """
     name: str
-    steps: Iterator[int]
-    warm: int = 1
+    batches: Iterator[int]
+    warmup: int = 1
     meter: Meter | None = None
     threads: int = 1
     image_bytes: float = 0.0
 
 
-@dataclass
-class Turns:
-    """What the turns of one work gave.
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a workload.
 
     Attributes:
-        rates: images/s, one a turn.
-        cpu_ms: CPU ms an image, one a turn.
-        latencies_ms: of every piece of every turn.
-        wall_s: of all turns.
-        waits: of the meter, over all turns.
-        depth: (seconds since the first turn began, batches ready).
-        rss_mb: resident memory at the start of the first turn, at the end of the last, and at most.
+        images, seconds: taken, and the wall time.
+        cpu_s: CPU seconds of the process tree for these images.
+        latency_ms: of each batch.
+        waits: stall times that the meter saw.
+        depth: (seconds since the turn began, batches ready in the queue).
+        rss_mb: resident memory at the start, at the end, and at most.
     """
-    rates: list[float] = field(default_factory=list)
-    cpu_ms: list[float] = field(default_factory=list)
-    latencies_ms: list[float] = field(default_factory=list)
-    wall_s: float = 0.0
+    images: int
+    seconds: float
+    cpu_s: float
+    latency_ms: tuple[float, ...] = ()
     waits: Waits = Waits()
-    depth: list[tuple[float, int]] = field(default_factory=list)
+    depth: tuple[tuple[float, int], ...] = ()
     rss_mb: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
-    def add_waits(self, more: Waits) -> None:
-        """Count what a meter saw during a turn."""
-        self.waits = Waits(*(getattr(self.waits, name) + getattr(more, name) for name in ("seconds", *STATES, "batches")))
-
-    def percentiles_ms(self) -> tuple[float, float, float, float]:
-        """p50, p95, p99 and largest latency."""
-        low, middle, high = (float(value) for value in np.percentile(self.latencies_ms, [50, 95, 99]))
-        return low, middle, high, max(self.latencies_ms)
+    @property
+    def rate(self) -> float:
+        """Images/s."""
+        return self.images / self.seconds
 
     @property
-    def waited(self) -> float:
-        """Share of the time spent waiting for the producing side."""
-        return min(1.0, self.waits.seconds / self.wall_s) if self.wall_s else 0.0
-
-    def causes(self) -> dict[str, float]:
-        """What the producing side did meanwhile: state → share of the waiting."""
-        total = sum(getattr(self.waits, state) for state in STATES)
-        return {state: getattr(self.waits, state) / total for state in STATES} if total else {}
+    def cpu_ms(self) -> float:
+        """CPU ms an image."""
+        return 1e3 * self.cpu_s / self.images
 
 
-def take_turns(works: Sequence[Work], seconds: float, repeats: int) -> dict[str, Turns]:
-    """Let each work run for `seconds`, `repeats` times in turn; name → its figures. A turn has at least two pieces.
+@dataclass(frozen=True)
+class Figures:
+    """What the rounds of one workload gave: throughput, CPU time, stalls.
+
+    Attributes:
+        name, threads, image_bytes: as of `Workload`.
+        rates: images/s, one figure a round.
+        cpu_ms: CPU ms an image, one figure a round.
+        latency_ms: p50, p95, p99 and largest time from asking for a batch to having it.
+        waited: stall, the share of the time spent waiting for the loader.
+        causes: what the loader was doing meanwhile: state → share of the stall; empty without one.
+        depth: (seconds, batches ready) over all turns.
+        rss_mb: resident memory before, after, and at most, MB.
+    """
+    name: str
+    rates: tuple[float, ...]
+    cpu_ms: tuple[float, ...]
+    threads: int = 1
+    image_bytes: float = 0.0
+    latency_ms: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    waited: float = 0.0
+    causes: dict[str, float] = field(default_factory=dict)
+    depth: tuple[tuple[float, int], ...] = ()
+    rss_mb: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    @property
+    def rate(self) -> float:
+        """Median images/s."""
+        return statistics.median(self.rates)
+
+    @property
+    def cpu(self) -> float:
+        """Median CPU ms an image."""
+        return statistics.median(self.cpu_ms)
+
+    @property
+    def core_rate(self) -> float:
+        """Images/s that one core would do if it did nothing else."""
+        return 1000 / self.cpu if self.cpu else float("inf")
+
+    @property
+    def mb_s(self) -> float:
+        """MB/s through it; 0 where bytes are not what it is about."""
+        return self.rate * self.image_bytes / 1e6
+
+
+def measure(workloads: Sequence[Workload], seconds: float, rounds: int) -> dict[str, Figures]:
+    """Figures of each workload by its name, from interleaved turns of some seconds.
 
     Raises:
-        ValueError: two works of one name.
+        ValueError: two workloads of one name.
     """
-    if len({work.name for work in works}) < len(works):
-        raise ValueError(f"works (={[work.name for work in works]}) must have different names; rename one")
-    found = {work.name: Turns() for work in works}
-    for work in works:
-        next(work.steps)  # whatever it starts at its first piece is started
-    for _ in range(repeats):
-        for work in works:
-            settle()
-            cpu = time.process_time()
-            images = sum(next(work.steps) for _ in range(work.warm)) + _turn(work, found[work.name], seconds)
-            settle()
-            found[work.name].cpu_ms.append((time.process_time() - cpu) / images * 1e3)
-    return found
+    if len({workload.name for workload in workloads}) < len(workloads):
+        raise ValueError(f"workloads (={[workload.name for workload in workloads]}) must have different names; rename one")
+    for workload in workloads:
+        next(workload.batches)  # starts its threads and queues
+    turns = interleave({workload.name: partial(run_turn, workload, seconds) for workload in workloads}, rounds)
+    return {workload.name: summarize(workload, turns[workload.name]) for workload in workloads}
 
 
-def _turn(work: Work, turns: Turns, seconds: float) -> int:
-    """One turn against the clock; the images that were taken."""
-    before = work.meter.waits if work.meter else Waits()
-    memory = rss_mb()
-    peak, images, pieces = memory, 0, 0
+def run_turn(workload: Workload, seconds: float) -> Turn:
+    """Use up the warm-up, then take batches for some seconds, at least two (fewer only when there are no more)."""
+    wait_idle()
+    processes = process_tree(os.getpid())
+    cpu = cpu_seconds(processes)
+    warm = sum(itertools.islice(workload.batches, workload.warmup))
+    meter, memory = workload.meter, rss_mb()
+    waits = meter.waits if meter else Waits()
+    peak, images, latency_ms = memory, 0, []
     now = start = time.perf_counter()
-    while now - start < seconds or pieces < 2:
-        images += next(work.steps)
-        pieces, asked, now = pieces + 1, now, time.perf_counter()
-        turns.latencies_ms.append((now - asked) * 1e3)
+    for count in workload.batches:
+        images, asked, now = images + count, now, time.perf_counter()
+        latency_ms.append((now - asked) * 1e3)
         peak = max(peak, rss_mb())
-    turns.rates.append(images / (now - start))
-    if work.meter:
-        turns.add_waits(work.meter.waits.since(before))
-        turns.depth += [(turns.wall_s + at - start, count) for at, count in list(work.meter.depths) if start <= at <= now]
-    turns.wall_s += now - start
-    turns.rss_mb = (turns.rss_mb[0] or memory, rss_mb(), max(turns.rss_mb[2], peak))
-    return images
+        if now - start >= seconds and len(latency_ms) >= _LEAST_BATCHES:
+            break
+    waits = meter.waits.since(waits) if meter else waits
+    depth = tuple((at - start, ready) for at, ready in list(meter.depths) if start <= at <= now) if meter else ()
+    wait_idle()
+    cpu = (cpu_seconds(processes) - cpu) * images / (warm + images)
+    return Turn(images, now - start, cpu, tuple(latency_ms), waits, depth, (memory, rss_mb(), peak))
 
 
-def settle() -> None:
-    """Wait until this process is idle: what is being made ahead is finished. At most some seconds."""
-    end = time.perf_counter() + _SETTLE_S
-    quiet = 0
+def summarize(workload: Workload, turns: Sequence[Turn]) -> Figures:
+    """The figures of a workload's turns."""
+    seconds = sum(turn.seconds for turn in turns)
+    waits = {state: sum(getattr(turn.waits, state) for turn in turns) for state in ("seconds", *STATES)}
+    stalled = sum(waits[state] for state in STATES)
+    low, middle, high = np.percentile([ms for turn in turns for ms in turn.latency_ms], [50, 95, 99]).tolist()
+    starts = [0.0, *itertools.accumulate(turn.seconds for turn in turns)]
+    return Figures(
+        workload.name, tuple(turn.rate for turn in turns), tuple(turn.cpu_ms for turn in turns), workload.threads,
+        workload.image_bytes, (low, middle, high, max(max(turn.latency_ms) for turn in turns)),
+        min(1.0, waits["seconds"] / seconds), {state: waits[state] / stalled for state in STATES} if stalled else {},
+        tuple((start + at, ready) for start, turn in zip(starts, turns) for at, ready in turn.depth),
+        (turns[0].rss_mb[0], turns[-1].rss_mb[1], max(turn.rss_mb[2] for turn in turns)))
+
+
+# --- what the kernel counts
+
+def process_tree(root: int) -> list[int]:
+    """Process ids of `root` and of all that descend from it, by Linux's /proc."""
+    pids = [root]
+    for pid in pids:    # grows meanwhile
+        for path in Path(f"/proc/{pid}/task").glob("*/children"):
+            with suppress(OSError):     # the thread has ended
+                pids += map(int, path.read_text(encoding="ascii").split())
+    return pids
+
+
+def cpu_seconds(pids: Sequence[int]) -> float:
+    """CPU seconds that living processes have used so far, all their threads."""
+    total = 0.0
+    for pid in pids:
+        with suppress(OSError):
+            total += time.clock_gettime((~pid << 3) | 2)    # the clock that clock_getcpuclockid(3) gives for a process
+    return total
+
+
+def wait_idle(limit_s: float = 5.0) -> bool:
+    """Wait until this process and its children use no CPU: the queues are full. False when they still do after the limit."""
+    end, quiet = time.perf_counter() + limit_s, 0
     while quiet < 2 and time.perf_counter() < end:  # twice: once may be another program that has the cores
-        before = time.process_time()
+        processes = process_tree(os.getpid())
+        before = cpu_seconds(processes)
         time.sleep(_QUIET_S)
-        quiet = quiet + 1 if time.process_time() - before < _QUIET_CPU_S else 0
+        quiet = quiet + 1 if cpu_seconds(processes) - before < _QUIET_CPU_S else 0
+    return quiet == 2
 
 
 def machine_cpu_s() -> float:

@@ -23,7 +23,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tools.profile.figures import EndToEnd, Stage, Together
 from pipeline.decoding.dali import Bytes, DecodeGraph, Graph, ResizeGraph
 from pipeline.loading.batch import Batch
 from pipeline.loading.train_loader import TrainLoader
@@ -35,7 +34,7 @@ from pipeline.sampling.sampler import Ids
 from pipeline.resident.ram_store import RamStore
 from pipeline.decoding.decoder import GraphPlan, Prepared, Stream
 from pipeline.loading.streamed_loader import StreamedLoader
-from tools.profile.measure import Turns, Work
+from tools.profile.measure import Workload
 
 _PAGE = 4096
 _ENCODED_BYTES, _PIXEL_BYTES = 256 << 20, 384 << 20     # of ready-made inputs
@@ -91,7 +90,7 @@ def _decode(loader: TrainLoader, prepared: Prepared) -> list[torch.Tensor]:
         return [graph.collect()[0].clone() for _ in prepared.ids]
 
 
-def alone(loader: TrainLoader, closers: ExitStack) -> list[Work]:
+def alone(loader: TrainLoader, closers: ExitStack) -> list[Workload]:
     """Each stage by itself, in the order of a batch's way; what they hold is closed by `closers`.
 
     Tier resident has no reading and decoding once it is filled, which it must be. Where batches are cut out of RAM for a
@@ -107,23 +106,24 @@ def alone(loader: TrainLoader, closers: ExitStack) -> list[Work]:
     mean_bytes = float(np.mean([view.nbytes for one in prepared for view in one.inputs.encoded]))
     plan = loader.plan(len(prepared[0].ids), loader.data.crop_px)
     reading = max(1, machine.read_threads)
-    works: list[Work] = []
+    works: list[Workload] = []
     if not streamed:    # else its reading draws the order itself, see tools/profile/cutoff.py
-        works = [Work("order", _endless(lambda step: _order(loader, step), steps)),
-                 Work("read", pooled(_reading(loader), steps, machine.read_threads, closers), reading, None, reading, mean_bytes)]
+        works = [Workload("order", _endless(lambda step: _order(loader, step), steps)),
+                 Workload("read", pooled(_reading(loader), steps, machine.read_threads, closers), reading, None, reading,
+                          mean_bytes)]
     if machine.check_crc and bool(loader.index.header["crc32"]):
-        works.append(Work("crc", pooled(lambda step: _check(prepared[step].inputs.encoded), steps, machine.read_threads,
-                                        closers), reading, None, reading, mean_bytes))
+        works.append(Workload("crc", pooled(lambda step: _check(prepared[step].inputs.encoded), steps, machine.read_threads,
+                                            closers), reading, None, reading, mean_bytes))
     inputs = itertools.cycle([one.inputs for one in prepared])
     decode = closers.enter_context(closing(DecodeGraph(inputs, plan.batch, plan.side_px, resample=plan.resample,
                                                        machine=machine, threads=threads, device_id=loader._device_id)))
-    works.append(Work("decode", _collected(decode.collect, loader.device), machine.prefetch + 1, None, threads, mean_bytes))
+    works.append(Workload("decode", _collected(decode.collect, loader.device), machine.prefetch + 1, None, threads, mean_bytes))
     if plan.resample:
-        works.append(Work("resize", _resized(loader, plan, ready, closers), machine.prefetch + 1, None, threads))
-    works.append(Work("colour", closers.enter_context(closing(_coloured(loader, ready))), 2, None,
-                      threads if loader._device_id is None else 1))
+        works.append(Workload("resize", _resized(loader, plan, ready, closers), machine.prefetch + 1, None, threads))
+    works.append(Workload("colour", closers.enter_context(closing(_coloured(loader, ready))), 2, None,
+                          threads if loader._device_id is None else 1))
     if loader._device_id is not None:
-        works.append(Work("copy", _copied(loader, ready), 2, None, 1, mean_bytes))
+        works.append(Workload("copy", _copied(loader, ready), 2, None, 1, mean_bytes))
     return [*works, _hand_over(loader, [(one.step, one.ids, one.epochs) for one in prepared], closers)]
 
 
@@ -133,7 +133,7 @@ def _plain(loader: TrainLoader) -> TrainLoader:
                        machine=loader.machine, device_id=loader._device_id)
 
 
-def _resident(loader: ResidentLoader, closers: ExitStack) -> list[Work]:
+def _resident(loader: ResidentLoader, closers: ExitStack) -> list[Workload]:
     steps = range(min(len(loader), _MOST_BATCHES))
     colour = closers.enter_context(closing(loader._colour(loader.data.crop_px, loader._mean_image())))
     uploading = loader._device_id is not None and isinstance(loader._store, RamStore)
@@ -151,8 +151,8 @@ def _resident(loader: ResidentLoader, closers: ExitStack) -> list[Work]:
         arrived(loader.device)
         return len(ids)
 
-    return [Work("order", _endless(order, steps)),
-            Work("copy" if uploading else "colour", _endless(coloured, steps), 2, None, loader.threads),
+    return [Workload("order", _endless(order, steps)),
+            Workload("copy" if uploading else "colour", _endless(coloured, steps), 2, None, loader.threads),
             _hand_over(loader, taken, closers)]
 
 
@@ -246,7 +246,7 @@ def _copied(loader: TrainLoader, ready: Ready) -> Iterator[int]:
         yield len(one.ids)
 
 
-def _hand_over(loader: TrainLoader, taken: list[tuple[int, Ids, Ids]], closers: ExitStack) -> Work:
+def _hand_over(loader: TrainLoader, taken: list[tuple[int, Ids, Ids]], closers: ExitStack) -> Workload:
     """Finished images through everything that is left: labels, `Batch`, the queue and the consumer's waiting."""
     size = loader.data.crop_px
     images = torch.zeros(len(taken[0][1]), 3, size, size, device=loader.device)
@@ -256,17 +256,17 @@ def _hand_over(loader: TrainLoader, taken: list[tuple[int, Ids, Ids]], closers: 
             yield loader._batch(step, ids, epochs, images)
 
     ahead = closers.enter_context(closing(loader._start(produce())))
-    return Work("hand-over", (len(loader._next(ahead, step).ids) for step in itertools.count()), loader.machine.queue + 1)
+    return Workload("hand-over", (len(loader._next(ahead, step).ids) for step in itertools.count()), loader.machine.queue + 1)
 
 
-def whole(loader: TrainLoader, name: str = "loader") -> Work:
+def end_to_end(loader: TrainLoader, name: str = "loader") -> Workload:
     """The loader as anybody uses it, asked without pause."""
-    return Work(name, _batches(loader, lambda batch: None), _ahead(loader), loader.meter, loader.threads)
+    return Workload(name, _batches(loader, lambda batch: None), _ahead(loader), loader.meter, loader.threads)
 
 
-def fed(loader: TrainLoader, consume: Callable[[Batch], None], name: str = "together") -> Work:
+def fed(loader: TrainLoader, consume: Callable[[Batch], None], name: str = "together") -> Workload:
     """The loader feeding `consume`, which returns when it is done with a batch."""
-    return Work(name, _batches(loader, consume), _ahead(loader), loader.meter, loader.threads)
+    return Workload(name, _batches(loader, consume), _ahead(loader), loader.meter, loader.threads)
 
 
 def _ahead(loader: TrainLoader) -> int:
@@ -282,22 +282,6 @@ def _batches(loader: TrainLoader, consume: Callable[[Batch], None]) -> Iterator[
             count = len(batch.ids)
             del batch
             yield count
-
-
-def as_stage(work: Work, turns: Turns) -> Stage:
-    """The figures of a stage's turns."""
-    return Stage(work.name, tuple(turns.rates), tuple(turns.cpu_ms), work.threads, work.image_bytes)
-
-
-def as_loader(turns: Turns) -> EndToEnd:
-    """The figures of the whole loader's turns."""
-    return EndToEnd(tuple(turns.rates), tuple(turns.cpu_ms), turns.percentiles_ms(), turns.waited, turns.causes(),
-                    tuple(turns.depth), turns.rss_mb)
-
-
-def as_together(turns: Turns) -> Together:
-    """The figures of the loader with its consumer."""
-    return Together(tuple(turns.rates), turns.waited, turns.causes())
 
 
 def image_bytes(loader: TrainLoader) -> float:
