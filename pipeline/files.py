@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -24,9 +25,10 @@ class LockHeld(RuntimeError):
     """A lock that another process holds; the message says which process ("process 12 on host", or "another process")."""
 
 
-def is_temporary(path: Path) -> bool:
-    """Whether a file or folder is called like a temporary of this module."""
-    return path.name.startswith(".") and path.name.endswith(".tmp")
+def is_temporary(path: Path, final: str = "") -> bool:
+    """Whether a file or folder is called like a temporary of this module; with `final`, like one that becomes this name."""
+    match = re.fullmatch(r"\.(.+)\.[^.]*\.\d+\.[0-9a-f]{8}\.tmp", path.name)
+    return match is not None and final in ("", match[1])
 
 
 @contextlib.contextmanager
@@ -71,11 +73,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
-def remove_dead(folder: Path) -> list[Path]:
-    """Remove the temporaries in `folder` whose writers are dead; returns them."""
+def remove_dead(folder: Path, final: str = "") -> list[Path]:
+    """Remove the temporaries in `folder` whose writers are dead (with `final`, only those of this name); returns them."""
     removed = []
     for temporary in sorted(folder.iterdir()):
-        if not is_temporary(temporary):
+        if not is_temporary(temporary, final):
             continue
         with contextlib.suppress(OSError):  # gone by now, its writer lives, or the file system has no locks
             descriptor = os.open(temporary, os.O_RDONLY if temporary.is_dir() else os.O_RDWR)
@@ -94,7 +96,8 @@ def remove_dead(folder: Path) -> list[Path]:
 def _create_temporary(path: Path, is_folder: bool) -> tuple[Path, int]:
     """A new temporary for `path` and a descriptor of it, which holds its lock until it is closed."""
     while True:
-        temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+        host = socket.gethostname().partition(".")[0]
+        temporary = path.with_name(f".{path.name}.{host}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
         try:
             if is_folder:
                 temporary.mkdir()

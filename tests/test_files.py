@@ -71,11 +71,13 @@ def test_only_the_temporaries_of_the_dead_are_removed(tmp_path: Path) -> None:
         process.kill()
         process.communicate()
     (tmp_path / "other").write_text("not ours")
-    assert [path.name.split(".")[1] for path in remove_dead(tmp_path)] == ["dead-file", "dead-folder"]
+    (tmp_path / ".other.tmp").write_text("not ours")
+    assert [path.name.split(".")[1] for path in remove_dead(tmp_path, "dead-folder")] == ["dead-folder"]
+    assert [path.name.split(".")[1] for path in remove_dead(tmp_path)] == ["dead-file"]
     assert remove_dead(tmp_path) == []
     for process in live:
         process.communicate("")
-    assert sorted(os.listdir(tmp_path)) == ["live-file", "live-folder", "other"]
+    assert sorted(os.listdir(tmp_path)) == [".other.tmp", "live-file", "live-folder", "other"]
     assert (tmp_path / "live-file").read_bytes() == (tmp_path / "live-folder" / "file").read_bytes() == b"half"
 
 

@@ -99,24 +99,25 @@ def _jobs(arguments: argparse.Namespace) -> int:
 
 
 def build(arguments: argparse.Namespace) -> int:
-    from pipeline.index import ilsvrc as presets
-    from pipeline.index.sample_index import SampleIndex
     from pipeline.index.builder import Builder
+    from pipeline.index.folders import build_classes
+    from pipeline.index.ilsvrc import build_fall2011, build_ilsvrc
+    from pipeline.index.sample_index import SampleIndex
+    from pipeline.index.webdataset import build_webdataset
     from tools.progress import Console
 
     with Console() as progress:
         builder = Builder(arguments.out, arguments.preset, jobs=_jobs(arguments), crc=not arguments.no_crc,
                           force=arguments.force, progress=progress)
         if arguments.preset.startswith("ilsvrc"):
-            presets.build_ilsvrc(builder, train=arguments.train, val=arguments.val, test=arguments.test,
-                                 devkit=arguments.devkit, test_truth=getattr(arguments, "test_truth", None),
-                                 patch=getattr(arguments, "patch", None))
+            build_ilsvrc(builder, train=arguments.train, val=arguments.val, test=arguments.test, devkit=arguments.devkit,
+                         test_truth=getattr(arguments, "test_truth", None), patch=getattr(arguments, "patch", None))
         elif arguments.preset == "webdataset":
-            presets.build_webdataset(builder, arguments.shards)
+            build_webdataset(builder, arguments.shards)
         elif arguments.preset == "fall2011":
-            presets.build_fall2011(builder, arguments.path)
+            build_fall2011(builder, arguments.path)
         else:
-            presets.build_classes(builder, arguments.path)
+            build_classes(builder, arguments.path)
     index = SampleIndex.load(arguments.out)
     _print_info(index)
     if "val" in index.split_names and (index.samples["label"][index.split_rows("val")] < 0).all():

@@ -1,4 +1,4 @@
-"""`Builder`: walks archives, scans them in processes, labels, sorts, writes an index (the presets drive it).
+"""`Builder`: walks archives, scans them in processes, labels and sorts their rows, writes an index; the presets drive it.
 
 Archives are opened for reading only, and no image is extracted. Rows of a split are assembled as a `Part`, sorted, then
 the splits are joined in the order train, val, test.
@@ -6,23 +6,40 @@ the splits are joined in the order train, val, test.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable
 
 import numpy as np
 
+from pipeline.index.devkit import check_count
+from pipeline.index.sample_index import SPLITS, Archive, ClassInfo, label_of
+from pipeline.index.scan import CHUNK, DUPLICATE, Oddity, Part, Task, base_names, is_last_of_its_name, joined, scan
 from pipeline.index.tar import ArchiveError, Member, fingerprint, open_tar, refuse_compressed_inner, walk
-from pipeline.index.sample_index import Archive, ClassInfo
 from pipeline.index.writer import check_output, write_index
-from pipeline.index.devkit import SPLITS, check_count, class_table, label_of
 from pipeline.parallel import Progress, Silent, in_processes
-from pipeline.index.scan import CHUNK, Odd, Part, Task, base_names, joined, last_of_each, scan
 
-_PARALLEL_BYTES = 128 << 20  # a process more for each: below that its start costs more than it saves
+PARALLEL_BYTES = 128 << 20  # a process more for each: below that its start costs more than it saves
 
 
 class Builder:
-    """Collects the parts of one index. `jobs`: processes; `crc`: store CRC-32 (reads every byte)."""
+    """Collects the parts of one index.
+
+    Args:
+        out: folder to write the index to.
+        preset: name of the kind of data set, for the header.
+        jobs: processes.
+        crc: store CRC-32 (reads every byte).
+        force: replace the index that is there.
+
+    Attributes:
+        classes, archives, names: of the index, see `write_index`.
+        parts: split → rows.
+        watch: base names whose rows `Part.watched` is to tell.
+
+    Raises:
+        ValueError: `out` may not be written.
+    """
 
     def __init__(self, out: str | Path, preset: str, *, jobs: int, crc: bool = True, force: bool = False,
                  progress: Progress | None = None) -> None:
@@ -31,7 +48,8 @@ class Builder:
         self.classes: list[ClassInfo] = []
         self.archives: list[Archive] = []
         self.parts: dict[str, Part] = {}
-        self.name_bytes: bytes | None = None
+        self.names: bytes | None = None
+        self.watch: frozenset[str] = frozenset()
         check_output(self.out, force)
 
     def add_archive(self, path: Path, nested: bool = False) -> int:
@@ -47,22 +65,43 @@ class Builder:
         """Scan tasks of so many bytes in processes; parts in the order of the tasks."""
         self.progress.expect(stage, sum(sizes))
         parts = []
-        jobs = max(1, min(self.jobs, sum(sizes) // _PARALLEL_BYTES))
+        jobs = max(1, min(self.jobs, sum(sizes) // PARALLEL_BYTES))
         for part, size in zip(in_processes(function, tasks, jobs), sizes, strict=True):
             self.progress.advance(len(part.rows), size)
             parts.append(part)
         return parts
 
-    def nested(self, path: Path, classes: list[ClassInfo] | None, watch: frozenset[str] = frozenset()) -> Part:
-        """A train tar of `<wnid>.tar`. `classes` of a devkit, or None to take them from the inner tars' names."""
+    def nested(self, path: Path) -> Part:
+        """The labelled images of a train tar of `<wnid>.tar`, by class; the inner tars' names are the classes if none are set."""
+        inner, odd = self._inner_tars(path)
+        self.classes = self.classes or [ClassInfo(wnid, "") for wnid in sorted(inner)]
+        labels = label_of(self.classes)
+        unknown = sorted(set(inner) - set(labels))
+        if unknown:
+            raise ValueError(f"class (={unknown[0]}) of {path} is not in the devkit, nor are {len(unknown) - 1} more; "
+                             f"give the devkit that belongs to this archive")
+        position = self.add_archive(path, nested=True)
+        members = [inner[wnid] for wnid in sorted(inner)]
+        tasks = [Task(path, self.crc, None, tar.offset, tar.offset + tar.size, tar.name, watch=self.watch) for tar in members]
+        parts = self.run(tasks, [tar.size for tar in members], f"train {path.name}")
+        for wnid, part in zip(sorted(inner), parts, strict=True):
+            part.rows["label"], part.rows["archive"] = labels[wnid], position
+            part.odd = [replace(entry, name=f"{wnid}/{entry.name}") for entry in part.odd]
+        whole = joined(parts)
+        whole.odd += odd
+        return whole
+
+    @staticmethod
+    def _inner_tars(path: Path) -> tuple[dict[str, Member], list[Oddity]]:
+        """wnid → inner tar, and what else is in the archive. Raises ArchiveError."""
+        inner: dict[str, Member] = {}
+        odd = []
         with open_tar(path) as outer:
-            inner: dict[str, Member] = {}
-            odd = []
             for member in walk(outer):
                 if member.kind == "directory":
                     continue
                 if member.kind != "file" or not member.name.endswith(".tar"):
-                    odd.append(Odd(-1, member.name, "not an inner tar", False))
+                    odd.append(Oddity(member.name, "not an inner tar"))
                     continue
                 refuse_compressed_inner(outer, member)
                 wnid = member.name.rpartition("/")[2][:-4]
@@ -72,67 +111,69 @@ class Builder:
                 inner[wnid] = member
         if not inner:
             raise ArchiveError(f"archive (={path}) holds no <wnid>.tar; for class folders of images: build classes")
-        self.classes = classes or class_table(list(inner))
-        labels = label_of(self.classes)
-        unknown = sorted(set(inner) - set(labels))
-        if unknown:
-            raise ValueError(f"class (={unknown[0]}) of {path} is not in the devkit, nor are {len(unknown) - 1} more; "
-                             f"give the devkit that belongs to this archive")
-        position = self.add_archive(path, nested=True)
-        order = sorted(inner)
-        tasks = [Task(path, self.crc, None, inner[w].offset, inner[w].offset + inner[w].size, inner[w].name,
-                      watch=watch) for w in order]
-        parts = self.run(tasks, [inner[wnid].size for wnid in order], f"train {path.name}")
-        for wnid, part in zip(order, parts, strict=True):
-            part.rows["label"], part.rows["archive"] = labels[wnid], position
-            part.odd[:] = [entry._replace(name=f"{wnid}/{entry.name}") for entry in part.odd]
-        whole = joined(parts)
-        whole.odd += odd
-        return whole
+        return inner, odd
 
     def members(self, path: Path) -> list[Member]:
         """All members of a flat tar, with progress."""
         with open_tar(path) as source:
             self.progress.expect(f"listing {path.name}", source.size)
-            found: list[Member] = []
+            members: list[Member] = []
             done = 0
             for member in walk(source):
-                found.append(member)
-                if len(found) % CHUNK == 0:
+                members.append(member)
+                if len(members) % CHUNK == 0:
                     self.progress.advance(0, member.offset - done)
                     done = member.offset
             self.progress.advance(0, source.size - done)
-        return found
+        return members
 
-    def flat(self, path: Path, stage: str, members: list[Member] | None = None, folder: bool = False) -> Part:
-        """The images of a flat tar (or files of a folder), in archive order, named; later duplicates win."""
-        members = self.members(path) if members is None else members
-        if folder:
-            position = len(self.archives) - 1
-        else:
-            position = self.add_archive(path)
-        keep = last_of_each([member.name for member in members])
-        odd = [Odd(-1, member.name, "duplicate: a later member has the same name", False)
-               for member, kept in zip(members, keep) if not kept and member.kind == "file"]
-        members = [member for member, kept in zip(members, keep) if kept]
+    def flat(self, position: int, members: list[Member], stage: str) -> Part:
+        """The images among the members of archive `position`, in archive order, named; later duplicates win."""
+        archive = self.archives[position]
+        kept = is_last_of_its_name([member.name for member in members])
+        odd = [Oddity(member.name, DUPLICATE)
+               for member, is_kept in zip(members, kept) if not is_kept and member.kind == "file"]
+        members = [member for member, is_kept in zip(members, kept) if is_kept]
         chunks = [members[i:i + CHUNK] for i in range(0, len(members), CHUNK)]
-        tasks = [Task(path, self.crc, chunk, folder=folder) for chunk in chunks]
+        tasks = [Task(archive.path, self.crc, chunk, is_folder=archive.kind == "folder", watch=self.watch) for chunk in chunks]
         whole = joined(self.run(tasks, [sum(member.size for member in chunk) for chunk in chunks], stage))
         whole.rows["archive"] = position
         whole.odd += odd
         return whole
 
-    def by_name(self, path: Path, split: str, labels: np.ndarray | None) -> None:
+    def flat_tar(self, path: Path, kind: str) -> Part:
+        """All images of a flat tar."""
+        members = self.members(path)
+        return self.flat(self.add_archive(path), members, f"{kind} {path.name}")
+
+    def add_by_name(self, split: str, path: Path, labels: np.ndarray | None) -> None:
         """Add a val or test tar sorted by base name, in whatever folders it is arranged; labels[i] belongs to the i-th."""
-        part = self.flat(path, f"{split} {path.name}")
+        part = self.flat_tar(path, split)
         if not len(part.rows):
             raise ArchiveError(f"archive (={path}) holds no images; give the {split} archive")
         check_count(split, len(part.rows), labels, path)
-        rows = base_names(part, str(path))
-        part = part.reordered(np.array([rows[base] for base in sorted(rows)]))
+        rows = base_names(part, path)
+        part = part.take(np.array([rows[base] for base in sorted(rows)]))
         if labels is not None:
             part.rows["label"] = labels
         self.parts[split] = part
+
+    def add_by_split(self, whole: Part, splits: list[str]) -> None:
+        """Add labelled, named rows by their splits: train sorted by class (stable: archive order), val and test by name."""
+        names, labels = whole.names or [], whole.rows["label"].tolist()
+        rowless = [odd for odd in whole.odd if odd.row < 0]
+        whole.odd = [odd for odd in whole.odd if odd.row >= 0]
+        for split in SPLITS:
+            rows = [row for row, name in enumerate(splits) if name == split]
+            rows.sort(key=(labels if split == "train" else names).__getitem__)
+            if rows:
+                self.parts[split] = whole.take(np.array(rows))
+        self.add_oddities(rowless)
+
+    def add_oddities(self, odd: list[Oddity]) -> None:
+        """Oddities that belong to no row, for the first split."""
+        if self.parts:
+            next(iter(self.parts.values())).odd += odd
 
     def write(self) -> str:
         """Join the splits, write the index; returns its SHA-256."""
@@ -152,5 +193,4 @@ class Builder:
             first += len(part.rows)
         oddities.sort(key=lambda entry: (entry["id"] is None, entry["id"] or 0))
         return write_index(self.out, whole.rows, classes=self.classes, archives=self.archives, splits=splits,
-                           preset=self.preset, crc32=self.crc, oddities=oddities, names=self.name_bytes,
-                           force=self.force)
+                           preset=self.preset, crc32=self.crc, oddities=oddities, names=self.names, force=self.force)

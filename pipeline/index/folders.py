@@ -1,4 +1,7 @@
-"""A folder tree of images as an archive: its files in sorted order, their names packed for names.bin."""
+"""Index of class folders, in a tar or on disk: `[.../]<split>/<class>/.../x.jpg` or `[.../]<class>/x.jpg`; of loose image files.
+
+A folder on disk is an archive too: its image files in sorted order, their names packed for names.bin.
+"""
 
 from __future__ import annotations
 
@@ -7,49 +10,119 @@ import os
 from pathlib import Path
 from typing import Sequence
 
-from pipeline.index.tar import Member
+from pipeline.index.builder import Builder
+from pipeline.index.ilsvrc import build_fall2011
 from pipeline.index.image_header import is_image_name
-from pipeline.index.sample_index import Archive
-from pipeline.index.scan import Odd
+from pipeline.index.sample_index import REASONS, Archive, ClassInfo, SampleIndex, label_of
+from pipeline.index.scan import Oddity
+from pipeline.index.tar import Member
+
+SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+               "test": "test", "testing": "test"}
+LOOSE_SPLIT = "train"  # of the files of `index_of_files`
 
 
-def list_folder(path: Path) -> tuple[list[Member], bytes, list[Odd]]:
+def build_classes(builder: Builder, path: Path) -> str:
+    """Index a tar or folder of class folders, or a tar of `<wnid>.tar`; returns the SHA-256 of the index. Raises ValueError."""
+    if path.is_dir():
+        members, builder.names, odd = list_folder(path)
+        builder.archives.append(folder_archive(path, members))
+    else:
+        files = [member for member in builder.members(path) if member.kind != "directory"]
+        members = [member for member in files if member.kind == "file" and is_image_name(member.name)]
+        tar = next((member for member in files if member.kind == "file" and member.name.endswith(".tar")), None)
+        if tar is not None and members:
+            raise ValueError(f"archive (={path}) holds images ({members[0].name} …) as well as tars ({tar.name} …), so which are "
+                             f"the data set is not known; say fall2011 for the tars, or repack it without them")
+        if tar is not None:
+            return build_fall2011(builder, path)
+        odd = [Oddity(member.name, "not called an image" if member.kind == "file" else f"a {member.kind}, not a file")
+               for member in files if member.kind != "file" or not is_image_name(member.name)]
+        if members:
+            builder.add_archive(path)
+    if not members:
+        raise ValueError(f"data set (={path}) holds no images (.jpg, .jpeg, .png, .webp, .bmp); give a tar or a folder "
+                         f"of class folders, or a tar of <wnid>.tar")
+    whole = builder.flat(0, members, path.name)
+    splits, classes = splits_and_classes(whole.names or [], path)
+    builder.classes = [ClassInfo(name, "") for name in sorted(set(classes))]
+    labels = label_of(builder.classes)
+    whole.rows["label"] = [labels[name] for name in classes]
+    builder.add_by_split(whole, splits)
+    builder.add_oddities(odd)
+    return builder.write()
+
+
+def split_and_class(name: str) -> tuple[str | None, str]:
+    """(split or None, class) of an image by its path. Raises ValueError when it is in no folder.
+
+    The first folder called train, val (valid, validation) or test that has a folder below it is the split; the folder
+    below it is the class. Without one, the class is the folder the image lies in.
+    """
+    folders = name.split("/")[:-1]
+    for i, folder in enumerate(folders[:-1]):
+        split = SPLIT_NAMES.get(folder.lower())
+        if split is not None:
+            return split, folders[i + 1]
+    if not folders or folders[-1] in (".", ""):
+        raise ValueError(f"image (={name}) lies in no class folder; arrange images as <class>/<image> or "
+                         f"train/<class>/<image>")
+    return None, folders[-1]
+
+
+def splits_and_classes(names: Sequence[str], path: Path) -> tuple[list[str], list[str]]:
+    """Splits and classes of all images of data set `path`; all or none of them lie below a split. Raises ValueError."""
+    placed = [split_and_class(name) for name in names]
+    without = next((name for name, (split, _) in zip(names, placed) if split is None), None)
+    within = next((name for name, (split, _) in zip(names, placed) if split is not None), None)
+    if without is not None and within is not None:
+        raise ValueError(f"image (={without}) of {path} lies in no split but {within} does; "
+                         f"put all or none below train/, val/ or test/")
+    splits, classes = [split or "train" for split, _ in placed], [name for _, name in placed]
+    trained = {name for split, name in zip(splits, classes) if split == "train"}
+    for name, wnid in zip(names, classes):
+        if "train" in splits and wnid not in trained:
+            raise ValueError(f"class (={wnid}) of {name} in {path} has no image in split train; "
+                             f"remove it, or name its folder as in train")
+    return splits, classes
+
+
+def list_folder(path: Path) -> tuple[list[Member], bytes, list[Oddity]]:
     """Image files below `path` sorted by path, names.bin, and files that are not called images.
 
-    A member's `header` is the place of its name in names.bin. Symbolic links are followed. Raises ValueError on a
+    A member's `header` is the position of its name in names.bin. Symbolic links are followed. Raises ValueError on a
     folder that contains itself.
     """
-    names: list[tuple[str, int]] = []
-    odd: list[Odd] = []
-    _list(path, "", (), names, odd)
-    names.sort()
+    sizes: list[tuple[str, int]] = []
+    odd: list[Oddity] = []
+    _list(path, "", (), sizes, odd)
     members, packed = [], bytearray()
-    for name, size in names:
+    for name, size in sorted(sizes):
         members.append(Member(name, "file", 0, size, len(packed)))
         packed += os.fsencode(name) + b"\0"
     return members, bytes(packed), odd
 
 
-def _list(folder: Path, prefix: str, above: tuple[tuple[int, int], ...], names: list[tuple[str, int]],
-          odd: list[Odd]) -> None:
+def _list(folder: Path, prefix: str, above: tuple[tuple[int, int], ...], sizes: list[tuple[str, int]],
+          odd: list[Oddity]) -> None:
     status = folder.stat()
-    here = (status.st_dev, status.st_ino)
-    if here in above:
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
         raise ValueError(f"folder (={folder}) is a link to a folder above it, so the tree has no end; remove the link")
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             name = prefix + entry.name
             if entry.is_dir():
-                before = len(names)
-                _list(folder / entry.name, name + "/", (*above, here), names, odd)
-                if len(names) == before:
-                    odd.append(Odd(-1, name + "/", "a folder without images", False))
+                before = len(sizes)
+                _list(folder / entry.name, name + "/", (*above, identity), sizes, odd)
+                if len(sizes) == before:
+                    odd.append(Oddity(name + "/", "a folder without images"))
             elif not entry.is_file():
-                odd.append(Odd(-1, name, "a dangling link or a device, not a file", False))
+                odd.append(Oddity(name, "a dangling link or a device, not a file"))
             elif not is_image_name(name):
-                odd.append(Odd(-1, name, "not called an image", False))
+                odd.append(Oddity(name, "not called an image"))
             else:
-                names.append((name, entry.stat().st_size))
+                sizes.append((name, entry.stat().st_size))
 
 
 def folder_archive(path: Path, members: Sequence[Member]) -> Archive:
@@ -58,3 +131,29 @@ def folder_archive(path: Path, members: Sequence[Member]) -> Archive:
     for member in members:
         digest.update(os.fsencode(member.name) + b"\0%d\0" % member.size)
     return Archive(path.absolute(), sum(member.size for member in members), digest.hexdigest(), "folder")
+
+
+def index_of_files(files: Sequence[Path], folder: Path) -> SampleIndex:
+    """An index of loose image files, so that they are read, checked and decoded as every other image is.
+
+    The files stay where they are, links and index are written to `folder`, which must be empty. Sample i is `files[i]`; all of
+    them have one class, "file", which means nothing.
+
+    Raises:
+        ValueError: there is none; one is no file, or no image that can be decoded.
+    """
+    if not files:
+        raise ValueError("images (=none) are missing; give one or more JPEG or PNG files")
+    links = folder / "images" / "file"
+    links.mkdir(parents=True)
+    for id, file in enumerate(files):
+        if not file.is_file():
+            raise ValueError(f"image (={file}) does not exist; give a JPEG or PNG file")
+        (links / f"{id:09d}.JPEG").symlink_to(file.absolute())  # the format is found in the bytes, whatever the name
+    build_classes(Builder(folder / "index", "classes", jobs=1), links.parent)
+    index = SampleIndex.load(folder / "index")
+    for file, row in zip(files, index.samples, strict=True):
+        if row["excluded"]:
+            raise ValueError(f"image (={file}) cannot be read: {REASONS[row['reason']].replace('_', ' ')}; give a JPEG "
+                             "or PNG file")
+    return index

@@ -27,6 +27,7 @@ from pipeline.index.tar import BLOCK, ByteWindow, fingerprint, read_member
 
 VERSION = 1
 MAGIC = "alexnet-sample-index"
+SPLITS = ("train", "val", "test")
 FORMATS = ("unknown", "jpeg", "png", "gif", "webp", "bmp", "gzip")
 # Reasons of odd images. Kept: grey, cmyk, misnamed (a PNG called .JPEG), patched (replaced by 2010's patch_images).
 REASONS = ("", "grey", "cmyk", "misnamed", "patched", "gzip", "empty", "too_large", "not_an_image",
@@ -73,6 +74,11 @@ class Archive:
     fingerprint: str
     kind: str  # "tar" | "folder"
     nested: bool = False  # a tar of <wnid>.tar: a sample's name is <wnid>/<name in the inner tar>
+
+
+def label_of(classes: Sequence[ClassInfo]) -> dict[str, int]:
+    """wnid → label."""
+    return {entry.wnid: label for label, entry in enumerate(classes)}
 
 
 def content_sha256(header: dict[str, Any]) -> str:
@@ -139,6 +145,12 @@ class SampleIndex:
         """The subsets that led from an index of archives to this one (see DERIVED); none mostly."""
         return self.header.get("derived", [])
 
+    @property
+    def name_bytes(self) -> bytes | None:
+        """names.bin, or None when no archive is a folder."""
+        names = self.header["files"].get("names")
+        return (self.path / names["file"]).read_bytes() if names else None
+
     def __reduce__(self) -> tuple[Any, ...]:  # to another process go the paths, not the rows
         return SampleIndex.load, (self.path, self._folders)
 
@@ -167,11 +179,11 @@ class SampleIndex:
 
     def class_rows(self, wnid: str) -> np.ndarray:
         """Ids of every row of a class, excluded ones included: (N,) int64. Raises ValueError when unknown."""
-        for label, entry in enumerate(self.classes):
-            if entry.wnid == wnid:
-                return np.flatnonzero(self.samples["label"] == label).astype(np.int64)
-        raise ValueError(f"class (={wnid}) is not in the index {self.path}; "
-                         f"its {len(self.classes)} classes are listed by info --json")
+        label = label_of(self.classes).get(wnid)
+        if label is None:
+            raise ValueError(f"class (={wnid}) is not in the index {self.path}; "
+                             f"its {len(self.classes)} classes are listed by info --json")
+        return np.flatnonzero(self.samples["label"] == label).astype(np.int64)
 
     def row(self, id: int) -> np.void:
         """The row of a sample. Raises ValueError when there is no such id."""

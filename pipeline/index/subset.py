@@ -19,10 +19,10 @@ from typing import Any, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.files import file_sha256
 from pipeline.rng import Purpose, bits
-from pipeline.index.sample_index import SAMPLE, SampleIndex
-from pipeline.index.writer import check_output, file_sha256, write_index
-from pipeline.index.devkit import SPLITS, label_of
+from pipeline.index.sample_index import SAMPLE, SPLITS, SampleIndex, label_of
+from pipeline.index.writer import check_output, write_index
 
 Ids = npt.NDArray[np.int64]
 
@@ -128,7 +128,7 @@ def derive(index: SampleIndex, out: str | Path, choices: Choices, *, force: bool
             "too_few": too_few}
     write_index(out, rows, classes=[index.classes[label] for label in labels.tolist()], archives=archives, splits=list(parts),
                 preset=index.header["preset"], crc32=index.header["crc32"], oddities=_oddities(index, ids, rows, list(parts)),
-                names=_name_bytes(index) if any(archive.kind == "folder" for archive in archives) else None,
+                names=index.name_bytes if any(archive.kind == "folder" for archive in archives) else None,
                 derived=[*index.derived, step], force=force)
     if too_few:
         notes.insert(0, f"left out {len(too_few):,} classes of less than {choices.min_images} training images: "
@@ -246,7 +246,7 @@ def identities(index: SampleIndex, ids: Ids) -> tuple[npt.NDArray[np.uint64], np
     marks = np.array([0 if archive.kind == "folder" else _word(archive.fingerprint) for archive in index.archives], np.uint64)
     is_folder = np.array([archive.kind == "folder" for archive in index.archives], bool)[archives]
     if is_folder.any():
-        names = _name_bytes(index)
+        names = index.name_bytes or b""
         places[is_folder] = [_word(names[first:names.index(b"\0", first)]) for first in places[is_folder].tolist()]
     return marks[archives], places
 
@@ -284,7 +284,3 @@ def _oddities(index: SampleIndex, ids: Ids, rows: npt.NDArray[Any], splits: list
     found = [{**entry, "id": new[entry["id"]], "split": splits[rows["split"][new[entry["id"]]]]}
              for entry in said if entry["id"] in new]
     return sorted(found, key=lambda entry: int(entry["id"]))
-
-
-def _name_bytes(index: SampleIndex) -> bytes:
-    return (index.path / index.header["files"]["names"]["file"]).read_bytes()

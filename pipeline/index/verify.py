@@ -12,11 +12,12 @@ from typing import Any, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
+from pipeline.files import file_sha256
 from pipeline.index.tar import BLOCK, ArchiveError, ByteWindow, fingerprint, read_member
 from pipeline.index.folders import folder_archive, list_folder
-from pipeline.index.image_header import FORMAT_CODE, HEAD_BYTES, NeedMore, probe
+from pipeline.index.image_header import FORMAT_CODE, probe
 from pipeline.index.sample_index import REASONS, SampleIndex
-from pipeline.index.writer import file_sha256, mark_excluded
+from pipeline.index.writer import mark_excluded
 from pipeline.parallel import Progress, Silent, in_processes
 
 SAMPLED = 1000  # rows whose headers the quick check reads
@@ -160,10 +161,7 @@ def _check_row(index: SampleIndex, id: int, source: ByteWindow | None, crc: bool
         return f"has {len(data)} bytes, the index says {size}"
     if crc and zlib.crc32(data) != row["crc32"]:
         return f"has CRC-32 {zlib.crc32(data):08x}, the index says {row['crc32']:08x}"
-    try:
-        info = probe(data[:HEAD_BYTES], size <= HEAD_BYTES)
-    except NeedMore:
-        info = probe(data, True)
+    info = probe(data, True)
     read = FORMAT_CODE[info.format], info.width, info.height, info.channels
     if read != (row["format"], row["width"], row["height"], row["channels"]):
         return f"its header says {info.format} {info.width}×{info.height}, not what the index says"

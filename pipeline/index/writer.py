@@ -1,18 +1,17 @@
-"""Writes an index so that it is there whole or not at all (format: `pipeline.index.sample_index`).
+"""Writes an index atomically (format: `pipeline.index.sample_index`).
 
-A new index is written to a temporary sibling folder, fsynced, and renamed. When the folder exists already (`force`, or
-samples marked excluded) the arrays go beside the old ones under new names and `index.json` is replaced last, in one
-rename: a reader sees the old index or the new one. Other files in the folder (statistics) stay. The index of packed shards
-appears among them, when they are finished.
+A new index is a folder that appears in one rename. When the folder exists already (`force`, or samples marked excluded) the
+arrays go beside the old ones under new names and `index.json` is replaced last: a reader sees the old index or the new one.
+Other files in the folder (statistics, packed shards) stay.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
 import os
-import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any, Sequence
 
 import numpy as np
 
-from pipeline.files import atomic_write
+from pipeline.files import atomic_folder, atomic_write, remove_dead
 from pipeline.index.sample_index import (MAGIC, REASONS, SAMPLE, VERSION, Archive, ClassInfo, SampleIndex, content_sha256,
                                          read_header)
 
@@ -73,14 +72,14 @@ def write_index(out: str | Path, samples: np.ndarray, *, classes: Sequence[Class
     if derived:  # an index of whole archives has no such key, so its SHA-256 is what it was before there were subsets
         header["derived"] = list(derived)
     if packed is not None:
-        return _publish_among(out, {**header, "packed": packed}, samples)
-    return _publish(out, header, samples, names)
+        header["packed"] = packed
+    return _publish(out, header, samples, names, is_packed=packed is not None)
 
 
 def mark_excluded(index: SampleIndex, damaged: dict[int, tuple[str, str]]) -> str:
     """Mark samples (id → name, what is wrong) excluded, in place and atomically; returns the new SHA-256."""
     samples = np.array(index.samples)
-    header = json.loads(json.dumps(index.header))
+    header = copy.deepcopy(index.header)
     for id, (name, problem) in sorted(damaged.items()):
         if samples["excluded"][id]:
             continue
@@ -95,66 +94,48 @@ def mark_excluded(index: SampleIndex, damaged: dict[int, tuple[str, str]]) -> st
         header["oddities"].append({"name": name, "split": split["name"], "reason": f"damaged: {problem}",
                                    "kept": False, "id": id})
     header["reasons"] = {reason: count for reason, count in header["reasons"].items() if count}
-    names = header["files"].get("names")
-    return _publish(index.path, header, samples, (index.path / names["file"]).read_bytes() if names else None)
+    return _publish(index.path, header, samples, index.name_bytes)
 
 
-def _publish(out: Path, header: dict[str, Any], samples: np.ndarray, names: bytes | None) -> str:
+def _publish(out: Path, header: dict[str, Any], samples: np.ndarray, names: bytes | None, *, is_packed: bool = False) -> str:
+    """Write the files of an index, `index.json` last; returns its SHA-256.
+
+    The index of packed shards appears among them. Several processes may write it at once, with the same content, hence under the
+    same names: whose rename comes last does not matter.
+    """
     out = out.absolute()
-    old = read_old_files(out)
-    folder = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    folder.mkdir(parents=True)
-    try:
-        np.save(folder / "samples.npy", samples, allow_pickle=False)
-        contents = {"samples": "samples.npy"}
-        if names is not None:
-            (folder / "names.bin").write_bytes(names)
-            contents["names"] = "names.bin"
-        header["files"] = {}
-        for key, file in contents.items():
-            sha256 = file_sha256(folder / file)
-            final = file
-            if file in old:  # an index is there: its arrays are needed until index.json is replaced
-                final = f"{Path(file).stem}.{sha256[:16]}{Path(file).suffix}"
-                os.rename(folder / file, folder / final)
-            header["files"][key] = {"file": final, "size": (folder / final).stat().st_size, "sha256": sha256}
-        header["sha256"] = content_sha256(header)
-        (folder / "index.json").write_text(json.dumps(header, indent=1) + "\n")
-        for written in folder.iterdir():
-            _sync(written)
-        _sync(folder)
-        if not out.exists():
-            os.rename(folder, out)
-        else:
-            new = [entry["file"] for entry in header["files"].values()]
-            for final in new:
-                os.replace(folder / final, out / final)
-            os.replace(folder / "index.json", out / "index.json")  # the commit
-            _sync(out)
-            for final in set(old) - set(new):
-                (out / final).unlink(missing_ok=True)
-        _sync(out.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return str(header["sha256"])
-
-
-def _publish_among(out: Path, header: dict[str, Any], samples: np.ndarray) -> str:
-    """Put an index among its archives. Several processes may do so at once, with the same content, hence with the same names:
-    whose rename comes last does not matter."""
+    old = [] if is_packed else _array_files(out)
     array = io.BytesIO()
     np.save(array, samples, allow_pickle=False)
-    header["files"] = {"samples": {"file": "samples.npy", "size": len(array.getbuffer()),
-                                   "sha256": hashlib.sha256(array.getbuffer()).hexdigest()}}
+    arrays: dict[str, tuple[str, bytes | memoryview]] = {"samples": ("samples.npy", array.getbuffer())}
+    if names is not None:
+        arrays["names"] = ("names.bin", names)
+    contents: dict[str, bytes | memoryview] = {}
+    header["files"] = {}
+    for key, (file, data) in arrays.items():
+        sha256 = hashlib.sha256(data).hexdigest()
+        if file in old:  # an index is there: its arrays are needed until index.json is replaced
+            file = f"{Path(file).stem}.{sha256[:16]}{Path(file).suffix}"
+        contents[file] = data
+        header["files"][key] = {"file": file, "size": len(data), "sha256": sha256}
     header["sha256"] = content_sha256(header)
-    with atomic_write(out / "samples.npy") as file:
-        file.write(array.getbuffer())
-    with atomic_write(out / "index.json") as file:  # the commit
-        file.write(json.dumps(header, indent=1).encode() + b"\n")
+    contents["index.json"] = json.dumps(header, indent=1).encode() + b"\n"
+    if out.exists():
+        for file, data in contents.items():  # index.json, the commit, comes last
+            with atomic_write(out / file) as stream:
+                stream.write(data)
+        for file in set(old) - set(contents):
+            (out / file).unlink(missing_ok=True)
+    else:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        remove_dead(out.parent, out.name)
+        with atomic_folder(out) as folder:
+            for file, data in contents.items():
+                (folder / file).write_bytes(data)
     return str(header["sha256"])
 
 
-def read_old_files(out: Path) -> list[str]:
+def _array_files(out: Path) -> list[str]:
     """Names of the array files of the index at `out`, damaged or not; empty when there is none."""
     if not out.exists():
         return []
@@ -162,17 +143,3 @@ def read_old_files(out: Path) -> list[str]:
         return [entry["file"] for entry in read_header(out)["files"].values()]
     except ValueError:  # damaged: replace whatever arrays lie there
         return [file.name for file in out.iterdir() if file.name.startswith(("samples.", "names."))]
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 (hex) of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

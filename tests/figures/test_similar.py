@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from pipeline.index.sample_index import SampleIndex
-from pipeline.index.loose import index_of_files
+from pipeline.index.folders import index_of_files
 from pipeline.loading.eval_loader import TestLoader
 from tests.conftest import TinySet
 from tests.helpers.trained_run import write_run

@@ -14,9 +14,8 @@ import pytest
 from PIL import Image
 
 from pipeline.index.sample_index import SampleIndex
+from tests.helpers.indexes import COMMAND, built, devkit, jpeg, train_tar, val_tar
 from tests.helpers.tars import member, save
-from tests.index.test_build_index import COMMAND, built, jpeg, train_tar, val_tar
-from tests.index.test_layouts import devkit
 from tools.build_index import main
 
 
@@ -50,13 +49,15 @@ def test_ls(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert message in capsys.readouterr().err
 
 
-def test_class_names_cannot_drive_the_terminal(tmp_path: Path) -> None:
+def test_class_names_cannot_drive_the_terminal(tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
     save(tmp_path / "c.tar", member(b"cl\x1b[2Jear/1.jpg", jpeg(1)) + member(b"\xff/1.jpg", jpeg(2)) + bytes(1024))
     built(tmp_path, "classes", tmp_path / "c.tar")
     for words in (["ls"], ["ls", "--json"], ["info"], ["info", "--json"], ["verify"]):
-        said = subprocess.run([*COMMAND, words[0], tmp_path / "index", *words[1:]], capture_output=True)
-        assert said.returncode == 0 and said.stderr == b"" and b"\x1b" not in said.stdout
-        assert words[0] != "ls" or said.stdout.count(b"\n") == 2
+        capsysbinary.readouterr()
+        assert main([words[0], str(tmp_path / "index"), *words[1:]]) == 0
+        written = capsysbinary.readouterr()
+        assert written.err == b"" and b"\x1b" not in written.out
+        assert words[0] != "ls" or written.out.count(b"\n") == 2
 
 
 def test_info(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +97,7 @@ def slowed(tmp_path: Path, jobs: str) -> "subprocess.Popen[str]":
     """A build that stands still in the scan, in a process group of its own."""
     train_tar(tmp_path / "t.tar")
     slow = ("import sys, time, pipeline.index.builder as i, tools.build_index as b\n"
-            "i._PARALLEL_BYTES = 1\n"
+            "i.PARALLEL_BYTES = 1\n"
             "advance = lambda self, images, bytes: (print('scanning', flush=True), time.sleep(20))\n"
             "import tools.progress; tools.progress.Console.advance = advance\n"
             "if __name__ == '__main__': sys.exit(b.main(sys.argv[1:]))\n")

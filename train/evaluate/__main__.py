@@ -169,7 +169,7 @@ def _plan(path: Path, asked: argparse.Namespace) -> _Plan:
     """The recipe of a checkpoint or exported folder as the command line changes it, and the images to test on."""
     from dataclasses import replace
 
-    from pipeline.index.writer import file_sha256
+    from pipeline.files import file_sha256
     from train import build
     from train.checkpoint import checkpoint
     from train.export import safetensors_io as weights

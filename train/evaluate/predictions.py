@@ -21,8 +21,7 @@ from typing import Any, Callable, Literal, Optional
 import numpy as np
 import torch
 
-from pipeline.files import atomic_write, sync
-from pipeline.index.writer import file_sha256
+from pipeline.files import atomic_write, file_sha256, sync
 from train.parallel.topology import Topology
 from train.evaluate.probabilities import IMAGE, Evaluation, Facts, Made, check_complete, differences, intact, packed, untested
 

@@ -14,7 +14,7 @@ from typing import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from pipeline.index.sample_index import SampleIndex
-from pipeline.index.loose import SPLIT, index_of_files
+from pipeline.index.folders import LOOSE_SPLIT, index_of_files
 from pipeline.reading.source import SampleError
 from train.figures.features import Features
 from train.figures.neighbours import Nearest, agreement
@@ -75,7 +75,7 @@ def from_files(trained: TrainedNetwork, files: Sequence[Path]) -> Queries:
     with tempfile.TemporaryDirectory() as scratch:
         index = index_of_files(files, Path(scratch))
         try:
-            crops, features = _seen(trained, index, SPLIT, index.ids(SPLIT))
+            crops, features = _seen(trained, index, LOOSE_SPLIT, index.ids(LOOSE_SPLIT))
         except SampleError as error:
             raise ValueError(f"image (={files[error.id]}) cannot be decoded: {error.reason}; give another") from None
     nothing = np.full(len(files), -1)

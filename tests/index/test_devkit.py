@@ -1,43 +1,13 @@
-"""Names to splits and classes; the devkit's IDs to labels."""
+"""Devkits: ILSVRC IDs to labels, ground truths."""
 import gzip
-import io
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipeline.index.devkit import check_count, ground_truth, place, place_all, read_devkit, sample_key, shard_split
+from pipeline.index.devkit import check_count, ground_truth, read_devkit
+from tests.helpers.indexes import WNIDS, devkit
 from tests.helpers.tars import save
-
-WNIDS = ["n05", "n01", "n09", "n02"]  # ID 1..4: not in wnid order
-
-
-def meta_mat(ids: list[int] = [1, 2, 3, 4], wnids: list[str] = WNIDS, year: str = "2012", images: int = 0) -> bytes:
-    from scipy.io import savemat
-
-    fields = [(f"ILSVRC{year}_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O"), ("num_train_images", "O")]
-    rows = [(id, wnid, f"words of {wnid}", 0, images) for id, wnid in zip(ids, wnids)]
-    rows.insert(2, (99, "n00", "an inner node", len(ids), 0))
-    buffer = io.BytesIO()
-    savemat(buffer, {"synsets": np.array(rows, fields)})
-    return buffer.getvalue()
-
-
-def devkit(path: Path, truth: bytes = b"2\n1\n4\n3\n2\n", year: str = "2012", **meta: object) -> Path:
-    """A devkit: a folder, or a .tar.gz when the path says so."""
-    files = {"data/meta.mat": meta_mat(year=year, **meta), f"data/ILSVRC{year}_validation_ground_truth.txt": truth,
-             "readme.txt": b"x"}  # type: ignore[arg-type]
-    if not path.name.endswith(".tar.gz"):
-        for name, data in files.items():
-            save(path / name, data)
-        return path
-    with tarfile.open(path, "w:gz") as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(f"kit/{name}")
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 @pytest.mark.parametrize("name", ["kit", "kit.tar.gz"])
@@ -93,34 +63,7 @@ def test_ground_truth_forms() -> None:
 
 
 def test_counts_must_agree() -> None:
-    check_count("val", 2, np.zeros(2), "x")
-    check_count("val", 2, None, "x")
+    check_count("val", 2, np.zeros(2), Path("x"))
+    check_count("val", 2, None, Path("x"))
     with pytest.raises(ValueError, match=r"val archive \(=x\) has 3 images but the ground truth 2 lines; give the whole"):
-        check_count("val", 3, np.zeros(2), "x")
-
-
-@pytest.mark.parametrize(("name", "split", "wnid"), [
-    ("cifar10/train/cat/1.jpg", "train", "cat"), ("cifar10/test/cat/1.jpg", "test", "cat"), ("cat/1.jpg", None, "cat"),
-    ("a/b/cat/1.jpg", None, "cat"), ("train/n01/images/1.JPEG", "train", "n01"), ("Validation/cat/1.jpg", "val", "cat"),
-    ("vehicles/train/1.jpg", None, "train"), ("train/train/1.jpg", "train", "train"), ("valid/x/1.jpg", "val", "x")])
-def test_place(name: str, split: str | None, wnid: str) -> None:
-    assert place(name) == (split, wnid)
-
-
-def test_place_errors() -> None:
-    with pytest.raises(ValueError, match=r"image \(=1.jpg\) lies in no class folder; arrange images as <class>/<image>"):
-        place("1.jpg")
-    with pytest.raises(ValueError, match=r"image \(=cat/1.jpg\) of here lies in no split but train/cat/1.jpg does"):
-        place_all(["train/cat/1.jpg", "cat/1.jpg"], "here")
-    with pytest.raises(ValueError, match=r"class \(=images\) of val/images/1.jpg in here has no image in split train"):
-        place_all(["train/cat/1.jpg", "val/images/1.jpg"], "here")
-    assert place_all(["test/cat/1.jpg"], "here") == (["test"], ["cat"])
-
-
-def test_shards() -> None:
-    for name, split in [("imagenet-train-000001.tar", "train"), ("imagenet1k-validation-00.tar", "val"),
-                        ("test/000.tar", "test"), ("000.tar", "train"), ("trainer-000.tar", "train"),
-                        ("latest-000.tar", "train"), ("val/x_train_1.tar", "train")]:
-        assert shard_split(Path("/data") / name) == split
-    assert sample_key("a/b.c/x.seg.png") == ("a/b.c/x", "seg.png")
-    assert sample_key("x.JPG") == ("x", "jpg")
+        check_count("val", 3, np.zeros(2), Path("x"))

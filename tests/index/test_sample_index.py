@@ -1,5 +1,4 @@
 """The index on disk: whole or not at all, checked on load, found again after a move."""
-import json
 import os
 import pickle
 import re
@@ -8,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.index import writer as index_writer
-from pipeline.index.sample_index import REASONS, SAMPLE, Archive, ClassInfo, SampleIndex, content_sha256
+from pipeline.index.sample_index import REASONS, SAMPLE, Archive, ClassInfo, SampleIndex
+from pipeline.index.tar import fingerprint, open_tar, walk
 from pipeline.index.writer import check_output, mark_excluded, write_index
+from tests.helpers.indexes import altered
 from tests.helpers.tars import save, tar_bytes
 
 FILES = {"n1/a.JPEG": b"aaa", "n2/b.JPEG": b"bbbb", "x/" * 80 + "c.JPEG": b"c" * 600, "d.JPEG": b"dd"}
@@ -18,8 +18,6 @@ FILES = {"n1/a.JPEG": b"aaa", "n2/b.JPEG": b"bbbb", "x/" * 80 + "c.JPEG": b"c" *
 
 def write(folder: Path, **changes: object) -> SampleIndex:
     """Four rows, train and val, in a tar with a long name."""
-    from pipeline.index.tar import fingerprint, open_tar, walk
-
     path = save(folder / "images.tar", tar_bytes(FILES))
     with open_tar(path) as source:
         members = list(walk(source))
@@ -123,14 +121,6 @@ def test_archives_of_a_split_are_looked_for_before_work(tmp_path: Path, monkeypa
         index.check_archives("train")
 
 
-def altered(folder: Path, change: dict, resign: bool = True) -> None:
-    header = json.loads((folder / "index.json").read_text())
-    header.update(change)
-    if resign:
-        header["sha256"] = content_sha256(header)
-    (folder / "index.json").write_text(json.dumps(header))
-
-
 def test_load_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"index \(=.*none\) does not exist; make one with tools/build_index.py build"):
         SampleIndex.load(tmp_path / "none")
@@ -210,13 +200,13 @@ def test_an_interrupted_write_leaves_the_old_index_or_none(tmp_path: Path, monke
     old = write(tmp_path).sha256 if replace else ""
     calls = 0
 
-    def fails(path: Path) -> None:
+    def fails(descriptor: int) -> None:
         nonlocal calls
         calls += 1
         if calls > fail_at:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(index_writer, "_sync", fails)
+    monkeypatch.setattr(os, "fsync", fails)
     try:
         write(tmp_path, crc32=True, force=True)
     except KeyboardInterrupt:
