@@ -39,7 +39,7 @@ from train.parallel.gradients import Gradients
 from train.optimizer import PaperSGD, Schedule, set_lr
 from train.recipe import dump, load
 from train.run_folder import CHECKPOINTS, Metrics, check_sources
-from train.checkpoint.async_saver import Saver
+from train.checkpoint.async_saver import AsyncSaver
 
 _AGAIN_S = 1.0  # a second Ctrl-C sooner than this is the same one, passed on by torchrun
 
@@ -105,7 +105,7 @@ class Job:
     metrics: Metrics
     console: Console
     stop: Stop
-    saver: Saver
+    saver: AsyncSaver
     origin: str = ""  # hash of the checkpoint whose weights training began with; empty: random ones
     progress: Progress = field(default_factory=Progress)
     feeding: Feeding = field(default_factory=Feeding)

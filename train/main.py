@@ -42,7 +42,7 @@ def run(request: Request, where: Topology) -> int:
     from train.parallel.gradients import Gradients
     from train.loop import Job, Stop, restore, test, train
     from train.optimizer import Schedule, build_optimizer
-    from train.checkpoint.async_saver import Saver
+    from train.checkpoint.async_saver import AsyncSaver
 
     stop = Stop()
     stop.listen()
@@ -77,7 +77,7 @@ def run(request: Request, where: Topology) -> int:
     restarted, resume = where.agree(restarted, restarted or request.resume)
     metrics = folders.Metrics(folder / folders.METRICS, where.is_main)
     gradients = Gradients(network, where, config.parallel.overlap)
-    saver = Saver(folder / folders.CHECKPOINTS, where, config.machine.keep_last, config.machine.timeout_s)
+    saver = AsyncSaver(folder / folders.CHECKPOINTS, where, config.machine.keep_last, config.machine.timeout_s)
     job = Job(config, where, folder, index, stats, network, gradients, optimizer, schedule, loader, tests, metrics, console, stop,
               saver, origin.sha256)
     with contextlib.closing(console), contextlib.closing(metrics), contextlib.closing(loader), \

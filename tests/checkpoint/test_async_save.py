@@ -7,33 +7,19 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from tests.checkpoint.test_checkpoint import ALONE, ROOT, SHAPES, attach, tensors
-from tests.helpers.runs import processes
+from tests.helpers.checkpoints import ALONE, SHAPES, STATE, attach, check, disk_full, tensors
+from tests.helpers.runs import ROOT, processes
 from train.checkpoint import checkpoint
-from train.checkpoint.async_saver import Saver
-
-STATE = {"validation_error": None}
-
-
-def load(path: Path) -> dict[str, torch.Tensor]:
-    checkpoint.verify(path)
-    found = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
-    checkpoint.load(path, found, SHAPES, ALONE)
-    return found
-
-
-def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(one[name], other[name]) for name in SHAPES)
+from train.checkpoint.async_saver import AsyncSaver
 
 
 def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path: Path) -> None:
     """The tensors change while it is written: by the next steps."""
-    saver, go = Saver(tmp_path, ALONE, 2, 60), threading.Event()
+    saver, go = AsyncSaver(tmp_path, ALONE, 2, 60), threading.Event()
 
     def slowly(folder: Path) -> None:
         assert go.wait(20)
@@ -45,56 +31,54 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path: Path) -> None:
         tensor.zero_()
     go.set()
     saver.wait()
-    assert equal(load(tmp_path / "step-000000001"), tensors(1))
+    check(tmp_path / "step-000000001", 1)
     for step in 2, 3:  # the second waits for the first
         saver.save(f"step-00000000{step}", tensors(step), SHAPES, STATE, attach)
     saver.wait()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000002", "step-000000003"], "not pruned"
-    assert all(equal(load(tmp_path / f"step-00000000{step}"), tensors(step)) for step in (2, 3))
+    for step in 2, 3:
+        check(tmp_path / f"step-00000000{step}", step)
 
 
 def test_tensors_that_lie_otherwise_in_memory_are_saved_as_they_are(tmp_path: Path) -> None:
     whole = {key: tensor.t() if tensor.dim() == 2 else tensor for key, tensor in tensors(1).items()}
-    saver = Saver(tmp_path, ALONE, 2, 60)
+    saver = AsyncSaver(tmp_path, ALONE, 2, 60)
     saver.save("step-000000001", whole, {key: tuple(tensor.shape) for key, tensor in whole.items()}, STATE, attach)
     saver.wait()
     found = {key: torch.zeros(tensor.shape) for key, tensor in whole.items()}
     checkpoint.load(tmp_path / "step-000000001", found, {key: tuple(tensor.shape) for key, tensor in whole.items()}, ALONE)
-    assert equal(found, whole)
-
-
-def full(*given: Any, **options: Any) -> None:
-    raise OSError(28, "No space left on device")
+    assert all(torch.equal(found[name], value) for name, value in whole.items())
 
 
 def test_a_failure_is_raised_at_the_next_call_once_and_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                                capsys: pytest.CaptureFixture[str]) -> None:
-    saver = Saver(tmp_path, ALONE, 2, 60)
+    saver = AsyncSaver(tmp_path, ALONE, 2, 60)
     saver.save("step-000000001", tensors(1), SHAPES, STATE, attach)
-    saver.save("step-000000002", tensors(2), SHAPES, STATE, full)
+    saver.save("step-000000002", tensors(2), SHAPES, STATE, disk_full)
     with pytest.raises(RuntimeError, match=r"checkpoint \(=.*step-000000002\) could not be written: \[Errno 28\] No space left "
                                            r"on device; the ones before it are whole: mend this, then go on with --resume"):
         saver.save("step-000000003", tensors(3), SHAPES, STATE, attach)
     saver.wait()
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"], "what was half-written takes room"
     with monkeypatch.context() as patch:  # torch wraps what fails while it writes
-        patch.setattr(torch, "save", full)
+        patch.setattr(torch, "save", disk_full)
         saver.save("step-000000002", tensors(2), SHAPES, STATE, attach)
         with pytest.raises(RuntimeError, match=r"step-000000002\) could not be written: process 0: \[Errno 28\] No space left on "
                                                r"device; the ones") as caught:
             saver.wait()
         assert "\n" not in str(caught.value)
-    saver.save("step-000000002", tensors(2), SHAPES, STATE, full)
+    saver.save("step-000000002", tensors(2), SHAPES, STATE, disk_full)
     saver.close()
     assert "error: checkpoint (=" in capsys.readouterr().err
-    assert equal(load(tmp_path / "step-000000001"), tensors(1))
+    check(tmp_path / "step-000000001", 1)
 
 
 DYING = """
 import sys, time
 from pathlib import Path
-from tests.checkpoint.test_async_save import ALONE, SHAPES, STATE, Saver, attach, tensors
-saver = Saver(Path(sys.argv[1]), ALONE, 2, 60)
+from tests.helpers.checkpoints import ALONE, SHAPES, STATE, attach, tensors
+from train.checkpoint.async_saver import AsyncSaver
+saver = AsyncSaver(Path(sys.argv[1]), ALONE, 2, 60)
 saver.save("step-000000001", tensors(1), SHAPES, STATE, attach)
 def slowly(folder):
     attach(folder)
@@ -113,8 +97,9 @@ def test_killed_while_writing_leaves_the_one_before(tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=20)
     found = checkpoint.newest_good(tmp_path, pytest.fail)
-    assert found is not None and equal(load(found), tensors(1)) and (tmp_path / ".step-000000002.partial").exists()
-    saver = Saver(tmp_path, ALONE, 2, 60)
+    assert found is not None and (tmp_path / ".step-000000002.partial").exists()
+    check(found, 1)
+    saver = AsyncSaver(tmp_path, ALONE, 2, 60)
     saver.save("step-000000003", tensors(3), SHAPES, STATE, attach)
     saver.wait()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000001", "step-000000003"]
@@ -133,13 +118,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from model.towers import Tower, tower_slice
-from tests.checkpoint.test_async_save import SHAPES, STATE, Saver, attach, full, tensors
+from tests.helpers.checkpoints import SHAPES, STATE, attach, disk_full, tensors
 from train.checkpoint import checkpoint
+from train.checkpoint.async_saver import AsyncSaver
 from train.parallel.topology import topology
 root = Path(sys.argv[1])
 torch.set_num_threads(1)
 with topology(towers=2, device="cpu", timeout_s=60) as where:
-    saver = Saver(root, where, 3, 60)
+    saver = AsyncSaver(root, where, 3, 60)
     mine = {name: tower_slice(whole, Tower(where.tower_rank, 2)).clone() for name, whole in tensors(1).items()}
     def slowly(folder):
         time.sleep(1)
@@ -151,8 +137,8 @@ with topology(towers=2, device="cpu", timeout_s=60) as where:
     saver.wait()
     checkpoint.verify(root / "step-000000001")
     for spoilt, found in (("second", "process 1: [Errno 28] No space left on device"), ("main", "[Errno 28] No space left on")):
-        save, torch.save = torch.save, full if spoilt == "second" and not where.is_main else torch.save
-        saver.save("step-000000002", mine, SHAPES, STATE, full if spoilt == "main" else attach)
+        save, torch.save = torch.save, disk_full if spoilt == "second" and not where.is_main else torch.save
+        saver.save("step-000000002", mine, SHAPES, STATE, disk_full if spoilt == "main" else attach)
         assert where.total([1.0]) == [2.0]
         try:
             saver.wait()
@@ -175,4 +161,4 @@ def test_two_processes_train_while_they_save_and_fail_together(tmp_path: Path) -
     assert [path.name for path in checkpoint.checkpoints(root)] == ["step-000000001", "step-000000002"]
     assert not list(root.glob(".step*"))
     for path in checkpoint.checkpoints(root):
-        assert equal(load(path), tensors(1))
+        check(path, 1)

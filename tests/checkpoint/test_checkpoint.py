@@ -9,38 +9,15 @@ from typing import Any, Callable
 import pytest
 import torch
 
+from tests.helpers.checkpoints import ALONE, SHAPES, attach, check, save, tensors
 from tests.helpers.runs import processes
 from train.checkpoint import checkpoint
 from train.checkpoint.checkpoint import DamagedCheckpoint
-from train.parallel.topology import Topology
-
-ALONE = Topology(0, 1, 0, 1, 0, 1, torch.device("cpu"))
-SHAPES = {"weight.a": (5, 3), "velocity.a": (5, 3), "weight.b": (4,)}
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def tensors(seed: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-
-
-def attach(folder: Path) -> None:
-    (folder / checkpoint.CONFIG).write_text("a: 1\n", encoding="utf-8")
-    (folder / checkpoint.STATS).write_bytes(b"123")
-
-
-def save(root: Path, step: int, error: float | None = None, epochs: int | None = None,
-         attach: Callable[[Path], None] = attach) -> Path:
-    return checkpoint.save(root, checkpoint.checkpoint_name(step, epochs), tensors(step), SHAPES,
-                           {"step": step, "validation_error": error}, attach, ALONE)
 
 
 def test_saved_and_loaded_bits_are_equal(tmp_path: Path) -> None:
     path = save(tmp_path, 7)
-    checkpoint.verify(path)
-    found = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
-    checkpoint.load(path, found, SHAPES, ALONE)
-    assert all(torch.equal(found[name], value) for name, value in tensors(7).items())
+    check(path, 7)
     assert checkpoint.read_state(path)["step"] == 7 and [p.name for p in tmp_path.iterdir()] == ["step-000000007"]
 
 
@@ -225,7 +202,7 @@ from pathlib import Path
 from model.towers import Tower, tower_slice
 from train.checkpoint import checkpoint
 from train.parallel.topology import topology
-from tests.checkpoint.test_checkpoint import SHAPES, attach, tensors
+from tests.helpers.checkpoints import SHAPES, attach, tensors
 by_one, by_two = map(Path, sys.argv[1:])
 torch.set_num_threads(1)
 with topology(towers=2, device="cpu", timeout_s=60) as where:
@@ -253,11 +230,8 @@ def test_two_processes_write_and_one_reads_and_the_reverse(tmp_path: Path) -> No
     save(tmp_path / "by_one", 7)
     processes(2, script, tmp_path / "by_one", tmp_path / "by_two")
     path = tmp_path / "by_two" / "step-000000007"
-    checkpoint.verify(path)
     assert len(list(path.glob("*.distcp"))) == 2
-    found = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
-    checkpoint.load(path, found, SHAPES, ALONE)
-    assert all(torch.equal(found[name], value) for name, value in tensors(7).items())
+    check(path, 7)
 
 
 EVERY_WAY = """
@@ -270,7 +244,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from model.towers import Tower, tower_slice
 from train.checkpoint import checkpoint
 from train.parallel.topology import topology
-from tests.checkpoint.test_checkpoint import SHAPES, attach, tensors
+from tests.helpers.checkpoints import SHAPES, attach, tensors
 root = Path(sys.argv[1])
 torch.set_num_threads(1)
 with topology(towers=2, device="cpu", timeout_s=60) as pairs:
@@ -301,8 +275,5 @@ def test_written_and_read_by_four_processes_in_every_way(tmp_path: Path) -> None
     size = sum(file.stat().st_size for file in (tmp_path / "alone").glob("*.distcp")) / len(SHAPES)
     for written, parts in ("towers", 6), ("weird", 4), ("flat", 3):
         path = tmp_path / written
-        checkpoint.verify(path)
-        found = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
-        checkpoint.load(path, found, SHAPES, ALONE)
-        assert all(torch.equal(found[name], value) for name, value in tensors(7).items()), written
+        check(path, 7)
         assert sum(file.stat().st_size for file in path.glob("*.distcp")) < (parts + 0.5) * size, "each part is written once"

@@ -10,7 +10,8 @@ import torch
 
 from model.alexnet import AlexNet
 from tests.conftest import TinySet
-from tests.helpers.trained_run import ALONE, write_run
+from tests.helpers.checkpoints import ALONE
+from tests.helpers.trained_run import write_run
 from train import build
 from train.checkpoint import checkpoint
 from train.checkpoint.resolve import Kind, Resolved, resolve, resolve_all

@@ -265,7 +265,7 @@ def test_an_exported_folder_is_tested_as_its_checkpoint(copy: Path, exported: Pa
         last = file.read(1)[0]
         file.seek(-1, 2)
         file.write(bytes([last ^ 1]))
-    assert "model.safetensors) has other bytes than were written" in evaluate("--checkpoint", exported, *index, code=4)[1]
+    assert "model.safetensors) has SHA-256" in evaluate("--checkpoint", exported, *index, code=4)[1]
 
 
 @pytest.mark.parametrize("said, code, message", [

@@ -20,7 +20,7 @@ from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.eval_loader import TestLoader
 from pipeline.stats import Stats
 from tests.conftest import TinySet
-from tests.checkpoint.test_checkpoint import ALONE
+from tests.helpers.checkpoints import ALONE
 from tests.helpers.runs import processes
 from tests.evaluate.test_evaluate import PIXELS, Means
 from train.evaluate import predictions as saved

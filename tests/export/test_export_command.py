@@ -15,17 +15,17 @@ import pytest
 import torch
 
 from model.alexnet import canonical_shapes
+from pipeline.files import file_sha256
 from pipeline.index.sample_index import SampleIndex
 from pipeline.stats import Stats
 from tests.conftest import TinySet
-from tests.helpers.networks import small
+from tests.helpers.checkpoints import ALONE
+from tests.helpers.networks import small, tensors_of
 from tests.helpers.recipes import write_recipe
 from tests.helpers.small_set import photographs, write_set
-from tests.export.test_export import tensors_of
 from tests.helpers.runs import here, inside
 from train.checkpoint import checkpoint
 from train.export import __main__ as export, safetensors_io as weights
-from train.parallel.topology import Topology
 from train.evaluate.__main__ import main as evaluate_main
 from train.recipe import dump, load
 
@@ -62,7 +62,7 @@ def test_command_exports_a_run(tiny_set: TinySet, trained: Path, tmp_path: Path)
     stored = {name: torch.empty(shape) for name, shape in canonical_shapes(config.model).items()}
     checkpoint.load(last, {f"weight.{name}": tensor for name, tensor in stored.items()},
                     {f"weight.{name}": tuple(tensor.shape) for name, tensor in stored.items()},
-                    Topology(0, 1, 0, 1, 0, 1, torch.device("cpu")), all_of_it=False)
+                    ALONE, all_of_it=False)
     assert all(torch.equal(tensor, stored[name]) for name, tensor in network.state_dict().items())
     lines = (out / "classes.txt").read_text(encoding="utf-8").splitlines()
     assert lines == [f"{entry.wnid} {entry.words}" for entry in index.classes] and len(lines) == 6
@@ -72,7 +72,7 @@ def test_command_exports_a_run(tiny_set: TinySet, trained: Path, tmp_path: Path)
     assert row("val", 1, epoch["validation"]) + " the validation after epoch 1, counted from 0 |" in text
     assert text.count("| val |") == 2 and "CC0." in text and "6 of the 6 outputs" in text
     state, metadata = checkpoint.read_state(last), weights.read_metadata(out)
-    manifest = weights.sha256(last / "manifest.json")
+    manifest = file_sha256(last / "manifest.json")
     assert (metadata["classes_sha256"], metadata["checkpoint_sha256"]) == (state["classes"], manifest)
     assert metadata["fingerprint"] == state["fingerprint"] == load(out / "config.yaml").fingerprint()
     for digest in (manifest, state["sources"]["training images"], state["sources"]["stats"], state["classes"]):
@@ -118,7 +118,7 @@ def test_saved_evaluations_are_on_the_card_of_their_checkpoint(tiny_set: TinySet
 
 
 def test_float64_weights_become_float32(trained: Path, tmp_path: Path) -> None:
-    model, where = small(), Topology(0, 1, 0, 1, 0, 1, torch.device("cpu"))
+    model = small()
     tensors = {f"weight.{name}": tensor.double() / 3 for name, tensor in tensors_of(model).items()}
     last = sorted((trained / "checkpoints").iterdir())[-1]
     config = dataclasses.replace(load(last / "config.yaml"), model=model)
@@ -129,7 +129,7 @@ def test_float64_weights_become_float32(trained: Path, tmp_path: Path) -> None:
         shutil.copy(last / "stats.npz", folder)
 
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    path = checkpoint.save(tmp_path, "step-000000001", tensors, shapes, state, attach, where)
+    path = checkpoint.save(tmp_path, "step-000000001", tensors, shapes, state, attach, ALONE)
     read = export.network_weights(path, config)
     assert all(tensor.dtype == torch.float32 and torch.equal(tensor, tensors[f"weight.{name}"].float())
                for name, tensor in read.items())
@@ -160,7 +160,7 @@ def test_an_index_that_is_gone_or_another_gives_no_class_names(tiny_set: TinySet
     shutil.copytree(last, copied)
     path, manifest = copied / "config.yaml", json.loads((copied / "manifest.json").read_text())
     path.write_text(path.read_text().replace(load(path).data.index, str(tmp_path / "gone")))
-    manifest["files"]["config.yaml"] = {"size": path.stat().st_size, "sha256": weights.sha256(path)}
+    manifest["files"]["config.yaml"] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
     (copied / "manifest.json").write_text(json.dumps(manifest))
     said, _ = exported(copied, tmp_path / "out")
     assert "classes.txt was not written: index (=" in said and not (tmp_path / "out" / "classes.txt").exists()

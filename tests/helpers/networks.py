@@ -6,6 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
+from model.alexnet import AlexNet
 from model.config import Conv, Full, LrnConfig, ModelConfig, PoolConfig
 
 KERNELS, NEURONS = (8, 12, 16, 12, 8), (24, 20)
@@ -34,3 +37,8 @@ def with_layers(config: ModelConfig, **changes: Any) -> ModelConfig:
     for name, change in changes.items():
         layers[name] = dataclasses.replace(layers[name], **change) if isinstance(change, dict) and name in layers else change
     return dataclasses.replace(config, layers=layers)
+
+
+def tensors_of(model: ModelConfig, seed: int = 3) -> dict[str, torch.Tensor]:
+    """Parameters with the initial values of a seed, by canonical name."""
+    return {name: tensor.detach() for name, tensor in AlexNet(model, seed=seed).named_parameters()}

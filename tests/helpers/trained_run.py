@@ -11,13 +11,11 @@ from model.alexnet import AlexNet
 from pipeline.index.sample_index import SampleIndex
 from pipeline.stats import Stats
 from tests.conftest import TinySet
+from tests.helpers.checkpoints import ALONE
 from tests.helpers.recipes import write_recipe
 from train import build
 from train.checkpoint import checkpoint
-from train.parallel.topology import Topology
 from train.recipe import dump, load
-
-ALONE = Topology(0, 1, 0, 1, 0, 1, torch.device("cpu"))
 
 
 def write_run(folder: Path, tiny_set: TinySet, errors: tuple[float | None, ...] = (0.5,), **replaced: str) -> Path:

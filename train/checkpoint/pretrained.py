@@ -9,10 +9,9 @@ from typing import Callable, Optional
 from model.alexnet import AlexNet
 from pipeline.index.sample_index import SampleIndex
 from train import build
-from train.checkpoint import checkpoint
+from train.checkpoint.checkpoint import DamagedCheckpoint
 from train.checkpoint.resolve import Resolved, resolve
 from train.config import Config
-from train.export.safetensors_io import DamagedWeights
 from train.parallel.topology import Topology
 
 
@@ -34,14 +33,14 @@ class Origin:
         """Find it: of a run folder the best checkpoint, or else the newest.
 
         Raises:
-            ValueError: nothing is there. DamagedCheckpoint, DamagedWeights: it is not as it was written. Neither before a resume.
+            ValueError: nothing is there. DamagedCheckpoint: it is not as it was written. Neither before a resume.
         """
         if not config.init_from.checkpoint:
             return cls()
         try:
             source = resolve(Path(config.init_from.checkpoint), default="best", kinds=("checkpoint", "exported"),
                              name="init_from.checkpoint", warn=warn)
-        except (ValueError, checkpoint.DamagedCheckpoint, DamagedWeights):
+        except (ValueError, DamagedCheckpoint):
             if not resume:
                 raise
             return cls()

@@ -117,7 +117,7 @@ def resolve(path: Path, which: Optional[str] = None, *, default: Literal["best",
 
     Raises:
         ValueError: there is no such checkpoint.
-        DamagedCheckpoint, DamagedWeights: its files are not the ones that were written.
+        DamagedCheckpoint: its files are not the ones that were written.
     """
     return resolve_all([path], which, default=default, kinds=kinds, name=name, warn=warn)[0]
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import glob
 import os
-import shutil
-import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Mapping, Optional, Sequence
+from typing import Mapping, Optional, Sequence
 
 import torch
 
 from model.alexnet import AlexNet
-from pipeline.files import sync
+from pipeline.files import atomic_folder, remove_dead
 from pipeline.index.sample_index import ClassInfo
 from pipeline.stats import Stats
 from train.export import safetensors_io as weights
@@ -60,7 +56,11 @@ def write_folder(out: Path, config: Config, tensors: Mapping[str, torch.Tensor],
     config = weights.without_places(config)
     facts = {**facts, "stats_sha256": stats.sha256}
     outputs = ["logits", "probabilities"] if softmax else ["logits"]
-    with publishing(out) as folder:
+    if os.path.lexists(out):
+        raise ValueError(f"--out (={out}) exists already; give a folder that does not")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    remove_dead(out.parent)
+    with atomic_folder(out) as folder:
         (folder / weights.WEIGHTS).write_bytes(weights.pack(config, tensors, facts))
         (folder / weights.CONFIG).write_text(dump(config), encoding="utf-8")
         stats.save(folder / weights.STATS)
@@ -123,46 +123,6 @@ def _difference(found: torch.Tensor, expected: torch.Tensor, largest: float, wha
         raise RuntimeError(f"{what} (={difference:.3g}) differs from the network by more than {TOLERANCE * largest:.3g} (largest "
                            f"value {largest:.3g}); nothing was written, report this with the recipe")
     return difference
-
-
-@contextlib.contextmanager
-def publishing(out: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `out` in one rename, on disk, at the end; on an exception nothing remains.
-
-    Raises:
-        ValueError: `out` is there already.
-    """
-    if os.path.lexists(out):
-        raise ValueError(f"--out (={out}) exists already; give a folder that does not")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    begun = f".{out.name}.{socket.gethostname()}"
-    for left in out.parent.glob(f"{glob.escape(begun)}.*.tmp"):  # of a process that was killed
-        if not _alive(left.name.removesuffix(".tmp").rpartition(".")[2]):
-            shutil.rmtree(left, ignore_errors=True)
-    staged = out.with_name(f"{begun}.{os.getpid()}.tmp")
-    staged.mkdir()
-    try:
-        yield staged
-        for path in staged.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        sync(staged)
-        staged.rename(out)  # refused by the system when another process has put files there meanwhile
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
-    sync(out.parent)
-
-
-def _alive(process: str) -> bool:
-    """Whether a process of this host is there; anything else that stands for one counts as alive."""
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return False
-    except (ValueError, OverflowError, OSError):
-        return True
-    return int(process) != os.getpid()
 
 
 def report(out: Path, tensors: Mapping[str, torch.Tensor], found: Optional[Checked], notes: Sequence[str] = ()) -> str:

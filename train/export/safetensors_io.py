@@ -15,7 +15,6 @@ Needs the extra `export` (safetensors). Whoever has only safetensors and torch r
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, Mapping
@@ -24,15 +23,12 @@ import torch
 
 from model.alexnet import AlexNet, canonical_shapes
 from model.config import LrnConfig, ModelConfig, PoolConfig
+from train.checkpoint import checkpoint
+from train.checkpoint.checkpoint import CONFIG, MANIFEST, STATS  # noqa: F401 (names of this folder's files too)
 from train.config import Config
 
 FORMAT = 1
-WEIGHTS, CONFIG, STATS, CLASSES, ONNX = "model.safetensors", "config.yaml", "stats.npz", "classes.txt", "model.onnx"
-CARD, MANIFEST = "README.md", "manifest.json"
-
-
-class DamagedWeights(RuntimeError):
-    """Files that are not the ones that were written."""
+WEIGHTS, CLASSES, ONNX, CARD = "model.safetensors", "classes.txt", "model.onnx", "README.md"
 
 
 def pack(config: Config, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, str]) -> bytes:
@@ -61,7 +57,7 @@ def load_safetensors(path: str | Path) -> tuple[ModelConfig, dict[str, torch.Ten
 
     Raises:
         ValueError: no such file, not made by this program, of another format, or with other tensors than its network has.
-        DamagedWeights: the folder's manifest says other sizes or hashes.
+        DamagedCheckpoint: the folder's manifest says other sizes or hashes.
     """
     file = _file(Path(path))
     config, tensors = read_model(file), read_weights(file)
@@ -87,7 +83,7 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """Tensors of a safetensors file, or of an exported folder: name → as stored, on the CPU. A folder is checked first.
 
     Raises:
-        ValueError: no such file, or no safetensors. DamagedWeights: the folder's manifest says other sizes or hashes.
+        ValueError: no such file, or no safetensors. DamagedCheckpoint: the folder's manifest says other sizes or hashes.
     """
     file = _file(Path(path))
     try:
@@ -129,31 +125,13 @@ def is_exported(folder: Path) -> bool:
 
 
 def write_manifest(folder: Path) -> None:
-    """Note what the files of a folder are, but for the card."""
-    files = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())
-             if path.name not in (CARD, MANIFEST)}
-    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
+    """Write manifest.json of all files of a folder but the card."""
+    checkpoint.write_manifest(folder, [path.name for path in folder.iterdir() if path.name not in (CARD, MANIFEST)])
 
 
 def verify(folder: Path) -> None:
-    """Compare a folder with its manifest. Raises DamagedWeights, naming the file."""
-    try:
-        listed = {str(name): (int(entry["size"]), str(entry["sha256"]))
-                  for name, entry in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedWeights(f"manifest (={folder / MANIFEST}) cannot be read ({error}); export again") from None
-    for name, (size, digest) in listed.items():
-        file = folder / name
-        if not file.is_file():
-            raise DamagedWeights(f"exported file (={file}) is missing; export again")
-        if file.stat().st_size != size or sha256(file) != digest:
-            raise DamagedWeights(f"exported file (={file}) has other bytes than were written ({digest[:16]}…); export again")
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 (hex) of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Compare an exported folder with its manifest. Raises DamagedCheckpoint, naming the file."""
+    checkpoint.verify_manifest(folder, [WEIGHTS], "exported file", "export again")
 
 
 def without_places(config: Config) -> Config:
