@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from model import init as initial
+from model.init import init_layer
 from model.config import Conv, Full, LrnConfig, ModelConfig, PoolConfig
 from model.dropout import dropout
 from model.lrn import local_response_norm
-from model.tower_exchange import Link, gather_logits, meet
+from model.tower_exchange import Link, gather_logits, two_tower_layer
 from model.towers import BOTH, Tower, tower_shape
 
 
@@ -39,7 +39,7 @@ def paper(classes: int = 1000) -> ModelConfig:
                 "fc8": Full(std=0.01, bias=0)})
 
 
-def sides(config: ModelConfig) -> list[tuple[str, int]]:
+def output_sides(config: ModelConfig) -> list[tuple[str, int]]:
     """Side in pixels of the square output of conv1, pool1, … pool5: [("conv1", 55), ("pool1", 27), …].
 
     Raises ValueError naming the layer whose window no longer fits into its input.
@@ -66,7 +66,7 @@ def sides(config: ModelConfig) -> list[tuple[str, int]]:
 def shapes(config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
     """Output of every layer for one image, both towers together: [("conv1", (96, 55, 55)), … ("fc8", (K,))]."""
     kernels = {name.removeprefix("conv"): conv.kernels for name, conv in config.convs.items()}
-    maps = [(name, (kernels[name.lstrip("convpl")], side, side)) for name, side in sides(config)]
+    maps = [(name, (kernels[name.lstrip("convpl")], side, side)) for name, side in output_sides(config)]
     return [*maps, *((name, (full.neurons,)) for name, full in config.fulls.items())]
 
 
@@ -82,7 +82,7 @@ def canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         result[f"{name}.weight"] = (conv.kernels, inputs // parts, conv.px, conv.px)
         result[f"{name}.bias"] = (conv.kernels,)
         inputs, split = conv.kernels, config.towers
-    inputs *= sides(config)[-1][1] ** 2
+    inputs *= output_sides(config)[-1][1] ** 2
     for name, full in config.fulls.items():
         result[f"{name}.weight"] = (full.neurons, inputs // (split if full.sees == "own" else 1))
         result[f"{name}.bias"] = (full.neurons,)
@@ -95,9 +95,11 @@ def parameter_count(config: ModelConfig) -> int:
     return sum(math.prod(shape) for shape in canonical_shapes(config).values())
 
 
-class OwnLinear(nn.Linear):
-    """A fully connected layer of two towers in one process, each of which sees its own half of the features (paper figure 2 has
-    none; release run 150): (B, 2F) → (B, N), the first N/2 neurons (of an odd N the larger half) from the first F features."""
+class GroupedLinear(nn.Linear):
+    """Fully connected layer in two groups, as two towers that see only their own half of the features (release run 150).
+
+    (B, 2F) → (B, N): the first N/2 neurons (of an odd N the larger half) see the first F features.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         halves = zip(x.chunk(2, 1), self.weight.chunk(2), self.bias.chunk(2))
@@ -138,21 +140,22 @@ class AlexNet(nn.Module):
             held = self.tower_of(name)
             apart = layer.sees == "own" and config.towers == 2 and held.count == 1  # two towers side by side in one process
             rows, inputs = tower_shape(shape, held)[:2]
-            # skip_init: torch would draw initial values which `fill` overwrites. It leaves the default device, so name it.
+            # skip_init: torch would draw initial values which `init_layer` overwrites. It leaves the default device, so name it.
             if isinstance(layer, Conv):
                 groups = 2 if apart and name != next(iter(config.layers)) else 1
                 module = nn.utils.skip_init(nn.Conv2d, inputs * groups, rows, layer.px, layer.stride, layer.pad,
                                             groups=groups, device=torch.get_default_device())
             else:
-                module = nn.utils.skip_init(OwnLinear if apart else nn.Linear, inputs, rows, device=torch.get_default_device())
-            initial.fill(module.weight, module.bias, seed=seed, name=name, shape=shape, std=layer.std, bias_value=layer.bias,
-                         tower=held)
+                module = nn.utils.skip_init(GroupedLinear if apart else nn.Linear, inputs, rows,
+                                            device=torch.get_default_device())
+            init_layer(module.weight, module.bias, seed=seed, name=name, shape=shape, std=layer.std, bias_value=layer.bias,
+                       tower=held)
             self.add_module(name, module)
-            if held.count == 2 and config.meets(name):
+            if held.count == 2 and config.crosses_towers(name):
                 self._links[name] = Link(name, held, overlap)
 
     def tower_of(self, name: str) -> Tower:
-        """Whose rows of a layer or parameter ("conv1.weight") this process holds: this tower's, or everybody's (BOTH)."""
+        """Which tower's rows of a layer or parameter ("conv1.weight") this process holds: its own, or BOTH."""
         return BOTH if self.halves_images and name.startswith("conv") else self.tower
 
     def forward(self, images: torch.Tensor, step: int | None = None,
@@ -170,49 +173,49 @@ class AlexNet(nn.Module):
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def features(self, images: torch.Tensor, step: int | None = None, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        """What the last layer sees, of the neurons that this process holds: (B, 3, H, W) → (B, N), the paper's 4096 of fc7
-        (figure 4). Arguments as in `forward`."""
+        """Activations of the last hidden layer, of the neurons that this process holds: (B, 3, H, W) → (B, N), the paper's
+        4096 of fc7 (figure 4). Arguments as in `forward`."""
         config, first_row = self.config, self._check(images, step, rows)
         x = images.to(next(self.parameters()).dtype)  # as they are, but for a network in float64
         for name, conv in config.convs.items():
-            x = self._normalised(name, conv, self._layer(name, x))
+            x = self._activate_and_normalise(name, conv, self._layer(name, x))
             if conv.pool:
                 x = functional.max_pool2d(x, config.pool.px, config.pool.stride)
         x = x.flatten(1)
         for name, full in list(config.fulls.items())[:-1]:
             x = self._layer(name, x)
             if not full.linear:
-                x = self._activated(x)
+                x = self._activate(x)
             if self.training and step is not None and full.dropout:
                 x = dropout(x, config.dropout, seed=self.seed, step=step, layer=name, first_row=first_row,
                             first_column=self.tower.rows(full.neurons)[0])
         return x
 
-    def _activated(self, x: torch.Tensor) -> torch.Tensor:
+    def _activate(self, x: torch.Tensor) -> torch.Tensor:
         return functional.relu(x, inplace=True) if self.config.activation == "relu" else torch.tanh(x)
 
-    def _normalised(self, name: str, conv: Conv, x: torch.Tensor) -> torch.Tensor:
-        """The activation of a convolution and its response normalisation, in the order the layer asks for, before any pooling."""
+    def _activate_and_normalise(self, name: str, conv: Conv, x: torch.Tensor) -> torch.Tensor:
+        """Activation and local response normalisation of a convolution, in the order that its `lrn` says; pooling comes after."""
         lrn = self.config.lrn
         if lrn is None or conv.lrn == "none":
-            return self._activated(x)
+            return self._activate(x)
         groups = self.config.towers // self.tower_of(name).count  # LRN windows do not cross from one tower into the other
         if conv.lrn == "before":
-            return self._activated(local_response_norm(x, lrn, groups=groups))
+            return self._activate(local_response_norm(x, lrn, groups=groups))
         if self.config.activation == "relu":
             return local_response_norm(x, lrn, groups=groups, relu=True)  # in one pass over memory
-        return local_response_norm(self._activated(x), lrn, groups=groups)
+        return local_response_norm(self._activate(x), lrn, groups=groups)
 
     def _layer(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """A layer's product, with the other tower where it sees both."""
+        """The layer's convolution or product; exchanges activations with the other tower's process where it sees both."""
         layer, link = self.get_submodule(name), self._links.get(name)
         if link is None:
             result: torch.Tensor = layer(x)
             return result
-        return meet(layer, x, link, "rows" if self.halves_images and name == self._first_full else "channels")
+        return two_tower_layer(layer, x, link, "rows" if self.halves_images and name == self._first_full else "channels")
 
     def _check(self, images: torch.Tensor, step: int | None, rows: tuple[int, int] | None) -> int:
-        """Refuse what would be silently wrong. Returns the first of the B rows in the global batch."""
+        """Check the arguments of `forward`. Returns the first of the B rows in the global batch."""
         px = self.config.input_px
         if images.dim() != 4 or tuple(images.shape[1:]) != (3, px, px):
             raise ValueError(f"images (={tuple(images.shape)}) must be (B, 3, {px}, {px}); set data.crop_px and "

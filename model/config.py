@@ -1,9 +1,9 @@
-"""What a network is: the numbers of the paper's §3 that a recipe may state.
+"""Configuration of the network: towers, layers, pooling, LRN and dropout (paper §3), as a recipe states it.
 
-Imports nothing heavy, so a command line can be parsed with it.
+Imports nothing heavy, so that a command line can be parsed without torch.
 
-The table of layers is a mapping from names to what each layer is, so that a recipe which extends another changes, adds or
-removes (null) single ones. Layers stand in the order of their names: convolutions by number, then fully connected ones.
+The layers are a mapping from name to configuration, so that a recipe which extends another changes, adds or removes (null)
+single ones. They are sorted by name: convolutions by number, then fully connected layers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Activation = Literal["relu", "tanh"]
 
 
 def _need(ok: bool, key: str, value: object, rule: str) -> None:
-    """Raise `<key> (=value) <rule>` unless ok."""
+    """Raise ValueError `<key> (=value) <rule>` unless ok."""
     if not ok:
         raise ValueError(f"{key} (={value}) {rule}")
 
@@ -124,7 +124,7 @@ class ModelConfig:
         layers: name → layer; null takes a layer away. Names are conv1, conv2, … and fc1, fc2, …
 
     Raises:
-        ValueError: a number that makes no network. That input_px fits the layers is checked by model.alexnet.sides.
+        ValueError: a number that makes no network. That input_px fits the layers is checked by model.alexnet.output_sides.
     """
 
     input_px: int
@@ -143,7 +143,7 @@ class ModelConfig:
         _need(self.activation in get_args(Activation), "model.activation", self.activation,
               "must be relu or tanh; the paper has relu")
         _need(0.0 <= self.dropout < 1.0, "model.dropout", self.dropout, "must be in [0, 1); the paper uses 0.5")
-        object.__setattr__(self, "layers", _table(self.layers))
+        object.__setattr__(self, "layers", _parse_layers(self.layers))
         fulls = [name for name in self.layers if name.startswith("fc")]
         _need(bool(fulls), "model.layers", list(self.layers), "must end with a fully connected layer, the softmax's; add fc8")
         _need(len(fulls) < len(self.layers), "model.layers", list(self.layers), "must have a convolution; add conv1")
@@ -173,29 +173,29 @@ class ModelConfig:
         """Name of the layer that gives the logits."""
         return list(self.layers)[-1]
 
-    def meets(self, name: str) -> bool:
-        """Whether a layer sees the maps or neurons of two towers."""
+    def crosses_towers(self, name: str) -> bool:
+        """Whether a layer sees the maps or neurons of two towers (paper: conv3, fc6, fc7, fc8)."""
         return self.towers == 2 and self.layers[name].sees == "both" and name != next(iter(self.layers))
 
 
-def _table(layers: Mapping[str, Any]) -> dict[str, Layer]:
-    """The layers in order, from what a recipe says of each; those that are null are left out."""
+def _parse_layers(layers: Mapping[str, Any]) -> dict[str, Layer]:
+    """The layers in order, from the recipe's mappings; those that are null are left out."""
     if not isinstance(layers, Mapping):
         raise ValueError(f"model.layers (={layers}) must map names to layers; write conv1: {{kernels: 96, px: 11, …}}")
     for name in layers:
         ok = bool(LAYER_NAME.fullmatch(str(name)))
         _need(ok, "model.layers", name, "must have names conv1 … conv99 and fc1 … fc99; rename it")
     ordered = sorted(layers, key=lambda name: (name.startswith("fc"), int(name.lstrip("convf"))))
-    return {name: _layer(name, layers[name]) for name in ordered if layers[name] is not None}
+    return {name: _parse_layer(name, layers[name]) for name in ordered if layers[name] is not None}
 
 
-def _layer(name: str, said: Any) -> Layer:
+def _parse_layer(name: str, given: Any) -> Layer:
     """One layer; ValueError names the key that is missing, unknown, or out of range."""
     kind = Conv if name.startswith("conv") else Full
     key, known = f"model.layers.{name}", {f.name: f for f in dataclasses.fields(kind)}
-    if not isinstance(said, (Mapping, kind)):
-        raise ValueError(f"{key} (={said}) must say what the layer is; write {{{', '.join(known)}}}")
-    values = dict(said) if isinstance(said, Mapping) else {name: getattr(said, name) for name in known}
+    if not isinstance(given, (Mapping, kind)):
+        raise ValueError(f"{key} (={given}) must say what the layer is; write {{{', '.join(known)}}}")
+    values = dict(given) if isinstance(given, Mapping) else {name: getattr(given, name) for name in known}
     for unknown in sorted(values.keys() - known.keys()):
         raise ValueError(f"{key}.{unknown} (={values[unknown]}) is not known; a "
                          f"{'convolution' if kind is Conv else 'fully connected layer'} has {', '.join(known)}")
@@ -203,12 +203,12 @@ def _layer(name: str, said: Any) -> Layer:
         if item.name not in values:
             _need(item.default is not dataclasses.MISSING, f"{key}.{item.name}", "none", "is missing; say it")
             continue
-        values[item.name] = _value(f"{key}.{item.name}", item.name, values[item.name])
+        values[item.name] = _check_value(f"{key}.{item.name}", item.name, values[item.name])
     return kind(**values)
 
 
-def _value(key: str, name: str, value: Any) -> Any:
-    """A value of a layer, checked; whole numbers where a recipe may have 0.0 or 1."""
+def _check_value(key: str, name: str, value: Any) -> Any:
+    """A layer's value, checked and converted: int where a recipe may say 1.0, float where it may say 0."""
     if name in ("pool", "dropout", "linear"):
         _need(isinstance(value, bool), key, value, "must be true or false; correct it")
         return value

@@ -1,4 +1,4 @@
-"""Initial weights and biases (paper §5): a function of (seed, parameter name), whatever the number of processes.
+"""Initial weights and biases (paper §5): a function of (seed, parameter name) for any number of processes.
 
 A tensor is drawn for the canonical one-device network and then cut, so one process, either of two, a CPU and a GPU
 start from identical values. Weights come from N(0, std), biases are constant: in the paper 1 where ReLUs should start
@@ -25,8 +25,8 @@ def normal(seed: int, name: str, shape: tuple[int, ...], std: float) -> torch.Te
 
 
 @torch.no_grad()
-def fill(weight: torch.Tensor, bias: torch.Tensor, *, seed: int, name: str, shape: tuple[int, ...], std: float,
-         bias_value: float, tower: Tower) -> None:
+def init_layer(weight: torch.Tensor, bias: torch.Tensor, *, seed: int, name: str, shape: tuple[int, ...], std: float,
+               bias_value: float, tower: Tower) -> None:
     """Set one layer's parameters in place: this tower's rows of the canonical weight of `shape`.
 
     Tensors on the meta device have no values and are left alone.

@@ -1,4 +1,4 @@
-"""Local response normalisation (paper §3.3), lean: b = a / (k + alpha Σ a²)^beta over n adjacent channels.
+"""Local response normalisation, LRN (paper §3.3): b = a / (k + alpha Σ a²)^beta over n adjacent channels.
 
 Element-wise arithmetic on the largest maps of the network: its time is the time that memory takes. What makes it cheap:
   chunks     some maps at a time, so that every intermediate stays in the processor's cache;
@@ -167,8 +167,8 @@ def _backward_in_chunks(x: torch.Tensor, grad: torch.Tensor, result: torch.Tenso
 
 
 @functools.cache
-def fused() -> Optional[ModuleType]:
-    """model.kernels.lrn, or None where Triton or what it builds with is missing; looked for once, not before a GPU needs it."""
+def triton_kernels() -> Optional[ModuleType]:
+    """model.kernels.lrn, or None where Triton or its C compiler is missing. Imported once, when a GPU first needs it."""
     try:
         return importlib.import_module("model.kernels.lrn")
     except ImportError:
@@ -176,8 +176,8 @@ def fused() -> Optional[ModuleType]:
 
 
 def _kernels(x: torch.Tensor, config: LrnConfig) -> Optional[ModuleType]:
-    """The module with a `forward` and a `backward` made for this input, if there is one."""
-    module = fused() if x.is_cuda else None
+    """The Triton kernels' module if it supports this input, else None."""
+    module = triton_kernels() if x.is_cuda else None
     return module if module is not None and module.takes(x, config) else None
 
 

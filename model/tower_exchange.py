@@ -1,8 +1,9 @@
-"""Where the towers meet (paper figure 2): a layer sees the activations of both, and half of them lie in another process.
+"""Exchange of activations between the two towers (paper figure 2): layers that see both, in two processes.
 
-Its product is a sum of two: own activations with their columns of the weight, the other tower's with theirs. So the first is
-computed while the other's activations travel. Backward the same way round: first the gradient that the other tower waits for;
-while it travels, all the rest; what arrives is added. Each tower sends its activations once, and once as many gradients.
+The product of such a layer is a sum of two: own activations with their columns of the weight, and the other tower's with theirs.
+So the first is computed while the other's activations travel. Backward the other way round: first the gradient that the other
+tower waits for; while it travels, all the rest; what arrives is added. Each tower sends its activations once, and once as many
+gradients.
 
   conv3, fc6, fc7, fc8   as above (and others, where a recipe says so), whatever the scheme (weird: no convolution).
   fc6 in scheme weird    each process has all features of its own half of the images: the product is in rows, not a sum.
@@ -28,28 +29,29 @@ from torch.nn import functional
 
 from model.towers import Tower
 
-CROSSINGS = (*(f"{kind}{number}" for kind in ("conv", "fc") for number in range(1, 100)), "logits")  # all that a recipe may name
+# Every place where activations may cross, in a fixed order: message tags are positions in it.
+CROSSINGS = (*(f"{kind}{number}" for kind in ("conv", "fc") for number in range(1, 100)), "logits")
 Direction = Literal["forward", "backward"]
 
 
 def crossing(tag: int) -> tuple[str, Direction]:
-    """What a message with this tag is: (one of CROSSINGS, its direction). A tag is 2·its place, + 1 backward."""
+    """(One of CROSSINGS, direction) of a message tag, which is 2·position in CROSSINGS, + 1 backward."""
     return CROSSINGS[tag // 2], "backward" if tag % 2 else "forward"
 
 
 class Swap:
-    """Two tensors on their way: `sent` to the other tower, and the other's into `received`. Both are dense in memory."""
+    """An exchange in flight: `sent` goes to the other tower, its tensor into `received`. Both are dense in memory."""
 
     def __init__(self, sent: torch.Tensor, received: torch.Tensor, tower: Tower, tag: int) -> None:
         # Held until `wait`: the memory of a tensor that travels must not be given to another one.
         self._sent, self._received = sent, received
         group, other = tower.group or dist.group.WORLD, 1 - tower.rank
         self._works = dist.batch_isend_irecv([
-            dist.P2POp(dist.isend, _line(sent), group=group, tag=tag, group_peer=other),
-            dist.P2POp(dist.irecv, _line(received), group=group, tag=tag, group_peer=other)])
+            dist.P2POp(dist.isend, _flat(sent), group=group, tag=tag, group_peer=other),
+            dist.P2POp(dist.irecv, _flat(received), group=group, tag=tag, group_peer=other)])
 
     def wait(self) -> torch.Tensor:
-        """What the other tower has sent. On a GPU it is the stream that waits."""
+        """The tensor received. On a GPU the current stream waits, not the CPU."""
         for work in self._works:
             work.wait()
         self._works = []
@@ -58,14 +60,14 @@ class Swap:
 
 @dataclass(frozen=True)
 class Link:
-    """The way to the other tower at one of the CROSSINGS. `overlap`: compute meanwhile; else wait for the message at once."""
+    """Connection to the other tower at one of the CROSSINGS. `overlap`: compute meanwhile; else wait for each message."""
 
     name: str
     tower: Tower
     overlap: bool
 
     def swap(self, sent: torch.Tensor, received: torch.Tensor, direction: Direction) -> Swap:
-        """Begin to send and to receive."""
+        """Start an exchange."""
         made = Swap(sent, received, self.tower, 2 * CROSSINGS.index(self.name) + (direction == "backward"))
         if not self.overlap:
             made.wait()
@@ -77,7 +79,7 @@ class Link:
         return parts[self.tower.rank], parts[1 - self.tower.rank]
 
 
-def _line(x: torch.Tensor) -> torch.Tensor:
+def _flat(x: torch.Tensor) -> torch.Tensor:
     """The memory of a dense tensor, whatever its format: a view."""
     return x.as_strided((x.numel(),), (1,))
 
@@ -87,14 +89,14 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
     return x if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
-def _as(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def _in_format_of(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """x in the memory format of `like`: x itself where it has it already."""
     return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
 
 
 @dataclass(frozen=True)
 class _Conv:
-    """The products of a convolution."""
+    """Forward and gradients of a convolution."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -109,12 +111,12 @@ class _Conv:
                                                     (of_x, of_weight is not None, False))
         if of_weight is not None:
             of_weight.copy_(found[1])
-        return _as(found[0], x) if of_x else None
+        return _in_format_of(found[0], x) if of_x else None
 
 
 @dataclass(frozen=True)
 class _Linear:
-    """The products of a fully connected layer."""
+    """Forward and gradients of a fully connected layer."""
 
     def output(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return functional.linear(x, weight, bias)
@@ -127,7 +129,7 @@ class _Linear:
         return grad @ weight if of_x else None
 
 
-class _Meeting(torch.autograd.Function):
+class _TwoTowerProduct(torch.autograd.Function):
     """(B, C, ...) of this tower and of the other → (B, N, ...)."""
 
     @staticmethod
@@ -163,7 +165,7 @@ class _Meeting(torch.autograd.Function):
         return of_x, of_weight, of_bias, None, None
 
 
-class _RowsMeeting(torch.autograd.Function):
+class _RowsProduct(torch.autograd.Function):
     """(B/2, 2C) features of this process's images and of the other's → (B, N).
 
     Forward nothing is computed meanwhile: own rows first, then the others', would read all of the weight twice.
@@ -195,8 +197,9 @@ class _RowsMeeting(torch.autograd.Function):
         return of_x, of_weight, of_bias, None
 
 
-def meet(layer: nn.Module, x: torch.Tensor, link: Link, by: Literal["channels", "rows"] = "channels") -> torch.Tensor:
-    """What `layer`, which sees both towers, makes of this tower's activations and of the other's. Both must ask.
+def two_tower_layer(layer: nn.Module, x: torch.Tensor, link: Link,
+                    by: Literal["channels", "rows"] = "channels") -> torch.Tensor:
+    """Apply `layer`, which sees both towers, to the activations of this tower and of the other. Both processes must call it.
 
     Args:
         layer: this tower's rows of a Conv2d or a Linear (the latter only, by rows), with a bias.
@@ -212,13 +215,13 @@ def meet(layer: nn.Module, x: torch.Tensor, link: Link, by: Literal["channels", 
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
     if by == "rows":
-        rows: torch.Tensor = _RowsMeeting.apply(x, weight, bias, link)
+        rows: torch.Tensor = _RowsProduct.apply(x, weight, bias, link)
         return rows
     product: _Conv | _Linear = _Linear()
     if isinstance(layer, nn.Conv2d):
         assert not isinstance(layer.padding, str)
         product = _Conv(layer.stride, layer.padding)
-    result: torch.Tensor = _Meeting.apply(x, weight, bias, product, link)
+    result: torch.Tensor = _TwoTowerProduct.apply(x, weight, bias, product, link)
     return result
 
 

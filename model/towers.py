@@ -1,4 +1,6 @@
-"""Which half of the network a process holds (paper §3.2, figure 2). What crosses between the halves: model/tower_exchange.py.
+"""The two towers of the network: which rows of every parameter a process holds (paper §3.2, figure 2).
+
+Activations that cross between them: model/tower_exchange.py.
 
 The paper puts half of the kernels of every layer on each of two GPUs. Written as one network on one device (`groups=2`
 in conv2, conv4, conv5), *tower t holds rows [t·n/2, (t+1)·n/2) of every parameter*: the canonical parameter sharded

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from model.alexnet import canonical_shapes, sides
+from model.alexnet import canonical_shapes, output_sides
 from model.config import Conv, ModelConfig
 from tools.exchange_bytes import GRADIENT_BYTES, computed
 
@@ -44,7 +44,7 @@ class Layer:
 
 def layers(config: ModelConfig) -> list[Layer]:
     """conv1 … fc8."""
-    shapes, px = canonical_shapes(config), dict(sides(config))
+    shapes, px = canonical_shapes(config), dict(output_sides(config))
     found: list[Layer] = []
     for name, layer in config.layers.items():
         weight, outputs = math.prod(shapes[f"{name}.weight"]), shapes[f"{name}.bias"][0]

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from tests.helpers.networks import small, with_layers
 
-from model.alexnet import AlexNet, canonical_shapes, paper, parameter_count, shapes, sides
+from model.alexnet import AlexNet, canonical_shapes, paper, parameter_count, shapes, output_sides
 
 SMALL = small()
 
@@ -54,7 +54,7 @@ def test_the_papers_initial_values() -> None:
 
 
 def test_the_small_network_has_the_same_layers() -> None:
-    assert [side for _, side in sides(SMALL)] == [15, 7, 7, 3, 3, 3, 3, 1]
+    assert [side for _, side in output_sides(SMALL)] == [15, 7, 7, 3, 3, 3, 3, 1]
 
 
 def test_equals_plain_layers() -> None:

@@ -204,13 +204,13 @@ def test_nan_is_not_hidden_in_the_gradient() -> None:
 
 
 def test_a_cpu_does_not_look_for_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lrn, "fused", lambda: pytest.fail("looked for Triton"))
+    monkeypatch.setattr(lrn, "triton_kernels", lambda: pytest.fail("looked for Triton"))
     local_response_norm(maps(1, 6, 2, 2).requires_grad_(), STRONG).sum().backward()
 
 
 def test_without_triton_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "model.kernels.lrn", None)  # importing it raises ImportError
-    assert lrn.fused.__wrapped__() is None
+    assert lrn.triton_kernels.__wrapped__() is None
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="for the kernels alone; test_kernels_in_tritons_interpreter runs it")

@@ -8,7 +8,7 @@ from tests.helpers.networks import small, with_layers
 from torch import nn
 from torch.nn import functional
 
-from model.alexnet import AlexNet, canonical_shapes, paper, parameter_count, shapes, sides
+from model.alexnet import AlexNet, canonical_shapes, paper, parameter_count, shapes, output_sides
 from model.config import Conv, Full, LrnConfig, ModelConfig, PoolConfig
 from model.towers import Tower
 
@@ -120,10 +120,11 @@ def test_features_are_what_the_last_layer_sees() -> None:
 
 def test_sizes_of_the_papers_variants() -> None:
     six = with_layers(paper(), conv6=Conv(256, px=3, pad=1, sees="both", std=0.03, bias=1))
-    assert sides(six)[-2:] == [("pool5", 6), ("conv6", 6)]
+    assert output_sides(six)[-2:] == [("pool5", 6), ("conv6", 6)]
     assert parameter_count(six) == 60_965_224 + 256 * 256 * 9 + 256
     flat = replace(paper(), pool=PoolConfig(px=2, stride=2))
-    assert [side for _, side in sides(flat)] == [side for _, side in sides(paper())]  # paper §3.4: of equal dimensions
+    # paper §3.4: of equal dimensions
+    assert [side for _, side in output_sides(flat)] == [side for _, side in output_sides(paper())]
     assert dict(shapes(with_layers(paper(), conv5=None, conv4={"pool": True})))["pool4"] == (384, 6, 6)
 
 

@@ -8,7 +8,7 @@ from model.towers import BOTH, Tower
 def filled(shape: tuple[int, ...], tower: Tower, seed: int = 3, name: str = "conv2") -> tuple[torch.Tensor, torch.Tensor]:
     start, stop = tower.rows(shape[0])
     weight, bias = torch.empty(stop - start, *shape[1:]), torch.empty(stop - start)
-    initial.fill(weight, bias, seed=seed, name=name, shape=shape, std=0.01, bias_value=1.0, tower=tower)
+    initial.init_layer(weight, bias, seed=seed, name=name, shape=shape, std=0.01, bias_value=1.0, tower=tower)
     return weight, bias
 
 
@@ -44,7 +44,7 @@ def test_does_not_touch_the_global_generator() -> None:
 
 def test_same_values_in_every_precision() -> None:
     weight, bias = torch.empty(8, 3, dtype=torch.float64), torch.empty(8, dtype=torch.float64)
-    initial.fill(weight, bias, seed=3, name="conv2", shape=(8, 3), std=0.01, bias_value=1.0, tower=BOTH)
+    initial.init_layer(weight, bias, seed=3, name="conv2", shape=(8, 3), std=0.01, bias_value=1.0, tower=BOTH)
     assert torch.equal(weight.float(), filled((8, 3), BOTH)[0])
 
 
