@@ -1,193 +1,257 @@
-"""What many processes would give: `python tools/scaling.py --measure` checks the model of a step here, `--project` puts other
-machines into it.
+"""Model of one training step shared by many GPUs, and what it projects for 1 to 1,024 H200s: `python tools/scaling.py --project`.
 
-The one concept: one model (`tools.scaling_model`). `--measure` calibrates this machine (one process on two smaller batches,
-alone and with another beside it; messages between two processes), predicts what tools/bench/parallel.py measures in the same
-minutes, and compares: exit code 1 when a way is off by more than LIMIT. `--project`: `tools.scaling_gpus`. docs/scaling.md is
-written from both.
+step = arithmetic + update + exposed exchange of activations + exposed all-reduces of gradients. *Exposed* is what computing does
+not hide: activations travel behind the product of a tower's own half (model/tower_exchange.py), the gradient of a layer from the
+moment it is complete, one layer after the other, behind the rest of the backward pass (train/parallel/gradients.py). The loader
+works beside all this and sets the pace where it is slower. Left out: stragglers, other users of a network, validation,
+checkpoints. docs/scaling.md was written from the tables; nothing in them is measured.
+
+Schemes: `one` process; `data`, every process a whole network; `towers`, pairs that share one, half of each layer each; `weird`,
+pairs that share its fully connected layers only.
 """
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import statistics
+import math
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # --help needs no torch
     from model.config import ModelConfig
-    from tools.bench.parallel import Result, Side
-    from tools.bench.teams import LinkTimes, Team
-    from tools.scaling_model import Link, Machine, Step, Way
-    from train.config import Config
 
-LIMIT = 0.20
-
-
-# --- this machine
-
-@dataclass
-class Samples:
-    """What was found, round by round.
-
-    Attributes:
-        alone: seconds of a step with so many images a process, on one core.
-        busy: the same in two processes at once, the slower one.
-        links: of messages.
-    """
-
-    alone: dict[int, list[float]]
-    busy: dict[int, list[float]]
-    links: list[LinkTimes]
-
-    def machine(self, model: ModelConfig, busy: bool, cores: int) -> Machine:
-        """The machine that the medians make: busy, when more than one process computes."""
-        from tools.scaling_model import UPDATE_PASSES, Machine, flops, layers
-
-        (few, few_s), (many, many_s) = sorted((images, statistics.median(times))
-                                              for images, times in (self.busy if busy else self.alone).items())
-        image_s = (many_s - few_s) / (many - few)
-        update_s = max(1e-9, few_s - few * image_s)
-        update_bytes = UPDATE_PASSES * 4 * sum(layer.parameters for layer in layers(model))
-        pair, inside = (fit([statistics.median(times) for times in zip(*found)])
-                        for found in ([link.exchange for link in self.links], [link.total for link in self.links]))
-        inside = replace(inside, latency_s=inside.latency_s / 2)  # a sum over two is there and back
-        return Machine(flops(model) / image_s, update_bytes / update_s, 0.0, cores, pair, inside, inside)
-
-
-def fit(seconds: Sequence[float]) -> Link:
-    """The link on which messages of LINK_BYTES take these seconds, carried by the core that computes: the smallest gives the
-    latency, the largest the speed."""
-    from tools.bench.teams import LINK_BYTES
-    from tools.scaling_model import Link
-    return Link(LINK_BYTES[-1] / max(1e-9, seconds[-1] - seconds[0]), seconds[0], 1.0)
-
-
-def way_of(side: Side, config: Config) -> Way:
-    """A side of the bench as the model knows it."""
-    from tools.scaling_model import Way
-    return Way(side.sharing.processes, side.sharing.towers, side.sharing.parallel.scheme, config.train.batch,
-               overlap=side.overlap, precision=config.machine.precision)
+SCHEMES = ("towers", "data", "weird")
+BYTES = {"fp32": 4, "bf16": 2}  # of an activation; gradients are float32 whatever the precision
+UPDATE_PASSES = 12  # times the update reads or writes as much memory as the parameters take: train/optimizer.py, a norm
+GPUS = (1, 2, 8, 64, 1024)
+NODE, CORES = 8, 112  # GPUs of a node, and cores for its loader
+FIXED, WEAK = (128, 4096, 32768), 256  # images of a step; images of a step for each GPU (weak scaling)
+KNEE = 0.8  # of the ideal speed
+SETS = {"ImageNet-1k": (1_281_167, 1000), "Fall 2011": (14_197_122, 21_841)}  # images, classes
+# By tier: bytes of an image; CPU ms to prepare it, measured on two cores of an EPYC (docs/results/2026-11-22-loader.md).
+TIERS = {"archives": (110_000, 1.44), "packed": (25_800, 0.50), "resident": (196_608, 0.14)}
+PEAK, SHARE = 989e12, 0.25  # dense bf16 FLOP/s of an H200; the share of it that the layers get
+ASSUMED = f"""\
+Computed, not measured. Assumed:
+  layers: {SHARE:.0%} of an H200's dense bf16 peak ({PEAK / 1e12:.0f} TFLOP/s), element-wise layers included
+  launches: forward and backward take at least 1 ms (some 200 kernels, launched one after the other)
+  update: 4.3 TB/s of the memory's 4.8
+  inside a node: NVLink at 360 of its 450 GB/s each way; 10 µs a message, 3 µs a level of an all-reduce
+  between nodes: a card of 400 Gb/s for each GPU at 45 of its 50 GB/s each way, 10 µs a level
+  loader: {CORES} cores a node as fast as those measured here"""
 
 
 @dataclass(frozen=True)
-class Checked:
-    """A way, predicted and measured: seconds of a step."""
+class Layer:
+    """A layer of the whole network, and what one tower has of it."""
 
     name: str
-    predicted: Step
-    measured_s: float
+    macs: int  # multiply-adds forward for an image; backward as many for the weight, and as many for the input
+    parameters: int  # weights and biases
+    half: int  # those of the tower
+    meets: int  # elements of an image's input of which the tower receives the other half; 0: it sees its own only
+
+    def is_split(self, scheme: str) -> bool:
+        """Whether a process holds half of it (and takes all images of the pair through that half)."""
+        return scheme == "towers" or scheme == "weird" and not self.name.startswith("conv")
 
     @property
-    def error(self) -> float:
-        """How much longer than measured it was predicted, as a share."""
-        return self.predicted.seconds / self.measured_s - 1
+    def backward(self) -> int:
+        """Products backward for one forward: the first layer's input needs no gradient."""
+        return 1 if self.name == "conv1" else 2
 
 
-def measure(config: Config, chosen: Sequence[Side], rounds: int, seconds: float) -> tuple[list[Checked], dict[str, Machine]]:
-    """Calibrate and bench in turns, then predict.
+def layers(config: ModelConfig, tower_rank: int = 0) -> list[Layer]:
+    """conv1 … fc8, and what tower `tower_rank` (0 or 1) has of them: where classes are odd in number, tower a has one more."""
+    from model.alexnet import canonical_shapes, shapes
 
-    Raises:
-        RuntimeError: a process failed.
-    """
-    from tools.bench.parallel import measure as bench
-    from tools.scaling_model import predict
-
-    cores = len(os.sched_getaffinity(0))
-    sizes = (config.train.batch // 4, config.train.batch // 2)  # images of a process
-    samples = Samples({size: [] for size in sizes}, {size: [] for size in sizes}, [])
-
-    def calibrate(teams: dict[str, Team], number: int) -> None:
-        for size in sizes:
-            samples.alone[size].append(teams["one"].turn(2, batch=size)[0].step_s)
-            samples.busy[size].append(max(turn.step_s for turn in teams["apart"].turn(2, batch=2 * size)))
-        samples.links += teams["towers"].link()[:1]
-    results: list[Result] = bench(config, chosen, rounds, seconds, extra=calibrate)
-    machines = {name: samples.machine(config.model, busy, cores) for name, busy in (("one process", False), ("several", True))}
-    checked = []
-    for result in results:
-        if not result.side.sharing.apart:
-            machine = machines["one process" if result.side.sharing.processes == 1 else "several"]
-            checked.append(Checked(result.side.name, predict(config.model, way_of(result.side, config), machine),
-                                   statistics.median(result.step_s)))
-    return checked, machines
+    canonical, outputs = canonical_shapes(config), shapes(config)
+    sizes, found = dict(outputs), list[Layer]()
+    elements = dict(zip([name for name, _ in outputs[1:]], [math.prod(shape) for _, shape in outputs]))  # of a layer's input
+    for name, layer in config.layers.items():
+        rows, weights = canonical[f"{name}.weight"][0], math.prod(canonical[f"{name}.weight"])
+        half = (rows + 1 - tower_rank) // 2 * (weights // rows + 1)
+        meets = elements[name] if found and layer.sees == "both" else 0
+        found.append(Layer(name, weights * math.prod(sizes[name][1:]), weights + rows, half, meets))
+    return found
 
 
-# --- the command
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one process sends: `crossings` for an image of its pair, by (layer, direction) as in model.tower_exchange;
+    `gradients` in a step, by layer."""
 
-def show_checked(checked: Sequence[Checked], machines: dict[str, Machine]) -> None:
-    """What was calibrated; predicted against measured."""
+    crossings: dict[tuple[str, str], int]
+    gradients: dict[str, float]
+
+
+def traffic(config: ModelConfig, scheme: str, precision: str = "bf16", pairs: int = 1, tower_rank: int = 0) -> Traffic:
+    """What a process of `pairs` pairs sends. An activation crosses once forward and its gradient once backward; a ring
+    all-reduce of n processes sends 2(n − 1)/n times its bytes."""
+    crossings: dict[tuple[str, str], int] = {}
+    gradients = {}
+    for layer in layers(config, tower_rank):
+        if split := layer.is_split(scheme):
+            crossings |= {(layer.name, direction): layer.meets // 2 * BYTES[precision]
+                          for direction in ("forward", "backward") if layer.meets}
+        ranks = pairs if split else 2 * pairs
+        gradients[layer.name] = 2 * (ranks - 1) / ranks * BYTES["fp32"] * (layer.half if split else layer.parameters)
+    if scheme in ("towers", "weird"):
+        crossings["logits", "forward"] = (config.classes + 1 - tower_rank) // 2 * BYTES[precision]
+    return Traffic(crossings, gradients)
+
+
+@dataclass(frozen=True)
+class Link:
+    """A connection of a process, the same in both directions at once: bytes a second when all use theirs, seconds a message."""
+
+    bytes_per_s: float
+    latency_s: float
+
+    def seconds(self, size: float) -> float:
+        """How long so many bytes travel."""
+        return size / self.bytes_per_s + self.latency_s
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Nodes of NODE GPUs."""
+
+    flop_s: float  # floating-point operations a second of a GPU in the layers, element-wise work included in the time
+    update_bytes_s: float  # memory traffic a second during the update
+    launch_s: float  # forward and backward take at least so long
+    pair: Link  # between two towers
+    inside: Link  # of a GPU, for all-reduces inside a node
+    between: Link  # of a GPU, to other nodes
+
+    def all_reduce(self, ranks: int, nodes: int) -> Link:
+        """Of `ranks` processes, evenly on so many nodes: rings for the bytes, which leave a node by the links of all its members
+        at once; trees for the latency."""
+        members = ranks // nodes
+        levels = [math.ceil(math.log2(count)) for count in (members, nodes)]
+        latency = 2 * (levels[0] * self.inside.latency_s + levels[1] * self.between.latency_s)
+        between = members * self.between.bytes_per_s if nodes > 1 else math.inf
+        return Link(min(self.inside.bytes_per_s, between), latency)
+
+
+H200 = Machine(flop_s=SHARE * PEAK, update_bytes_s=4.3e12, launch_s=1e-3, pair=Link(360e9, 10e-6), inside=Link(360e9, 3e-6),
+               between=Link(45e9, 10e-6))  # as ASSUMED
+VARIANTS = {  # what the conclusions depend on
+    "as assumed": H200,
+    "layers at half the speed": replace(H200, flop_s=H200.flop_s / 2),
+    "layers at twice the speed": replace(H200, flop_s=H200.flop_s * 2),
+    "launches in 0.2 ms (a CUDA graph)": replace(H200, launch_s=2e-4),
+    "one card of 400 Gb/s a node": replace(H200, between=Link(45e9 / NODE, 10e-6)),
+    "levels of 30 µs between nodes": replace(H200, between=Link(45e9, 30e-6))}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step of `batch` images on `gpus` GPUs, with a loader that keeps up."""
+
+    scheme: str
+    gpus: int
+    batch: int
+    compute_s: float
+    exposed_s: float  # exchange of activations, all-reduces of gradients
+    ideal: float = math.nan  # images/s of as many GPUs that share nothing; a pair may be faster: larger steps, half the update
+
+    @property
+    def images_per_s(self) -> float:
+        """Of all GPUs."""
+        return self.batch / (self.compute_s + self.exposed_s)
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the ideal speed."""
+        return self.images_per_s / self.ideal
+
+
+def predict(config: ModelConfig, machine: Machine, scheme: str, gpus: int, batch: int) -> Step:
+    """A step of a network on so many GPUs."""
+    table, sent = layers(config), traffic(config, scheme, pairs=max(1, gpus // 2))
+    # A GPU does half of each layer for the pair's images, or all of a layer for half of them: the same arithmetic.
+    product = {layer.name: 2 * layer.macs * batch / gpus / machine.flop_s for layer in table}
+    arithmetic = sum(product[layer.name] * (1 + layer.backward) for layer in table)
+    slower = max(1.0, machine.launch_s / arithmetic)
+    exchange_s = backward = reduced = 0.0  # exposed exchange; backward pass so far; when the last all-reduce ends
+    for (name, direction), size in sent.crossings.items():
+        # Forward: own half of the product. Backward, once the half that is sent is computed: the weights, and own half.
+        window = product.get(name, 0.0) * slower * (0.5 if direction == "forward" else 1.5)  # logits: nothing hides them
+        exchange_s += max(0.0, machine.pair.seconds(size * 2 * batch / gpus) - window)
+    for layer in reversed(table):
+        backward += product[layer.name] * slower * layer.backward
+        ranks = gpus // 2 if layer.is_split(scheme) else gpus
+        if ranks > 1:
+            link = machine.all_reduce(ranks, max(1, gpus // NODE))
+            reduced = max(reduced, backward) + link.seconds(sent.gradients[layer.name])
+    held = sum(layer.half if layer.is_split(scheme) else layer.parameters for layer in table)
+    update = UPDATE_PASSES * BYTES["fp32"] * held / machine.update_bytes_s
+    return Step(scheme, gpus, batch, arithmetic * slower + update, exchange_s + max(0.0, reduced - backward))
+
+
+def project(config: ModelConfig, machine: Machine, batch: int, weak: bool, gpus: Iterable[int] = GPUS) -> list[Step]:
+    """Each scheme on so many GPUs, where they divide the batch: that of all, or (weak) of each."""
+    one = predict(config, machine, "one", 1, batch).images_per_s
+    steps = [predict(config, machine, scheme, count, batch * count if weak else batch) for count in gpus
+             for scheme in (("one",) if count == 1 else SCHEMES) if weak or batch % count == 0]
+    return [replace(step, ideal=one * step.gpus) for step in steps]
+
+
+def knees(config: ModelConfig, machine: Machine, batch: int, weak: bool) -> dict[str, int]:
+    """By scheme: most GPUs (a power of two, up to 4096) whose efficiency is at least KNEE."""
+    steps = project(config, machine, batch, weak, [2 ** power for power in range(1, 13)])
+    return {scheme: max([1, *(step.gpus for step in steps if step.scheme == scheme and step.efficiency >= KNEE)])
+            for scheme in SCHEMES}
+
+
+def show() -> None:
+    """Print what is assumed, a table for each set and batch, what the loader must deliver, and what each assumption changes."""
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    for name, machine in machines.items():
-        links = "; ".join(f"{what} {link.bytes_per_s / 1e9:.2f} GB/s, {1e6 * link.latency_s:.0f} µs"
-                          for what, link in (("exchange", machine.pair), ("sums", machine.inside)))
-        console.print(f"{name}: {machine.flop_s / 1e9:.1f} GFLOP/s a process; update {machine.update_bytes_s / 1e9:.1f} GB/s; "
-                      f"{links}", highlight=False)
-    table = Table(title="seconds of a step", title_justify="left")
-    for column in ("way", "compute", "activations", "gradients", "predicted", "measured", "off by"):
-        table.add_column(column, justify="left" if column == "way" else "right")
-    for one in checked:
-        step = one.predicted
-        seconds = (step.compute_s, step.exchange_s, step.gradients_s, step.seconds, one.measured_s)
-        table.add_row(one.name, *(f"{part:.3f}" for part in seconds), f"{one.error:+.1%}")
-    console.print(table)
-    worst = max(abs(one.error) for one in checked)
-    console.print(f"largest error {worst:.1%}: {'within' if worst <= LIMIT else 'not within'} {LIMIT:.0%}", highlight=False)
+    from model.alexnet import paper
 
+    console = Console(width=None if sys.stdout.isatty() else 130)
 
-def run(asked: argparse.Namespace) -> bool:
-    """Whether the model held (or was not asked)."""
-    from tools.bench.parallel import WAYS, about, read, sides
-    from tools.scaling_gpus import ASSUMED, projections, sensitivity, show
+    def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+        made = Table(title=title, title_justify="left")
+        for column in columns:
+            made.add_column(column, justify="left" if column in ("scheme", "tier", "instead") else "right", no_wrap=True)
+        for row in rows:
+            made.add_row(*map(str, row))
+        console.print(made)
 
-    found: dict[str, Any] = {}
-    held = True
-    if asked.measure:
-        config, chosen = read(asked), sides(WAYS)
-        found["about"] = about(config)
-        checked, machines = measure(config, chosen, asked.rounds, asked.seconds)
-        show_checked(checked, machines)
-        held = max(abs(one.error) for one in checked) <= LIMIT
-        found |= {"machines": {name: asdict(machine) | {"loader_img_s": None} for name, machine in machines.items()},
-                  "checked": [{"name": one.name, "predicted_s": one.predicted.seconds, "measured_s": one.measured_s,
-                               "error": one.error} for one in checked]}
-    if asked.project:
-        found |= {"assumed": ASSUMED, "projections": projections(), "sensitivity": sensitivity()}
-        show(found["projections"], found["sensitivity"])
-    if asked.json is not None:
-        asked.json.parent.mkdir(parents=True, exist_ok=True)
-        asked.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return held
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns its exit code: 0; 1 when a prediction is off by more than LIMIT; 2 with a message on stderr."""
-    from tools.bench.parallel import parser
-    from tools.cli import guarded
-
-    made = parser("scaling.py", "Predict steps of many processes; check the predictions here.")
-    made.add_argument("--measure", action="store_true", help="calibrate this machine, bench it, compare")
-    made.add_argument("--project", action="store_true", help="H200s with NVLink and 400 Gb/s, 1 to 1024 of them")
-    made.set_defaults(rounds=3)
-    asked, settings = made.parse_known_args(arguments)
-    asked.settings = settings
-    if not (asked.measure or asked.project):
-        made.error("--measure or --project (=none) must be given; give one or both")
-    if settings and not asked.measure:
-        made.error(f"{settings[0]} is a setting of the recipe that --measure takes; leave it out")
-    held: list[bool] = []
-    return guarded(lambda: held.append(run(asked))) or int(not held[0])
+    console.print(ASSUMED, highlight=False)
+    for name, (images, classes) in SETS.items():
+        for batch in (*FIXED, WEAK):
+            weak = batch == WEAK
+            table(f"{name}: {images:,} images, {classes:,} classes; {batch} images a {'GPU' if weak else 'step'}",
+                  ("GPUs", "scheme", "step ms", "img/s", "epoch s", "exposed", "efficiency"),
+                  ((step.gpus, step.scheme, f"{1e3 * step.batch / step.images_per_s:.2f}", f"{step.images_per_s:,.0f}",
+                    f"{images / step.images_per_s:,.3g}", f"{step.exposed_s * step.images_per_s / step.batch:.0%}",
+                    f"{step.efficiency:.0%}") for step in project(paper(classes), H200, batch, weak)))
+            console.print(f"knee (most GPUs at {KNEE:.0%} of the ideal speed):",
+                          ", ".join(f"{scheme} {count}" for scheme, count in knees(paper(classes), H200, batch, weak).items()),
+                          highlight=False)
+    node = predict(paper(), H200, "towers", NODE, NODE * WEAK).images_per_s
+    table(f"What loader and storage of a node of {NODE} must deliver: {node:,.0f} img/s (towers, {WEAK} images a GPU)",
+          ("tier", "bytes an image", "GB/s", "cores", f"GPUs that {CORES} cores feed"),
+          ((tier, f"{size:,}", f"{node * size / 1e9:.0f}", f"{node * ms / 1e3:.0f}", f"{NODE * CORES / (node * ms / 1e3):.1f}")
+           for tier, (size, ms) in TIERS.items()))
+    table(f"What it depends on (ImageNet-1k; {', '.join(SCHEMES)})",
+          ("instead", f"knee, {FIXED[1]} images a step", f"efficiency, {GPUS[-1]} GPUs, {WEAK} images each"),
+          ((name, ", ".join(map(str, knees(paper(), changed, FIXED[1], False).values())),
+            ", ".join(f"{step.efficiency:.0%}" for step in project(paper(), changed, WEAK, True, GPUS[-1:])))
+           for name, changed in VARIANTS.items()))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = argparse.ArgumentParser(description="Training steps on 1 to 1,024 H200s, computed from assumed speeds.")
+    parser.add_argument("--project", action="store_true", help="print the tables (what it does in any case)")
+    parser.parse_args()
+    show()

@@ -146,12 +146,13 @@ def measure(config: Config, chosen: Sequence[Side], rounds: int, seconds: float,
 
 def sent(sharing: Sharing, config: Config) -> tuple[int, int]:
     """Bytes that a process sends in a step, computed: (activations, gradients)."""
-    from tools.exchange_bytes import computed
+    from tools.scaling import traffic
     if sharing.apart or sharing.processes == 1:
         return 0, 0
-    traffic = computed(config.model, "data" if sharing.towers == 1 else sharing.parallel.scheme, config.machine.precision,
-                       pairs=sharing.processes // 2)
-    return config.train.batch * sharing.towers // sharing.processes * traffic.image, traffic.gradients
+    found = traffic(config.model, "data" if sharing.towers == 1 else sharing.parallel.scheme, config.machine.precision,
+                    pairs=sharing.processes // 2)
+    pair_batch = config.train.batch * sharing.towers // sharing.processes
+    return pair_batch * sum(found.crossings.values()), round(sum(found.gradients.values()))
 
 
 def about(config: Config) -> dict[str, Any]:
@@ -229,7 +230,7 @@ def listed(text: str) -> list[str]:
 
 
 def parser(name: str, text: str) -> argparse.ArgumentParser:
-    """Arguments of this command, and those that tools/scaling.py has too."""
+    """Arguments of this command."""
     made = argparse.ArgumentParser(prog=name, description=text, epilog="Other words (--machine.precision=bf16) are settings of "
                                    "the recipe. Exit codes: 0 done, 2 a mistake or a failure, 130 Ctrl-C.")
     made.add_argument("--config", type=Path, default=RECIPE, metavar="RECIPE", help="network and settings (alexnet_ilsvrc2012)")
