@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Optional
 
 FAULTS = ("none", "kill in load", "kill in forward", "kill in exchange", "kill in backward", "kill in update", "kill in save",
           "stop in forward", "stop in save", "SIGTERM in backward", "loader fails", "disk fails", "gradient is NaN",
@@ -35,7 +35,7 @@ class Notes:
 
 def install(fault: str, step: int, notes: Notes) -> None:
     """Make this process fail at this step."""
-    from train.parallel.watchdog import Watchdog
+    from train.parallel.failure import _Monitor
 
     struck: list[bool] = []
     phase_of, step_of = ["start"], [0]
@@ -55,15 +55,15 @@ def install(fault: str, step: int, notes: Notes) -> None:
     deeds: dict[str, Callable[[], object]] = {
         "kill": kill, "stop": send(signal.SIGSTOP, os.getpid()), "SIGTERM": send(signal.SIGTERM, os.getpid()),
         "hang": lambda: time.sleep(3600), "torchrun killed": send(signal.SIGKILL, os.getppid())}
-    moved = Watchdog.at
+    moved = _Monitor.enter
 
-    def at(self: Watchdog, phase_now: str, step_now: int) -> None:
+    def at(self: _Monitor, phase_now: str, step_now: Optional[int]) -> None:
         moved(self, phase_now, step_now)
-        phase_of[:], step_of[:] = [phase_now], [step_now]
+        phase_of[:], step_of[:] = [phase_now], [step_of[-1] if step_now is None else step_now]
         if phase_now == (phase or "forward") and phase not in ("exchange", "save") and kind in deeds:
             strike(deeds[kind])
 
-    setattr(Watchdog, "at", at)
+    setattr(_Monitor, "enter", at)
     if phase == "exchange":
         _after_sending(lambda: strike(kill) if phase_of[-1] == "forward" else None)
     elif phase == "save":
@@ -146,12 +146,12 @@ def main(fault: str, rank: str, step: str, folder: str, argv: list[str]) -> NoRe
         notes.write("left", code=code)
         end(code)
     setattr(os, "_exit", left)
-    from train.exit_codes import leave
+    from train.exit_codes import leave, recorded
     from train.main import main as train
 
     if fault != "none" and restart == "0" and rank == mine:
         install(fault, int(step), notes)
-    leave(train(argv))
+    leave(recorded(train)(argv))
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def train_loader(config: Config, where: Topology, found: SampleIndex, stats: Sta
                               resident=data.resident, window=data.window, lanes=data.lanes,
                               store=config.machine.archives if in_bucket(config) else "", machine=machine,
                               shard=feed.shard(config.parallel, where, config.train.batch), device_id=_device_id(where),
-                              quarantine=Quarantine(budget, quarantine, process=where.rank),
+                              quarantine=Quarantine(budget, quarantine, process=where.global_rank),
                               group=where.node_group() if shared else None)
     return feed.fed(made, config.parallel, where)
 

@@ -1,20 +1,28 @@
-"""How a command ends: its exit codes, who says why, and the way out.
+"""Exit codes of the commands, and how a process ends.
 
-Reads one of torchrun's variables by itself: there may be something to say before torch is there.
+Reads torchrun's variables by itself: a command line is parsed, and refused, before torch is imported.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import NoReturn
+from typing import Callable, NoReturn, Sequence
 
 DONE, MISTAKE, NOT_FINITE, FAILED, STOPPED, INTERRUPTED = 0, 2, 3, 4, 75, 130
 
 
 def speaks() -> bool:
-    """Whether this process tells what all of them find alike: it is alone, or the first."""
+    """Whether this process prints what all of them find alike: it is the only one, or the first."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def recorded(command: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
+    """A command whose unexpected exceptions go into torchrun's report with their tracebacks (torch's `record`)."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return command
+    from torch.distributed.elastic.multiprocessing.errors import record  # imports torch
+    return record(command)  # type: ignore[return-value]  # None for SystemExit(0) only
 
 
 def leave(code: int) -> NoReturn:

@@ -30,6 +30,7 @@ from train import build
 from train.checkpoint import checkpoint
 from train.config import Config
 from train.console import Console, Pace, Rates, Row
+from train.parallel.failure import enter_phase
 from train.parallel.topology import Topology
 from train.evaluate.metrics import Score
 from train.evaluate.predict import evaluate
@@ -155,7 +156,7 @@ def train_epoch(job: Job, rates: Rates) -> bool:
     total = len(job.loader)
     first = job.loader.step - progress.images // size
     job.network.train()
-    job.where.watch.at("load", job.loader.step)
+    enter_phase("load", job.loader.step)
     batches = iter(job.loader)
     waits = job.loader.meter.waits
     while (batch := next(batches, None)) is not None:
@@ -166,14 +167,14 @@ def train_epoch(job: Job, rates: Rates) -> bool:
         loss, wrong, norm = gradient(job, batch)
         own_loss, own_norm, errors = torch.stack([loss, norm, wrong]).tolist()
         finite = math.isfinite(own_loss) and math.isfinite(own_norm)
-        value, errors, broken, stop, unsaved = job.where.total([own_loss, errors, not finite, job.stop.wanted,
-                                                                job.saver.failed])
+        value, errors, broken, stop, unsaved = job.where.all_reduce_sum([own_loss, errors, not finite, job.stop.wanted,
+                                                                         job.saver.failed])
         value, errors = value / job.where.tower_ranks, errors / job.where.tower_ranks  # both towers of a pair have them
         if broken:
             raise NotFinite(culprit(job, own_loss, own_norm, batch.step, lr))
         if unsaved:
             job.saver.wait()  # raises, in all processes
-        job.where.watch.at("update", batch.step)
+        enter_phase("update", batch.step)
         job.optimizer.step()
 
         progress.add(size, int(errors), value)
@@ -190,7 +191,7 @@ def train_epoch(job: Job, rates: Rates) -> bool:
             return False
         if machine.checkpoint_steps and done % machine.checkpoint_steps == 0 and job.loader.epoch == progress.epoch:
             save(job)
-        job.where.watch.at("load", done)
+        enter_phase("load", done)
     return True
 
 
@@ -208,11 +209,11 @@ def gradient(job: Job, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.
     job.optimizer.zero_grad(set_to_none=True)
     images, labels = batch.images.tensor_split(parallel.accumulate), batch.labels.tensor_split(parallel.accumulate)
     for piece, (seen, right) in enumerate(zip(images, labels)):
-        job.where.watch.at("forward", batch.step)
+        enter_phase("forward", batch.step)
         with autocast():
             logits = job.network(seen, step=batch.step, rows=(row, size))
         part = functional.cross_entropy(logits, right, reduction="sum") / size
-        job.where.watch.at("backward", batch.step)
+        enter_phase("backward", batch.step)
         job.gradients.begin(last=piece == parallel.accumulate - 1)
         part.backward()
         row += len(right)
@@ -223,18 +224,18 @@ def gradient(job: Job, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 def culprit(job: Job, loss: float, norm: float, step: int, lr: float) -> str:
     """What is not finite, and in which process: all of them ask together."""
-    for rank, (its_loss, its_norm) in enumerate(job.where.gather((loss, norm))):
+    for rank, (its_loss, its_norm) in enumerate(job.where.gather_objects((loss, norm))):
         found = f"loss (={its_loss})" if not math.isfinite(its_loss) else f"norm of the gradient (={its_norm})"
         if not (math.isfinite(its_loss) and math.isfinite(its_norm)):
             break
-    whose = "" if job.where.is_alone else f" of process {rank}"
+    whose = "" if job.where.is_single else f" of process {rank}"
     return (f"{found}{whose} at step {step} with learning rate {lr:g} is not finite; the update was not made: lower optimizer.lr "
             "and give another --machine.name")
 
 
 def test(job: Job, split: str, views: int, what: str) -> Optional[Score]:
     """Test the network on a split; None when stopped meanwhile."""
-    job.where.watch.at("test", max(0, job.loader.step - 1))  # of the step that is done: the next one's phases come later
+    enter_phase("test", max(0, job.loader.step - 1))  # of the step that is done: the next one's phases come later
     loader = job.tests[split]
     try:
         return evaluate(job.network, loader, views, build.autocast(job.config, job.where),
@@ -269,7 +270,7 @@ def finish_epoch(job: Job, score: Score, rates: Rates) -> None:
 
 def save(job: Job, score: Optional[Score] = None) -> None:
     """A checkpoint of this moment; with a score when it is the end of a validated epoch."""
-    job.where.watch.at("save", max(0, job.loader.step - 1))
+    enter_phase("save", max(0, job.loader.step - 1))
     tensors, shapes = build.parameters(job.network, job.config, job.optimizer)
     state = {"step": job.loader.step, "progress": asdict(job.progress), "loader": job.loader.state_dict(),
              "schedule": job.schedule.state_dict(), "metrics_bytes": job.metrics.length(),
@@ -294,7 +295,7 @@ def restore(job: Job) -> bool:
         checkpoint.DamagedCheckpoint: all are damaged.
     """
     chosen = checkpoint.newest_good(job.root, job.console.warn) if job.where.is_main else None
-    name = job.where.share(chosen.name if chosen else "")
+    name = job.where.broadcast_object(chosen.name if chosen else "")
     if not name:
         job.console.warn(f"{job.root} has no checkpoint yet; starting from step 0")
         job.metrics.cut(0)

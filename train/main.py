@@ -24,11 +24,13 @@ from typing import TYPE_CHECKING, Sequence
 if __name__ == "__main__":  # Ctrl-C while modules are imported ends it without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from train.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, NOT_FINITE, STOPPED, leave, speaks
+from train.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, NOT_FINITE, STOPPED, leave, recorded, speaks
 from train.recipe import Request, parse
 
 if TYPE_CHECKING:  # parsing a command line needs neither torch nor DALI
     from train.parallel.topology import Topology
+
+ENDED = "ended"  # key in torchrun's store: the exit code of a run that must not be restarted
 
 
 def run(request: Request, where: Topology) -> int:
@@ -39,6 +41,7 @@ def run(request: Request, where: Topology) -> int:
     from train.console import Console
     from train.evaluate.metrics import CHANCE
     from train.parallel.pair_loader import Fed
+    from train.parallel.failure import reported
     from train.parallel.gradients import Gradients
     from train.loop import Job, Stop, restore, test, train
     from train.optimizer import Schedule, build_optimizer
@@ -56,7 +59,7 @@ def run(request: Request, where: Topology) -> int:
     optimizer = build_optimizer(network, config.optimizer, schedule.layers, where.group("tower"))
     folder = folders.run_folder(config, request.recipe)
     mine = f"began {folder.resolve()}"
-    again, = where.agree(request.resume or bool(where.noted(mine)))  # it has weights of its own by now, mostly
+    again, = where.any_rank(request.resume or where.store.check([mine]))  # it has weights of its own by now, mostly
     origin = initial_weights.Origin.of(config, again, console.warn)
     taken = "" if again else origin.take(network, config, where, index)
     loader = build.train_loader(config, where, index, stats, folder / "quarantine.jsonl")
@@ -65,23 +68,23 @@ def run(request: Request, where: Topology) -> int:
     restarted, refused = False, ""
     if where.is_main:
         began = (folder / folders.CONFIG).exists()
-        restarted = began and not request.resume and bool(where.noted(mine))  # not somebody else's run
+        restarted = began and not request.resume and where.store.check([mine])  # not somebody else's run
         if not began:
-            where.note(mine)
+            where.store.set(mine, "")
         try:
             folders.claim(folder, config, request.resume or restarted)
         except ValueError as error:
             refused = str(error)
-    if refused := where.share(refused):
+    if refused := where.broadcast_object(refused):
         raise ValueError(refused)
-    restarted, resume = where.agree(restarted, restarted or request.resume)
+    restarted, resume = where.any_rank(restarted, restarted or request.resume)
     metrics = folders.Metrics(folder / folders.METRICS, where.is_main)
     gradients = Gradients(network, where, config.parallel.overlap)
     saver = AsyncSaver(folder / folders.CHECKPOINTS, where, config.machine.keep_last, config.machine.timeout_s)
     job = Job(config, where, folder, index, stats, network, gradients, optimizer, schedule, loader, tests, metrics, console, stop,
               saver, origin.sha256)
     with contextlib.closing(console), contextlib.closing(metrics), contextlib.closing(loader), \
-            contextlib.closing(saver), contextlib.ExitStack() as ending, where.watch.telling():
+            contextlib.closing(saver), contextlib.ExitStack() as ending, reported():
         for tested in tests.values():
             ending.enter_context(tested)
         if restarted:
@@ -94,7 +97,7 @@ def run(request: Request, where: Topology) -> int:
             raise ValueError(f"machine.stop_after (={config.machine.stop_after}) must lie after step {loader.step}, where "
                              "this run stands: it counts from the start of training; raise it or leave it out")
         if where.is_main:
-            folders.note_start(folder, resumed_at=loader.step, processes=where.ranks,
+            folders.note_start(folder, resumed_at=loader.step, processes=where.world_size,
                                device=str(where.device), index=index.sha256, stats=stats.sha256,
                                fingerprint=config.fingerprint(), machine=config.as_dict()["machine"],
                                initial_weights=job.origin)
@@ -130,11 +133,16 @@ def _ending(request: Request, where: Topology) -> int:
     try:
         code = run(request, where)
     except ValueError:
-        where.note("ended", MISTAKE)
+        _note_end(where, MISTAKE)
         raise
     if code == STOPPED:
-        where.note("ended", STOPPED)
+        _note_end(where, STOPPED)
     return code
+
+
+def _note_end(where: Topology, code: int) -> None:
+    with contextlib.suppress(RuntimeError):  # torchrun has gone: nobody restarts
+        where.store.set(ENDED, str(code))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -144,21 +152,20 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         return _fail(error, MISTAKE, speaks())
     from train.checkpoint.checkpoint import NotWritten
-    from train.parallel.topology import topology
     from train.loop import NotFinite
-    from train.parallel.watchdog import OtherFailed
+    from train.parallel.failure import position_of
+    from train.parallel.topology import process_group
 
     machine, is_main = request.config.machine, speaks()
     try:
-        with topology(towers=request.config.model.towers, parallel=request.config.parallel, device=machine.device,
-                      timeout_s=machine.timeout_s, silence_s=machine.silence_s) as where:
-            if ended := where.noted("ended"):
+        with process_group(towers=request.config.model.towers, parallel=request.config.parallel, device=machine.device,
+                           timeout_s=machine.timeout_s, silence_s=machine.silence_s) as where:
+            if where.store.check([ENDED]):
+                code = int(where.store.get(ENDED))
                 if is_main:
-                    print(f"not started again by torchrun's --max-restarts: the run has ended with exit code {ended}")
-                return int(ended)
+                    print(f"not started again by torchrun's --max-restarts: the run has ended with exit code {code}")
+                return code
             return _ending(request, where)
-    except OtherFailed:  # it has been said who
-        return FAILED
     except NotFinite as error:
         return _fail(error, NOT_FINITE, is_main)
     except ValueError as error:
@@ -169,21 +176,21 @@ def main(argv: Sequence[str]) -> int:
     except NotWritten as error:
         return _fail(error, FAILED, is_main)
     except (RuntimeError, OSError) as error:
-        return _fail(error, FAILED)  # each process has its own failure to tell
+        return _fail(error, FAILED, position=position_of(error))  # each process has its own failure to tell
     except KeyboardInterrupt:  # before the loop listens, or a second one
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
 
 
-def _fail(error: Exception, code: int, speaks: bool = True) -> int:
+def _fail(error: Exception, code: int, speaks: bool = True, position: str = "") -> int:
     """Say what is wrong, without a traceback (with one under `python -X dev`)."""
     if sys.flags.dev_mode:
         raise error
     if speaks:
-        print(f"error: {error}\n", end="", file=sys.stderr)  # at once: processes share stderr
+        print(f"error: {position}{error}\n", end="", file=sys.stderr)  # at once: processes share stderr
     return code
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    leave(main(sys.argv[1:]))
+    leave(recorded(main)(sys.argv[1:]))

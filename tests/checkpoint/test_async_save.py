@@ -121,10 +121,10 @@ from model.towers import Tower, tower_slice
 from tests.helpers.checkpoints import SHAPES, STATE, attach, disk_full, tensors
 from train.checkpoint import checkpoint
 from train.checkpoint.async_saver import AsyncSaver
-from train.parallel.topology import topology
+from train.parallel.topology import process_group
 root = Path(sys.argv[1])
 torch.set_num_threads(1)
-with topology(towers=2, device="cpu", timeout_s=60) as where:
+with process_group(towers=2, device="cpu", timeout_s=60) as where:
     saver = AsyncSaver(root, where, 3, 60)
     mine = {name: tower_slice(whole, Tower(where.tower_rank, 2)).clone() for name, whole in tensors(1).items()}
     def slowly(folder):
@@ -132,14 +132,14 @@ with topology(towers=2, device="cpu", timeout_s=60) as where:
         attach(folder)
     saver.save("step-000000001", mine, SHAPES, STATE, slowly)
     for _ in range(200):  # training goes on, its collectives beside those of the save
-        assert where.total([1.0]) == [2.0]
+        assert where.all_reduce_sum([1.0]) == [2.0]
     assert not (root / "step-000000001").exists(), "it has waited for the writing"
     saver.wait()
     checkpoint.verify(root / "step-000000001")
     for spoilt, found in (("second", "process 1: [Errno 28] No space left on device"), ("main", "[Errno 28] No space left on")):
         save, torch.save = torch.save, disk_full if spoilt == "second" and not where.is_main else torch.save
         saver.save("step-000000002", mine, SHAPES, STATE, disk_full if spoilt == "main" else attach)
-        assert where.total([1.0]) == [2.0]
+        assert where.all_reduce_sum([1.0]) == [2.0]
         try:
             saver.wait()
             raise AssertionError("the failure of one is that of both")

@@ -201,11 +201,11 @@ import torch
 from pathlib import Path
 from model.towers import Tower, tower_slice
 from train.checkpoint import checkpoint
-from train.parallel.topology import topology
+from train.parallel.topology import process_group
 from tests.helpers.checkpoints import SHAPES, attach, tensors
 by_one, by_two = map(Path, sys.argv[1:])
 torch.set_num_threads(1)
-with topology(towers=2, device="cpu", timeout_s=60) as where:
+with process_group(towers=2, device="cpu", timeout_s=60) as where:
     tower = Tower(where.tower_rank, where.tower_ranks)
     mine = {name: tower_slice(whole, tower).clone() for name, whole in tensors(7).items()}
     def slowly(folder):
@@ -218,8 +218,8 @@ with topology(towers=2, device="cpu", timeout_s=60) as where:
         checkpoint.load(root / "step-000000007", found, SHAPES, where)
         assert all(torch.equal(found[name], part) for name, part in mine.items())
         assert len(found["weight.a"]) == 3 - where.tower_rank  # 5 rows: 3 and 2
-    assert where.agree(where.tower_rank == 1, False) == [True, False]
-    assert where.share("main" if where.is_main else "other") == "main"
+    assert where.any_rank(where.tower_rank == 1, False) == [True, False]
+    assert where.broadcast_object("main" if where.is_main else "other") == "main"
     print("done")
 """
 
@@ -243,13 +243,13 @@ from pathlib import Path
 from torch.distributed.device_mesh import init_device_mesh
 from model.towers import Tower, tower_slice
 from train.checkpoint import checkpoint
-from train.parallel.topology import topology
+from train.parallel.topology import process_group
 from tests.helpers.checkpoints import SHAPES, attach, tensors
 root = Path(sys.argv[1])
 torch.set_num_threads(1)
-with topology(towers=2, device="cpu", timeout_s=60) as pairs:
+with process_group(towers=2, device="cpu", timeout_s=60) as pairs:
     assert (pairs.data_ranks, pairs.tower_ranks) == (2, 2)
-    flat = replace(pairs, data_rank=pairs.rank, data_ranks=4, tower_rank=0, tower_ranks=1,
+    flat = replace(pairs, data_rank=pairs.global_rank, data_ranks=4, tower_rank=0, tower_ranks=1,
                    mesh=init_device_mesh("cpu", (4, 1), mesh_dim_names=("data", "tower")))
     tower = Tower(pairs.tower_rank, 2)
     ways = {"towers": (pairs, ("weight.a", "velocity.a", "weight.b")), "weird": (pairs, ("weight.b",)), "flat": (flat, ())}

@@ -153,7 +153,7 @@ from pipeline.reading.source import SampleError
 from pipeline.loading.eval_loader import TestLoader
 from pipeline.stats import Stats
 from tests.evaluate.test_evaluate import PIXELS, Means
-from train.parallel.topology import topology
+from train.parallel.topology import process_group
 from train.evaluate.predict import evaluate
 from train.recipe import load
 
@@ -178,8 +178,8 @@ def raising(error):
         loader._prepare = failing
     return spoil
 
-with topology(towers=2, device="cpu", timeout_s=60) as pairs:
-    flat = replace(pairs, data_rank=pairs.rank, data_ranks=4, tower_rank=0, tower_ranks=1,
+with process_group(towers=2, device="cpu", timeout_s=60) as pairs:
+    flat = replace(pairs, data_rank=pairs.global_rank, data_ranks=4, tower_rank=0, tower_ranks=1,
                    mesh=init_device_mesh("cpu", (4, 1), mesh_dim_names=("data", "tower")))
     whole = AlexNet(model, seed=3)
     alone = tested(whole)
@@ -192,16 +192,16 @@ with topology(towers=2, device="cpu", timeout_s=60) as pairs:
         score = tested(AlexNet(model, seed=3, tower=tower, scheme=scheme), pairs,
                        progress=lambda done, total: told.append((done, total)))
         assert replace(score, loss=0) == replace(alone, loss=0) and abs(score.loss - alone.loss) < 1e-6, scheme
-        assert len(set(pairs.gather(score))) == 1 and told == [(10, 24), (20, 24), (24, 24)], told
+        assert len(set(pairs.gather_objects(score))) == 1 and told == [(10, 24), (20, 24), (24, 24)], told
     # One process has stopped, cannot read, or fails, in the second round: so have, and do, all.
-    asked = iter([False, flat.rank == 2, False])
+    asked = iter([False, flat.global_rank == 2, False])
     assert tested(Means(), flat, stop=lambda: next(asked)) is None
     for error, batch in (SampleError, 3), (OSError, 3):  # 8 batches: 6 and 7 are those of the third and the fourth process
         try:
             tested(Means(), flat, batch, raising(error))
         except Exception as caught:
             found = (type(caught).__name__, str(caught))
-        every = flat.gather(found)
+        every = flat.gather_objects(found)
         if error is SampleError:
             assert len(set(every)) == 1 and "sample 1006 (=" in found[1] and "is gone; run" in found[1], every
         else:

@@ -258,7 +258,7 @@ from pipeline.stats import Stats
 from tests.evaluate.test_evaluate import PIXELS, Means
 from tests.evaluate.test_saved import BATCH, claimed, contents
 from train.config import ParallelConfig
-from train.parallel.topology import topology
+from train.parallel.topology import process_group
 from train.evaluate.probabilities import Memory
 from train.evaluate.predictions import Folder
 from train.evaluate.predict import each_batch
@@ -266,11 +266,11 @@ from train.evaluate.predict import each_batch
 index, whole, path = SampleIndex.load(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
 ids = index.ids("val")
 torch.set_num_threads(1)
-with topology(towers=2, parallel=ParallelConfig(towers=1), device="cpu", timeout_s=60) as where:
+with process_group(towers=2, parallel=ParallelConfig(towers=1), device="cpu", timeout_s=60) as where:
     for memory in (False, True):
         if where.is_main and not memory:
             claimed(path, index)
-        where.agree(False)
+        where.any_rank(False)
         store = Memory(ids, index.samples["label"][ids], 6) if memory else Folder(path, ids)
         with TestLoader(index, "val", PIXELS, BATCH, Stats.for_index(index, 76), machine=LoaderConfig(threads=1),
                         shard=(where.data_rank, where.data_ranks), ids=store.remaining(BATCH)) as loader:

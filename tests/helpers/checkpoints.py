@@ -10,7 +10,7 @@ import torch
 from train.checkpoint import checkpoint
 from train.parallel.topology import Topology
 
-ALONE = Topology(0, 1, 0, 1, 0, 1, torch.device("cpu"))
+ALONE = Topology.single()
 SHAPES = {"weight.a": (5, 3), "velocity.a": (5, 3), "weight.b": (4,)}
 STATE = {"validation_error": None}
 

@@ -77,7 +77,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     checkpoint.verify(path)
     shapes = checkpoint.stored_shapes(path)
     found = {name: torch.empty(shape) for name, shape in shapes.items()}
-    checkpoint.load(path, found, shapes, Topology(0, 1, 0, 1, 0, 1, torch.device("cpu")))
+    checkpoint.load(path, found, shapes, Topology.single())
     return found
 
 

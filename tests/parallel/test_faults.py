@@ -46,7 +46,7 @@ def fails_at(network: AlexNet, number: int) -> None:
 def test_a_restart_goes_on_with_its_own_run_only(tiny_set: TinySet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The store of torchrun remembers what the first start began; a folder that was there before is not touched."""
     recipe, store = write_recipe(tmp_path, tiny_set.index), distributed.dist.HashStore()
-    monkeypatch.setattr(distributed, "_connect", lambda *words: (store, store))
+    monkeypatch.setattr(distributed, "_store", lambda *words: store)
     with monkeypatch.context() as patch:
         watch(patch, lambda network: fails_at(network, 3))
         _, err = here(recipe, tmp_path, "--machine.checkpoint_steps=1", code=4)
@@ -67,7 +67,7 @@ def test_the_table_has_every_fault_in_every_process() -> None:
     assert {case.rank for case in cases([4], ["SIGTERM"])} == {0, 1, 2, 3} and cases([4], ["torchrun"])[0].rank == 0
     assert Case("gradient is NaN", 2, 1).codes == ({3}, {3}) and Case("SIGTERM in backward", 2, 1).codes == ({75}, {75})
     assert Case("stop in save", 2, 1).codes == ({None}, {4}) and Case("stop in save", 2, 1).limit_s > try_faults.SILENCE_S
-    assert Case("kill in update", 4, 3).told == f"error: process 3 (pid * was killed at step {STRUCK} in update:"
+    assert Case("kill in update", 4, 3).told == f"error: rank 3 at step {STRUCK} in update:* without a word, as after kill -9"
 
 
 def test_what_is_wrong_is_found(trials: Trials, tmp_path: Path) -> None:

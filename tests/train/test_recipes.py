@@ -221,7 +221,7 @@ def test_one_step(path: Path, tmp_path: Path) -> None:
     index = write_set(tmp_path, photographs(4), classes=2)
     config = parse(["--config", str(path), f"--data.index={index.path}", "--train.batch=2", "--machine.device=cpu",
                     "--machine.threads=1"]).config
-    alone = Topology(0, 1, 0, 1, 0, 1, torch.device("cpu"))
+    alone = Topology.single()
     stats = compute(index, "train", config.data.square_px)
     network = build.network(config, alone)
     schedule = Schedule(config.schedule, config.optimizer, config.train.batch)

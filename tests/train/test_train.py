@@ -21,7 +21,7 @@ from tests.helpers.recipes import write_recipe
 from tests.helpers.runs import ALONE, PAIR, finish, here, inside, launch, lines, pair, run, same, start, weights
 from train.checkpoint import checkpoint
 from train.config import ParallelConfig
-from train.parallel.topology import _place, topology
+from train.parallel.topology import _coordinates, process_group
 from train.evaluate.__main__ import main as evaluate_main
 from train.loop import Stop
 
@@ -249,7 +249,7 @@ def test_topologies_that_make_no_sense(monkeypatch: pytest.MonkeyPatch, variable
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", **variables}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises((ValueError, RuntimeError), match=message):
-        with topology(towers=towers, device=device, timeout_s=5, parallel=ParallelConfig(**parallel)):
+        with process_group(towers=towers, device=device, timeout_s=5, parallel=ParallelConfig(**parallel)):
             pass
 
 
@@ -264,7 +264,7 @@ def test_topologies_that_make_no_sense(monkeypatch: pytest.MonkeyPatch, variable
 ])
 def test_towers_of_a_pair_are_neighbours(world: int, towers: int, parallel: dict[str, Any],
                                          places: list[tuple[int, ...]]) -> None:
-    assert [_place(world, rank, world, towers, ParallelConfig(**parallel)) for rank in range(world)] == places
+    assert [_coordinates(world, rank, world, towers, ParallelConfig(**parallel)) for rank in range(world)] == places
 
 
 def test_half_an_environment_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,5 +272,5 @@ def test_half_an_environment_is_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
     for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(RuntimeError, match=r"environment \(=WORLD_SIZE\) lacks .*RANK.*; start with torchrun, or unset"):
-        with topology(towers=2, device="cpu", timeout_s=5):
+        with process_group(towers=2, device="cpu", timeout_s=5):
             pass

@@ -14,7 +14,7 @@ from tests.helpers.runs import here, inside
 from train import build
 from train.evaluate import __main__ as evaluate
 from train.parallel import topology as distributed
-from train.parallel.topology import Topology, topology
+from train.parallel.topology import Topology, process_group
 from train.recipe import load
 
 
@@ -32,7 +32,7 @@ def test_a_gpu_computes_in_full_precision_and_with_exact_repeats(recipe: Path, t
     for owner, name in ((torch.backends.cudnn, "deterministic"), (torch.backends.cudnn, "benchmark"),
                         (torch.utils.deterministic, "fill_uninitialized_memory")):
         monkeypatch.setattr(owner, name, getattr(owner, name))
-    gpu = Topology(0, 1, 0, 1, 0, 1, torch.device("cuda", 0))
+    gpu = Topology.single("cuda:0")
     flags = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     try:
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
@@ -61,7 +61,7 @@ def test_cublas_is_told_before_cuda_starts(monkeypatch: pytest.MonkeyPatch) -> N
             patch.setenv("CUBLAS_WORKSPACE_CONFIG", mine or "x")
             if mine is None:
                 patch.delenv("CUBLAS_WORKSPACE_CONFIG")
-            with topology(towers=2, device="cuda", timeout_s=5):
+            with process_group(towers=2, device="cuda", timeout_s=5):
                 assert told.pop() == expected
 
 

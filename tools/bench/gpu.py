@@ -103,10 +103,10 @@ def steps(asked: argparse.Namespace) -> Iterator[tuple[str, dict[str, float]]]:
     import torch
 
     from tools.profile.network import NetworkStep
-    from train.parallel.topology import topology
+    from train.parallel.topology import process_group
     from train.recipe import parse
 
-    with topology(towers=1, device="cuda", timeout_s=600) as where:
+    with process_group(towers=1, device="cuda", timeout_s=600) as where:
         for batch, last, deterministic in itertools.product(BATCHES, (True, False), (False, True)):
             words = [f"--train.batch={batch}", f"--machine.channels_last={str(last).lower()}", "--machine.precision=bf16",
                      f"--machine.deterministic={str(deterministic).lower()}"]

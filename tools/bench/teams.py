@@ -130,7 +130,7 @@ def _halve(where: Any) -> Any:
     from train.parallel.topology import Topology
 
     setattr(meeting, "Swap", _Mirror)
-    setattr(Topology, "total", lambda self, values: list(values))
+    setattr(Topology, "all_reduce_sum", lambda self, values: list(values))
     return replace(where, tower_ranks=2)
 
 
@@ -142,7 +142,7 @@ def _link(where: Any) -> LinkTimes:
     from model.tower_exchange import Swap
     from model.towers import Tower
 
-    tower = Tower(where.rank, 2, dist.group.WORLD)
+    tower = Tower(where.global_rank, 2, dist.group.WORLD)
     exchange: list[float] = []
     total: list[float] = []
     for size in LINK_BYTES:
@@ -151,7 +151,7 @@ def _link(where: Any) -> LinkTimes:
         for found, work in zip((exchange, total), ways):
             times = []
             for _ in range(12):
-                where.total([0.0])  # both are here
+                where.all_reduce_sum([0.0])  # both are here
                 begun = time.perf_counter()
                 work()
                 if where.device.type == "cuda":
@@ -167,7 +167,7 @@ def _steps(config: Config, where: Any, scratch: str | None) -> Callable[[bool, i
     from tools.profile.network import NetworkStep
 
     networks = {overlap: NetworkStep(replace(config, parallel=replace(config.parallel, overlap=overlap)), where)
-                for overlap in ((True, False) if where.ranks > 1 else (True,))}
+                for overlap in ((True, False) if where.world_size > 1 else (True,))}
     if scratch is None:
         return lambda overlap, batch: networks[overlap].synthetic(batch)
 
@@ -203,14 +203,14 @@ def _serve(pipe: Connection, sharing: Sharing, rank: int, port: int, config: Con
                           LOCAL_WORLD_SIZE=str(sharing.processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     try:
         from model.tower_exchange import Swap
-        from train.parallel.topology import Topology, topology
+        from train.parallel.topology import Topology, process_group
         from train.parallel.gradients import Gradients
 
         clock = _Clock()
         clock.time(Swap, "wait", "activations")
         clock.time(Gradients, "finish", "gradients")
-        clock.time(Topology, "total", "loss")
-        with tempfile.TemporaryDirectory() as scratch, topology(
+        clock.time(Topology, "all_reduce_sum", "loss")
+        with tempfile.TemporaryDirectory() as scratch, process_group(
                 towers=config.model.towers, device=config.machine.device, timeout_s=config.machine.timeout_s,
                 parallel=config.parallel) as where:
             if sharing.half:
@@ -226,7 +226,7 @@ def _serve(pipe: Connection, sharing: Sharing, rank: int, port: int, config: Con
                 work = running.setdefault((overlap, batch), steps(overlap, batch))
                 for _ in range(warm):
                     next(work)
-                where.total([0.0])  # all are here
+                where.all_reduce_sum([0.0])  # all are here
                 waited, own, everybody, begun = dict(clock.seconds), time.thread_time(), time.process_time(), time.perf_counter()
                 for _ in range(count):
                     next(work)

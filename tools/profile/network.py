@@ -59,6 +59,6 @@ class NetworkStep:
         norm = self._gradients.finish()
         wrong = (logits.detach().argmax(1) != labels).sum()
         # The loop looks at all of them, which waits for the device and for the other processes.
-        self._topology.total(torch.stack([loss.detach(), norm, wrong]).tolist())
+        self._topology.all_reduce_sum(torch.stack([loss.detach(), norm, wrong]).tolist())
         self._optimizer.step()
         self._step += 1

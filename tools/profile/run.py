@@ -40,7 +40,7 @@ from tools.profile.sweep import axes, sweep
 from tools.profile.verdict import STAGES, Measured, Setup, verdict
 from train.build import loader_config
 from train.config import Config
-from train.parallel.topology import Topology, topology
+from train.parallel.topology import Topology, process_group
 from train.recipe import load
 
 PAPER = DataConfig(region="square", square_px=256, crop_px=227, mirror=True, lighting=0.1, mean="image")    # §2, §4.1
@@ -137,7 +137,7 @@ def profile(args: argparse.Namespace) -> tuple[Profile, Sequence[Event], Sequenc
     """The profile that the (checked) arguments ask for, and the events and queue depths of its first turn for a trace."""
     config = load(args.config) if args.config else None
     device = args.device or (config.machine.device if config else "auto")
-    with topology(towers=config.model.towers if config else 1, device=device, timeout_s=60.0) as ranks:
+    with process_group(towers=config.model.towers if config else 1, device=device, timeout_s=60.0) as ranks:
         what = subject(args, ranks, config)
         if args.compare:
             _check_comparable(what.data)

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from train.checkpoint import checkpoint
+from train.parallel.failure import is_collective_error
 from train.parallel.topology import Topology
-from train.parallel.watchdog import of_a_collective
 
 
 class AsyncSaver:
@@ -44,11 +44,11 @@ class AsyncSaver:
         self._pending: Optional[futures.Future[None]] = None
         self._group: Optional[dist.ProcessGroup] = None
         mesh = topology.mesh
-        if not topology.is_alone:
+        if not topology.is_single:
             self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
             if self._gpu is not None:  # the copies lie in host memory
                 # This mesh only says who holds what: with a backend, it would make NCCL communicators that nobody uses.
-                mesh = DeviceMesh("cpu", torch.arange(topology.ranks).view(topology.data_ranks, topology.tower_ranks),
+                mesh = DeviceMesh("cpu", torch.arange(topology.world_size).view(topology.data_ranks, topology.tower_ranks),
                                   mesh_dim_names=("data", "tower"), _init_backend=False)
         self._topology = dataclasses.replace(topology, device=torch.device("cpu"), mesh=mesh)
 
@@ -94,10 +94,10 @@ class AsyncSaver:
 
     def close(self) -> None:
         """Let a save under way finish. Its failure is printed, not raised: the run ends, perhaps with an error of its own. A lost
-        process is left to the watchdog to report."""
+        process is reported by the collectives of training."""
         self._thread.shutdown()
         error = self._pending.exception() if self._pending is not None else None
-        if error is not None and not of_a_collective(error):
+        if error is not None and not is_collective_error(error):
             print(f"error: {error}", file=sys.stderr)
 
     def _copy(self, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -91,7 +91,7 @@ def save(root: Path, name: str, tensors: Mapping[str, torch.Tensor], shapes: Map
         _in_main_process(begin, topology, group)
         with _one_line_error(""):
             dcp.save(_distributed(tensors, shapes, topology), storage_writer=dcp.FileSystemWriter(staged), process_group=group,
-                     no_dist=topology.is_alone)
+                     no_dist=topology.is_single)
         _in_main_process(publish, topology, group)
     except Exception as error:
         if topology.is_main:
@@ -119,7 +119,7 @@ def _in_main_process(work: Callable[[], None], topology: Topology, group: Option
             work()
         except Exception as error:
             failure = error
-    if not topology.is_alone:
+    if not topology.is_single:
         reason = [str(failure) if failure else None]
         dist.broadcast_object_list(reason, src=0, group=group, device=torch.device("cpu"))
         if reason[0] is not None and failure is None:
@@ -273,7 +273,7 @@ def load(path: Path, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, S
     """
     check_shapes(stored_shapes(path), {name: tuple(shapes[name]) for name in tensors}, path, exact=all_of_it)
     with _one_line_error(f"checkpoint (={path}) could not be read: "):
-        dcp.load(_distributed(tensors, shapes, topology), storage_reader=dcp.FileSystemReader(path), no_dist=topology.is_alone)
+        dcp.load(_distributed(tensors, shapes, topology), storage_reader=dcp.FileSystemReader(path), no_dist=topology.is_single)
 
 
 def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -20,7 +20,7 @@ from pipeline.stats import Stats
 from train import build
 from train.checkpoint.resolve import Resolved
 from train.config import Config, ParallelConfig
-from train.parallel.topology import Topology, topology
+from train.parallel.topology import Topology, process_group
 
 
 def class_name(classes: Sequence[ClassInfo], label: int) -> str:
@@ -114,10 +114,10 @@ def load_trained(source: Resolved, *, index: str | Path | None = None, archives:
     machine = replace(config.machine, **{name: value for name, value in given.items() if value is not None})
     config = replace(config, machine=machine, parallel=ParallelConfig(towers=1),
                      data=replace(config.data, index=str(index or config.data.images), packed=""))
-    with topology(towers=config.model.towers, parallel=config.parallel, device=machine.device, timeout_s=machine.timeout_s,
-                  silence_s=machine.silence_s) as process:
-        if not process.is_alone:
-            raise ValueError(f"processes (={process.ranks}) must be one; start it without torchrun")
+    with process_group(towers=config.model.towers, parallel=config.parallel, device=machine.device, timeout_s=machine.timeout_s,
+                       silence_s=machine.silence_s) as process:
+        if not process.is_single:
+            raise ValueError(f"processes (={process.world_size}) must be one; start it without torchrun")
         build.settle(config, process)
         images = build.index(config)
         if build.classes_sha256(images) != source.classes_sha256:

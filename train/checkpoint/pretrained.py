@@ -56,7 +56,7 @@ class Origin:
         """
         if not config.init_from.checkpoint:
             return ""
-        digests = set(where.gather(self.sha256))  # each process has looked by itself
+        digests = set(where.gather_objects(self.sha256))  # each process has looked by itself
         if len(digests) > 1:
             raise ValueError(f"init_from.checkpoint (={config.init_from.checkpoint}) is not the same in all processes "
                              f"({', '.join(sorted(f'{digest[:16]}…' if digest else 'none' for digest in digests))}); name one "

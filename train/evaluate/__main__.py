@@ -114,11 +114,11 @@ def run(asked: argparse.Namespace) -> None:
     members = [saved.load(path) if (path / saved.MANIFEST).is_file() else _plan(path, asked) for path in _members(asked)]
     check_alike(members)
     if networks := [entry for entry in members if isinstance(entry, _Plan)]:
-        from train.parallel.topology import topology
+        from train.parallel.topology import process_group
 
         config = networks[0].config
-        with topology(towers=config.model.towers, parallel=config.parallel, device=config.machine.device,
-                      timeout_s=config.machine.timeout_s, silence_s=config.machine.silence_s) as where:
+        with process_group(towers=config.model.towers, parallel=config.parallel, device=config.machine.device,
+                           timeout_s=config.machine.timeout_s, silence_s=config.machine.silence_s) as where:
             members = [_tested(entry, asked, where) if isinstance(entry, _Plan) else entry for entry in members]
     if speaks():
         report([entry for entry in members if not isinstance(entry, _Plan)], asked)
@@ -277,7 +277,7 @@ def _claimed(plan: _Plan, made: Made, save: Optional[Path], where: Topology) -> 
                 found = {"folder": "", "whole": False}
         except (ValueError, RuntimeError) as error:
             found = {"error": str(error), "mistake": isinstance(error, ValueError)}
-    found = json.loads(where.share(json.dumps(found)))
+    found = json.loads(where.broadcast_object(json.dumps(found)))
     if "error" in found:
         raise (ValueError if found["mistake"] else RuntimeError)(found["error"])
     return Path(found["folder"]) if found["folder"] else None, found["whole"], lock
@@ -317,12 +317,8 @@ def warn(message: str, kind: str = "warning") -> None:
 def main(argv: Sequence[str]) -> int:
     """The command; returns its exit code."""
     asked = arguments(argv)
-    from train.parallel.watchdog import OtherFailed  # needs torch
-
     try:
         run(asked)
-    except OtherFailed:  # it has been said who
-        return FAILED
     except ValueError as error:
         if speaks():
             print(f"error: {error}", file=sys.stderr)

@@ -14,6 +14,7 @@ from torch import nn
 from pipeline.loading.batch import Batch
 from pipeline.reading.source import SampleError
 from pipeline.loading.eval_loader import TestLoader
+from train.parallel.failure import enter_phase
 from train.parallel.topology import Topology
 from train.evaluate.metrics import Score, ranks, scored
 
@@ -52,7 +53,7 @@ def evaluate(network: nn.Module, loader: TestLoader, views: int, autocast: Calla
     if not each_batch(network, loader, views, autocast, take, stop, lambda done: progress(done, total), where):
         return None
     if where is not None and where.data_ranks > 1:
-        everyone = where.gather((found, classes))[::where.tower_ranks]  # both towers of a pair have the same
+        everyone = where.gather_objects((found, classes))[::where.tower_ranks]  # both towers of a pair have the same
         found, classes = [batch for part, _ in everyone for batch in part], max(number for _, number in everyone)
     ids, places, own = (np.concatenate(part) for part in zip(*found)) if found else (np.zeros(0, np.int64),) * 3
     order = np.argsort(ids)
@@ -88,8 +89,7 @@ def each_batch(network: nn.Module, loader: TestLoader, views: int, autocast: Cal
                     take(batch, _probabilities(network, loader, batch, views, autocast, where))
                 done += images
                 progress(done)
-                if where is not None:
-                    where.watch.at("test", where.watch.step)
+                enter_phase("test")
     except _Stopped:
         return False
     finally:
@@ -118,7 +118,7 @@ def _rounds(loader: TestLoader, stop: Callable[[], bool], where: Optional[Topolo
         except Exception as error:
             failure = error
         flags = [len(batch.ids) if batch is not None else 0, failure is not None, stop()]
-        images, failed, stopped = where.total(flags) if where is not None else flags
+        images, failed, stopped = where.all_reduce_sum(flags) if where is not None else flags
         if failed:
             raise _first_failure(failure, loader, where)
         if images == 0:
@@ -130,13 +130,13 @@ def _rounds(loader: TestLoader, stop: Callable[[], bool], where: Optional[Topolo
 
 def _first_failure(failure: Optional[Exception], loader: TestLoader, where: Optional[Topology]) -> Exception:
     """The failure that all processes raise: the one of the first that has any."""
-    if where is None or where.is_alone:
+    if where is None or where.is_single:
         assert failure is not None
         return failure
     sample = (failure.id, failure.reason) if isinstance(failure, SampleError) else None
-    found = where.gather((str(failure) or type(failure).__name__, sample) if failure is not None else None)
+    found = where.gather_objects((str(failure) or type(failure).__name__, sample) if failure is not None else None)
     rank = next(rank for rank, entry in enumerate(found) if entry is not None)
-    if rank == where.rank and failure is not None:
+    if rank == where.global_rank and failure is not None:
         return failure
     text, sample = found[rank]
     return SampleError(loader.index, *sample) if sample else RuntimeError(f"process {rank} could not test its images: {text}")

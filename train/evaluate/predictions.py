@@ -77,7 +77,7 @@ class Folder:
         try:
             for file in self._files:
                 os.fsync(file)
-            where.agree(False)  # all have
+            where.any_rank(False)  # all have
             if where.is_main:
                 check_complete(self._done(), str(self.path))
                 text = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))

@@ -136,9 +136,9 @@ class Memory:
 
     def finish(self, where: Topology) -> tuple[np.ndarray, np.ndarray]:
         """(images, probabilities) of all processes, in each. Raises RuntimeError as `check_complete`."""
-        if not where.is_alone:
+        if not where.is_single:
             mine = np.flatnonzero(self.images["crc32"])
-            for rows, images, probabilities in where.gather((mine, self.images[mine], self.probabilities[mine])):
+            for rows, images, probabilities in where.gather_objects((mine, self.images[mine], self.probabilities[mine])):
                 self.images[rows], self.probabilities[rows] = images, probabilities
         check_complete(intact(self.images, self.probabilities), "memory")
         return self.images, self.probabilities

@@ -63,7 +63,7 @@ def network_weights(path: Path, config: Config) -> dict[str, torch.Tensor]:
     tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
     checkpoint.load(path, {f"weight.{name}": tensor for name, tensor in tensors.items()},
                     {f"weight.{name}": shape for name, shape in shapes.items()},
-                    Topology(0, 1, 0, 1, 0, 1, torch.device("cpu")), all_of_it=False)
+                    Topology.single(), all_of_it=False)
     return tensors
 
 

@@ -82,7 +82,7 @@ def conv1(checkpoint: Path) -> tuple[np.ndarray, int]:
                          "checkpoint of a network that sees three colours")
     towers = int(load_yaml((checkpoint / checkpoints.CONFIG).read_text(encoding="utf-8"))["model"]["towers"])
     weights = {WEIGHT: torch.empty(shape)}
-    alone = Topology(0, 1, 0, 1, 0, 1, torch.device("cpu"))
+    alone = Topology.single()
     checkpoints.load(checkpoint, weights, {WEIGHT: shape}, alone, all_of_it=False)
     return weights[WEIGHT].numpy(), towers
 

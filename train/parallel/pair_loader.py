@@ -41,11 +41,11 @@ def shard(parallel: ParallelConfig, where: Topology, batch: int) -> tuple[int, i
                          "of processes, or change the batch, and with it the run")
     if not _halved(parallel, where):
         return where.data_rank, where.data_ranks
-    if batch % where.ranks:
+    if batch % where.world_size:
         remedy = "parallel.feed: replicate" if parallel.scheme == "towers" else "parallel.scheme: towers and feed: replicate"
-        raise ValueError(f"train.batch (={batch}) must be divisible by the {where.ranks} processes, each of which makes "
+        raise ValueError(f"train.batch (={batch}) must be divisible by the {where.world_size} processes, each of which makes "
                          f"half of a pair's images; use {remedy}, or another number of processes")
-    return where.rank, where.ranks
+    return where.global_rank, where.world_size
 
 
 def fed(loader: TrainLoader, parallel: ParallelConfig, where: Topology) -> TrainLoader | Fed:
@@ -53,7 +53,7 @@ def fed(loader: TrainLoader, parallel: ParallelConfig, where: Topology) -> Train
     must ask."""
     if not _halved(parallel, where):
         return loader
-    first = where.rank - where.tower_rank
+    first = where.global_rank - where.tower_rank
     # A group of its own: its messages must not queue with those of the layers.
     pair = dist.new_group([first, first + 1], use_local_synchronization=True, timeout=where.timeout)
     assert isinstance(pair, dist.ProcessGroup)

@@ -1,5 +1,4 @@
-"""How many processes there are, and what this one is. The only file that reads os.environ (torchrun's variables), but for
-train/exit_codes.py, and, but for train/__init__.py, writes it.
+"""Data and tower ranks of this process, its device and process groups (torch.distributed, DeviceMesh).
 
 A mesh ("data", "tower"): `data_rank` says which slice of a batch a process gets, `tower_rank` which half of the network it
 holds. The two towers of a pair are neighbours, so they lie on one machine and on neighbouring GPUs.
@@ -9,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import os
 import time
+import uuid
 from dataclasses import dataclass, field
 from typing import Any, Iterator, Optional, Sequence
 
@@ -18,18 +19,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from train.parallel.board import Board, attempt
 from train.config import ParallelConfig
-from train.parallel.watchdog import Watch, Watchdog
+from train.parallel import failure
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-LATER_S = 10.0  # a collective gives up so much later than the watchdog, which has more to say
-LINGER_S = 10.0  # that process 0 waits at the end for the others, when it keeps the store
+POLL_S = 0.05
 
 
 @dataclass(frozen=True)
 class Topology:
-    """The place of this process.
+    """Ranks, process groups and device of this process, and reductions over all processes. Every process must call a reduction.
 
     Attributes:
         data_rank, data_ranks: which slice of each batch it gets, of how many.
@@ -37,9 +36,8 @@ class Topology:
         local_rank, local_ranks: which process of this machine it is, of how many.
         device: where its network lies.
         mesh: of all processes, dimensions "data" and "tower"; None for one process.
-        watch: told what this process is doing; watches over the others.
         timeout: of collectives, also of groups that others make.
-        store: torchrun's, which outlives a restart; None without torchrun.
+        store: torchrun's key-value store, which outlives a restart of the processes; of this process alone without torchrun.
     """
 
     data_rank: int
@@ -50,29 +48,33 @@ class Topology:
     local_ranks: int
     device: torch.device
     mesh: Optional[DeviceMesh] = None
-    watch: Watch = field(default_factory=Watch, compare=False, repr=False)
     timeout: datetime.timedelta = datetime.timedelta(minutes=10)
-    store: Optional[dist.Store] = field(default=None, compare=False, repr=False)
+    store: dist.Store = field(default_factory=dist.HashStore, compare=False, repr=False)
+
+    @classmethod
+    def single(cls, device: torch.device | str = "cpu") -> Topology:
+        """One process, which holds the whole network."""
+        return cls(0, 1, 0, 1, 0, 1, torch.device(device))
 
     @property
-    def rank(self) -> int:
-        """This process's number among all, from 0; towers of a pair are neighbours."""
+    def global_rank(self) -> int:
+        """This process's number among all, from 0; the towers of a pair are neighbours."""
         return self.data_rank * self.tower_ranks + self.tower_rank
 
     @property
-    def ranks(self) -> int:
+    def world_size(self) -> int:
         """How many processes there are."""
         return self.data_ranks * self.tower_ranks
 
     @property
     def is_main(self) -> bool:
         """True in the one process that prints and writes."""
-        return self.rank == 0
+        return self.global_rank == 0
 
     @property
-    def is_alone(self) -> bool:
+    def is_single(self) -> bool:
         """True when there is one process only."""
-        return self.ranks == 1
+        return self.world_size == 1
 
     def group(self, dimension: str) -> Optional[dist.ProcessGroup]:
         """The processes that differ from this one in "data" or in "tower" only; None where there is no other."""
@@ -80,84 +82,114 @@ class Topology:
         return self.mesh.get_group(dimension) if self.mesh is not None and size > 1 else None
 
     def node_group(self) -> Optional[dist.ProcessGroup]:
-        """A process group of its own of the processes on this machine, or None for one process; all processes must ask."""
-        if self.is_alone:
+        """A new process group of the processes on this machine, or None for one process; a collective call."""
+        if self.is_single:
             return None
-        firsts = self.gather(self.rank - self.local_rank)
-        mine: Optional[dist.ProcessGroup] = None
+        firsts = self.gather_objects(self.global_rank - self.local_rank)
+        own: Optional[dist.ProcessGroup] = None
         for first in sorted(set(firsts)):  # every process must take part in making every group
-            made = dist.new_group([rank for rank, other in enumerate(firsts) if other == first], timeout=self.timeout)
-            mine = made if first == self.rank - self.local_rank else mine
-        return mine
+            group = dist.new_group([rank for rank, other in enumerate(firsts) if other == first], timeout=self.timeout)
+            own = group if first == self.global_rank - self.local_rank else own
+        return own
 
-    def agree(self, *flags: bool) -> list[bool]:
-        """Which flags are up in any process: the same answer in all of them, which all must ask."""
-        return list(flags) if self.is_alone else [total > 0 for total in self.total(flags)]
-
-    def total(self, values: Sequence[float]) -> list[float]:
-        """Sums over all processes, in float64: the same in all of them, which all must ask."""
-        if self.is_alone:
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
+        """Sums over all processes, in float64."""
+        if self.is_single:
             return list(values)
         numbers = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(numbers)
-        found: list[float] = numbers.tolist()
-        return found
+        sums: list[float] = numbers.tolist()
+        return sums
 
-    def gather(self, value: Any) -> list[Any]:
-        """What each process gives (anything that can be pickled), in the order of their ranks; all must ask."""
-        if self.is_alone:
+    def any_rank(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is true in any process."""
+        return [total > 0 for total in self.all_reduce_sum(flags)]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The value of every process (anything that can be pickled), by global rank."""
+        if self.is_single:
             return [value]
-        found: list[Any] = [None] * self.ranks
-        dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
-    def note(self, what: str, value: object = "yes") -> None:
-        """Remember something for after a restart."""
-        if self.store is not None:
-            self.store.set(f"noted/{what}", str(value))
-
-    def noted(self, what: str) -> str:
-        """What was noted, perhaps before a restart; empty when nothing was."""
-        key = f"noted/{what}"
-        return self.store.get(key).decode() if self.store is not None and self.store.check([key]) else ""
-
-    def share(self, text: str) -> str:
-        """The main process's text, in every process."""
-        if self.is_alone:
-            return text
-        box = [text]
+    def broadcast_object(self, value: Any) -> Any:
+        """The main process's value, in every process."""
+        if self.is_single:
+            return value
+        box = [value]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
 
+@contextlib.contextmanager
+def process_group(*, towers: int, device: str, timeout_s: float, silence_s: float = 30.0,
+                  parallel: ParallelConfig = ParallelConfig()) -> Iterator[Topology]:
+    """Join the process group, when there is one, and leave it at the end; meanwhile this process is monitored (failure.py).
+
+    Args:
+        towers: of the model, 1 or 2.
+        device: auto, cpu or cuda.
+        timeout_s, silence_s, parallel: train.config.MachineConfig and ParallelConfig.
+
+    Raises:
+        ValueError: a number of processes that makes no sense for the model.
+        RuntimeError: no GPU for this process, or torchrun's variables are incomplete.
+        PeerFailed: in place of the error of a collective, when another process of this machine was the cause.
+    """
+    environment = _environment()
+    world_size, rank, local_rank, local_ranks = (environment[name] for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK",
+                                                                                "LOCAL_WORLD_SIZE"))
+    coordinates = _coordinates(world_size, rank, local_ranks, towers, parallel)
+    chosen = _device(device, local_rank)
+    if chosen.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts; deterministic cuBLAS asks for it
+        torch.cuda.set_device(chosen)
+    with failure.monitored(rank, world_size, timeout_s, silence_s):
+        store, timeout, mesh = _store(rank, world_size, timeout_s), datetime.timedelta(seconds=timeout_s), None
+        try:
+            if world_size > 1:
+                mesh = _mesh(chosen, store, rank, coordinates[1], coordinates[3], timeout)
+            yield Topology(*coordinates, local_rank, local_ranks, chosen, mesh, timeout, store)
+        finally:
+            if world_size > 1 and dist.is_initialized():
+                dist.destroy_process_group()
+
+
 def _environment() -> dict[str, int]:
     """torchrun's variables as numbers, or one process when it did not start us."""
-    given = [name for name in VARIABLES if name in os.environ]
-    if "WORLD_SIZE" not in given:
+    if "WORLD_SIZE" not in os.environ:
         return {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    if len(given) < len(VARIABLES):
-        raise RuntimeError(f"environment (={', '.join(given)}) lacks {', '.join(set(VARIABLES) - set(given))}; start "
-                           "with torchrun, or unset WORLD_SIZE")
-    return {name: int(os.environ[name]) for name in VARIABLES}
+    return {name: int(value) for name, value in _variables(*VARIABLES).items()}
 
 
-def _place(world: int, rank: int, local_ranks: int, towers: int, parallel: ParallelConfig) -> tuple[int, int, int, int]:
-    """(data_rank, data_ranks, tower_rank, tower_ranks) of one of `world` processes. One alone always holds everything."""
-    if world == 1:
+def _variables(*names: str) -> dict[str, str]:
+    """Variables that torchrun sets."""
+    if lacking := [name for name in names if name not in os.environ]:
+        given = [name for name in VARIABLES if name in os.environ]
+        raise RuntimeError(f"environment (={', '.join(given)}) lacks {', '.join(lacking)}; start with torchrun, or unset "
+                           "WORLD_SIZE")
+    return {name: os.environ[name] for name in names}
+
+
+def _coordinates(world_size: int, rank: int, local_ranks: int, towers: int,
+                 parallel: ParallelConfig) -> tuple[int, int, int, int]:
+    """(data_rank, data_ranks, tower_rank, tower_ranks). A single process holds both towers."""
+    if world_size == 1:
         return 0, 1, 0, 1
     weird = parallel.scheme == "weird"
     apart = "--parallel.towers=1" + (" --parallel.scheme=towers" if weird else "")
-    together = parallel.towers or (2 if weird or (towers == 2 and world % 2 == 0) else 1)
+    together = parallel.towers or (2 if weird or (towers == 2 and world_size % 2 == 0) else 1)
     if together == 2 and towers != 2:
         raise ValueError(f"model.towers (={towers}) must be 2 for two processes to hold a tower each; use "
                          f"{apart}, where processes only share the batch")
-    if world % together:
-        raise ValueError(f"processes (={world}) must be even in number for two towers each; start one more or fewer, or use "
+    if world_size % together:
+        raise ValueError(f"processes (={world_size}) must be even in number for two towers each; start one more or fewer, or use "
                          f"{apart}")
     if local_ranks % together:
         raise ValueError(f"processes of this machine (={local_ranks}) must be even in number, so that no pair of towers lies on "
                          f"two machines; start one more or fewer on each, or use {apart}")
-    return rank // together, world // together, rank % together, together
+    return rank // together, world_size // together, rank % together, together
 
 
 def _device(wanted: str, local_rank: int) -> torch.device:
@@ -173,86 +205,50 @@ def _device(wanted: str, local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
-def _kept_by_torchrun() -> bool:
-    """Whether torchrun keeps the store; else process 0 does, for as long as it lives."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+def _store(rank: int, world_size: int, timeout_s: float) -> dist.Store:
+    """The key-value store of all processes: torchrun's, or, started in another way, one that process 0 keeps."""
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if world_size == 1 and not by_torchrun:
+        return dist.HashStore()
+    address, port = _variables("MASTER_ADDR", "MASTER_PORT").values()
+    return dist.TCPStore(address, int(port), world_size, is_master=rank == 0 and not by_torchrun,
+                         timeout=datetime.timedelta(seconds=timeout_s), wait_for_workers=False)
 
 
-def _connect(rank: int, world: int, timeout_s: float) -> Optional[tuple[dist.TCPStore, dist.TCPStore]]:
-    """Two connections to the store of the run, which torchrun keeps, or else process 0; None for a process that is alone."""
-    if world == 1 and not _kept_by_torchrun():
-        return None
-    if lacking := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-        raise RuntimeError(f"environment (={', '.join(VARIABLES)}) lacks {', '.join(lacking)}; start with torchrun, or unset "
-                           "WORLD_SIZE")
-    first, second = (dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, is_master=keeps,
-                                   timeout=datetime.timedelta(seconds=timeout_s), wait_for_workers=False)
-                     for keeps in (rank == 0 and not _kept_by_torchrun(), False))
-    return first, second
+def agreed_prefix(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:
+    """A name for this start of all processes, the same in all of them, that no earlier start has had; a collective call.
 
-
-@contextlib.contextmanager
-def topology(*, towers: int, device: str, timeout_s: float, silence_s: float = 30.0,
-             parallel: ParallelConfig = ParallelConfig()) -> Iterator[Topology]:
-    """Join the process group, when there is one, and leave it at the end. Meanwhile processes watch over each other.
-
-    Args:
-        towers: of the model, 1 or 2.
-        device: auto, cpu or cuda.
-        timeout_s: a process that does not go on for so many seconds ends the run.
-        silence_s: a process without a sign of life for so many seconds ends the run.
-        parallel: how processes share the work.
+    torchrun's store outlives a restart, and torch's own keys (`env://`, torch 2.13) would be taken for new: the restart hangs.
+    torchrun's count of restarts is no name, as it can differ between machines. So each process writes a new word and reads all;
+    who has read the same words counts itself under their hash, which is the name once all are counted.
 
     Raises:
-        ValueError: a number of processes that makes no sense for the model.
-        RuntimeError: no GPU for this process, or torchrun's variables are incomplete.
-        OtherFailed: in place of the error of a collective, when another process was the cause.
+        RuntimeError: not all processes came in this time.
     """
-    environment = _environment()
-    world, rank, local_rank, local_ranks = (environment[name] for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK",
-                                                                           "LOCAL_WORLD_SIZE"))
-    placed = _place(world, rank, local_ranks, towers, parallel)
-    chosen = _device(device, local_rank)
-    if chosen.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts; deterministic cuBLAS asks for it
-        torch.cuda.set_device(chosen)
-    store, second = _connect(rank, world, timeout_s) or (None, None)
-    name = attempt(store, rank, world, timeout_s) if store is not None and world > 1 else ""
-    board = Board(dist.PrefixStore(f"watch/{name}", second)) if second is not None and world > 1 else None
-    watch = Watchdog(rank, world, range(rank - local_rank, rank - local_rank + local_ranks), board,
-                     timeout_s=timeout_s, silence_s=silence_s,
-                     launcher=os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None)
-    watch.start()
-    orderly = world == 1  # one alone keeps nobody waiting, whatever its end
-    try:
-        with watch.telling():
-            timeout = datetime.timedelta(seconds=timeout_s + LATER_S)
-            group_store = dist.PrefixStore(f"group/{name}", store) if store is not None else None
-            mesh = _join(chosen, group_store, rank, placed[1], placed[3], timeout)
-            yield Topology(*placed, local_rank, local_ranks, chosen, mesh, watch, timeout, store)
-        orderly = True
-    finally:
-        if dist.is_initialized() and world > 1:
-            dist.destroy_process_group()
-        if orderly:  # else it watches to the very end, which must come
-            watch.close()
-            until = time.monotonic() + LINGER_S
-            while board is not None and rank == 0 and not _kept_by_torchrun() and not board.all_have_left(world):
-                if time.monotonic() > until:
-                    break
-                time.sleep(0.05)
+    store.set(f"start/{rank}", uuid.uuid4().hex)
+    keys, name, until = [f"start/{other}" for other in range(world_size)], "", time.monotonic() + timeout_s
+    while time.monotonic() < until:
+        if store.check(keys):
+            read = hashlib.sha256(b" ".join(store.multi_get(keys))).hexdigest()
+            counted = store.add(f"counted/{read}", int(read != name))
+            name = read
+            if counted == world_size:
+                return name
+        time.sleep(POLL_S)
+    raise RuntimeError(f"processes (={world_size}) must all start within {timeout_s:g} s, and some have not; see what they, or "
+                       "torchrun on their machines, said")
 
 
-def _join(device: torch.device, store: Optional[dist.Store], rank: int, data_ranks: int, tower_ranks: int,
-          timeout: datetime.timedelta) -> Optional[DeviceMesh]:
-    """The mesh of all processes; None for one."""
-    world = data_ranks * tower_ranks
-    if world == 1 or store is None:
-        return None
-    # gloo beside NCCL: objects, and checkpoints written while training goes on, travel between CPUs.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world, store=store,
-                            timeout=timeout, device_id=device if device.type == "cuda" else None)
-    # init_device_mesh would give its groups torch's own timeouts, which end a run before the watchdog has spoken.
-    places = torch.arange(world).view(data_ranks, tower_ranks)
-    groups = [dist.new_subgroups_by_enumeration(lists, timeout=timeout)[0] for lists in (places.t().tolist(), places.tolist())]
-    return DeviceMesh.from_group(groups, device.type, places, mesh_dim_names=("data", "tower"))
+def _mesh(device: torch.device, store: dist.Store, rank: int, data_ranks: int, tower_ranks: int,
+          timeout: datetime.timedelta) -> DeviceMesh:
+    """Initialize torch.distributed; returns the mesh of all processes."""
+    world_size = data_ranks * tower_ranks
+    prefix = agreed_prefix(store, rank, world_size, timeout.total_seconds())
+    # gloo beside NCCL: objects, and checkpoints written while training continues, travel between CPUs.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world_size,
+                            store=dist.PrefixStore(prefix, store), timeout=timeout,
+                            device_id=device if device.type == "cuda" else None)
+    # init_device_mesh would give its groups torch's own timeouts.
+    ranks = torch.arange(world_size).view(data_ranks, tower_ranks)
+    groups = [dist.new_subgroups_by_enumeration(lists, timeout=timeout)[0] for lists in (ranks.t().tolist(), ranks.tolist())]
+    return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=("data", "tower"))
