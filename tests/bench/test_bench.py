@@ -2,13 +2,12 @@
 import io
 import json
 import os
-import subprocess
+import pickle
 import sys
 import tarfile
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,12 +17,13 @@ from pipeline.index.sample_index import SampleIndex
 from pipeline.config import LoaderConfig
 from pipeline.compute_stats import compute
 from tests.helpers.small_set import photographs, write_set
-from tools.bench import __main__ as bench
-from tools.bench import contenders as bench_peers, report as bench_report, rounds as bench_turns, sides as bench_sides
-from tools.bench.report import Result
-from tools.bench.sides import BY_NAME, SIDES
-from tools.bench.rounds import Turn
-from tools.bench.workload import CROP_PX, Material, NotAvailable, Running, Told, Work, difference, need, resized_size
+from tools.bench import __main__ as bench, crops, report as bench_report, rounds
+from tools.bench.contenders import CONTENDERS, KINDS, Contender
+from tools.bench.crops import Cropper, Normalize
+from tools.bench.rounds import Result
+from tools.bench.workers import NotAvailable
+from tools.bench.workload import CROP_PX, Augmented, Photographs, Running, Task, difference, need, resized_size
+from tools.profile.measure import Spread, Turn, process_tree
 
 
 @pytest.fixture(scope="module")
@@ -32,70 +32,69 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> SampleIndex:
 
 
 @pytest.fixture(scope="module")
-def work(index: SampleIndex, tmp_path_factory: pytest.TempPathFactory) -> Work:
+def work(index: SampleIndex, tmp_path_factory: pytest.TempPathFactory) -> Task:
     scratch = tmp_path_factory.mktemp("scratch")
     compute(index, "train", 256, machine=LoaderConfig(threads=1)).save(scratch / "stats.npz")
-    return Work(index.path, None, scratch / "stats.npz", scratch, batch=4, workers=1)
+    return Task(index.path, None, scratch / "stats.npz", scratch, batch=4, workers=1)
 
 
 # --- the check of a first batch
 
-def exact(material: Material) -> Told:
+def exact(material: Photographs) -> Augmented:
     """A batch made as the check makes it."""
-    draws = np.array([[0, 29, 0, 0, 0, 0], [29, 0, 1, 5, -3, 2], [14, 15, 1, 0, 0, 0], [3, 4, 0, 1, 1, 1]], np.float32)
-    arithmetic = bench_peers.Arithmetic(material)
-    crops = [material.square(id)[int(d[0]):int(d[0]) + CROP_PX, int(d[1]):int(d[1]) + CROP_PX] for id, d in enumerate(draws)]
-    return arithmetic.batch(np.stack(crops), np.arange(4), draws)
+    parameters = np.array([[0, 29, 0, 0, 0, 0], [29, 0, 1, 5, -3, 2], [14, 15, 1, 0, 0, 0], [3, 4, 0, 1, 1, 1]], np.float32)
+    images = [material.resized(id)[top:top + CROP_PX, left:left + CROP_PX]
+              for id, (top, left) in enumerate(parameters[:, :2].astype(int).tolist())]
+    return Normalize(material).batch(np.stack(images), np.arange(4), parameters)
 
 
-def test_the_check_passes_what_is_right_and_fails_what_is_not(work: Work) -> None:
-    material = Material(work, "original")
-    told = exact(material)
-    assert difference(material, told, 4) < 1e-4
-    images = told.images.numpy()
-    assert difference(material, replace(told, images=images[:, :, :, ::-1]), 4) > 10          # reflected
-    assert difference(material, replace(told, ids=np.array([1, 2, 3, 4])), 4) > 10            # other photographs
-    assert difference(material, replace(told, images=images[:, ::-1]), 4) > 10                # blue for red
-    draws = told.draws.copy()
-    draws[:, 0] = 29 - draws[:, 0]
-    assert difference(material, replace(told, draws=draws), 4) > 2                            # another place
+def test_the_check_passes_what_is_right_and_fails_what_is_not(work: Task) -> None:
+    material = Photographs(work, "original")
+    batch = exact(material)
+    assert difference(material, batch) < 1e-4
+    images = batch.images.numpy()
+    assert difference(material, replace(batch, images=images[:, :, :, ::-1])) > 10          # flipped
+    assert difference(material, replace(batch, ids=np.array([1, 2, 3, 4]))) > 10            # other photographs
+    assert difference(material, replace(batch, images=images[:, ::-1])) > 10                # blue for red
+    parameters = batch.parameters.copy()
+    parameters[:, 0] = 29 - parameters[:, 0]
+    assert difference(material, replace(batch, parameters=parameters)) > 2         # another place
     for wrong in (images[:3], images.astype(np.float64), images.transpose(0, 2, 3, 1)):
         with pytest.raises(RuntimeError, match=r"first batch \(=\(.*\) float(32|64)\) must be \(4, 3, 227, 227\) float32"):
-            difference(material, replace(told, images=wrong), 4)
+            difference(material, replace(batch, images=wrong))
 
 
 @pytest.mark.parametrize("name", ["pil", "torch", "opencv"])
-def test_cuts_give_the_exact_pixels(work: Work, name: str) -> None:
+def test_crop_functions_give_the_exact_pixels(work: Task, name: str) -> None:
     for module in {"pil": [], "torch": ["simplejpeg"], "opencv": ["simplejpeg", "cv2"]}[name]:
         pytest.importorskip(module)
-    material, cut = Material(work, "original"), getattr(bench_peers, f"cut_{name}")
+    material, crop_of = Photographs(work, "original"), getattr(crops, f"crop_{name}")
     for id in (3, 6, 9):        # 333×250, 600×401, 96×500
-        crop = cut(material.read(id), 5, 17)
+        crop = crop_of(material.read(id), 5, 17)
         assert crop.shape == (CROP_PX, CROP_PX, 3) and crop.dtype == np.uint8
-        apart = np.abs(crop.astype(int) - material.square(id)[5:5 + CROP_PX, 17:17 + CROP_PX]).mean()
-        assert apart < BY_NAME[name].tolerance
+        apart = np.abs(crop.astype(int) - material.resized(id)[5:5 + CROP_PX, 17:17 + CROP_PX]).mean()
+        assert apart < CONTENDERS[name].tolerance
 
 
-def test_a_file_that_is_no_jpeg_is_decoded_too(work: Work) -> None:
+def test_a_file_that_is_no_jpeg_is_decoded_too(work: Task) -> None:
     pytest.importorskip("simplejpeg")
     from PIL import Image
     buffer = io.BytesIO()
     Image.new("RGB", (30, 20), (1, 2, 3)).save(buffer, "PNG")
-    assert (bench_peers.decode(buffer.getvalue()) == (1, 2, 3)).all()
+    assert (crops.decode(buffer.getvalue()) == (1, 2, 3)).all()
     assert resized_size((500, 375)) == (341, 256)
 
 
-def test_decoded_squares_are_made_before_anybody_shares_them(work: Work) -> None:
-    import pickle
-    cutter = bench_peers.Cutter(Material(work, "original"), None)
-    cutter.open()
-    assert (work.scratch / "squares-original.npy").exists()
-    crop = pickle.loads(pickle.dumps(cutter))(7, 3, 4)
-    np.testing.assert_array_equal(crop, Material(work, "original").square(7)[3:3 + CROP_PX, 4:4 + CROP_PX])
+def test_resized_images_are_made_before_anybody_shares_them(work: Task) -> None:
+    cropper = Cropper(Photographs(work, "original"), None)
+    cropper.open()
+    assert (work.scratch / "resized-original.npy").exists()
+    crop = pickle.loads(pickle.dumps(cropper))(7, 3, 4)
+    np.testing.assert_array_equal(crop, Photographs(work, "original").resized(7)[3:3 + CROP_PX, 4:4 + CROP_PX])
 
 
-def test_shards_for_webdataset_hold_the_original_bytes(work: Work, index: SampleIndex) -> None:
-    material = Material(work, "original")
+def test_shards_for_webdataset_hold_the_original_bytes(work: Task, index: SampleIndex) -> None:
+    material = Photographs(work, "original")
     found = {}
     for path in material.shards():
         with tarfile.open(path) as tar:
@@ -105,87 +104,32 @@ def test_shards_for_webdataset_hold_the_original_bytes(work: Work, index: Sample
         assert found[f"{id:08d}.jpg"] == index.read(id) and material.id_of(index.read(id)) == id
         assert found[f"{id:08d}.cls"] == str(id % 5).encode()
     with pytest.raises(NotAvailable, match="there are no packed shards"):
-        Material(work, "packed").ids
+        Photographs(work, "packed").ids
 
 
 # --- turns
 
-def test_what_was_read_ahead_is_used_up_before_the_clock() -> None:
-    taken = []
-
-    def batches() -> Iterator[int]:
-        for number in range(100):
-            taken.append(number)
-            yield number
-
-    turn = bench_turns.take_turn(batches(), 4, 7, 1e-9)
-    assert taken == list(range(8)) and turn.images == 4 and turn.seconds > 0 and turn.cpu_s >= 0
-    assert turn.rate == 4 / turn.seconds and turn.cpu_ms == 250 * turn.cpu_s
-
-
-def test_cpu_time_of_processes_below_is_counted() -> None:
-    busy = "import time, sys\nwhile time.process_time() < 0.3: pass\nprint(flush=True); sys.stdin.read()"
-    child = subprocess.Popen([sys.executable, "-c", busy], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert child.stdout is not None and child.stdout.readline() == b"\n"
-    found = bench_turns.tree(os.getpid())
-    assert found[0] == os.getpid() and child.pid in found
-    assert 0.3 <= bench_turns.cpu_s([child.pid]) < 5
-    bench_turns.rest(child.pid)
-    child.communicate()
-    assert bench_turns.cpu_s([child.pid]) == 0
-
-
-def test_a_busy_side_is_not_at_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_turns, "_REST_S", 0.3)
-    child = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    try:
-        with pytest.raises(RuntimeError, match=r"processes \[\d+\] are busy 0 s after their turn, so that others cannot"):
-            bench_turns.rest(child.pid)
-    finally:
-        child.kill()
-        child.wait()
-
-
-class Pipe:
-    """The other end of a side's pipe: asks for one turn and notes what it is told."""
-
-    def __init__(self) -> None:
-        self.told: list[Any] = []
-        self.asks: list[Any] = [(1, 1e-9), None]
-
-    def send(self, told: Any) -> None:
-        self.told.append(told)
-
-    def recv(self) -> Any:
-        return self.asks.pop(0)
-
-    def close(self) -> None:
-        self.told.append("closed")
-
-
-def served(monkeypatch: pytest.MonkeyPatch, work: Work, start: Any) -> list[Any]:
-    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS"):
-        monkeypatch.setenv(name, "1")       # put back afterwards
-    monkeypatch.setitem(bench_sides.BY_NAME, "made", bench_sides.Side("made", "made", "original", "peer", start))
-    pipe = Pipe()
-    bench_turns.serve(pipe, "made", work)       # type: ignore[arg-type]
-    return pipe.told
-
-
-def test_a_side_is_checked_then_takes_its_turns_and_is_closed(monkeypatch: pytest.MonkeyPatch, work: Work) -> None:
-    told = exact(Material(work, "original"))
+def test_a_contender_is_checked_then_takes_its_turns_and_is_closed(monkeypatch: pytest.MonkeyPatch, work: Task) -> None:
+    batch = exact(Photographs(work, "original"))
     closed: list[bool] = []
-    running = Running(iter([told] * 5), lambda batch: batch, lambda: closed.append(True))
-    ready, turn, end = served(monkeypatch, work, lambda work: running)
-    assert ready[0] == "ready" and ready[1] < 1e-4 and turn[0] == "turn" and turn[1].images == 4 and closed == [True]
-    wrong = replace(told, draws=told.draws + np.float32([0, 0, 0, 4, 4, 4]))
-    (failed, why), end = served(monkeypatch, work, lambda work: Running(iter([wrong]), lambda batch: batch))
-    assert failed == "failed" and why.startswith("RuntimeError: first batch lies 4.00 grey levels from the exact pixels, more")
 
-    def missing(work: Work) -> Running:
-        raise NotAvailable("x is not installed")
+    def contend(running: Running) -> AbstractContextManager[rounds.Ready]:
+        monkeypatch.setitem(CONTENDERS, "made", Contender("made", "made", "original", "peer", lambda task: running))
+        return rounds.started("made", work)
 
-    assert served(monkeypatch, work, missing) == [("not available", "x is not installed"), "closed"]
+    with contend(Running(iter([batch] * 12), lambda batch: batch, lambda: closed.append(True))) as ready:
+        levels, turn = rounds.first_difference(ready), rounds.take_turn(ready, 1e-9)
+        assert levels is not None and levels < 1e-4 and turn.images == 8 and not closed
+    assert closed == [True]
+    wrong = replace(batch, parameters=batch.parameters + np.float32([0, 0, 0, 4, 4, 4]))
+    with pytest.raises(RuntimeError, match="^first batch lies 4.00 grey levels from the exact pixels, more"):
+        with contend(Running(iter([wrong]), lambda batch: batch, lambda: closed.append(True))):
+            pass
+    assert closed == [True, True]
+    monkeypatch.setattr(rounds, "wait_idle", lambda limit: False)
+    with pytest.raises(RuntimeError, match="^still busy 30 s after its turn, so that others cannot be timed$"):
+        with contend(Running(iter([batch]), None)):
+            pass
 
 
 def test_a_package_that_is_missing_is_named() -> None:
@@ -197,7 +141,7 @@ def test_a_package_that_is_missing_is_named() -> None:
 # --- figures
 
 def made(name: str, *rates: float, reason: str = "") -> Result:
-    return Result(BY_NAME[name], tuple(Turn(int(rate), 1.0, rate / 500) for rate in rates), 0.1 if rates else None, reason)
+    return Result(CONTENDERS[name], tuple(Turn(int(rate), 1.0, rate / 500) for rate in rates), 0.1 if rates else None, reason)
 
 
 FOUND = [made("archives", 900, 1000, 1200), made("pil", 400, 500, 480), made("torch", 800, 800, 800),
@@ -210,14 +154,14 @@ FOUND = [made("archives", 900, 1000, 1200), made("pil", 400, 500, 480), made("to
 def test_ratios_are_of_medians_against_the_best_that_ran() -> None:
     found = {(ratio.over, ratio.under): ratio for ratio in bench_report.ratios(FOUND)}
     best = found["archives", "torch"]
-    assert (best.value, best.least, best.most, best.aim, best.met) == (1.25, 1.125, 1.5, 1.15, True)
+    assert (best.value, best.aim, best.met) == (Spread(1.25, 1.125, 1.5), 1.15, True)
     assert best.by_cpu == 1.0           # made up: each used 2 ms an image
-    assert found["archives", "decode"].value == 0.5 and found["archives", "decode"].met is False
-    assert found["packed", "archives"].value == 3.1 and found["packed", "archives"].least == 3100 / 1200
+    assert found["archives", "decode"].value.median == 0.5 and found["archives", "decode"].met is False
+    assert found["packed", "archives"].value == Spread(3.3, 3100 / 1200, 3000 / 900)
     peer = found["packed", "packed_spdl"]
-    assert (peer.value, peer.aim, peer.met) == (2.0, None, None) and ("packed", "packed_dataloader") not in found
-    assert found["resident", "packed"].value == 9000 / 3100 and found["resident", "packed"].met is False
-    assert found["resident", "memmap"].value == 2.0         # the best that ran
+    assert (peer.value.median, peer.aim, peer.met) == (2.0, None, None) and ("packed", "packed_dataloader") not in found
+    assert found["resident", "packed"].value.median == 9000 / 3100 and found["resident", "packed"].met is False
+    assert found["resident", "memmap"].value.median == 2.0         # the best that ran
     assert bench_report.ratios([made("pil", 1), made("archives", reason="no")]) == []
 
 
@@ -240,9 +184,9 @@ def test_json_table_and_plot_tell_the_same(tmp_path: Path) -> None:
         assert image.size[0] > 800
 
 
-def test_sides_have_names_of_their_own_and_known_kinds() -> None:
-    assert len(BY_NAME) == len(SIDES) and {side.data for side in SIDES} == set(bench_sides.DATA)
-    assert {side.role for side in SIDES} == {"ours", "peer", "limit"}
+def test_contenders_are_of_known_kinds() -> None:
+    assert {contender.data for contender in CONTENDERS.values()} == set(KINDS)
+    assert {contender.role for contender in CONTENDERS.values()} == {"ours", "peer", "limit"}
 
 
 # --- the command
@@ -250,13 +194,14 @@ def test_sides_have_names_of_their_own_and_known_kinds() -> None:
 @pytest.mark.parametrize("words, message", [
     (["--rounds", "0"], "--rounds (=0) must be at least 1; leave it out for the default"),
     (["--seconds", "0"], "--seconds (=0.0) must be above 0; "),
-    (["--only", "archives,torchdata"], "side (=torchdata) is unknown; sides are archives, pil, "),
-    (["--only", "pil", "--without", "pil"], "--without (=pil) must leave a side; "),
-    (["/nonexistent", "--only", "pil"], "index (=/nonexistent) does not exist; ")])
-def test_nonsense_is_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.main(words) == 2
+    (["--only", "archives,torchdata"], "contender (=torchdata) is unknown; contenders are archives, pil, "),
+    (["--only", "pil", "--without", "pil"], "--without (=pil) must leave a contender; "),
+    (["MISSING", "--only", "pil"], "index (=MISSING) does not exist; ")])
+def test_nonsense_is_refused(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = str(tmp_path / "missing")
+    assert bench.main([word.replace("MISSING", missing) for word in words]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert error.startswith("error: ") and message.replace("MISSING", missing) in error and error.count("\n") == 1
 
 
 def test_missing_packages_that_it_needs_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -276,22 +221,21 @@ def test_a_batch_larger_than_the_set_is_refused(index: SampleIndex, capsys: pyte
                                        "more\n")
 
 
-def test_pictures_are_drawn_without_an_index(tmp_path: Path) -> None:
-    drawn = SampleIndex.load(bench.drawn_index(tmp_path, 4))
+def test_synthetic_photographs_without_an_index(tmp_path: Path) -> None:
+    drawn = SampleIndex.load(bench.synthetic_index(tmp_path, 4))
     sizes = drawn.samples[["width", "height"]]
     assert len(drawn.ids("train")) >= 4 and min(min(row) for row in sizes.tolist() if all(row)) >= 8
 
 
-def test_ours_that_fails_ends_it_and_others_are_noted(monkeypatch: pytest.MonkeyPatch, work: Work) -> None:
-    class Failing:
-        def __init__(self, name: str, work: Work) -> None:
-            raise RuntimeError(f"side {name} failed: why")
+def test_ours_that_fails_ends_it_and_others_are_noted(monkeypatch: pytest.MonkeyPatch, work: Task) -> None:
+    def failing(name: str, *given: object) -> None:
+        raise RuntimeError(f"{name} failed: why")
 
-    monkeypatch.setattr(bench_turns, "Player", Failing)
-    found = bench.measure(work, ["pil"], 1, 0.01)
-    assert found[0].turns == () and found[0].reason == "side pil failed: why"
-    with pytest.raises(RuntimeError, match="side archives failed: why"):
-        bench.measure(work, ["pil", "archives"], 1, 0.01)
+    monkeypatch.setattr(rounds, "Workers", failing)
+    found = rounds.measure(work, ["pil"], 1, 0.01)
+    assert found[0].turns == () and found[0].reason == "contender pil failed: why"
+    with pytest.raises(RuntimeError, match="contender archives failed: why"):
+        rounds.measure(work, ["pil", "archives"], 1, 0.01)
 
 
 def test_it_runs(index: SampleIndex, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -309,9 +253,9 @@ def test_it_runs(index: SampleIndex, tmp_path: Path, capfd: pytest.CaptureFixtur
                                                                   ("resident", "packed")}
     assert (tmp_path / "found.png").exists() and "ours, tier resident" in said.out and "Traceback" not in said.err
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
-    assert bench_turns.tree(os.getpid()) == [os.getpid()] or all("resource_tracker" in words for words in left_running())
+    assert process_tree(os.getpid()) == [os.getpid()] or all("resource_tracker" in words for words in left_running())
 
 
 def left_running() -> list[str]:
     """Command lines of this process's children."""
-    return [Path(f"/proc/{pid}/cmdline").read_text() for pid in bench_turns.tree(os.getpid())[1:]]
+    return [Path(f"/proc/{pid}/cmdline").read_text() for pid in process_tree(os.getpid())[1:]]

@@ -1,69 +1,45 @@
-"""What `tools/bench/__main__.py` found: ratios against aims, a table, JSON, a plot.
+"""Shows what `make bench` measured: ratios against aims, tables, JSON, a plot.
 
-The one concept: a result is turns of sides; everything else is worked out from them. Of a side its median over the turns
-counts, with the smallest and largest beside it; of a ratio the ratio of the medians, with the smallest and largest ratio
-within one round beside it, for the two sides of a round were timed within a minute of each other.
+Of a contender its median over the rounds counts, with the smallest and largest beside it; a ratio is taken within each round,
+whose turns were a minute apart, and its median counts.
 """
 from __future__ import annotations
 
-import json
 import os
 import platform
-import statistics
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from tools.bench.sides import BY_NAME, DATA, SIDES, Side
+from tools.bench.contenders import CONTENDERS, KINDS
+from tools.bench.rounds import Result
+from tools.profile.measure import Spread, ratio, spread
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tools.bench.rounds import Turn
-
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "torch", "numpy", "pillow", "simplejpeg", "opencv-python-headless",
-            "webdataset", "spdl")
-
-
-@dataclass(frozen=True)
-class Result:
-    """What became of one side: its turns, or why there are none.
-
-    Attributes:
-        side: which.
-        turns: one a round; empty when it did not run.
-        difference: grey levels between its first batch and the exact pixels; None when it makes none, or did not run.
-        reason: why it did not run ("" when it did).
-    """
-    side: Side
-    turns: tuple[Turn, ...]
-    difference: float | None = None
-    reason: str = ""
-
-    @property
-    def rate(self) -> float:
-        """Images per second, the median."""
-        return statistics.median(turn.rate for turn in self.turns)
-
-    @property
-    def cpu_ms(self) -> float:
-        """CPU milliseconds an image, the median."""
-        return statistics.median(turn.cpu_ms for turn in self.turns)
+_PACKAGES = ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "torch", "numpy", "pillow", "simplejpeg", "opencv-python-headless",
+             "webdataset", "spdl")
+# (contender, what it is compared with, in words, what the ratio should reach); "best peer": the fastest of the same data.
+_RATIOS = (("archives", "best peer", "best peer", 1.15), ("archives", "decode", "whole decode alone", 0.6),
+           ("packed", "archives", "tier archives", 2.7), ("packed", "best peer", "best peer", None),
+           ("packed", "packed_decode", "whole decode alone", None), ("resident", "packed", "tier packed", 3.0),
+           ("resident", "best peer", "best peer", None))
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """One side's speed over another's.
+    """One contender's speed over another's.
 
     Attributes:
-        over: name of the side above the line.
-        under: name of the one below it.
+        over, under: names of the two.
         of: what `under` stands for: "best peer", "tier archives" …
-        value, least, most: ratio of the medians; smallest and largest within a round.
+        value: of the rounds.
         by_cpu: the inverse ratio of CPU time an image, which says what `value` would be with every core busy; beside other
             work on the machine it is the steadier of the two.
         aim: what it should reach; None: nothing was aimed at.
@@ -71,64 +47,45 @@ class Ratio:
     over: str
     under: str
     of: str
-    value: float
-    least: float
-    most: float
+    value: Spread
     by_cpu: float
     aim: float | None
 
     @property
     def met(self) -> bool | None:
         """Whether the aim is reached."""
-        return None if self.aim is None else self.value >= self.aim
-
-
-def best_peer(results: Sequence[Result], data: str) -> Result | None:
-    """The fastest of the others that ran on this kind of data."""
-    peers = [result for result in results if result.side.data == data and result.side.role == "peer" and result.turns]
-    return max(peers, key=lambda result: result.rate, default=None)
+        return None if self.aim is None else self.value.median >= self.aim
 
 
 def ratios(results: Sequence[Result]) -> list[Ratio]:
-    """The ratios that docs/results answers for, as far as their sides ran."""
-    ran = {result.side.name: result for result in results if result.turns}
-
-    def ratio(over: str, under: Result | None, of: str, aim: float | None) -> list[Ratio]:
-        if over not in ran or under is None:
-            return []
-        rounds = [above.rate / below.rate for above, below in zip(ran[over].turns, under.turns)]
-        return [Ratio(over, under.side.name, of, ran[over].rate / under.rate, min(rounds), max(rounds),
-                      under.cpu_ms / ran[over].cpu_ms, aim)]
-
-    return (ratio("archives", best_peer(results, "original"), "best peer", 1.15)
-            + ratio("archives", ran.get("decode"), "whole decode alone", 0.6)
-            + ratio("packed", ran.get("archives"), "tier archives", 2.7)
-            + ratio("packed", best_peer(results, "packed"), "best peer", None)
-            + ratio("packed", ran.get("packed_decode"), "whole decode alone", None)
-            + ratio("resident", ran.get("packed"), "tier packed", 3.0)
-            + ratio("resident", best_peer(results, "decoded"), "best peer", None))
+    """The ratios that docs/results answers for, as far as their contenders ran."""
+    ran = {result.contender.name: result for result in results if result.turns}
+    made = []
+    for name, other, of, aim in _RATIOS:
+        over = ran.get(name)
+        if over is not None:
+            peers = [result for result in ran.values()
+                     if result.contender.data == over.contender.data and result.contender.role == "peer"]
+            under = max(peers, key=lambda peer: median(peer.rates), default=None) if other == "best peer" else ran.get(other)
+            if under is not None:
+                made.append(Ratio(name, under.contender.name, of, ratio(over.rates, under.rates),
+                                  median(under.cpu_ms) / median(over.cpu_ms), aim))
+    return made
 
 
 def hardware() -> dict[str, Any]:
     """CPU model, cores this process may use, memory in GiB."""
-    model = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-            break
+    cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = [line.partition(":")[2].strip() for line in cpuinfo if line.startswith("model name")]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "memory_gib": round(memory, 1)}
+    return {"cpu": [*models, platform.processor() or platform.machine()][0], "cores": len(os.sched_getaffinity(0)),
+            "memory_gib": round(memory, 1)}
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and of every package a side is made with; None where it is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    """Of Python and of every package a contender is made with; None where it is not installed."""
+    installed = {name: metadata.version(name) for name in _PACKAGES if any(metadata.distributions(name=name))}
+    return {"python": platform.python_version(), **{name: installed.get(name) for name in _PACKAGES}}
 
 
 def commit() -> str | None:
@@ -145,101 +102,83 @@ def commit() -> str | None:
 def as_json(results: Sequence[Result], about: dict[str, Any]) -> dict[str, Any]:
     """Everything, for a file. `about`: date, command, work."""
     def of(result: Result) -> dict[str, Any]:
-        side = result.side
-        entry = {"name": side.name, "label": side.label, "data": side.data, "role": side.role, "ran": bool(result.turns),
-                 "reason": result.reason or None, "grey_levels_from_exact": result.difference,
+        contender = result.contender
+        entry = {"name": contender.name, "label": contender.label, "data": contender.data, "role": contender.role,
+                 "ran": bool(result.turns), "reason": result.reason or None, "grey_levels_from_exact": result.difference,
                  "turns": [{"images": turn.images, "seconds": turn.seconds, "cpu_s": turn.cpu_s} for turn in result.turns]}
         if result.turns:
-            rates = [turn.rate for turn in result.turns]
-            entry |= {"images_per_s": {"median": result.rate, "min": min(rates), "max": max(rates)},
-                      "cpu_ms_per_image": result.cpu_ms}
+            middle, least, most = spread(result.rates)
+            entry |= {"images_per_s": {"median": middle, "min": least, "max": most}, "cpu_ms_per_image": median(result.cpu_ms)}
         return entry
 
-    found = [{"over": ratio.over, "under": ratio.under, "under_is": ratio.of, "value": ratio.value, "min": ratio.least,
-              "max": ratio.most, "by_cpu": ratio.by_cpu, "aim": ratio.aim, "met": ratio.met} for ratio in ratios(results)]
+    plain = [{"over": one.over, "under": one.under, "under_is": one.of, "value": one.value.median, "min": one.value.least,
+              "max": one.value.most, "by_cpu": one.by_cpu, "aim": one.aim, "met": one.met} for one in ratios(results)]
     return {**about, "commit": commit(), "hardware": hardware(), "versions": versions(),
-            "sides": [of(result) for result in results], "ratios": found}
-
-
-def write_json(found: dict[str, Any], path: Path) -> None:
-    """Write it, readable."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            "sides": [of(result) for result in results], "ratios": plain}
 
 
 def show(results: Sequence[Result], console: Console) -> None:
-    """Two tables: sides, ratios."""
+    """Two tables: contenders, ratios."""
     from rich.table import Table
 
     table = Table(title="images per second, median (smallest–largest)")
-    for name in ("reads", "side", "img/s", "", "CPU ms an image", "levels off"):
+    for name in ("reads", "contender", "img/s", "", "CPU ms an image", "levels off"):
         table.add_column(name, justify="right" if name in ("img/s", "CPU ms an image", "levels off") else "left")
-    for data in DATA:
-        rows = [result for result in results if result.side.data == data]
-        for result in sorted(rows, key=lambda result: -result.rate if result.turns else 0):
-            style = {"ours": "bold", "limit": "italic"}.get(result.side.role)
-            first = DATA[data] if result is min(rows, key=lambda r: -r.rate if r.turns else 0) else ""
-            if not result.turns:
-                table.add_row(first, result.side.label, "–", f"[dim]{result.reason[:60]}[/]", style=style)
-                continue
-            rates = [turn.rate for turn in result.turns]
-            table.add_row(first, result.side.label, f"{result.rate:,.0f}", f"({min(rates):,.0f}–{max(rates):,.0f})",
-                          f"{result.cpu_ms:.2f}", "" if result.difference is None else f"{result.difference:.2f}", style=style)
+    for kind, label in KINDS.items():
+        rows = [result for result in results if result.contender.data == kind]
+        for result in sorted(rows, key=lambda result: -median(result.rates) if result.turns else 0):
+            style = {"ours": "bold", "limit": "italic"}.get(result.contender.role)
+            if result.turns:
+                middle, least, most = spread(result.rates)
+                table.add_row(label, result.contender.label, f"{middle:,.0f}", f"({least:,.0f}–{most:,.0f})",
+                              f"{median(result.cpu_ms):.2f}", "" if result.difference is None else f"{result.difference:.2f}",
+                              style=style)
+            else:
+                table.add_row(label, result.contender.label, "–", f"[dim]{result.reason[:60]}[/]", style=style)
+            label = ""
         table.add_section()
     console.print(table)
     table = Table(title="ratios (smallest–largest within a round)")
     for name in ("over", "under", "ratio", "", "by CPU time", "aim", ""):
         table.add_column(name, justify="right" if name in ("ratio", "by CPU time", "aim") else "left")
-    for ratio in ratios(results):
-        under = ratio.of + (f": {BY_NAME[ratio.under].label}" if "best" in ratio.of else "")
-        verdict = {None: "", True: "[green]met[/]", False: "[red]missed[/]"}[ratio.met]
-        table.add_row(BY_NAME[ratio.over].label, under, f"{ratio.value:.2f}", f"({ratio.least:.2f}–{ratio.most:.2f})",
-                      f"{ratio.by_cpu:.2f}", "" if ratio.aim is None else f"{ratio.aim:g}", verdict)
+    for one in ratios(results):
+        under = one.of + (f": {CONTENDERS[one.under].label}" if one.of == "best peer" else "")
+        verdict = {None: "", True: "[green]met[/]", False: "[red]missed[/]"}[one.met]
+        table.add_row(CONTENDERS[one.over].label, under, f"{one.value.median:.2f}",
+                      f"({one.value.least:.2f}–{one.value.most:.2f})", f"{one.by_cpu:.2f}",
+                      "" if one.aim is None else f"{one.aim:g}", verdict)
     console.print(table)
 
 
 def plot(results: Sequence[Result], title: str, path: Path) -> None:
-    """A bar a side with whiskers from smallest to largest, a panel a kind of data, a line at the limit."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    """A bar a contender with whiskers from smallest to largest, a panel a kind of data, a line at the limit."""
+    from matplotlib.figure import Figure
 
-    ran = [result for result in results if result.turns]
-    kinds = [data for data in DATA if any(result.side.data == data for result in ran)]
-    groups = [sorted((r for r in ran if r.side.data == data and r.side.role != "limit"), key=lambda r: r.rate) for data in kinds]
-    heights = [len(group) + 0.8 for group in groups]
-    figure, axes = pyplot.subplots(len(kinds), 1, figsize=(9, 0.42 * sum(heights) + 1), squeeze=False, layout="constrained",
-                                   gridspec_kw={"height_ratios": heights})
-    for panel, data, group in zip(axes[:, 0], kinds, groups):
-        rates = [result.rate for result in group]
-        lows = [result.rate - min(turn.rate for turn in result.turns) for result in group]
-        highs = [max(turn.rate for turn in result.turns) - result.rate for result in group]
-        colours = ["#c2571a" if result.side.role == "ours" else "#8296a8" for result in group]
-        panel.barh([result.side.label for result in group], rates, xerr=[lows, highs], color=colours, capsize=3, height=0.7,
+    ran = [(result, spread(result.rates)) for result in results if result.turns]
+    groups = {kind: sorted(((result, rates) for result, rates in ran if result.contender.data == kind), key=lambda pair: pair[1])
+              for kind in KINDS if any(result.contender.data == kind for result, _ in ran)}
+    bars = {kind: [pair for pair in group if pair[0].contender.role != "limit"] for kind, group in groups.items()}
+    heights = [len(group) + 0.8 for group in bars.values()]
+    figure = Figure(figsize=(9, 0.42 * sum(heights) + 1), layout="constrained")
+    axes = figure.subplots(len(groups), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
+    for panel, (kind, group) in zip(axes[:, 0], bars.items()):
+        rates = [rates for _, rates in group]
+        panel.barh([result.contender.label for result, _ in group], [rate.median for rate in rates], capsize=3, height=0.7,
+                   xerr=[[rate.median - rate.least for rate in rates], [rate.most - rate.median for rate in rates]],
+                   color=["#c2571a" if result.contender.role == "ours" else "#8296a8" for result, _ in group],
                    error_kw={"lw": 1})
-        limits = [result for result in ran if result.side.data == data and result.side.role == "limit"]
-        for limit in limits:
-            panel.axvline(limit.rate, color="black", ls="--", lw=1, label=f"{limit.side.label}: {limit.rate:,.0f}")
-            panel.legend(loc="lower right", fontsize=8, framealpha=0.9)
-        right = max([*(high + rate for high, rate in zip(highs, rates)), *(limit.rate for limit in limits)])
+        for result, (limit, *_) in groups[kind]:
+            if result.contender.role == "limit":
+                panel.axvline(limit, color="black", ls="--", lw=1, label=f"{result.contender.label}: {limit:,.0f}")
+                panel.legend(loc="lower right", fontsize=8, framealpha=0.9)
+        right = max(rates.most for _, rates in groups[kind])
         panel.set_xlim(0, 1.14 * right)
-        for place, (rate, high) in enumerate(zip(rates, highs)):
-            panel.text(rate + high + 0.008 * right, place, f"{rate:,.0f}", va="center", fontsize=8,
+        for row, rate in enumerate(rates):
+            panel.text(rate.most + 0.008 * right, row, f"{rate.median:,.0f}", va="center", fontsize=8,
                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
-        panel.set_title(DATA[data], loc="left", fontsize=10)
+        panel.set_title(KINDS[kind], loc="left", fontsize=10)
         panel.spines[["top", "right"]].set_visible(False)
     axes[-1, 0].set_xlabel("images per second")
     figure.suptitle(title, fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def missing(results: Sequence[Result]) -> list[str]:
-    """A line for each side that did not run."""
-    return [f"{result.side.name}: {result.reason}" for result in results if not result.turns]
-
-
-def names() -> str:
-    """Of all sides, for messages."""
-    return ", ".join(side.name for side in SIDES)

@@ -1,12 +1,12 @@
-"""The work that every side of `tools/bench/__main__.py` does, and the check that it did.
+"""The work that every contender of `make bench` does, and the check that it did it.
 
-The one concept: a photograph is decoded, its short side brought to 256 pixels (linear, antialiased), a random 227 crop cut
-out of the central square, half of them reflected, lighting noise added and the mean image subtracted; 64 of them are
-handed over as (64, 3, 227, 227) float32. A side tells of its first batch which photographs it holds and what was drawn
-for them; the same pixels are then made again, slowly, with PIL, and compared.
+A photograph is decoded, its short side brought to 256 pixels (linear, antialiased), a random 227 crop cut out of the central
+square, half of them flipped, PCA colour jitter added and the mean image subtracted; a batch is handed over as (B, 3, 227, 227)
+float32. Of its first batch a contender tells the photographs and the augmentation parameters; the same pixels are then made
+again, slowly, with PIL, and compared.
 
-Legend: B batch, C channel, H row, W column, S 256. A draw is a row of six numbers: top, left (pixels of the square),
-mirror (0 or 1), and what the lighting noise adds to red, green and blue (grey levels).
+B batch, H row, W column. Parameters of an image are six numbers: top, left (pixels of the 256 square), flip (0 or 1), and what
+the colour jitter adds to red, green and blue (grey levels).
 """
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ import importlib
 import io
 import os
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from pipeline.config import DataConfig
-    from pipeline.index.sample_index import SampleIndex
-    from pipeline.stats import Stats
+from pipeline.config import DataConfig
+from pipeline.index.sample_index import SampleIndex
+from pipeline.reading.source import Reader
+from pipeline.sampling.augment import lighting_shift
+from pipeline.stats import Stats
+from tools.bench.workers import NotAvailable
 
-SQUARE_PX, CROP_PX, LIGHTING = 256, 227, 0.1
+SQUARE_PX, CROP_PX = 256, 227
+DATA = DataConfig(region="square", square_px=SQUARE_PX, crop_px=CROP_PX, mirror=True, lighting=0.1, mean="image")
 
-Draws = npt.NDArray[np.float32]     # (B, 6)
-Pixels = npt.NDArray[np.uint8]      # (H, W, 3) RGB
-
-
-class NotAvailable(RuntimeError):
-    """A side that cannot run here, and why: its package is not installed, or not of this version."""
+Parameters = npt.NDArray[np.float32]    # (B, 6)
+Pixels = npt.NDArray[np.uint8]          # (H, W, 3) RGB
 
 
 def need(module: str) -> Any:
@@ -49,17 +49,17 @@ def need(module: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a side is given. All of it travels to another process.
+class Task:
+    """What a contender is given. All of it travels to another process.
 
     Attributes:
         index: folder of the index of the original files.
         packed: folder of the index of the same photographs packed at 256 px, or None.
-        stats: file of the training set's mean image and colour components at 256 px, used by every side.
-        scratch: folder for what a side needs beside the files themselves: a WebDataset tar of them, a .beton, squares.
+        stats: file of the training set's mean image and colour components at 256 px, used by every contender.
+        scratch: folder for what a contender needs beside the files themselves: WebDataset tars of them, resized images.
         split: of the index.
         batch: B.
-        workers: threads or processes of each side.
+        workers: threads or processes of each contender.
     """
     index: Path
     packed: Path | None
@@ -71,100 +71,103 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Told:
-    """A batch with what is needed to make it again: images (B, 3, crop, crop) float32 (any array), ids (B,), draws (B, 6)."""
+class Augmented:
+    """A batch with what is needed to make it again: images (B, 3, crop, crop) float32 (any array), ids (B,), parameters (B,
+    6)."""
     images: Any
     ids: npt.NDArray[np.int64]
-    draws: Draws
+    parameters: Parameters
 
 
 @dataclass(frozen=True)
 class Running:
-    """A side at work: batches without end, what the first of them holds (None: the side makes no pixels), its end."""
+    """A contender at work.
+
+    Attributes:
+        batches: without end.
+        describe: a batch with its parameters; None: the contender makes no pixels.
+        close: ends its threads.
+    """
     batches: Iterator[Any]
-    told: Callable[[Any], Told] | None
+    describe: Callable[[Any], Augmented] | None
     close: Callable[[], None] = lambda: None
 
 
-class Material:
-    """The photographs of one kind (`original` or `packed` bytes), as a side reads them. Opened where it is used first, so
-    that it travels to worker processes as a few paths."""
+class Photographs:
+    """The files of one kind (`original` or `packed`), as a contender reads them. Opened where it is used first, so that it
+    travels to worker processes as a few paths."""
 
-    def __init__(self, work: Work, data: str) -> None:
-        self.work, self.data = work, data
+    def __init__(self, task: Task, kind: str) -> None:
+        self.task, self.kind = task, kind
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Material, (self.work, self.data)
+        return Photographs, (self.task, self.kind)
 
     @cached_property
     def index(self) -> SampleIndex:
-        """The index of these bytes."""
-        from pipeline.index.sample_index import SampleIndex
-        if self.data == "packed" and self.work.packed is None:
+        """The index of these files. Raises NotAvailable."""
+        path = self.task.packed if self.kind == "packed" else self.task.index
+        if path is None:
             raise NotAvailable("there are no packed shards")
-        return SampleIndex.load(self.work.packed if self.data == "packed" and self.work.packed else self.work.index)
+        return SampleIndex.load(path)
 
     @cached_property
     def ids(self) -> npt.NDArray[np.int64]:
         """(N,) of the split."""
-        return self.index.ids(self.work.split)
+        return self.index.ids(self.task.split)
 
     @cached_property
     def stats(self) -> Stats:
-        """Of the training set, the same for all sides."""
-        from pipeline.stats import Stats
-        return Stats.load(self.work.stats)
+        """Of the training set, the same for all contenders."""
+        return Stats.load(self.task.stats)
 
     @cached_property
-    def _reader(self) -> Any:
-        from pipeline.reading.source import Reader
+    def _reader(self) -> Reader:
         return Reader(self.index, check_crc=False)
 
     def read(self, id: int) -> npt.NDArray[np.uint8]:
         """The bytes of a photograph: a view of the memory-mapped archive."""
-        view: npt.NDArray[np.uint8] = self._reader.read(id)
-        return view
+        return self._reader.read(id)
 
-    def draw(self, random: np.random.Generator, count: int) -> Draws:
-        """(count, 6) draws, as a program without our counters would make them."""
-        from pipeline.sampling.augment import lighting_shift
-        places = random.integers(0, SQUARE_PX - CROP_PX + 1, (count, 2))
-        shift = lighting_shift(random.normal(0, LIGHTING, (count, 3)), self.stats.eigenvalues, self.stats.eigenvectors)
-        return np.hstack([places, random.random((count, 1)) < 0.5, shift]).astype(np.float32)
+    def draw(self, random: np.random.Generator, count: int) -> Parameters:
+        """(count, 6) parameters, as a program without our counters would draw them."""
+        corners = random.integers(0, SQUARE_PX - CROP_PX + 1, (count, 2))
+        shift = lighting_shift(random.normal(0, DATA.lighting, (count, 3)), self.stats.eigenvalues, self.stats.eigenvectors)
+        return np.hstack([corners, random.random((count, 1)) < 0.5, shift]).astype(np.float32)
 
-    def square(self, id: int) -> Pixels:
-        """(S, S, 3) the central square of a photograph, made slowly with PIL: the reference."""
-        from PIL import Image
+    def resized(self, id: int) -> Pixels:
+        """(256, 256, 3) the central square of a resized photograph, made slowly with PIL: the reference."""
+        Image = need("PIL.Image")
         image = Image.open(io.BytesIO(self.read(id).tobytes())).convert("RGB")
         width, height = resized_size(image.size)
         image = image.resize((width, height), Image.Resampling.BILINEAR)
         left, top = (width - SQUARE_PX) // 2, (height - SQUARE_PX) // 2
         return np.asarray(image.crop((left, top, left + SQUARE_PX, top + SQUARE_PX)))
 
-    def squares(self) -> Path:
-        """The .npy file (N, S, S, 3) uint8 of the squares of all photographs in the order of `ids`, made when it is not there."""
-        path = self.work.scratch / f"squares-{self.data}.npy"
+    def resized_file(self) -> Path:
+        """The .npy file (N, 256, 256, 3) uint8 of all resized photographs in the order of `ids`, made when it is not there."""
+        path = self.task.scratch / f"resized-{self.kind}.npy"
         if not path.exists():
-            whole = np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", np.uint8, (len(self.ids), SQUARE_PX, SQUARE_PX, 3))
-            for row, id in enumerate(self.ids):
-                whole[row] = self.square(int(id))
-            whole.flush()
+            images = np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", np.uint8, (len(self.ids), SQUARE_PX, SQUARE_PX, 3))
+            for row, id in enumerate(self.ids.tolist()):
+                images[row] = self.resized(id)
+            images.flush()
             os.replace(path.with_suffix(".tmp"), path)
         return path
 
     def shards(self) -> list[str]:
-        """WebDataset tars of these bytes: the packed ones as they lie, or two written now, so that each worker has its own."""
-        if self.data == "packed":
-            return sorted({str(self.index.archive_path(int(position)))
-                           for position in np.unique(self.index.samples["archive"][self.ids])})
-        paths = [self.work.scratch / f"original-{part}.tar" for part in range(2)]
+        """WebDataset tars of these files: the packed ones as they lie, or two written now, so that each worker has its own."""
+        if self.kind == "packed":
+            return sorted({str(self.index.archive_path(int(archive)))
+                           for archive in np.unique(self.index.samples["archive"][self.ids])})
+        paths = [self.task.scratch / f"original-{part}.tar" for part in range(2)]
         for part, path in enumerate(paths):
             if path.exists():
                 continue
             with tarfile.open(path.with_suffix(".tmp"), "w", format=tarfile.USTAR_FORMAT) as tar:
-                for id in self.ids[part::2]:
-                    label = int(self.index.samples["label"][id])
-                    for suffix, content in (("jpg", self.read(int(id)).tobytes()), ("cls", str(label).encode())):
+                for id in self.ids[part::2].tolist():
+                    label = str(self.index.samples["label"][id]).encode()
+                    for suffix, content in (("jpg", self.read(id).tobytes()), ("cls", label)):
                         member = tarfile.TarInfo(f"{id:08d}.{suffix}")
                         member.size = len(content)
                         tar.addfile(member, io.BytesIO(content))
@@ -172,39 +175,31 @@ class Material:
         return [str(path) for path in paths]
 
     def id_of(self, content: bytes) -> int:
-        """Which photograph these bytes are (by CRC-32; for the check of a first batch, not for the clock)."""
-        import zlib
+        """Which photograph these bytes are (by CRC-32; for the check of a first batch, not while the clock runs)."""
         return int(self.ids[np.flatnonzero(self.index.samples["crc32"][self.ids] == zlib.crc32(content))[0]])
 
 
 def resized_size(size: tuple[int, int]) -> tuple[int, int]:
-    """(width, height) with the short side at S, the long one rounded half up, as `pipeline.decoding.geometry.resized`."""
+    """(width, height) with the short side at 256, the long one rounded half up, as `pipeline.decoding.geometry.resized`."""
     short = min(size)
     width, height = ((2 * side * SQUARE_PX + short) // (2 * short) for side in size)
     return width, height
 
 
-def data_config() -> DataConfig:
-    """The paper's training crops."""
-    from pipeline.config import DataConfig
-    return DataConfig(region="square", square_px=SQUARE_PX, crop_px=CROP_PX, mirror=True, lighting=LIGHTING, mean="image")
-
-
-def difference(material: Material, told: Told, batch: int) -> float:
+def difference(photographs: Photographs, augmented: Augmented) -> float:
     """Mean absolute difference, in grey levels, between a batch and the same one made slowly.
 
     Raises:
         RuntimeError: it is not (B, 3, crop, crop) float32.
     """
-    images = np.asarray(told.images)
-    if images.shape != (batch, 3, CROP_PX, CROP_PX) or images.dtype != np.float32:
-        raise RuntimeError(f"first batch (={images.shape} {images.dtype}) must be {(batch, 3, CROP_PX, CROP_PX)} float32")
-    mean = material.stats.mean_image
-    total = 0.0
-    for image, id, (top, left, mirror, *shift) in zip(images, told.ids, told.draws):
-        place = slice(int(top), int(top) + CROP_PX), slice(int(left), int(left) + CROP_PX)
-        expected = material.square(int(id))[place].astype(np.float32) - mean[place] + np.float32(shift)
-        if mirror:
+    images, expected_shape = np.asarray(augmented.images), (photographs.task.batch, 3, CROP_PX, CROP_PX)
+    if images.shape != expected_shape or images.dtype != np.float32:
+        raise RuntimeError(f"first batch (={images.shape} {images.dtype}) must be {expected_shape} float32")
+    mean, total = photographs.stats.mean_image, 0.0
+    for image, id, (top, left, flip, *shift) in zip(images, augmented.ids.tolist(), augmented.parameters):
+        crop = slice(int(top), int(top) + CROP_PX), slice(int(left), int(left) + CROP_PX)
+        expected = photographs.resized(id)[crop].astype(np.float32) - mean[crop] + np.float32(shift)
+        if flip:
             expected = expected[:, ::-1]
         total += float(np.abs(image - expected.transpose(2, 0, 1)).mean())
-    return total / batch
+    return total / len(images)

@@ -216,15 +216,16 @@ def _check_comparable(data: DataConfig) -> None:
 def compared(what: Subject, seconds: float, rounds: int) -> tuple[dict[str, tuple[float, ...]], tuple[str, ...]]:
     """This tier and other people's loaders on the same kind of files, interleaved, each in a process of its own with as many
     workers (tools/bench): label → images/s of each round, ours first; and those that could not run, with the reason."""
-    from tools.bench import __main__ as bench, workload as bench_work
-    from tools.bench.sides import SIDES
+    from tools.bench import rounds as bench  # compares with libraries that a profile does not need
+    from tools.bench.contenders import CONTENDERS
+    from tools.bench.workload import Task
 
     packed = what.index.path if what.index.packed is not None else None
     stats = stats_path(what.index.path, what.data.square_px, what.split)
     kind = {"archives": "original", "resident": "decoded"}.get(what.tier, "packed")
-    chosen = [what.tier, *(side.name for side in SIDES if side.role != "ours" and side.data == kind)]
+    others = [other.name for other in CONTENDERS.values() if other.role != "ours" and other.data == kind]
     with tempfile.TemporaryDirectory() as scratch:
-        work = bench_work.Work(what.index.path, packed, stats, Path(scratch), what.split, what.batch, what.machine.threads)
-        results = bench.measure(work, chosen, rounds, seconds)
-    return ({result.side.label: tuple(turn.rate for turn in result.turns) for result in results if result.turns},
-            tuple(f"{result.side.label}: {result.reason}" for result in results if not result.turns))
+        task = Task(what.index.path, packed, stats, Path(scratch), what.split, what.batch, what.machine.threads)
+        results = bench.measure(task, [what.tier, *others], rounds, seconds)
+    return ({result.contender.label: tuple(result.rates) for result in results if result.turns},
+            tuple(f"{result.contender.label}: {result.reason}" for result in results if not result.turns))

@@ -1,0 +1,141 @@
+"""Other people's libraries, used as an expert would: the bytes of a photograph to the crop's pixels, and these to floats.
+
+Nothing is decoded less exactly than ours decodes it. What a crop and its parameters are: `tools.bench.workload`.
+"""
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import simplejpeg
+import torch
+
+from tools.bench.workload import CROP_PX, SQUARE_PX, Augmented, Photographs, Pixels, need, resized_size
+
+Crop = Callable[[Any, int, int], Pixels]     # (bytes of a JPEG, top, left) → (crop, crop, 3) uint8, possibly a view
+
+
+def decode(data: Any) -> Pixels:
+    """(H, W, 3) of a JPEG by libjpeg-turbo, with the exact transforms; of another format by PIL."""
+    try:
+        pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
+        return pixels
+    except ValueError:      # one in thousands is CMYK or a PNG
+        return np.array(need("PIL.Image").open(io.BytesIO(bytes(data))).convert("RGB"))
+
+
+def _slices(width: int, height: int, top: int, left: int) -> tuple[slice, slice]:
+    """Rows and columns of a crop in a picture whose short side is 256."""
+    y, x = (height - SQUARE_PX) // 2 + top, (width - SQUARE_PX) // 2 + left
+    return slice(y, y + CROP_PX), slice(x, x + CROP_PX)
+
+
+def crop_pil(data: Any, top: int, left: int) -> Pixels:
+    """PIL alone; of the resize only what the crop shows."""
+    Image = need("PIL.Image")
+    image = Image.open(io.BytesIO(bytes(data))).convert("RGB")
+    width, height = resized_size(image.size)
+    rows, columns = _slices(width, height, top, left)
+    across, down = image.size[0] / width, image.size[1] / height
+    box = (columns.start * across, rows.start * down, columns.stop * across, rows.stop * down)
+    return np.asarray(image.resize((CROP_PX, CROP_PX), Image.Resampling.BILINEAR, box=box))
+
+
+def crop_opencv(data: Any, top: int, left: int) -> Pixels:
+    """simplejpeg and OpenCV, whose antialiased resize is the mean over areas."""
+    cv2 = need("cv2")
+    pixels = decode(data)
+    size = resized_size((pixels.shape[1], pixels.shape[0]))
+    resized: Pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    return resized[_slices(*size, top, left)]
+
+
+def crop_torch(data: Any, top: int, left: int) -> Pixels:
+    """simplejpeg and torch's antialiased resize of uint8: the fastest of those tried, and exact. Of 256-px data, no resize."""
+    pixels = decode(data)
+    width, height = resized_size((pixels.shape[1], pixels.shape[0]))
+    if pixels.shape[:2] != (height, width):
+        planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        resized = torch.nn.functional.interpolate(planes, (height, width), mode="bilinear", antialias=True)
+        pixels = resized[0].permute(1, 2, 0).numpy()
+    return pixels[_slices(width, height, top, left)]
+
+
+def crop_spdl(data: Any, top: int, left: int) -> Pixels:
+    """spdl's own decoder, FFmpeg: decode, scale and crop in one filter graph."""
+    sio, content = need("spdl.io"), bytes(data)
+    try:
+        height, width = simplejpeg.decode_jpeg_header(content)[:2]
+    except ValueError:      # one in thousands is CMYK or a PNG
+        return crop_torch(data, top, left)
+    size = resized_size((width, height))
+    rows, columns = _slices(*size, top, left)
+    scale = "" if size == (width, height) else f"scale=w={size[0]}:h={size[1]}:flags=bilinear,"
+    chain = f"{scale}crop=w={CROP_PX}:h={CROP_PX}:x={columns.start}:y={rows.start}:exact=1,format=pix_fmts=rgb24"
+    pixels: Pixels = sio.to_numpy(sio.load_image(content, filter_desc=chain))
+    return pixels
+
+
+class Cropper:
+    """(id, top, left) → crop: bytes through a crop function, or (None) a slice of resized images. Travels to workers."""
+
+    def __init__(self, photographs: Photographs, crop: Crop | None) -> None:
+        self.photographs, self.crop = photographs, crop
+        self._resized: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Cropper, (self.photographs, self.crop)
+
+    def open(self) -> None:
+        """Make and open what is read, before there are several threads or processes that would."""
+        self.photographs.read(int(self.photographs.ids[0]))
+        if self.crop is None:
+            # copy on write: torch warns of arrays it must not write to
+            self._resized = np.load(self.photographs.resized_file(), mmap_mode="c")
+
+    def __call__(self, id: int, top: int, left: int) -> Pixels:
+        """(crop, crop, 3) uint8."""
+        if self.crop is not None:
+            return self.crop(self.photographs.read(id), top, left)
+        if self._resized is None:
+            self.open()
+        row = int(np.searchsorted(self.photographs.ids, id))
+        crop: Pixels = self._resized[row, top:top + CROP_PX, left:left + CROP_PX]
+        return crop
+
+
+class Normalize:
+    """Crops to floats by torch, the fastest tried: copy, subtract the mean image's piece, add the colour jitter.
+
+    Buffers are reused in turn: a batch lasts until `lasting` more have been made.
+    """
+
+    def __init__(self, photographs: Photographs, lasting: int = 2) -> None:
+        self._mean = torch.from_numpy(photographs.stats.mean_image_chw)
+        shape = (photographs.task.batch, 3, CROP_PX, CROP_PX)
+        self._buffers = itertools.cycle([torch.empty(shape) for _ in range(lasting + 1)])
+
+    def buffer(self) -> torch.Tensor:
+        """(B, 3, crop, crop) to write to. Safe to call from any thread."""
+        return next(self._buffers)
+
+    def image(self, out: torch.Tensor, crop: Pixels, parameters: Sequence[float]) -> None:
+        """One image: out (3, crop, crop)."""
+        top, left, flip = (int(number) for number in parameters[:3])
+        pixels = torch.from_numpy(crop).permute(2, 0, 1)
+        mean = self._mean[:, top:top + CROP_PX, left:left + CROP_PX]
+        if flip:
+            out.copy_(pixels.flip(-1)).sub_(mean.flip(-1))
+        else:
+            out.copy_(pixels).sub_(mean)
+        out.add_(out.new_tensor(parameters[3:])[:, None, None])
+
+    def batch(self, crops: Any, ids: Any, parameters: Any) -> Augmented:
+        """A batch of crops (B, crop, crop, 3)."""
+        out, parameters = self.buffer(), np.asarray(parameters)
+        for row, crop, numbers in zip(out, np.asarray(crops), parameters.tolist()):
+            self.image(row, crop, numbers)
+        return Augmented(out, np.asarray(ids), parameters)
