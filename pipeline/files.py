@@ -25,10 +25,15 @@ class LockHeld(RuntimeError):
     """A lock that another process holds; the message says which process ("process 12 on host", or "another process")."""
 
 
-def is_temporary(path: Path, final: str = "") -> bool:
-    """Whether a file or folder is called like a temporary of this module; with `final`, like one that becomes this name."""
+def final_name(path: Path) -> str:
+    """The name that a temporary will have; "" when the file or folder is not called like a temporary of this module."""
     match = re.fullmatch(r"\.(.+)\.[^.]*\.\d+\.[0-9a-f]{8}\.tmp", path.name)
-    return match is not None and final in ("", match[1])
+    return match[1] if match else ""
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file or folder is called like a temporary of this module."""
+    return final_name(path) != ""
 
 
 @contextlib.contextmanager
@@ -73,11 +78,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
-def remove_dead(folder: Path, final: str = "") -> list[Path]:
-    """Remove the temporaries in `folder` whose writers are dead (with `final`, only those of this name); returns them."""
+def remove_dead(folder: Path, name: str = "") -> list[Path]:
+    """Remove the temporaries in `folder` whose writers are dead, all or those of `name`; returns them."""
     removed = []
     for temporary in sorted(folder.iterdir()):
-        if not is_temporary(temporary, final):
+        if not is_temporary(temporary) or name not in ("", final_name(temporary)):
             continue
         with contextlib.suppress(OSError):  # gone by now, its writer lives, or the file system has no locks
             descriptor = os.open(temporary, os.O_RDONLY if temporary.is_dir() else os.O_RDWR)

@@ -3,7 +3,6 @@
   pack_shards.py INDEX OUT                        256-px squares, shards of about 1 GB
   pack_shards.py INDEX OUT --region full          whole images at a short side of 256
   torchrun --nproc-per-node 4 tools/pack_shards.py INDEX OUT       (or srun) each rank its share
-  pack_shards.py INDEX --measure                  quality and subsampling against size, errors, time; writes nothing
 
 OUT becomes an index folder of its own: `data.packed: OUT` in a recipe, `build_index.py info OUT`. Its shards are standard tars of
 KEY.jpg and KEY.cls. Killed or interrupted, the same command goes on, and the bytes are the same.
@@ -28,7 +27,7 @@ from tools.cli import guarded  # noqa: E402
 
 if TYPE_CHECKING:
     from pipeline.index.sample_index import SampleIndex
-    from pipeline.packing.jpeg import PackOptions
+    from pipeline.packing.plan import PackOptions
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,8 +35,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="pack_shards.py", description=__doc__,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("index", metavar="INDEX", type=Path, help="folder written by build_index.py")
-    top.add_argument("out", metavar="OUT", type=Path, nargs="?", help="folder for the shards and their index")
-    top.add_argument("--measure", action="store_true", help="print what qualities and subsamplings cost on this index")
+    top.add_argument("out", metavar="OUT", type=Path, help="folder for the shards and their index")
     what = top.add_argument_group("what is written")
     what.add_argument("--split", nargs="+", default=[], help="splits to pack, from the first one on (default: all)")
     what.add_argument("--region", choices=("square", "full"), default="square",
@@ -79,38 +77,25 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parser().parse_args(arguments)
     before = signal.signal(signal.SIGINT, _interrupted)
     try:
-        return guarded(lambda: _measure(asked) if asked.measure else _pack(asked))
+        return guarded(lambda: _pack(asked))
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 def _load(asked: argparse.Namespace) -> tuple[SampleIndex, PackOptions]:
     from pipeline.index.sample_index import SampleIndex
-    from pipeline.packing.jpeg import PackOptions
+    from pipeline.packing.plan import PackOptions
 
     return (SampleIndex.load(asked.index, asked.archives),
             PackOptions(asked.region, asked.square_px, asked.quality, asked.subsampling, asked.seed))
 
 
-def _measure(asked: argparse.Namespace) -> None:
-    from pipeline.pack_quality import QUALITIES, measure
-
-    index, options = _load(asked)
-    split = asked.split[0] if asked.split else index.split_names[0]
-    print(f"{'quality':>7} {'chroma':>6} {'PSNR dB mean':>12} {'min':>6} {'kB':>6} {'encode ms':>9} {'decode ms':>9}")
-    for cost in measure(index, split, options, QUALITIES):
-        print(f"{cost.quality:>7} {cost.subsampling:>6} {cost.psnr_mean:>12.2f} {cost.psnr_min:>6.2f} {cost.bytes / 1e3:>6.1f} "
-              f"{cost.encode_ms:>9.3f} {cost.decode_ms:>9.3f}")
-
-
 def _pack(asked: argparse.Namespace) -> None:
     from pipeline.packing import pack
-    from pipeline.packing.plan import missing, pieces, prepare
+    from pipeline.packing.plan import pieces
     from pipeline.parallel import cores
     from tools.progress import Console
 
-    if asked.out is None:
-        raise ValueError("OUT (=none) is missing; give the folder for the shards, or --measure")
     for name, low in (("jobs", 0), ("shard_images", 0), ("shard_mb", 1)):
         if getattr(asked, name) < low:
             raise ValueError(f"--{name.replace('_', '-')} (={getattr(asked, name)}) must be at least {low}; correct it")
@@ -120,13 +105,13 @@ def _pack(asked: argparse.Namespace) -> None:
     index, options = _load(asked)
     # Slurm may have bound us to our cores already: then those are ours.
     jobs = asked.jobs or max(1, min(cores(), (os.cpu_count() or 1) // local))
-    plan = prepare(index, asked.out, options, splits=asked.split, shard_images=asked.shard_images,
-                   shard_bytes=asked.shard_mb * 1_000_000, budget=asked.budget)
+    plan = pack.prepare(index, asked.out, options, splits=asked.split, shard_images=asked.shard_images,
+                        shard_bytes=asked.shard_mb * 1_000_000, budget=asked.budget)
     began = time.monotonic()
     with Console() as progress:
         written = pack.write(index, asked.out, plan, jobs=jobs, rank=rank, world=world, budget=asked.budget, progress=progress)
         seconds = time.monotonic() - began
-        left = missing(index, asked.out, plan)
+        left = pack.missing(index, asked.out, plan)
         if not left:
             made, said = pack.complete(index, asked.out, plan, jobs=jobs, budget=asked.budget, progress=progress)
     if written:

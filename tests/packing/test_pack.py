@@ -16,14 +16,13 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from pipeline.packing import plan as pack_plan
+from pipeline.packing import pack
 from pipeline.index.tar import open_tar, walk
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex, content_sha256
 from pipeline.index.writer import mark_excluded
-from pipeline.packing.jpeg import PackOptions, decoded, psnr, squared_error
-from pipeline.packing.plan import order
-from pipeline.pack_quality import measure
+from pipeline.packing.images import decoded, psnr, squared_error
+from pipeline.packing.plan import PackOptions, order
 from pipeline.loading.eval_loader import TestLoader
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats, stats_path
@@ -172,14 +171,14 @@ def test_killed_and_resumed(source: SampleIndex, packed: SampleIndex, tmp_path: 
     command = [*COMMAND, str(source.path), str(out), *OPTIONS]
     chance = random.Random(time.time_ns())
     killed = 0
-    for wanted, jobs in zip(sorted(chance.sample(range(6), 5)), chance.sample(["1", "1", "1", "1", "2"], 5)):
+    for wanted, jobs in zip(sorted(chance.sample(range(6), 3)), chance.sample(["1", "1", "2"], 3)):
         process = subprocess.Popen([*command, "--jobs", jobs], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and len(list(out.glob("*.json"))) < wanted + 1:  # plan.json is one
             time.sleep(0.001)
         time.sleep(chance.uniform(0, 0.02))
         process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
-    assert killed >= 3
+    assert killed >= 2
     assert main([str(source.path), str(out), *OPTIONS, "--jobs", "1"]) == 0
     assert hashes(out) == hashes(packed.path)
 
@@ -275,12 +274,10 @@ def test_other_folders_are_refused(source: SampleIndex, packed: SampleIndex, tmp
     refused(source.path, folder, "exists and holds no packed shards")
     refused(packed.path, tmp_path / "out", f"INDEX (={packed.path}) is packed already")
     refused(tmp_path / "index", packed.path, "was made with --split train val, not train; other images of train (SHA-256")
-    assert main([str(source.path)]) == 2
-    assert "OUT (=none) is missing" in capsys.readouterr().err
     (tmp_path / "plan").mkdir()
     (tmp_path / "plan" / "plan.json").write_text("{}")
     refused(source.path, tmp_path / "plan", "must be one that pack_shards.py wrote")
-    monkeypatch.setattr(pack_plan, "_SPARE", 1e12)
+    monkeypatch.setattr(pack, "SPARE", 1e12)
     refused(source.path, tmp_path / "out", "GB free; make room, give another OUT, or a lower --quality")
     assert not (tmp_path / "out").exists()
 
@@ -354,19 +351,6 @@ def test_who_started_us(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     assert place(None, None) == (1, 2, 2) and place(0, 1) == (0, 1, 1)
-
-
-def test_measure(source: SampleIndex, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    index = write_set(tmp_path, photographs(10))
-    costs = {(cost.quality, cost.subsampling): cost
-             for cost in measure(index, "train", PackOptions(square_px=PX), [(50, "420"), (95, "420"), (95, "444")])}
-    assert costs[95, "444"].psnr_mean > costs[95, "420"].psnr_mean > costs[50, "420"].psnr_mean
-    assert costs[95, "444"].bytes > costs[95, "420"].bytes > costs[50, "420"].bytes
-    assert main([str(index.path), "--measure", "--square-px", "32"]) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 16 and said[0].split()[:2] == ["quality", "chroma"]
-    assert main([str(source.path), "--measure", "--square-px", "32"]) == 2
-    assert "must not exceed the budget (=0)" in capsys.readouterr().err
 
 
 def test_psnr() -> None:
