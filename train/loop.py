@@ -239,7 +239,7 @@ def test(job: Job, split: str, views: int, what: str) -> Optional[Score]:
     loader = job.tests[split]
     try:
         return evaluate(job.network, loader, views, build.autocast(job.config, job.where),
-                        stop=lambda: job.stop.wanted, progress=job.console.testing(what), where=job.where)
+                        stop=lambda: job.stop.wanted, progress=job.console.testing(what), topology=job.where)
     finally:
         loader.close()  # its threads and decoder; it is used again
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +13,8 @@ from pipeline.index.builder import Builder
 from pipeline.index.devkit import read_devkit
 from pipeline.index.ilsvrc import build_ilsvrc
 from tests.conftest import TinySet
-from tests.helpers.recipes import write_recipe
-from tests.evaluate.test_ensemble import evaluate
-from tests.helpers.runs import here
+from tests.helpers.evaluations import evaluate, evaluate_json
+from tests.helpers.trained_run import write_run
 from tools.demo import dataset as make_demo
 from train.evaluate import predictions as saved, submission
 
@@ -24,9 +22,8 @@ from train.evaluate import predictions as saved, submission
 @pytest.fixture(scope="module")
 def runs(tiny_set: TinySet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    recipe = write_recipe(folder, tiny_set.index)
     for seed, name in enumerate("ab"):
-        here(recipe, folder, "--machine.stop_after=2", f"--machine.name={name}", f"--train.seed={seed}", code=75)
+        write_run(folder, tiny_set, name=name, seed=seed)
     return folder
 
 
@@ -75,7 +72,7 @@ def test_a_split_without_labels(tiny_set: TinySet, runs: Path, unlabelled: Sampl
     assert out.endswith(f"predictions in {tmp_path / 'test.txt'}\n")
     evaluate("--run", runs / "a", runs / "b", "--views", 1, "--submission", tmp_path / "val.txt", *kit)
     assert (tmp_path / "test.txt").read_bytes() == (tmp_path / "val.txt").read_bytes(), "the same images, in the same order"
-    found = json.loads(evaluate("--run", runs / "a", runs / "b", "--views", 1, "--json")[0])
+    found = evaluate_json("--run", runs / "a", runs / "b", "--views", 1)
     labelled = SampleIndex.load(tiny_set.index)
     truth = labelled.samples["label"][labelled.ids("val")]
     ids = submission.challenge_ids(unlabelled, kit[1])

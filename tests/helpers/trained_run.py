@@ -18,15 +18,16 @@ from train.checkpoint import checkpoint
 from train.recipe import dump, load
 
 
-def write_run(folder: Path, tiny_set: TinySet, errors: tuple[float | None, ...] = (0.5,), **replaced: str) -> Path:
-    """`folder`/run with one checkpoint for each validation error, of networks whose initial values differ."""
+def write_run(folder: Path, tiny_set: TinySet, errors: tuple[float | None, ...] = (0.5,), name: str = "run", seed: int = 0,
+              **replaced: str) -> Path:
+    """`folder`/`name` with one checkpoint for each validation error, of networks whose initial values differ."""
     index = SampleIndex.load(tiny_set.index)
     config = load(write_recipe(folder, tiny_set.index, **replaced))
     for step, error in enumerate(errors):
-        network = AlexNet(config.model, seed=step)
+        network = AlexNet(config.model, seed=seed + step)
         with torch.no_grad():  # as they begin, all images would be about the same to them
-            for name, value in network.named_parameters():
-                value.mul_(0 if name.endswith("bias") else 4)
+            for parameter, value in network.named_parameters():
+                value.mul_(0 if parameter.endswith("bias") else 4)
         tensors, shapes = build.parameters(network, config)
 
         def attach(path: Path) -> None:
@@ -34,5 +35,6 @@ def write_run(folder: Path, tiny_set: TinySet, errors: tuple[float | None, ...] 
             Stats.for_index(index, config.data.square_px).save(path / checkpoint.STATS)
 
         state: dict[str, Any] = {"step": step, "validation_error": error, "classes": build.classes_sha256(index)}
-        checkpoint.save(folder / "run/checkpoints", checkpoint.checkpoint_name(step, None), tensors, shapes, state, attach, ALONE)
-    return folder / "run"
+        checkpoint.save(folder / name / "checkpoints", checkpoint.checkpoint_name(step, None), tensors, shapes, state, attach,
+                        ALONE)
+    return folder / name

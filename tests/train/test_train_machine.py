@@ -12,7 +12,7 @@ import torch
 from tests.helpers.recipes import write_recipe
 from tests.helpers.runs import here, inside
 from train import build
-from train.evaluate import __main__ as evaluate
+from train.evaluate import __main__ as evaluate, command
 from train.parallel import topology as distributed
 from train.parallel.topology import Topology, process_group
 from train.recipe import load
@@ -74,6 +74,6 @@ def test_too_little_memory_is_a_failure_of_the_machine(recipe: Path, tmp_path: P
     _, err = here(recipe, tmp_path, code=4)
     assert err == (f"error: memory (={text or 'used up'}) does not suffice; lower train.batch, machine.test_batch or "
                    "machine.prefetch\n")
-    monkeypatch.setattr(evaluate, "run", fail)
+    monkeypatch.setattr(command, "run", fail)
     _, err = inside(evaluate.main, ["--run", "x"], code=4)
     assert err == f"error: memory (={text or 'used up'}) does not suffice; give a smaller --batch\n"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, Collection, Literal, Optional, Sequence
 
@@ -129,7 +129,10 @@ def resolve_all(paths: Sequence[Path], which: Optional[str] = None, *, default: 
     is_run = [(path / CHECKPOINTS).is_dir() for path in paths]
     if which is not None and not any(is_run):
         raise ValueError(f"--which (={which}) chooses among a run's checkpoints; leave it out, or give a run folder")
-    return [_of_run(path, which, default, warn) if in_run else _folder(path, kinds, name) for path, in_run in zip(paths, is_run)]
+    found = [_of_run(path, which, default, warn) if in_run else _folder(path, kinds, name) for path, in_run in zip(paths, is_run)]
+    # Evaluations and reports name a checkpoint by the names of its run and itself, which the path must hold.
+    return [replace(entry, path=Path(os.path.abspath(entry.path)))
+            if predictions.run_folder(entry.path).name in ("", "..") else entry for entry in found]
 
 
 def _of_run(run: Path, which: Optional[str], default: str, warn: Callable[[str], None]) -> Resolved:
@@ -142,8 +145,6 @@ def _of_run(run: Path, which: Optional[str], default: str, warn: Callable[[str],
     if path is None:
         raise ValueError(f"run (={run}) has no {'validated ' if which == 'best' else ''}checkpoint yet; wait for its first, or "
                          "give another")
-    if run.name in ("", ".."):  # evaluations and reports name a checkpoint by its run
-        path = Path(os.path.abspath(path))
     return Resolved(path, "checkpoint")
 
 

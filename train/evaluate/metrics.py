@@ -1,25 +1,29 @@
-"""What a test counts: the places of the labels, and from them errors and loss. B batch, K classes, N images."""
+"""Metrics of a test: rank of the label, top-1 and top-5 error, loss, 95% bootstrap intervals. N images, K classes."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
+import numpy as np
+
+CHANCE = ("top-1 error is at chance; if this network was trained, the labels are in another order than in its "
+          "training: check the devkit and the class list with build_index.py info")
+LEVEL = 0.95  # of intervals
+_GRID = 1 << 17  # points of the distribution of a resample's sum
+_STEPS = 1 << 12  # grid steps in a standard deviation of that sum: the grid reaches 16 of them to either side
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a test counted.
+    """Counts and loss of a test.
 
     Attributes:
         images: tested, each once.
         top1_errors, top5_errors: images whose label is not the most probable class; not among the five most probable.
         loss: mean of -log of the label's averaged probability.
-        classes: of the network.
+        classes: K.
     """
 
     images: int
@@ -30,12 +34,12 @@ class Score:
 
     @property
     def top1(self) -> float:
-        """Share of top-1 errors."""
+        """Top-1 error, a share."""
         return self.top1_errors / self.images
 
     @property
     def top5(self) -> float:
-        """Share of top-5 errors."""
+        """Top-5 error, a share."""
         return self.top5_errors / self.images
 
     @property
@@ -50,47 +54,68 @@ class Score:
                 "top1": self.top1, "top5": self.top5, "loss": self.loss}
 
 
-CHANCE = ("top-1 error is at chance; if this network was trained, the labels are in another order than in its "
-          "training: check the devkit and the class list with build_index.py info")
-
-
-def ranks(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Place of each label among the classes, 0 the most probable; of equals the lower class comes first.
+def label_ranks(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Rank of each label among the classes, 0 the most probable; of equal probabilities the lower class comes first.
 
     Args:
-        probabilities: (B, K).
-        labels: (B,) int64.
+        probabilities: (N, K).
+        labels: (N,) integers.
 
     Returns:
-        (B,) int64.
+        (N,) int64.
 
     Raises:
         RuntimeError: a probability is not finite (comparisons with it are false and would count as successes).
     """
-    import torch
-
-    if not torch.isfinite(probabilities).all():
+    if not np.isfinite(probabilities).all():
         raise RuntimeError("probabilities (=NaN or infinite) must be finite; the weights are damaged, test an earlier "
                            "checkpoint")
-    mine = probabilities.gather(1, labels[:, None])
-    lower = torch.arange(probabilities.shape[1], device=labels.device)[None] < labels[:, None]
-    return ((probabilities > mine) | ((probabilities == mine) & lower)).sum(1)
+    of_label = np.take_along_axis(probabilities, labels[:, None], 1)
+    lower = np.arange(probabilities.shape[1])[None] < labels[:, None]
+    return np.asarray(((probabilities > of_label) | ((probabilities == of_label) & lower)).sum(1))
 
 
-def losses(own: np.ndarray) -> np.ndarray:
-    """(N,) float64: -log of each label's probability, which may have underflown to 0."""
-    import numpy as np
-
-    return -np.log(np.maximum(own, np.finfo(np.float64).tiny))
+def label_losses(probabilities: np.ndarray) -> np.ndarray:
+    """(N,) float64: -log of each label's probability (N,), which may have underflown to 0."""
+    return -np.log(np.maximum(probabilities, np.finfo(np.float64).tiny))
 
 
-def scored(places: np.ndarray, own: np.ndarray, classes: int) -> Score:
-    """The score of N images, the same for any order of them.
+def score(ranks: np.ndarray, probabilities: np.ndarray, classes: int) -> Score:
+    """The score of N images; does not depend on their order.
 
     Args:
-        places: (N,) of the labels, as `ranks` gives.
-        own: (N,) float64 probabilities of the labels.
-        classes: of the network.
+        ranks: (N,) of the labels, from `label_ranks`.
+        probabilities: (N,) float64, of the labels.
+        classes: K.
     """
-    return Score(len(places), int((places >= 1).sum()), int((places >= 5).sum()),
-                 math.fsum(losses(own).tolist()) / len(places), classes)
+    return Score(len(ranks), int((ranks >= 1).sum()), int((ranks >= 5).sum()),
+                 math.fsum(label_losses(probabilities).tolist()) / len(ranks), classes)
+
+
+def bootstrap_interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
+    """Percentile bootstrap interval of a mean over images, in the limit of infinitely many resamples.
+
+    A resample draws N of the N images with replacement. Its sum has a known distribution: that of one image's value convolved
+    with itself N times, which is a power of its Fourier transform. So no resample is drawn, and there is no seed. Differences
+    between two networks are means too, of each image's difference, so what both find hard does not widen their interval.
+
+    Args:
+        values: (N,), N at least 1. Integers (errors, differences of errors) are treated exactly, others to about 1/4096 of the
+            standard error.
+        level: share of the resamples whose mean lies inside.
+    """
+    count, values = len(values), values.astype(np.float64)
+    deviation = float(values.std()) * math.sqrt(count)  # of the sum
+    if deviation == 0:
+        return float(values[0]), float(values[0])
+    exact = bool((values == np.rint(values)).all()) and deviation < _STEPS
+    origin, step = (0.0, 1.0) if exact else (float(values.mean()), deviation / _STEPS)
+    positions = (values - origin) / step
+    below = np.floor(positions)
+    share, cell = positions - below, below.astype(np.int64)  # a value between two grid points is divided, which keeps the mean
+    one = np.bincount(cell % _GRID, 1 - share, _GRID) + np.bincount((cell + 1) % _GRID, share, _GRID)
+    of_sum = np.fft.irfft(np.fft.rfft(one / count) ** count, _GRID)  # of the sum modulo the grid
+    first = round(float(positions.sum())) - _GRID // 2
+    cumulative = np.cumsum(np.roll(of_sum, -(first % _GRID)))
+    low, high = (first + int(np.searchsorted(cumulative, tail)) for tail in ((1 - level) / 2, (1 + level) / 2))
+    return origin + step * low / count, origin + step * high / count

@@ -1,6 +1,6 @@
-"""One pass of a network over a split: softmax averaged over one or ten views (paper §4.1), every image exactly once.
+"""Predict the classes of a split: softmax averaged over one or ten crops (paper §4.1), every image exactly once.
 
-B batch, K classes.
+B batch, K classes, N images of the split.
 """
 
 from __future__ import annotations
@@ -11,85 +11,97 @@ import numpy as np
 import torch
 from torch import nn
 
+from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.batch import Batch
-from pipeline.reading.source import SampleError
 from pipeline.loading.eval_loader import TestLoader
+from pipeline.reading.source import SampleError
+from train.evaluate.metrics import Score, label_ranks, score
+from train.evaluate.predictions import IMAGE, SCALE
 from train.parallel.failure import enter_phase
 from train.parallel.topology import Topology
-from train.evaluate.metrics import Score, ranks, scored
+
+Take = Callable[[np.ndarray, np.ndarray], None]
+_ROUNDS = 32  # batches of a process between two exchanges of results
 
 
-def evaluate(network: nn.Module, loader: TestLoader, views: int, autocast: Callable[[], ContextManager[Any]],
-             stop: Callable[[], bool] = lambda: False,
-             progress: Callable[[int, int], None] = lambda done, total: None,
-             where: Optional[Topology] = None) -> Optional[Score]:
-    """Test a network on every image of a split. All processes call it together and get the same score, to the bit the same for
-    any number of data ranks: each finds the places of its images' labels, and what is counted does not depend on their order.
+class _Stopped(Exception):
+    """Somebody asked to stop."""
+
+
+def evaluate(network: nn.Module, loader: TestLoader, crops: int, autocast: Callable[[], ContextManager[Any]],
+             stop: Callable[[], bool] = lambda: False, progress: Callable[[int, int], None] = lambda done, total: None,
+             topology: Optional[Topology] = None) -> Optional[Score]:
+    """Test a network on every image of a split. Arguments and errors as for `predict`.
+
+    Returns:
+        The same score in all processes, equal to the bit for any number of data ranks; None when somebody asked to stop.
+    """
+    parts: list[np.ndarray] = []
+    total, classes = len(loader.index.ids(loader.split)), 0
+
+    def take(images: np.ndarray, probabilities: np.ndarray) -> None:
+        nonlocal classes
+        parts.append(images)
+        classes = probabilities.shape[1]
+
+    if not predict(network, loader, crops, autocast, take, stop=stop, progress=lambda done: progress(done, total),
+                   topology=topology, keep=False):
+        return None
+    images = check_complete(parts, loader.index, loader.split)
+    return score(images["place"], images["probability"], classes)
+
+
+def check_complete(parts: list[np.ndarray], index: SampleIndex, split: str) -> np.ndarray:
+    """(N,) IMAGE of all parts. Raises RuntimeError unless they are the images of the split, each once, in id order."""
+    images, ids = np.concatenate([np.zeros(0, IMAGE), *parts]), index.ids(split)
+    if not np.array_equal(images["id"], ids):
+        raise RuntimeError(f"images tested (={len(images)}, {len(np.unique(images['id']))} different) must be the {len(ids)} of "
+                           f"split {split}, each once; report this, the counts would be wrong")
+    return images
+
+
+def predict(network: nn.Module, loader: TestLoader, crops: int, autocast: Callable[[], ContextManager[Any]], take: Take, *,
+            stop: Callable[[], bool] = lambda: False, progress: Callable[[int], None] = lambda done: None,
+            topology: Optional[Topology] = None, labelled: bool = True, keep: bool = True) -> bool:
+    """Show a network the loader's images. All processes call it together.
 
     Args:
         network: images (B, 3, crop, crop) to logits (B, K); put into eval mode and back.
-        loader: of whole squares; with `shard` (data_rank, data_ranks) the batches of this process.
-        views: 1 (centre) or 10 (corners and centre, and mirrored); their softmax outputs are averaged.
+        loader: of resized images; with `shard` (data_rank, data_ranks) the batches of this process.
+        crops: 1 (centre) or 10 (corners and centre, and flipped); their softmax outputs are averaged.
         autocast: context in which the network runs.
-        stop: asked before each batch; when true in any process, the test is given up in all and None comes back.
-        progress: told of images done, by all processes, and in all.
-        where: this process; None is one alone.
+        take: called in every process with the rows of all processes, ordered by id: (M,) IMAGE and (M, K) float16.
+        stop: asked before each batch; when true in any process, the test is given up in all.
+        progress: called with the number of images done, by all processes.
+        topology: this process among others; None for one process.
+        labelled: an image without a label is an error.
+        keep: hand on the probabilities; else (0, K) of them.
+
+    Returns:
+        False when somebody asked to stop.
 
     Raises:
         SampleError: an image cannot be read; in all processes, whichever met it.
         ValueError: an image has no label (or, in the other processes, RuntimeError, as with all that loading fails of).
-        RuntimeError: not every image came exactly once, or a probability is not finite.
+        RuntimeError: a probability is not finite. What `take` raises.
     """
-    total = len(loader.index.ids(loader.split))
-    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # of each batch: ids, places and probabilities of the labels
-    classes = 0
-
-    def take(batch: Batch, probabilities: torch.Tensor) -> None:
-        nonlocal classes
-        own = probabilities.gather(1, batch.labels[:, None])[:, 0]
-        found.append((batch.ids, ranks(probabilities, batch.labels).cpu().numpy(), own.cpu().numpy()))
-        classes = probabilities.shape[1]
-
-    if not each_batch(network, loader, views, autocast, take, stop, lambda done: progress(done, total), where):
-        return None
-    if where is not None and where.data_ranks > 1:
-        everyone = where.gather_objects((found, classes))[::where.tower_ranks]  # both towers of a pair have the same
-        found, classes = [batch for part, _ in everyone for batch in part], max(number for _, number in everyone)
-    ids, places, own = (np.concatenate(part) for part in zip(*found)) if found else (np.zeros(0, np.int64),) * 3
-    order = np.argsort(ids)
-    ids = ids[order]
-    if not np.array_equal(ids, loader.index.ids(loader.split)):
-        raise RuntimeError(f"images tested (={len(ids)}, {len(np.unique(ids))} different) must be the {total} of split "
-                           f"{loader.split}, each once; report this, the counts would be wrong")
-    return scored(places[order], own[order], classes)
-
-
-def each_batch(network: nn.Module, loader: TestLoader, views: int, autocast: Callable[[], ContextManager[Any]],
-               take: Callable[[Batch, torch.Tensor], None], stop: Callable[[], bool] = lambda: False,
-               progress: Callable[[int], None] = lambda done: None, where: Optional[Topology] = None,
-               labelled: bool = True) -> bool:
-    """Show a network the loader's images; False when somebody asked to stop. All processes call it together.
-
-    Args:
-        network, loader, views, autocast, stop, where: as for `evaluate`.
-        take: called with each batch of this process and its probabilities (B, K) float64.
-        progress: told of images done, by all processes.
-        labelled: an image without a label is an error.
-
-    Raises:
-        As `evaluate`, and what `take` raises.
-    """
-    done = 0
+    done, rounds = 0, 0
+    rows: list[tuple[np.ndarray, np.ndarray]] = []
     training = network.training
     network.eval()
     try:
         with torch.no_grad():  # not inference_mode: what a layer keeps from here must serve training too
-            for batch, images in _rounds(loader, stop, where, labelled):
+            for batch, images in _rounds(loader, stop, topology, labelled):
                 if batch is not None:
-                    take(batch, _probabilities(network, loader, batch, views, autocast, where))
-                done += images
+                    probabilities = _probabilities(network, loader, batch, crops, autocast, topology)
+                    packed, halves = image_rows(batch.ids, batch.labels, probabilities)
+                    rows.append((packed, halves if keep else halves[:0]))
+                done, rounds = done + images, rounds + 1
+                if rounds % _ROUNDS == 0:
+                    _exchange(rows, take, topology)
                 progress(done)
                 enter_phase("test")
+            _exchange(rows, take, topology)
     except _Stopped:
         return False
     finally:
@@ -97,15 +109,26 @@ def each_batch(network: nn.Module, loader: TestLoader, views: int, autocast: Cal
     return True
 
 
-class _Stopped(Exception):
-    """Somebody asked to stop."""
+def _exchange(rows: list[tuple[np.ndarray, np.ndarray]], take: Take, topology: Optional[Topology]) -> None:
+    """Call `take` with the rows of all processes, and empty the list."""
+    if topology is not None and topology.data_ranks > 1:
+        of_ranks = topology.gather_objects(rows)[::topology.tower_ranks]  # both towers of a pair have the same
+    else:
+        of_ranks = [rows]
+    if joined := [part for of_rank in of_ranks for part in of_rank]:
+        images, probabilities = (np.concatenate(parts) for parts in zip(*joined))
+        order = np.argsort(images["id"], kind="stable")
+        take(images[order], probabilities[order] if len(probabilities) else probabilities)
+    rows.clear()
 
 
-def _rounds(loader: TestLoader, stop: Callable[[], bool], where: Optional[Topology],
+def _rounds(loader: TestLoader, stop: Callable[[], bool], topology: Optional[Topology],
             labelled: bool) -> Iterator[tuple[Optional[Batch], int]]:
-    """Batch after batch of this process (None when others still have one), with the images of all processes in this round.
+    """This process's batches, None when it has no more, with the images of this round in all processes.
 
-    Before each round all agree that everyone has its batch: a process that has failed would leave the others waiting for ever.
+    Processes have different numbers of batches, and a tower must not run without the other. So each round begins with an
+    exchange: how many images each has, and whether any has failed or was asked to stop. A failure of one that the others did
+    not know of would leave them waiting for ever.
     """
     batches = iter(loader)
     while True:
@@ -118,41 +141,52 @@ def _rounds(loader: TestLoader, stop: Callable[[], bool], where: Optional[Topolo
         except Exception as error:
             failure = error
         flags = [len(batch.ids) if batch is not None else 0, failure is not None, stop()]
-        images, failed, stopped = where.all_reduce_sum(flags) if where is not None else flags
+        images, failed, stopped = topology.all_reduce_sum(flags) if topology is not None else flags
         if failed:
-            raise _first_failure(failure, loader, where)
+            raise _first_failure(failure, loader, topology)
         if images == 0:
             return
         if stopped:
             raise _Stopped
-        yield batch, int(images) // (where.tower_ranks if where is not None else 1)
+        yield batch, int(images) // (topology.tower_ranks if topology is not None else 1)
 
 
-def _first_failure(failure: Optional[Exception], loader: TestLoader, where: Optional[Topology]) -> Exception:
-    """The failure that all processes raise: the one of the first that has any."""
-    if where is None or where.is_single:
+def _first_failure(failure: Optional[Exception], loader: TestLoader, topology: Optional[Topology]) -> Exception:
+    """The failure that all processes raise: that of the lowest rank that has one."""
+    if topology is None or topology.is_single:
         assert failure is not None
         return failure
     sample = (failure.id, failure.reason) if isinstance(failure, SampleError) else None
-    found = where.gather_objects((str(failure) or type(failure).__name__, sample) if failure is not None else None)
-    rank = next(rank for rank, entry in enumerate(found) if entry is not None)
-    if rank == where.global_rank and failure is not None:
+    failures = topology.gather_objects((str(failure) or type(failure).__name__, sample) if failure is not None else None)
+    rank = next(rank for rank, entry in enumerate(failures) if entry is not None)
+    if rank == topology.global_rank and failure is not None:
         return failure
-    text, sample = found[rank]
+    text, sample = failures[rank]
     return SampleError(loader.index, *sample) if sample else RuntimeError(f"process {rank} could not test its images: {text}")
 
 
-def _probabilities(network: nn.Module, loader: TestLoader, batch: Batch, views: int,
-                   autocast: Callable[[], ContextManager[Any]], where: Optional[Topology]) -> torch.Tensor:
-    """(B, K) float64: the softmax of a batch, averaged over the views."""
+def _probabilities(network: nn.Module, loader: TestLoader, batch: Batch, crops: int,
+                   autocast: Callable[[], ContextManager[Any]], topology: Optional[Topology]) -> torch.Tensor:
+    """(B, K) float64: the softmax of a batch, averaged over the crops."""
     images = batch.images
     if halves := getattr(network, "halves_images", False):  # each process of the pair gives half of an even number
-        assert where is not None
+        assert topology is not None
         images = torch.cat([images, images[-1:]]) if len(images) % 2 else images
-        images = images.chunk(2)[where.tower_rank]
+        images = images.chunk(2)[topology.tower_rank]
     total = torch.zeros(())
     with autocast():
-        for view in loader.views(images, views):
-            logits = network(view.contiguous())[:len(batch.ids)] if halves else network(view.contiguous())
-            total = logits.double().softmax(1) + total.to(view.device)
-    return total / views
+        for crop in loader.views(images, crops):
+            logits = network(crop.contiguous())[:len(batch.ids)] if halves else network(crop.contiguous())
+            total = logits.double().softmax(1) + total.to(crop.device)
+    return total / crops
+
+
+def image_rows(ids: np.ndarray, labels: torch.Tensor, probabilities: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Pack a batch: (B,) IMAGE and (B, K) float16, of (B,) ids, (B,) labels and (B, K) float64. Raises as `label_ranks`."""
+    exact, label = probabilities.cpu().numpy(), labels.cpu().numpy()
+    known, column = label >= 0, np.maximum(label, 0)
+    images = np.zeros(len(ids), IMAGE)
+    images["id"], images["label"] = ids, label
+    images["place"] = np.where(known, label_ranks(exact, column), -1)
+    images["probability"] = np.where(known, np.take_along_axis(exact, column[:, None], 1)[:, 0], np.nan)
+    return images, probabilities.mul(SCALE).half().cpu().numpy()

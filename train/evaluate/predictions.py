@@ -1,32 +1,39 @@
-"""Evaluations on disk, written as they come: what was tested once need not be tested again.
+"""Saved evaluations: all probabilities of a tested network, so that it need not be tested again.
 
-An evaluation is a folder:
-  evaluation.json    what was tested (`Facts`) and how (`Made`); when all is there, size and SHA-256 of the two arrays
-  images.npy         (N,) IMAGE of train/evaluate/probabilities.py: id, label, the label's place and probability
+An evaluation is a folder, written while the network is tested and renamed into its place when all of it is on disk:
+  evaluation.json    what was tested (`Key`) and how, size and SHA-256 of the two arrays
+  images.npy         (N,) IMAGE: id, label, the label's rank and probability as the network gave them
   probabilities.npy  (N, K) float16: probability × 2^15, which float16 holds to 1/2048 of itself down to 1.9e-9
-Batches are written as they are tested. Each row carries a CRC-32 of itself, so whatever ended the test, and in whatever order its
-bytes reached the disk, it is known which rows are there; a later test makes the others, in the same batches, hence the same bits.
+Counts and losses of one network are those of its float64 probabilities, exact; only the mean of several needs the float16 ones.
+Those are multiples of 2^-39, so sums of them are exact in float64: neither the order of the members of an ensemble nor where they
+come from changes a bit. N images in the order of the split's ids, K outputs of the network.
 """
 
 from __future__ import annotations
 
-import fcntl
-import io
-import json
+import contextlib
+import itertools
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Callable, Literal, Optional
+from typing import Any, BinaryIO, Callable, Iterator, Mapping, Optional
 
 import numpy as np
-import torch
 
-from pipeline.files import atomic_write, file_sha256, sync
-from train.parallel.topology import Topology
-from train.evaluate.probabilities import IMAGE, Evaluation, Facts, Made, check_complete, differences, intact, packed, untested
+from pipeline.files import atomic_folder, difference, file_entries, read_manifest, remove_dead, write_json
 
 FORMAT = 1
 MANIFEST, PROBABILITIES, IMAGES = "evaluation.json", "probabilities.npy", "images.npy"
+SCALE = 2.0 ** 15  # the largest power of two with which 1 is no overflow; exact, as it only moves the exponent
+IMAGE = np.dtype([
+    ("id", "<i8"),  # sample id
+    ("probability", "<f8"),  # of the label; NaN without one
+    ("label", "<i4"),  # -1 unknown
+    ("place", "<i4"),  # rank of the label among the classes, 0 the most probable; -1 without one
+    ("crc32", "<u4"),  # 0; earlier versions wrote a checksum of the row
+    ("spare", "<u4"),  # 0
+])
 
 
 class DamagedEvaluation(RuntimeError):
@@ -37,271 +44,189 @@ class NotSaved(RuntimeError):
     """An evaluation cannot be written."""
 
 
-class Folder:
-    """Takes the probabilities of a test and writes them into an evaluation that was begun. Each process writes its own rows.
+@dataclass(frozen=True)
+class Key:
+    """What an evaluation is of; two of equal keys have the same results.
 
-    Args:
-        path: from `claim`.
-        ids: (N,) of the split, in order.
-
-    Raises:
-        DamagedEvaluation: it is not as it was begun.
+    Attributes:
+        checkpoint: SHA-256 of its manifest, hence of weights, recipe and statistics.
+        test_images: `SampleIndex.split_sha256`.
+        classes: hash of the class list in its order.
+        images, outputs: N and K.
+        views: crops of an image, 1 or 10.
+        precision: in which the network computed.
     """
 
-    def __init__(self, path: Path, ids: np.ndarray) -> None:
-        self.path, self._ids = path, ids
-        self.images, self.probabilities = _arrays(path, _read_manifest(path).facts)
-        self._files = [os.open(path / name, os.O_WRONLY) for name in (IMAGES, PROBABILITIES)]
+    checkpoint: str
+    test_images: str
+    classes: str
+    images: int
+    outputs: int
+    views: int
+    precision: str
 
-    def remaining(self, batch: int) -> np.ndarray:
-        """(M,) ids still to test: of whole batches, as the last bit of an image's probabilities may depend on its batch."""
-        done = self._done()
-        starts = range(0, len(done), batch)
-        return np.concatenate([self._ids[:0], *(self._ids[k:k + batch] for k in starts if not done[k:k + batch].all())])
-
-    def take(self, ids: np.ndarray, labels: torch.Tensor, probabilities: torch.Tensor) -> None:
-        """Write a batch: (B,) ids that follow each other in the split, (B,) labels, (B, K) float64.
-
-        Plain writes, not stores to a map, which a full disk would answer with a signal. Raises NotSaved.
-        """
-        first = int(np.searchsorted(self._ids, ids[0]))
-        assert np.array_equal(self._ids[first:first + len(ids)], ids), "rows of a batch follow each other"
-        try:
-            for file, into, rows in zip(self._files, (self.images, self.probabilities), packed(ids, labels, probabilities)):
-                _write(file, rows.tobytes(), into.offset + first * rows.strides[0])
-        except OSError as error:
-            raise _unwritten(self.path, error) from error
-
-    def finish(self, where: Topology) -> tuple[np.ndarray, np.ndarray]:
-        """(images, probabilities), on disk and hashed, when all processes have taken theirs. Raises RuntimeError."""
-        try:
-            for file in self._files:
-                os.fsync(file)
-            where.any_rank(False)  # all have
-            if where.is_main:
-                check_complete(self._done(), str(self.path))
-                text = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
-                files = {name: {"size": (self.path / name).stat().st_size, "sha256": file_sha256(self.path / name)}
-                         for name in (IMAGES, PROBABILITIES)}
-                _write_manifest(self.path, {**text, "files": files})
-        except OSError as error:
-            raise _unwritten(self.path, error) from error
-        return self.images, self.probabilities
-
-    def _done(self) -> np.ndarray:
-        return intact(self.images, self.probabilities) & (self.images["id"] == self._ids)
-
-    def close(self) -> None:
-        """Close its files."""
-        for file in self._files:
-            os.close(file)
-        self._files = []
+    def differences(self, other: Key) -> str:
+        """What `other` has otherwise, in words; empty when they are equal."""
+        here, there = asdict(self), asdict(other)
+        return ", ".join(f"{name} {short(there[name])} (here {short(value)})" for name, value in here.items()
+                         if value != there[name])
 
 
-def _write(file: int, data: bytes, offset: int) -> None:
-    """All of it; the kernel may take less at once."""
-    while data:
-        written = os.pwrite(file, data, offset)
-        data, offset = data[written:], offset + written
-
-
-def _unwritten(path: Path, error: OSError) -> NotSaved:
-    return NotSaved(f"evaluation (={path}) could not be written ({error.strerror}); mend this and give the same command "
-                    "again, or name another folder with --save, or say --no-save")
-
-
-def _headers(facts: Facts) -> dict[str, tuple[bytes, np.dtype[Any], tuple[int, ...]]]:
-    """Name of each array → the first bytes of its file, its type and shape."""
-    found: dict[str, tuple[bytes, np.dtype[Any], tuple[int, ...]]] = {}
-    shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
-        IMAGES: (IMAGE, (facts.images,)), PROBABILITIES: (np.dtype(np.float16), (facts.images, facts.outputs))}
-    for name, (dtype, shape) in shapes.items():
-        header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(header, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False,
-                                                      "shape": shape})
-        found[name] = header.getvalue(), dtype, shape
-    return found
-
-
-def _arrays(path: Path, facts: Facts) -> tuple[np.memmap, np.memmap]:
-    """The two arrays of an evaluation, mapped. Raises DamagedEvaluation."""
-    found = []
-    for name, (header, dtype, shape) in _headers(facts).items():
-        file, size = path / name, int(np.prod(shape)) * dtype.itemsize
-        try:
-            with open(file, "rb") as opened:
-                same = opened.read(len(header)) == header and os.fstat(opened.fileno()).st_size == len(header) + size
-        except OSError as error:
-            raise DamagedEvaluation(f"evaluation file (={file}) cannot be read ({error.strerror}); test again, with the command "
-                                    "that made it") from None
-        if not same:
-            raise DamagedEvaluation(f"evaluation file (={file}) is not an array of {shape}; test again, with the command "
-                                    "that made it")
-        found.append(np.memmap(file, dtype, "r", len(header), shape))
-    images, probabilities = found
-    return images, probabilities
+def short(value: object) -> str:
+    """A value for messages, of a hash its beginning."""
+    return f"{value[:12]}…" if isinstance(value, str) and len(value) == 64 else str(value)
 
 
 @dataclass(frozen=True)
-class _Manifest:
+class Evaluation:
+    """A whole test of one network.
+
+    Attributes:
+        checkpoint, split, index: of what: paths, as they were, and the split's name.
+        key: the same, by hashes.
+        images: (N,) IMAGE.
+        probabilities: (N, K) float16, times SCALE.
+        folder: where it is saved; None when it is not.
+        tested: number of images tested just now: N, or 0 for a saved evaluation.
+    """
+
     checkpoint: str
     split: str
     index: str
-    facts: Facts
-    made: Made
-    files: Optional[dict[str, dict[str, Any]]]
+    key: Key
+    images: np.ndarray
+    probabilities: np.ndarray
+    folder: Optional[Path]
+    tested: int = 0
+
+    @property
+    def name(self) -> str:
+        """Its run's and its checkpoint's name, for messages."""
+        return short_name(Path(self.checkpoint))
+
+    @property
+    def labelled(self) -> bool:
+        """Whether all images have a label."""
+        return bool((self.images["label"] >= 0).all())
 
 
-def _read_manifest(path: Path) -> _Manifest:
-    """Raises DamagedEvaluation; ValueError for another format."""
-    file = path / MANIFEST
-    try:
-        text = json.loads(file.read_text(encoding="utf-8"))
-        written = text["format"]
-        if written == FORMAT:
-            return _Manifest(str(text["checkpoint"]), str(text["split"]), str(text["index"]), Facts(**text["facts"]),
-                             Made(**text["made"]), text["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedEvaluation(f"evaluation file (={file}) cannot be read ({error}); delete {path} and test again") from None
-    raise ValueError(f"evaluation format (={written} in {file}) must be {FORMAT}, the one of this program; use the version of "
-                     "the program that wrote it")
+def run_folder(checkpoint: Path) -> Path:
+    """The run that a checkpoint belongs to, or the folder that holds it."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
 
 
-def _write_manifest(path: Path, text: dict[str, Any]) -> None:
-    with atomic_write(path / MANIFEST) as file:
-        file.write(json.dumps(text, indent=1).encode() + b"\n")
+def short_name(checkpoint: Path) -> str:
+    """The names of a checkpoint's run and of itself, for messages."""
+    return f"{run_folder(checkpoint).name}/{checkpoint.name}"
 
 
 def load(path: Path) -> Evaluation:
-    """A whole evaluation, checked against its hashes.
+    """Read a saved evaluation and compare it with its hashes; the arrays are mapped into memory.
 
     Raises:
-        ValueError: it is not finished, or of another format.
+        ValueError: it is of another format.
         DamagedEvaluation: its files are not as they were written; naming the file.
     """
-    manifest = _read_manifest(path)
-    if manifest.files is None:
-        raise ValueError(f"evaluation (={path}) is not finished; give the command that began it again, it goes on where it was")
+    file = path / MANIFEST
+    try:
+        manifest = read_manifest(file)
+        written = manifest["format"]
+        key = Key(**manifest["facts"]) if written == FORMAT else None
+        checkpoint, split, index, entries = (manifest[name] for name in ("checkpoint", "split", "index", "files"))
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
+        raise DamagedEvaluation(f"evaluation file (={file}) cannot be read ({error}); delete {path} and test again") from None
+    if key is None:
+        raise ValueError(f"evaluation format (={written} in {file}) must be {FORMAT}, the one of this program; use the version "
+                         "of the program that wrote it")
+    arrays = {}
     for name in (IMAGES, PROBABILITIES):
-        file, entry = path / name, manifest.files.get(name, {})
-        found = {"size": file.stat().st_size, "sha256": file_sha256(file)} if file.is_file() else {}
-        if found != entry or not found:
-            raise DamagedEvaluation(f"evaluation file (={file}) is not the one that was written (its size or SHA-256 differs); "
-                                    "test again, with the command that made it, which replaces damaged rows")
-    images, probabilities = _arrays(path, manifest.facts)
-    return Evaluation(manifest.checkpoint, manifest.split, manifest.index, manifest.facts, images, probabilities, path)
+        problem = difference(path / name, entries[name]) if entries else "is not finished"  # earlier versions left such
+        if problem:
+            raise DamagedEvaluation(f"evaluation file (={path / name}) {problem}; test again, with the command that made it")
+        arrays[name] = np.load(path / name, mmap_mode="r", allow_pickle=False)
+    return Evaluation(checkpoint, split, index, key, arrays[IMAGES], arrays[PROBABILITIES], path)
 
 
-def claim(base: Path, facts: Facts, made: Made, ids: np.ndarray, labels: np.ndarray, about: dict[str, str],
-          tell: Callable[[str], None]) -> tuple[Path, bool, int]:
-    """Find the evaluation of these facts at `base`, or beside it at `base`-2, …; begin it where there is none.
-
-    Damaged rows of a finished one count as not tested. Main process only; nobody else may claim it until the handle is closed.
+def find(base: Path, key: Key, warn: Callable[[str], None]) -> tuple[Path, Optional[Evaluation]]:
+    """Find the evaluation of a key at `base`, or beside it at `base`-2, …
 
     Args:
-        base: folder that need not exist.
-        facts, made: what is to be tested, and how.
-        ids, labels: (N,) of the split.
-        about: paths of checkpoint and index, name of the split.
-        tell: told of what was found and does not fit.
+        base: a folder that need not exist.
+        key: what is to be tested.
+        warn: called for each folder that is passed over: of another key, or damaged.
 
     Returns:
-        Its folder; whether it is whole; a handle that keeps others off, to be closed at the end.
+        Its folder and the evaluation; or the first folder that is free for it, and None.
 
     Raises:
-        NotSaved: it cannot be written.
-        RuntimeError: another process is at it.
-        ValueError: it is of another format.
+        ValueError: a folder is of another format.
+        OSError: a folder cannot be read.
     """
-    number, path = 1, base
-    while True:
+    for number in itertools.count(1):
+        path = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        if not path.exists() or path.is_dir() and not any(path.iterdir()):
+            return path, None
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            handle = _lock(path)
-        except OSError as error:
-            raise _unwritten(path, error) from error
-        try:
-            state, other = _state(path, facts, made, tell)
-            if state == "nothing":
-                _begin(path, facts, made, ids, labels, about)
-            if state != "other":
-                return path, state == "whole", handle
-        except OSError as error:
-            os.close(handle)
-            raise _unwritten(path, error) from error
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)
-        number += 1
-        following = base.with_name(f"{base.name}-{number}")
-        tell(f"evaluation (={path}) is of another test: {other}; this one goes to {following.name}")
-        path = following
+            evaluation = load(path)
+            if evaluation.key == key:
+                return path, evaluation
+            problem = f"evaluation (={path}) is of another test: {key.differences(evaluation.key)}"
+        except DamagedEvaluation as error:
+            problem = str(error).partition(";")[0]
+        warn(f"{problem}; this test goes to {base.name}-{number + 1}")
+    raise AssertionError("unreachable")
 
 
-def _state(path: Path, facts: Facts, made: Made,
-           tell: Callable[[str], None]) -> tuple[Literal["nothing", "part", "whole", "other"], str]:
-    """What a folder has of a test; what is there can be written over in the first case. With how it differs, in the last."""
-    if not (path / MANIFEST).exists():
-        return "nothing", ""
+@contextlib.contextmanager
+def writing(path: Path, key: Key, about: Mapping[str, Any]) -> Iterator[Callable[[np.ndarray, np.ndarray], None]]:
+    """Write an evaluation to `path`, which exists when the `with` has ended without an exception, and not before.
+
+    Args:
+        path: from `find`.
+        key: what is tested.
+        about: more for its manifest: `checkpoint`, `split`, `index`, and how it is made.
+
+    Returns:
+        A function that appends rows: (M,) IMAGE and (M, K) float16.
+
+    Raises:
+        NotSaved: it cannot be written; a full disk says so at the beginning.
+    """
+    with contextlib.ExitStack() as stack:
+        with _says_not_saved(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove_dead(path.parent)
+            folder = stack.enter_context(atomic_folder(path))
+            files = [stack.enter_context(open(folder / name, "xb")) for name in (IMAGES, PROBABILITIES)]
+            _begin(files[0], IMAGE, (key.images,))
+            _begin(files[1], np.dtype(np.float16), (key.images, key.outputs))
+
+        def append(images: np.ndarray, probabilities: np.ndarray) -> None:
+            with _says_not_saved(path):
+                files[0].write(images.tobytes())
+                files[1].write(probabilities.tobytes())
+
+        yield append
+        with _says_not_saved(path):
+            for file in files:
+                file.close()
+            write_json(folder / MANIFEST, {"format": FORMAT, **about, "facts": asdict(key),
+                                           "files": file_entries(folder, (IMAGES, PROBABILITIES))})
+            stack.close()
+
+
+def _begin(file: BinaryIO, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    """Write the header of a .npy file and reserve the room of its values."""
+    np.lib.format.write_array_header_1_0(file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False,
+                                                "shape": shape})
+    file.flush()
+    os.posix_fallocate(file.fileno(), file.tell(), math.prod(shape) * dtype.itemsize)
+
+
+@contextlib.contextmanager
+def _says_not_saved(path: Path) -> Iterator[None]:
     try:
-        manifest = _read_manifest(path)
-        if other := differences(manifest.facts, facts):
-            return "other", other
-        if manifest.files is not None:
-            try:
-                load(path)
-                return "whole", ""
-            except DamagedEvaluation as error:
-                tell(f"{_found(error)}; what is damaged is tested again")
-                text = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-                _write_manifest(path, {**text, "files": None})
-        _arrays(path, facts)
-    except DamagedEvaluation as error:
-        tell(f"{_found(error)}; it is begun anew")
-        return "nothing", ""
-    if other := differences(manifest.made, made):
-        tell(f"evaluation (={path}) was begun with {other}, which may change last bits; it is begun anew")
-        return "nothing", ""
-    return "part", ""
-
-
-def _found(error: Exception) -> str:
-    """What a message says is wrong, without what to do."""
-    return str(error).partition(";")[0]
-
-
-def _begin(path: Path, facts: Facts, made: Made, ids: np.ndarray, labels: np.ndarray, about: dict[str, str]) -> None:
-    """Lay out an evaluation without a row. Killed anywhere in it, it is begun again. Raises OSError, leaving nothing."""
-    (path / MANIFEST).unlink(missing_ok=True)  # first: what follows is not what it says
-    try:
-        for name, (header, dtype, shape) in _headers(facts).items():
-            (path / name).unlink(missing_ok=True)
-            with open(path / name, "xb") as file:
-                file.write(header)
-                if name == IMAGES:
-                    file.write(untested(ids, labels).tobytes())
-                file.flush()
-                size = len(header) + int(np.prod(shape)) * dtype.itemsize
-                os.posix_fallocate(file.fileno(), 0, size)  # a full disk says so now
-                os.fsync(file.fileno())
-        sync(path)
-        _write_manifest(path, {"format": FORMAT, **about, "facts": asdict(facts), "made": asdict(made), "files": None})
-    except OSError:
-        for name in (IMAGES, PROBABILITIES):  # a full disk needs the room
-            (path / name).unlink(missing_ok=True)
-        raise
-
-
-def _lock(path: Path) -> int:
-    """A handle on a folder that no other process has locked; one that died holds no lock. Raises RuntimeError."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise RuntimeError(f"evaluation (={path}) is being made by another process; wait for it, or name another folder with "
-                           "--save") from None
-    except OSError:  # a file system without locks
-        pass
-    return handle
+        yield
+    except OSError as error:
+        raise NotSaved(f"evaluation (={path}) could not be written ({error.strerror}); mend this and give the same command "
+                       "again, or name another folder with --save, or say --no-save") from error

@@ -14,7 +14,7 @@ from train.evaluate import predictions as saved
 from train.export.model_card import Result
 from train.recipe import load
 from train.run_folder import CHECKPOINTS, METRICS, VERSIONS
-from train.evaluate.metrics import scored
+from train.evaluate.metrics import score
 
 EVALUATIONS = "evaluations"  # of a run
 
@@ -46,10 +46,10 @@ def measured(path: Path, manifest: str) -> list[Result]:
         except (ValueError, RuntimeError, OSError) as error:
             print(f"warning: not on the card: {error}", file=sys.stderr)
             continue
-        if evaluation.facts.checkpoint == manifest and evaluation.labelled:
-            images, facts = evaluation.images, evaluation.facts
-            score = scored(images["place"], images["probability"], facts.outputs)
-            found.append(Result(evaluation.split, facts.views, score.images, score.top1, score.top5, "a saved evaluation"))
+        if evaluation.key.checkpoint == manifest and evaluation.labelled:
+            images, key = evaluation.images, evaluation.key
+            counted = score(images["place"], images["probability"], key.outputs)
+            found.append(Result(evaluation.split, key.views, counted.images, counted.top1, counted.top5, "a saved evaluation"))
     return list(dict.fromkeys(result for result in found if result is not None))
 
 

@@ -139,13 +139,13 @@ def ensembles(groups: Sequence[Group]) -> tuple[list[Ensemble], list[str]]:
         if count < 2:
             continue
         members = [(run, tests[way]) for run, tests in saved if way in tests]
-        from train.evaluate.ensemble import check_alike, together
+        from train.evaluate.ensemble import check_compatible, ensemble_result
         from train.evaluate.predictions import load
 
         try:
             loaded = [load(run.folder / EVALUATIONS / test.source) for run, test in members]
-            check_alike(loaded)
-            score = together(loaded).score
+            check_compatible(loaded)
+            score = ensemble_result(loaded).score
         except (ValueError, RuntimeError, OSError) as error:
             problems.append(f"{one.name}: its networks cannot be averaged ({str(error).partition(';')[0]})")
             continue

@@ -165,7 +165,7 @@ def _evaluations(root: Path, problems: list[str]) -> list[Test]:
     """Saved tests (train/evaluate/predictions.py), checked against their hashes; one that is not whole is a problem."""
     found = []
     for path in sorted(root.iterdir()) if root.is_dir() else []:
-        from train.evaluate.ensemble import alone
+        from train.evaluate.ensemble import member_result
         from train.evaluate.predictions import load
 
         try:
@@ -174,9 +174,9 @@ def _evaluations(root: Path, problems: list[str]) -> list[Test]:
             problems.append(str(error).partition(";")[0])
             continue
         if saved.labelled:
-            score = alone(saved).score
-            found.append(Test(saved.split, saved.facts.views, score.images, score.top1, score.top5, score.loss, path.name,
-                              saved.facts.checkpoint))
+            score = member_result(saved).score
+            found.append(Test(saved.split, saved.key.views, score.images, score.top1, score.top5, score.loss, path.name,
+                              saved.key.checkpoint))
     return found
 
 

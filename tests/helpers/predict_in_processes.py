@@ -1,0 +1,108 @@
+"""Four processes test a network together (started by tests/evaluate/test_predict.py): index, recipe → "done" from each."""
+
+import contextlib
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Iterator
+
+import numpy as np
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+
+from model.alexnet import AlexNet
+from model.towers import Tower
+from pipeline.config import LoaderConfig
+from pipeline.index.sample_index import SampleIndex
+from pipeline.loading.batch import Batch
+from pipeline.loading.eval_loader import TestLoader
+from pipeline.reading.source import SampleError
+from pipeline.stats import Stats
+from tests.helpers.evaluations import PIXELS, Means
+from train.evaluate import predict as predicting
+from train.evaluate.predict import evaluate, predict
+from train.parallel.topology import process_group
+from train.recipe import load
+
+warnings.simplefilter("error")
+index = SampleIndex.load(sys.argv[1])
+model = load(Path(sys.argv[2])).model
+stats = Stats.for_index(index, 76)
+torch.set_num_threads(1)
+
+
+class Failing(TestLoader):
+    """Cannot give batches 6 and 7: those of the third and the fourth process in the second round."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in super().__iter__():
+            if batch.step in (6, 7):
+                raise self.error(batch.step)
+            yield batch
+
+    def error(self, step: int) -> Exception:
+        return OSError(f"no batch {step}")
+
+
+class Unreadable(Failing):
+    """Cannot read an image of either."""
+
+    def error(self, step: int) -> Exception:
+        return SampleError(self.index, 1000 + step, "is gone")
+
+
+def loader(where: Any = None, batch: int = 5, kind: type[TestLoader] = TestLoader) -> TestLoader:
+    shard = (where.data_rank, where.data_ranks) if where else (0, 1)
+    return kind(index, "val", PIXELS, batch, stats, machine=LoaderConfig(threads=1), shard=shard)
+
+
+def tested(network: torch.nn.Module, where: Any = None, batch: int = 5, kind: type[TestLoader] = TestLoader,
+           **options: Any) -> Any:
+    with loader(where, batch, kind) as batches:
+        return evaluate(network, batches, 10, contextlib.nullcontext, topology=where, **options)
+
+
+def predicted(network: torch.nn.Module, where: Any = None) -> list[np.ndarray]:
+    parts: list[tuple[np.ndarray, ...]] = []
+    with loader(where, 2) as batches:
+        predict(network, batches, 10, contextlib.nullcontext, lambda *rows: parts.append(rows), topology=where)
+    return [np.concatenate(part) for part in zip(*parts)]
+
+
+with process_group(towers=2, device="cpu", timeout_s=60) as pairs:
+    flat = replace(pairs, data_rank=pairs.global_rank, data_ranks=4, tower_rank=0, tower_ranks=1,
+                   mesh=init_device_mesh("cpu", (4, 1), mesh_dim_names=("data", "tower")))
+    whole = AlexNet(model, seed=3)
+    alone = tested(whole)
+    told: list[tuple[int, int]] = []
+    assert alone == tested(whole, flat, progress=lambda done, total: told.append((done, total))), "not to the bit"
+    assert told == [(20, 24), (24, 24)], told  # 5 batches: one process has two
+
+    predicting._ROUNDS = 2  # 3 rounds: two exchanges
+    for one, other in zip(predicted(whole), predicted(whole, flat)):
+        assert one.tobytes() == other.tobytes(), "rows of all processes are those of one, in order"
+
+    tower = Tower(pairs.tower_rank, 2, pairs.group("tower"))
+    for scheme in "towers", "weird":  # batches of 5 are odd, for halves
+        told.clear()
+        score = tested(AlexNet(model, seed=3, tower=tower, scheme=scheme), pairs,
+                       progress=lambda done, total: told.append((done, total)))
+        assert replace(score, loss=0) == replace(alone, loss=0) and abs(score.loss - alone.loss) < 1e-6, scheme
+        assert len(set(pairs.gather_objects(score))) == 1 and told == [(10, 24), (20, 24), (24, 24)], told
+
+    # One process has stopped, cannot read, or fails, in the second round: so have, and do, all.
+    stops = iter([False, flat.global_rank == 2, False])
+    assert tested(Means(), flat, stop=lambda: next(stops)) is None
+    for kind in Unreadable, Failing:
+        try:
+            tested(Means(), flat, 3, kind)
+        except Exception as caught:
+            raised = (type(caught).__name__, str(caught))
+        every = flat.gather_objects(raised)
+        if kind is Unreadable:
+            assert len(set(every)) == 1 and "sample 1006 (=" in raised[1] and "is gone; run" in raised[1], every
+        else:
+            others = ("RuntimeError", "process 2 could not test its images: no batch 6")
+            assert every == [others, others, ("OSError", "no batch 6"), others], every
+    print("done")

@@ -1,0 +1,173 @@
+"""The command `python -m train.evaluate`: find the networks, test those that are not tested yet, print the results.
+
+N images, K classes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+import torch
+
+from pipeline.index.devkit import read_devkit
+from pipeline.index.sample_index import SampleIndex
+from train import build
+from train.checkpoint.resolve import Resolved, resolve_all, warn_on_stderr
+from train.config import Config, ParallelConfig
+from train.console import Console
+from train.evaluate import predictions
+from train.evaluate.ensemble import check_compatible
+from train.evaluate.predict import Take, check_complete, predict
+from train.evaluate.predictions import Evaluation, Key
+from train.evaluate.results import print_results
+from train.exit_codes import speaks
+from train.parallel.topology import Topology, process_group
+
+EVALUATIONS = "evaluations"  # of a run folder
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A test to be made: of a checkpoint or exported network, on the images of a split."""
+
+    weights: Resolved
+    config: Config
+    split: str
+    index: SampleIndex
+    key: Key
+
+    @property
+    def name(self) -> str:
+        """Its run's and its checkpoint's name, for messages."""
+        return predictions.short_name(self.weights.path)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Test the networks, or find them tested; print the results. Raises ValueError, RuntimeError, OSError."""
+    if bool(args.submission) != bool(args.devkit):
+        raise ValueError(f"--submission (={args.submission}) and --devkit (={args.devkit}) go together: the devkit has the "
+                         "classes' IDs; give both or neither")
+    if args.submission:  # mistakes that should not wait for the end of the test
+        if not args.submission.absolute().parent.is_dir():
+            raise ValueError(f"submission (={args.submission}) cannot be written, its folder does not exist; give another "
+                             "--submission")
+        read_devkit(args.devkit)
+    found = resolve_all(args.run or args.checkpoint, args.which, kinds=("checkpoint", "exported", "evaluation"),
+                        name="--run" if args.run else "--checkpoint")
+    members = [predictions.load(entry.path) if entry.kind == "evaluation" else _plan(entry, args) for entry in found]
+    check_compatible(members)
+    evaluations: list[Optional[Evaluation]] = [member if isinstance(member, Evaluation) else None for member in members]
+    if plans := [member for member in members if isinstance(member, Plan)]:
+        config = plans[0].config
+        with process_group(towers=config.model.towers, parallel=config.parallel, device=config.machine.device,
+                           timeout_s=config.machine.timeout_s, silence_s=config.machine.silence_s) as topology:
+            evaluations = [_evaluation(member, args, topology) if isinstance(member, Plan) else member for member in members]
+    if speaks():
+        print_results([evaluation for evaluation in evaluations if evaluation is not None], args)
+
+
+def _plan(weights: Resolved, args: argparse.Namespace) -> Plan:
+    """The recipe of a checkpoint or exported network as the command line changes it, and the images to test on."""
+    config = weights.config()
+    changes = {"archives": args.archives, "test_batch": args.batch, "device": args.device}
+    machine = replace(config.machine, **{name: value for name, value in changes.items() if value is not None})
+    if weights.kind == "exported" and not args.index and not Path(config.data.images).exists():
+        raise ValueError(f"index (={config.data.images}) that {weights.path} was trained on is not here, of its place only the "
+                         "name was exported; give it with --index")
+    config = replace(config, machine=machine, parallel=ParallelConfig(towers=1),
+                     data=replace(config.data, index=args.index or config.data.images, packed=""))
+    split = args.split or config.data.test_split
+    index = _index(config, split, args.submission is not None)
+    classes = build.classes_sha256(index)
+    if (trained := weights.classes_sha256) is None:
+        warn_on_stderr(f"weights (={weights.path}) do not say which classes theirs are; they are taken to be those of "
+                       f"{index.path}, in its order")
+    elif classes != trained:
+        raise ValueError(f"index (={config.data.images}) has other classes, or another order of them, than the one "
+                         "the network was trained on; give an index of the same classes")
+    return Plan(weights, config, split, index, Key(
+        weights.sha256, index.split_sha256(split), classes, len(index.ids(split)), config.model.classes,
+        args.views or config.train.test_views, config.machine.precision))
+
+
+def _index(config: Config, split: str, may_lack_labels: bool) -> SampleIndex:
+    """The index to test on; it need not have the other splits."""
+    if not may_lack_labels:
+        return build.index(config, split)
+    index = build.index(config)
+    if not len(index.ids(split)):
+        raise ValueError(f"split (={split}) of {index.path} has no images; name another with --split")
+    index.check_archives(split)
+    return index
+
+
+def _evaluation(plan: Plan, args: argparse.Namespace, topology: Topology) -> Optional[Evaluation]:
+    """The evaluation of one network, saved or made now; None in all processes but the main one, which alone reads and writes."""
+    build.settle(plan.config, topology)
+    path: Optional[Path] = None
+    saved: Optional[Evaluation] = None
+    if topology.is_main and not args.no_save:
+        path, saved = predictions.find(_folder(plan, args.save), plan.key, warn_on_stderr)
+    if topology.broadcast_object(saved is not None):
+        return saved
+    about = {"checkpoint": str(plan.weights.path), "split": plan.split, "index": str(plan.index.path)}
+    images: list[np.ndarray] = []
+    in_memory: list[np.ndarray] = []
+    with contextlib.ExitStack() as stack:
+        append: Take = lambda rows, probabilities: in_memory.append(probabilities)
+        if path is not None:
+            made = {"device": _device_name(topology.device), "torch": torch.__version__, "batch": plan.config.machine.test_batch}
+            try:
+                append = stack.enter_context(predictions.writing(path, plan.key, {**about, "made": made}))
+            except predictions.NotSaved as error:
+                if args.save:
+                    raise
+                warn_on_stderr(f"{str(error).partition(';')[0]}; the probabilities of this test are not saved")
+
+        def take(rows: np.ndarray, probabilities: np.ndarray) -> None:
+            if topology.is_main:
+                images.append(rows)
+                append(rows, probabilities)
+
+        _predict(plan, topology, take)
+        if not topology.is_main:
+            return None
+        tested = check_complete(images, plan.index, plan.split)
+    if path is not None and not in_memory:
+        return replace(predictions.load(path), tested=len(tested))
+    return Evaluation(**about, key=plan.key, images=tested, probabilities=np.concatenate(in_memory), folder=None,
+                      tested=len(tested))
+
+
+def _folder(plan: Plan, save: Optional[Path]) -> Path:
+    """Where the evaluation is saved: in the run's folder, beside an exported network, or in `save`."""
+    run, key = predictions.run_folder(plan.weights.path), plan.key
+    name = f"{plan.weights.path.name}-{plan.split}-{key.views}view{'s' if key.views > 1 else ''}"
+    return save / f"{run.name}-{name}" if save else run / EVALUATIONS / name
+
+
+def _predict(plan: Plan, topology: Topology, take: Take) -> None:
+    """Load the network and show it all images."""
+    config, index = plan.config, plan.index
+    network = build.network(config, topology)
+    plan.weights.load_weights(network, config, topology)
+    loader = build.test_loader(config, topology, index, plan.weights.stats(), plan.split)
+    console = Console(topology.is_main, config.machine.log_s, sys.stderr)
+    show = console.testing(f"testing {plan.weights.path.name}")
+    labelled = bool((index.samples["label"][index.ids(plan.split)] >= 0).all())
+    with contextlib.closing(console), contextlib.closing(loader):
+        predict(network, loader, plan.key.views, build.autocast(config, topology), take,
+                progress=lambda done: show(done, plan.key.images), topology=topology, labelled=labelled)
+
+
+def _device_name(device: torch.device) -> str:
+    """Kind of a processor, as far as results depend on it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}"
