@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, Collection, Literal, Optional, Sequence
 
-from model.alexnet import AlexNet
+import torch
+
+from model.alexnet import AlexNet, canonical_shapes
 from model.towers import tower_slice
 from pipeline.stats import Stats
 from train import build
@@ -73,6 +75,15 @@ class Resolved:
             return tuple(safetensors_io.read_model(self.path / safetensors_io.WEIGHTS).layers)
         return tuple(self.config().model.layers)
 
+    def weights(self) -> dict[str, torch.Tensor]:
+        """All its weights: canonical name → float32 on the CPU. Raises ValueError when they are not those of its recipe."""
+        if self.kind == "exported":
+            return safetensors_io.load_safetensors(self.path / safetensors_io.WEIGHTS)[1]
+        shapes = {f"weight.{name}": shape for name, shape in canonical_shapes(self.config().model).items()}
+        tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
+        checkpoint.load(self.path, tensors, shapes, Topology.single(), all_of_it=False)
+        return {name.removeprefix("weight."): tensor for name, tensor in tensors.items()}
+
     def load_weights(self, network: AlexNet, config: Config, topology: Topology,
                      layers: Optional[Collection[str]] = None) -> None:
         """Copy its weights into a network, or into the tower that this process holds.
@@ -89,7 +100,7 @@ class Resolved:
         if self.kind == "checkpoint":
             checkpoint.load(self.path, wanted, shapes, topology, all_of_it=False)
             return
-        stored = safetensors_io.load_safetensors(self.path / safetensors_io.WEIGHTS)[1]
+        stored = self.weights()
         checkpoint.check_shapes({f"weight.{name}": tuple(tensor.shape) for name, tensor in stored.items()},
                                 {name: shapes[name] for name in wanted}, self.path)
         for name, tensor in wanted.items():

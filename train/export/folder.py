@@ -1,4 +1,4 @@
-"""Writes the folder of an exported network, whole or not at all, and checks that what stands in it gives the network's logits."""
+"""Write the folder of an exported network, whole or not at all, after checking that its files give the network's logits."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from model.alexnet import AlexNet
 from pipeline.files import atomic_folder, remove_dead
 from pipeline.index.sample_index import ClassInfo
 from pipeline.stats import Stats
-from train.export import safetensors_io as weights
 from train.config import Config
+from train.export import safetensors_io as weights
 from train.export.model_card import About, card
 from train.export.onnx import onnx_model
 from train.recipe import dump
 
-# Of the largest logit. Two programs add up the same float32 products in another order: measured 2e-7; a bfloat16 weight is 4e-3.
+# Of the largest logit. Two programs add the same float32 products in another order: measured 2e-7; a bfloat16 weight is 4e-3.
 TOLERANCE = 2e-5
-IMAGES, DEVIATION = 3, 60.0  # of the check: as many images of noise, with about the spread of photographs
+NOISE_IMAGES, NOISE_STD = 3, 60.0  # of the check; about the standard deviation of photographs
 
 
 @dataclass(frozen=True)
-class Checked:
-    """What the check found: the largest differences of logits (None without model.onnx), and the largest logit."""
+class Check:
+    """Largest differences of logits (`onnx` is None without model.onnx), and the largest logit."""
 
     safetensors: float
     onnx: Optional[float]
@@ -34,67 +34,67 @@ class Checked:
 
 
 def write_folder(out: Path, config: Config, tensors: Mapping[str, torch.Tensor], stats: Stats, about: About, *,
-                 classes: Sequence[ClassInfo] = (), facts: Mapping[str, str] = {}, onnx: bool = False, softmax: bool = False,
-                 check: bool = True) -> Optional[Checked]:
-    """Write a network that anyone can load; see train/export/safetensors_io.py for what is in the folder.
+                 classes: Sequence[ClassInfo] = (), hashes: Mapping[str, str] = {}, onnx: bool = False, softmax: bool = False,
+                 check: bool = True) -> Optional[Check]:
+    """Write a network that anyone can load; train/export/safetensors_io.py lists the files.
 
     Args:
-        out: the folder, which must not be there yet.
+        out: the folder, which must not exist yet.
         config: the recipe.
         tensors: canonical name → float32 on the CPU.
         stats: whose mean is subtracted from images.
         about: for the model card.
         classes: in the order of the outputs; empty when not known.
-        facts: hashes for the files' metadata.
+        hashes: for the files' metadata.
         onnx, softmax: write model.onnx too; with probabilities.
         check: compare the logits of what was written with the network's.
 
     Raises:
-        ValueError: the folder is there already; or weights that are not this network's, or not finite.
+        ValueError: the folder exists; or weights that are not this network's, or not finite.
         RuntimeError: a library is missing, or the check failed; nothing is left then.
     """
-    config = weights.without_places(config)
-    facts = {**facts, "stats_sha256": stats.sha256}
-    outputs = ["logits", "probabilities"] if softmax else ["logits"]
     if os.path.lexists(out):
         raise ValueError(f"--out (={out}) exists already; give a folder that does not")
+    config = weights.without_machine(config)
+    hashes = {**hashes, "stats_sha256": stats.sha256}
+    outputs = () if not onnx else ("logits", "probabilities") if softmax else ("logits",)
     out.parent.mkdir(parents=True, exist_ok=True)
-    remove_dead(out.parent)
+    remove_dead(out.parent, out.name)
     with atomic_folder(out) as folder:
-        (folder / weights.WEIGHTS).write_bytes(weights.pack(config, tensors, facts))
+        (folder / weights.WEIGHTS).write_bytes(weights.pack(config, tensors, hashes))
         (folder / weights.CONFIG).write_text(dump(config), encoding="utf-8")
         stats.save(folder / weights.STATS)
         if classes:
             lines = [f"{entry.wnid} {entry.words}".rstrip() for entry in classes]
             (folder / weights.CLASSES).write_text("\n".join(lines) + "\n", encoding="utf-8")
         if onnx:
-            packed = onnx_model(config.model, tensors, softmax=softmax, facts={"fingerprint": config.fingerprint(), **facts})
+            packed = onnx_model(config.model, tensors, softmax=softmax, metadata={"fingerprint": config.fingerprint(), **hashes})
             (folder / weights.ONNX).write_bytes(packed)
-        (folder / weights.CARD).write_text(card(out.name, config, about, outputs if onnx else ()), encoding="utf-8")
+        (folder / weights.CARD).write_text(card(out.name, config, about, outputs), encoding="utf-8")
         weights.write_manifest(folder)
-        return compare(folder, config, tensors, outputs if onnx else ()) if check else None
+        return compare(folder, config, tensors, outputs) if check else None
 
 
-def compare(folder: Path, config: Config, tensors: Mapping[str, torch.Tensor], onnx: Sequence[str]) -> Checked:
+def compare(folder: Path, config: Config, tensors: Mapping[str, torch.Tensor], outputs: Sequence[str]) -> Check:
     """Read a folder back and compare its logits on noise with those of the network that has `tensors`.
 
     Args:
-        onnx: outputs that model.onnx must have; empty when there is none.
+        outputs: of model.onnx; empty when there is none.
 
     Raises:
         RuntimeError: they differ, or onnxruntime is not installed.
     """
     network = AlexNet(config.model, seed=0).eval()
     network.load_state_dict(dict(tensors))
-    shape = (IMAGES, 3, config.model.input_px, config.model.input_px)
-    images = DEVIATION * torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    shape = (NOISE_IMAGES, 3, config.model.input_px, config.model.input_px)
+    images = NOISE_STD * torch.randn(shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = network(images)
-        found = weights.from_pretrained(folder)(images)
+        loaded = weights.from_pretrained(folder)(images)
     largest = float(expected.abs().max())
-    read = _difference(found, expected, largest, weights.WEIGHTS)
-    other = _onnx_difference(folder / weights.ONNX, images, expected, largest, onnx) if onnx else None
-    return Checked(read, other, largest)
+    difference = _difference(loaded, expected, largest, weights.WEIGHTS)
+    onnx = _onnx_difference(folder / weights.ONNX, images, expected, largest, outputs) if outputs else None
+    return Check(difference, onnx, largest)
 
 
 def _onnx_difference(path: Path, images: torch.Tensor, expected: torch.Tensor, largest: float, outputs: Sequence[str]) -> float:
@@ -109,29 +109,17 @@ def _onnx_difference(path: Path, images: torch.Tensor, expected: torch.Tensor, l
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     worst = 0.0
     for batch in (images, images[:1]):
-        found = [torch.from_numpy(value) for value in session.run(list(outputs), {"images": batch.numpy()})]
-        worst = max(worst, _difference(found[0], expected[:len(batch)], largest, weights.ONNX))
-        for probabilities in found[1:]:
-            _difference(probabilities, expected[:len(batch)].softmax(1), max(1.0, largest), f"{weights.ONNX}: probabilities")
+        logits, *probabilities = [torch.from_numpy(value) for value in session.run(list(outputs), {"images": batch.numpy()})]
+        worst = max(worst, _difference(logits, expected[:len(batch)], largest, weights.ONNX))
+        for value in probabilities:
+            _difference(value, expected[:len(batch)].softmax(1), max(1.0, largest), f"{weights.ONNX}: probabilities")
     return worst
 
 
-def _difference(found: torch.Tensor, expected: torch.Tensor, largest: float, what: str) -> float:
+def _difference(value: torch.Tensor, expected: torch.Tensor, largest: float, what: str) -> float:
     """The largest difference. Raises RuntimeError when it is too large, or a value is not finite."""
-    difference = float((found - expected).abs().max())
+    difference = float((value - expected).abs().max())
     if not difference <= TOLERANCE * largest:
         raise RuntimeError(f"{what} (={difference:.3g}) differs from the network by more than {TOLERANCE * largest:.3g} (largest "
                            f"value {largest:.3g}); nothing was written, report this with the recipe")
     return difference
-
-
-def report(out: Path, tensors: Mapping[str, torch.Tensor], found: Optional[Checked], notes: Sequence[str] = ()) -> str:
-    """What a command prints when it is done."""
-    size = sum(path.stat().st_size for path in out.iterdir())
-    lines = [f"{out}: {sum(tensor.numel() for tensor in tensors.values()):,} parameters, {size:,} bytes in "
-             f"{', '.join(sorted(path.name for path in out.iterdir()))}"]
-    if found is not None:
-        onnx = "" if found.onnx is None else f", {weights.ONNX} {found.onnx:.3g}"
-        lines.append(f"logits differ from the network's by at most: {weights.WEIGHTS} {found.safetensors:.3g}{onnx} "
-                     f"({IMAGES} images of noise, largest logit {found.largest:.3g})")
-    return "\n".join([*lines, *notes])

@@ -54,14 +54,14 @@ class _Graph:
 
 
 def onnx_model(config: ModelConfig, weights: Mapping[str, torch.Tensor], *, softmax: bool = False,
-               facts: Mapping[str, str] = {}) -> bytes:
+               metadata: Mapping[str, str] = {}) -> bytes:
     """The bytes of a checked ONNX file.
 
     Args:
         config: the network.
         weights: canonical name → float32.
         softmax: give probabilities too.
-        facts: for the file's metadata.
+        metadata: of the file.
 
     Raises:
         ValueError: the weights do not fit into one ONNX file. RuntimeError: onnx is not installed.
@@ -100,7 +100,7 @@ def onnx_model(config: ModelConfig, weights: Mapping[str, torch.Tensor], *, soft
         doc_string="images: RGB of 0-255, the training set's mean subtracted; see the model card.")
     model = onnx.helper.make_model(made, producer_name="alexnet-dali", ir_version=IR,
                                    opset_imports=[onnx.helper.make_opsetid("", OPSET)])
-    onnx.helper.set_model_props(model, dict(facts))
+    onnx.helper.set_model_props(model, dict(metadata))
     onnx.checker.check_model(model, full_check=True)
     packed: bytes = model.SerializeToString()
     return packed
@@ -112,15 +112,13 @@ def _convolution(graph: _Graph, config: ModelConfig, name: str, conv: Conv, arra
     weight, bias = (graph.constant(f"{name}.{part}", arrays[f"{name}.{part}"]) for part in ("weight", "bias"))
     graph.add("Conv", name, weight, bias, kernel_shape=[conv.px] * 2, strides=[conv.stride] * 2, pads=[conv.pad] * 4,
               group=1 if whole else config.towers)
-    steps = {"none": ("active",), "after": ("active", "lrn"), "before": ("lrn", "active")}[conv.lrn]
-    steps += ("pool",) * conv.pool
-    for step in steps:
-        if step == "active":
-            graph.add(_activation(config), f"{name}/active")
-        elif step == "pool":
-            graph.add("MaxPool", f"{name}/pool", kernel_shape=[config.pool.px] * 2, strides=[config.pool.stride] * 2)
-        elif config.lrn is not None:
-            _lrn(graph, f"{name}/lrn", config.lrn, conv.kernels, config.towers)
+    if config.lrn is not None and conv.lrn == "before":
+        _lrn(graph, f"{name}/lrn", config.lrn, conv.kernels, config.towers)
+    graph.add(_activation(config), f"{name}/active")
+    if config.lrn is not None and conv.lrn == "after":
+        _lrn(graph, f"{name}/lrn", config.lrn, conv.kernels, config.towers)
+    if conv.pool:
+        graph.add("MaxPool", f"{name}/pool", kernel_shape=[config.pool.px] * 2, strides=[config.pool.stride] * 2)
 
 
 def _lrn(graph: _Graph, name: str, lrn: LrnConfig, channels: int, towers: int) -> None:
@@ -145,10 +143,10 @@ def _product(graph: _Graph, config: ModelConfig, name: str, full: Full, arrays: 
         return
     rows = -(-full.neurons // 2)  # of an odd number of classes tower a has the larger half
     parts = []
-    for half, mine in zip(graph.apart(name, 2 * weight.shape[1]), (slice(0, rows), slice(rows, None))):
+    for half, part in zip(graph.apart(name, 2 * weight.shape[1]), (slice(0, rows), slice(rows, None))):
         graph.value = half
-        graph.add("Gemm", f"{half}/product", graph.constant(f"{half}.weight", weight[mine]),
-                  graph.constant(f"{half}.bias", bias[mine]), transB=1)
+        graph.add("Gemm", f"{half}/product", graph.constant(f"{half}.weight", weight[part]),
+                  graph.constant(f"{half}.bias", bias[part]), transB=1)
         parts.append(graph.value)
     graph.together(output, parts)
 

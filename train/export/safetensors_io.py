@@ -1,4 +1,4 @@
-"""Weights without what training needs: a folder that train.export wrote, read back.
+"""Read and write model.safetensors and the folder around it that train.export writes.
 
     model.safetensors   every parameter under its canonical name (conv1.weight … fc8.bias), float32; in its metadata the recipe
                         and hashes (see `pack`)
@@ -6,8 +6,8 @@
                         line `wnid words` for each class, where they are known
     model.onnx          when asked for
     README.md           the model card; yours to edit
-    manifest.json       size and SHA-256 of all but the card: checked before a byte of them is believed, as safetensors itself
-                        takes a flipped bit without complaint
+    manifest.json       size and SHA-256 of all but the card, compared before a file is used: safetensors itself does not notice
+                        a flipped bit
 
 Needs the extra `export` (safetensors). Whoever has only safetensors and torch reads the file too: the card says how.
 """
@@ -15,6 +15,7 @@ Needs the extra `export` (safetensors). Whoever has only safetensors and torch r
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 from pathlib import Path
 from typing import Any, Mapping
@@ -31,13 +32,13 @@ FORMAT = 1
 WEIGHTS, CLASSES, ONNX, CARD = "model.safetensors", "classes.txt", "model.onnx", "README.md"
 
 
-def pack(config: Config, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, str]) -> bytes:
+def pack(config: Config, tensors: Mapping[str, torch.Tensor], hashes: Mapping[str, str]) -> bytes:
     """The bytes of model.safetensors.
 
     Args:
         config: the recipe.
         tensors: canonical name → float32 of the canonical shape.
-        facts: what else the metadata says: hashes, such as `classes_sha256` and `checkpoint_sha256`.
+        hashes: for the metadata, such as `classes_sha256` and `checkpoint_sha256`.
 
     Raises:
         ValueError: a name or shape that is not the network's, or a value that is not finite.
@@ -47,7 +48,7 @@ def pack(config: Config, tensors: Mapping[str, torch.Tensor], facts: Mapping[str
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} (=NaN or infinite) must be finite; the weights are damaged, take an earlier checkpoint")
     metadata = {"format": "pt", "alexnet_dali_format": str(FORMAT), "config": json.dumps(config.as_dict(), sort_keys=True),
-                "fingerprint": config.fingerprint(), **facts}
+                "fingerprint": config.fingerprint(), **hashes}
     packed: bytes = _safetensors("torch").save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
     return packed
 
@@ -73,7 +74,7 @@ def read_model(path: str | Path) -> ModelConfig:
         raise ValueError(f"weights (={file}) have format {metadata.get('alexnet_dali_format', 'none')}, not {FORMAT}; give a "
                          "file that train.export of this version wrote")
     try:
-        return model_config(json.loads(metadata["config"])["model"])
+        return _model_config(json.loads(metadata["config"])["model"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"weights (={file}) have a config that this version does not read ({error}); use the version that "
                          "wrote them") from None
@@ -113,10 +114,12 @@ def from_pretrained(folder: str | Path) -> AlexNet:
     return network.eval()
 
 
-def model_config(values: Mapping[str, Any]) -> ModelConfig:
-    """The network in plain values. Raises ValueError or TypeError."""
+def _model_config(values: Mapping[str, Any]) -> ModelConfig:
+    """A network's config from plain values. Raises ValueError, KeyError or TypeError."""
     lrn = values["lrn"]
-    return ModelConfig(**{**values, "lrn": None if lrn is None else LrnConfig(**lrn), "pool": PoolConfig(**values["pool"])})
+    if lrn is not None:  # files of version 0.1 say across: false; windows never cross towers now
+        lrn = LrnConfig(**{key: value for key, value in lrn.items() if (key, value) != ("across", False)})
+    return ModelConfig(**{**values, "lrn": lrn, "pool": PoolConfig(**values["pool"])})
 
 
 def is_exported(folder: Path) -> bool:
@@ -134,9 +137,8 @@ def verify(folder: Path) -> None:
     checkpoint.verify_manifest(folder, [WEIGHTS], "exported file", "export again")
 
 
-def without_places(config: Config) -> Config:
-    """The recipe without what belongs to one machine: its settings, and folders above those that the recipe names. The
-    fingerprint stays."""
+def without_machine(config: Config) -> Config:
+    """The recipe without machine settings and without the parents of absolute paths. The fingerprint stays."""
     bare = dataclasses.replace(config, machine=type(config.machine)(), parallel=type(config.parallel)())
     data = dataclasses.replace(bare.data, index=_relative(bare.data.index), packed=_relative(bare.data.packed))
     init = dataclasses.replace(bare.init_from, checkpoint=_relative(bare.init_from.checkpoint))
@@ -148,7 +150,7 @@ def _relative(path: str) -> str:
 
 
 def _file(path: Path) -> Path:
-    """The safetensors file that is meant; a folder with a manifest is compared with it."""
+    """The safetensors file of a path: itself, or that of a folder, which is compared with its manifest if it has one."""
     if path.is_dir():
         if (path / MANIFEST).exists():
             verify(path)
@@ -162,17 +164,15 @@ def _check(tensors: Mapping[str, torch.Tensor], config: ModelConfig, what: str) 
     """Raise ValueError unless these are the tensors of the network."""
     wanted = canonical_shapes(config)
     for name in [*wanted, *(name for name in tensors if name not in wanted)]:
-        found = tensors.get(name)
-        if found is None or name not in wanted or tuple(found.shape) != wanted[name] or found.dtype != torch.float32:
-            said = "none" if found is None else f"{str(found.dtype).removeprefix('torch.')} {tuple(found.shape)}"
-            right = f"float32 {wanted[name]}" if name in wanted else "absent"
-            raise ValueError(f"{name} (={said} in {what}) must be {right}; give the weights of this network")
+        tensor = tensors.get(name)
+        if tensor is None or name not in wanted or tuple(tensor.shape) != wanted[name] or tensor.dtype != torch.float32:
+            given = "none" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+            expected = f"float32 {wanted[name]}" if name in wanted else "absent"
+            raise ValueError(f"{name} (={given} in {what}) must be {expected}; give the weights of this network")
 
 
 def _safetensors(part: str = "") -> Any:
-    """The library, or its part for torch; it is an extra."""
-    import importlib
-
+    """The library, which is an extra, or its submodule."""
     try:
         return importlib.import_module("safetensors" + (f".{part}" if part else ""))
     except ImportError:
