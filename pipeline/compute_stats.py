@@ -4,7 +4,6 @@ All sums are integers of uint8 pixels, so they do not depend on the order of the
 the same bits. S: side of the central square; pixel values 0–255.
 """
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +14,14 @@ from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.eval_loader import TestLoader
 from pipeline.loading.train_loader import quarantine_budget
+from pipeline.parallel import Progress, Silent
 from pipeline.stats import Stats, load_arrays, save_arrays, stats_path
 
 _SAVE_S = 30.0  # seconds between saves of a pass under way
 
 
 def compute(index: SampleIndex, split: str, square_px: int, *, machine: LoaderConfig = LoaderConfig(), batch: int = 64,
-            device_id: int | None = None, progress: Callable[[int, int], None] | None = None, save_s: float = _SAVE_S) -> Stats:
+            device_id: int | None = None, progress: Progress = Silent(), save_s: float = _SAVE_S) -> Stats:
     """Statistics of a split's central squares.
 
     An interrupted pass resumes where it last saved (``stats-<split>-<S>.partial.npz`` beside the index).
@@ -31,16 +31,18 @@ def compute(index: SampleIndex, split: str, square_px: int, *, machine: LoaderCo
         square_px: short side after the resize and side of the square.
         machine, device_id: as for the loaders.
         batch: images decoded together.
-        progress: called with (images done, images in all).
+        progress: told of images and their bytes.
         save_s: seconds between saves.
 
     Raises:
         RuntimeError: more unreadable samples than the budget allows, or no readable one.
     """
-    total = len(index.ids(split))
+    sizes = index.samples["size"][index.ids(split)].astype(np.int64)
+    total = len(sizes)
     sums = _Sums.resume(index, split, square_px, batch)
     config = DataConfig(region="square", square_px=square_px, crop_px=square_px, mirror=False, lighting=0, mean="channel")
     budget = quarantine_budget(machine, total)
+    progress.expect("statistics", int(sizes[sums.next_batch * batch:].sum()))
     saved = time.monotonic()
     with TestLoader(index, split, config, batch, None, machine=machine, device_id=device_id, skip_corrupt=True,
                     first=sums.next_batch) as loader:
@@ -52,8 +54,8 @@ def compute(index: SampleIndex, split: str, square_px: int, *, machine: LoaderCo
                 raise RuntimeError(f"unreadable samples (={len(skipped)} of {total}) must not exceed the budget (={budget}); "
                                    f"the first: {index.safe_name(id)} {why}; run `python tools/build_index.py verify "
                                    f"{index.path} --scrub --exclude`")
-            if progress is not None:
-                progress(min(sums.next_batch * batch, total), total)
+            first = loaded.step * batch
+            progress.advance(len(loaded.images), int(sizes[first:first + batch].sum()))
             if time.monotonic() - saved > save_s:
                 sums.save(index, split, batch, skipped)
                 saved = time.monotonic()

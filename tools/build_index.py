@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file from anywhere
+
+from tools.cli import ProgressBar, guarded, printable  # noqa: E402
 
 if TYPE_CHECKING:
     from pipeline.index.sample_index import SampleIndex
@@ -90,75 +91,77 @@ def _add_jobs(to: argparse.ArgumentParser) -> None:
     to.add_argument("--jobs", type=int, default=0, help="processes or threads (default 0: one a core)")
 
 
-def _jobs(arguments: argparse.Namespace) -> int:
+def _jobs(args: argparse.Namespace) -> int:
     from pipeline.parallel import cores
 
-    if arguments.jobs < 0:
-        raise ValueError(f"--jobs (={arguments.jobs}) must not be negative; 0 is one a core")
-    return int(arguments.jobs) or cores()
+    if args.jobs < 0:
+        raise ValueError(f"--jobs (={args.jobs}) must not be negative; 0 is one a core")
+    return int(args.jobs) or cores()
 
 
-def build(arguments: argparse.Namespace) -> int:
+def build(args: argparse.Namespace) -> None:
+    """Index a data set."""
     from pipeline.index.builder import Builder
     from pipeline.index.folders import build_classes
     from pipeline.index.ilsvrc import build_fall2011, build_ilsvrc
     from pipeline.index.sample_index import SampleIndex
     from pipeline.index.webdataset import build_webdataset
-    from tools.progress import Console
 
-    with Console() as progress:
-        builder = Builder(arguments.out, arguments.preset, jobs=_jobs(arguments), crc=not arguments.no_crc,
-                          force=arguments.force, progress=progress)
-        if arguments.preset.startswith("ilsvrc"):
-            build_ilsvrc(builder, train=arguments.train, val=arguments.val, test=arguments.test, devkit=arguments.devkit,
-                         test_truth=getattr(arguments, "test_truth", None), patch=getattr(arguments, "patch", None))
-        elif arguments.preset == "webdataset":
-            build_webdataset(builder, arguments.shards)
-        elif arguments.preset == "fall2011":
-            build_fall2011(builder, arguments.path)
+    with ProgressBar() as progress:
+        builder = Builder(args.out, args.preset, jobs=_jobs(args), crc=not args.no_crc, force=args.force, progress=progress)
+        if args.preset == "webdataset":
+            build_webdataset(builder, args.shards)
+        elif args.preset == "fall2011":
+            build_fall2011(builder, args.path)
+        elif args.preset == "classes":
+            build_classes(builder, args.path)
         else:
-            build_classes(builder, arguments.path)
-    index = SampleIndex.load(arguments.out)
+            build_ilsvrc(builder, train=args.train, val=args.val, test=args.test, devkit=args.devkit,
+                         test_truth=getattr(args, "test_truth", None), patch=getattr(args, "patch", None))
+    index = SampleIndex.load(args.out)
     _print_info(index)
     if "val" in index.split_names and (index.samples["label"][index.split_rows("val")] < 0).all():
         print("note: val has no labels, so nothing can be validated on it: give --devkit", file=sys.stderr)
-    return 0
 
 
-def subset(arguments: argparse.Namespace) -> int:
+def subset(args: argparse.Namespace) -> None:
+    """Derive an index from another."""
     from pipeline.index.sample_index import SampleIndex
     from pipeline.index.subset import Choices, derive, read_names, read_range
 
-    choices = Choices(read_names(arguments.classes) if arguments.classes is not None else None,
-                      read_range(arguments.class_range) if arguments.class_range is not None else None,
-                      read_names(arguments.exclude_classes) if arguments.exclude_classes is not None else (),
-                      arguments.min_images, arguments.hold_out, arguments.hold_out_as, arguments.seed)
-    notes = derive(SampleIndex.load(arguments.index), arguments.out, choices, force=arguments.force)
-    _print_info(SampleIndex.load(arguments.out))
+    choices = Choices(read_names(args.classes) if args.classes is not None else None,
+                      read_range(args.class_range) if args.class_range is not None else None,
+                      read_names(args.exclude_classes) if args.exclude_classes is not None else (),
+                      args.min_images, args.hold_out, args.hold_out_as, args.seed)
+    notes = derive(SampleIndex.load(args.index), args.out, choices, force=args.force)
+    _print_info(SampleIndex.load(args.out))
     for note in notes:
-        print(f"note: {_plain(note)}", file=sys.stderr)
-    return 0
+        print(f"note: {printable(note)}", file=sys.stderr)
 
 
-def info(arguments: argparse.Namespace) -> int:
-    from pipeline.index.verify import summary
+def _load(args: argparse.Namespace) -> "SampleIndex":
+    from pipeline.index.sample_index import SampleIndex
 
-    index = _load(arguments)
-    if arguments.json:
-        print(json.dumps(summary(index), indent=1))
+    return SampleIndex.load(args.index, args.archives)
+
+
+def info(args: argparse.Namespace) -> None:
+    """Print what an index holds."""
+    index = _load(args)
+    if args.json:
+        print(json.dumps(index.summary(), indent=1))
     else:
         _print_info(index)
-    return 0
 
 
 def _print_info(index: "SampleIndex") -> None:
-    from pipeline.index.verify import summary
-
-    about = summary(index)
-    print(f"index     {_plain(about['path'])}  ({about['preset']}, version {about['version']}, sha256 {about['sha256'][:16]}…)")
+    about = index.summary()
+    print(f"index     {printable(about['path'])}  ({about['preset']}, version {about['version']}, "
+          f"sha256 {about['sha256'][:16]}…)")
     for step in about["derived"]:
-        print(f"derived   of {_plain(step['index'][:16])}… ({step['samples']:,} samples, {step['classes']:,} classes): "
-              f"{_plain(step['chosen'])}" + (f"; {len(step['too_few']):,} classes had too few images" if step["too_few"] else ""))
+        few = f"; {len(step['too_few']):,} classes had too few images" if step["too_few"] else ""
+        print(f"derived   of {printable(step['index'][:16])}… ({step['samples']:,} samples, {step['classes']:,} classes): "
+              f"{printable(step['chosen'])}{few}")
     print(f"samples   {about['samples']:,}, {about['bytes'] / 1e6:,.1f} MB of images, {len(index.classes):,} classes, "
           f"{'CRC-32 each' if about['crc32'] else 'no CRC-32'}")
     for split in about["splits"]:
@@ -169,56 +172,58 @@ def _print_info(index: "SampleIndex") -> None:
     if about["reasons"]:
         print("odd       " + ", ".join(f"{name} {count:,}" for name, count in about["reasons"].items()))
     if about["empty_classes"]:
-        names = ", ".join(map(_plain, about["empty_classes"][:10])) + (" …" if len(about["empty_classes"]) > 10 else "")
+        names = ", ".join(map(printable, about["empty_classes"][:10])) + (" …" if len(about["empty_classes"]) > 10 else "")
         print(f"no image  in train of {len(about['empty_classes']):,} classes: {names}")
     for archive in about["archives"]:
-        print(f"archive   {_plain(archive['path'])}  {archive['size']:,} bytes, {archive['kind']}")
+        print(f"archive   {printable(archive['path'])}  {archive['size']:,} bytes, {archive['kind']}")
     for odd in about["oddities"][:20]:
-        print(f"  {'kept' if odd['kept'] else 'excluded':<9} {_plain(odd['name'])}: {_plain(odd['reason'])}")
+        print(f"  {'kept' if odd['kept'] else 'excluded':<9} {printable(odd['name'])}: {printable(odd['reason'])}")
     if len(about["oddities"]) > 20:
         print(f"  … and {len(about['oddities']) - 20:,} more (info --json)")
 
 
-def verify(arguments: argparse.Namespace) -> int:
+def verify(args: argparse.Namespace) -> int:
+    """Check the archives against the index."""
     from pipeline.index import verify as checks
-    from tools.progress import Console
 
-    index, jobs = _load(arguments), _jobs(arguments)
-    with Console() as progress:
-        if arguments.scrub:
-            from pipeline.decoding.scrub import scrub
+    index, jobs = _load(args), _jobs(args)
+    with ProgressBar() as progress:
+        if args.scrub:
+            from pipeline.decoding.scrub import scrub  # loads DALI
 
-            found = checks.check_files(index) + scrub(index, jobs, progress)
+            findings, how = checks.check_files(index) + scrub(index, jobs, progress), "every image decoded"
+        elif args.full:
+            findings, how = checks.full(index, jobs, progress), "every CRC-32"
         else:
-            found = checks.full(index, jobs, progress) if arguments.full else checks.quick(index)
-    for finding in found:
-        sample = f"sample {finding.id} (={_plain(finding.name)})" if finding.id is not None else _plain(finding.name)
-        print(f"damaged: {sample} {_plain(finding.problem)}")
-    how = "every image decoded" if arguments.scrub else "every CRC-32" if arguments.full else "a quick look"
-    left_out = checks.left_out(index, arguments.scrub) if arguments.scrub or arguments.full else 0
+            findings, how = checks.quick(index), "a quick look"
+    for finding in findings:
+        sample = f"sample {finding.id} (={printable(finding.name)})" if finding.id is not None else printable(finding.name)
+        print(f"damaged: {sample} {printable(finding.problem)}")
+    left_out = checks.left_out(index, args.scrub) if args.scrub or args.full else 0
     how += f"; {left_out:,} excluded before, not checked" if left_out else ""
-    if not found:
+    if not findings:
         print(f"ok: {len(index) - left_out:,} samples, {how}")
         return 0
-    samples = sum(finding.id is not None for finding in found)
-    print(f"{samples:,} damaged of {len(index) - left_out:,} samples, {how}")
-    if not arguments.exclude:
+    damaged = sum(finding.id is not None for finding in findings)
+    print(f"{damaged:,} damaged of {len(index) - left_out:,} samples, {how}")
+    if not args.exclude:
         return 1
-    print(f"excluded {checks.exclude(index, found):,} more samples")
+    print(f"excluded {checks.exclude(index, findings):,} more samples")
     return 0
 
 
-def ls(arguments: argparse.Namespace) -> int:
+def ls(args: argparse.Namespace) -> None:
+    """List samples."""
     import numpy as np
 
     from pipeline.index.sample_index import FORMATS, REASONS
 
-    index = _load(arguments)
-    ids = np.arange(len(index)) if arguments.wnid is None else index.class_rows(arguments.wnid)
-    if arguments.split is not None:
-        rows = index.split_rows(arguments.split)
+    index = _load(args)
+    ids = np.arange(len(index)) if args.wnid is None else index.class_rows(args.wnid)
+    if args.split is not None:
+        rows = index.split_rows(args.split)
         ids = ids[(ids >= rows.start) & (ids < rows.stop)]
-    if arguments.odd:
+    if args.odd:
         ids = ids[index.samples["reason"][ids] != 0]
     for id in ids.tolist():
         row = index.samples[id]
@@ -226,9 +231,10 @@ def ls(arguments: argparse.Namespace) -> int:
         split, label = index.split_names[row["split"]], int(row["label"])
         wnid = index.classes[label].wnid if label >= 0 else None
         name, reason = index.name(id), REASONS[row["reason"]]
-        if not arguments.json:
+        if not args.json:
             state = f"  {reason}{', excluded' if row['excluded'] else ''}" if reason else ""
-            print(f"{id}  {split}  {_plain(wnid or '-')}  {row['width']}×{row['height']}  {row['size']}  {_plain(name)}{state}")
+            print(f"{id}  {split}  {printable(wnid or '-')}  {row['width']}×{row['height']}  {row['size']}  "
+                  f"{printable(name)}{state}")
             continue
         print(json.dumps({
             "id": id, "split": split, "archive": str(archive.path), "member": name,
@@ -236,44 +242,21 @@ def ls(arguments: argparse.Namespace) -> int:
             "wnid": wnid, "width": int(row["width"]), "height": int(row["height"]),
             "crc32": int(row["crc32"]) if index.header["crc32"] else None, "format": FORMATS[row["format"]],
             "channels": int(row["channels"]), "reason": reason, "excluded": bool(row["excluded"])}))
-    return 0
 
 
-def cat(arguments: argparse.Namespace) -> int:
-    data = _load(arguments).read(arguments.id)
+def cat(args: argparse.Namespace) -> None:
+    """Write an image's bytes to stdout."""
+    data = _load(args).read(args.id)
     if sys.stdout.isatty():
-        raise ValueError(f"stdout (=a terminal) cannot show an image; redirect it: cat INDEX {arguments.id} > x.jpg")
+        raise ValueError(f"stdout (=a terminal) cannot show an image; redirect it: cat INDEX {args.id} > x.jpg")
     sys.stdout.buffer.write(data)
-    return 0
-
-
-def _load(arguments: argparse.Namespace) -> "SampleIndex":
-    from pipeline.index.sample_index import SampleIndex
-
-    return SampleIndex.load(arguments.index, arguments.archives)
-
-
-def _plain(text: Any) -> str:
-    """Text from an archive, safe for a terminal: no control characters, no undecodable bytes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
-    arguments = parser().parse_args(argv)
-    try:
-        code = {"build": build, "subset": subset, "info": info, "verify": verify, "ls": ls, "cat": cat}[arguments.verb](arguments)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # ls | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {_plain(error)}", file=sys.stderr)
-        return 2
+    args = parser().parse_args(argv)
+    verbs = {"build": build, "subset": subset, "info": info, "verify": verify, "ls": ls, "cat": cat}
+    return guarded(lambda: verbs[args.verb](args), "interrupted; nothing was written")
 
 
 if __name__ == "__main__":

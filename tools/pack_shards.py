@@ -1,11 +1,11 @@
-"""Pack an index once into shuffled WebDataset shards of small JPEGs: the central squares of the paper (data tier 2).
+"""Pack an index once into shuffled WebDataset shards of small JPEGs: the central squares of the paper (data tier `packed`).
 
   pack_shards.py INDEX OUT                        256-px squares, shards of about 1 GB
   pack_shards.py INDEX OUT --region full          whole images at a short side of 256
   torchrun --nproc-per-node 4 tools/pack_shards.py INDEX OUT       (or srun) each rank its share
 
 OUT becomes an index folder of its own: `data.packed: OUT` in a recipe, `build_index.py info OUT`. Its shards are standard tars of
-KEY.jpg and KEY.cls. Killed or interrupted, the same command goes on, and the bytes are the same.
+KEY.jpg and KEY.cls. Killed or interrupted, the same command resumes, and the bytes are the same.
 
 Exit code: 0 done (or this rank's share), 2 an error, 130 interrupted.
 """
@@ -19,15 +19,12 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools.cli import guarded  # noqa: E402
+from tools.cli import ProgressBar, guarded  # noqa: E402
 
-if TYPE_CHECKING:
-    from pipeline.index.sample_index import SampleIndex
-    from pipeline.packing.plan import PackOptions
+_RANK_VARIABLES = (("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_TASKS_PER_NODE"))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,85 +52,74 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def place(rank: int | None, world: int | None) -> tuple[int, int, int]:
-    """(rank, world, ranks on this machine), from the options or from what started us. Raises ValueError."""
+def topology(rank: int | None, world: int | None) -> tuple[int, int, int]:
+    """(rank, world, ranks on this machine), from the options or from torchrun's or Slurm's environment. Raises ValueError."""
     if (rank is None) != (world is None):
         raise ValueError(f"--rank (={rank}) and --world (={world}) belong together; give both or neither")
     local = 1
     if rank is None or world is None:
         rank, world = 0, 1
-        for names in (("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_TASKS_PER_NODE")):
-            if names[0] in os.environ and names[1] in os.environ:
-                rank, world = int(os.environ[names[0]]), int(os.environ[names[1]])
-                local = int(os.environ.get(names[2], "1").split("(")[0].split(",")[0])  # Slurm: 4(x2),3
+        for rank_name, world_name, local_name in _RANK_VARIABLES:
+            if rank_name in os.environ and world_name in os.environ:
+                rank, world = int(os.environ[rank_name]), int(os.environ[world_name])
+                local = int(os.environ.get(local_name, "1").split("(")[0].split(",")[0])  # Slurm: 4(x2),3
                 break
     if not 0 <= rank < world:
         raise ValueError(f"--rank (={rank}) must lie in 0…{world - 1}, below --world (={world}); correct it")
     return rank, world, local
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    asked = parser().parse_args(arguments)
-    before = signal.signal(signal.SIGINT, _interrupted)
+    args = parser().parse_args(argv)
+    before = signal.signal(signal.SIGINT, _kill_children)
     try:
-        return guarded(lambda: _pack(asked))
+        return guarded(lambda: _pack(args))
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def _load(asked: argparse.Namespace) -> tuple[SampleIndex, PackOptions]:
+def _pack(args: argparse.Namespace) -> None:
     from pipeline.index.sample_index import SampleIndex
-    from pipeline.packing.plan import PackOptions
-
-    return (SampleIndex.load(asked.index, asked.archives),
-            PackOptions(asked.region, asked.square_px, asked.quality, asked.subsampling, asked.seed))
-
-
-def _pack(asked: argparse.Namespace) -> None:
     from pipeline.packing import pack
-    from pipeline.packing.plan import pieces
+    from pipeline.packing.plan import PackOptions, pieces
     from pipeline.parallel import cores
-    from tools.progress import Console
 
     for name, low in (("jobs", 0), ("shard_images", 0), ("shard_mb", 1)):
-        if getattr(asked, name) < low:
-            raise ValueError(f"--{name.replace('_', '-')} (={getattr(asked, name)}) must be at least {low}; correct it")
-    if not 0 <= asked.budget <= 1:
-        raise ValueError(f"--budget (={asked.budget}) must be a share between 0 and 1; correct it")
-    rank, world, local = place(asked.rank, asked.world)
-    index, options = _load(asked)
+        if getattr(args, name) < low:
+            raise ValueError(f"--{name.replace('_', '-')} (={getattr(args, name)}) must be at least {low}; correct it")
+    if not 0 <= args.budget <= 1:
+        raise ValueError(f"--budget (={args.budget}) must be a share between 0 and 1; correct it")
+    rank, world, local = topology(args.rank, args.world)
+    index = SampleIndex.load(args.index, args.archives)
+    options = PackOptions(args.region, args.square_px, args.quality, args.subsampling, args.seed)
     # Slurm may have bound us to our cores already: then those are ours.
-    jobs = asked.jobs or max(1, min(cores(), (os.cpu_count() or 1) // local))
-    plan = pack.prepare(index, asked.out, options, splits=asked.split, shard_images=asked.shard_images,
-                        shard_bytes=asked.shard_mb * 1_000_000, budget=asked.budget)
-    began = time.monotonic()
-    with Console() as progress:
-        written = pack.write(index, asked.out, plan, jobs=jobs, rank=rank, world=world, budget=asked.budget, progress=progress)
-        seconds = time.monotonic() - began
-        left = pack.missing(index, asked.out, plan)
-        if not left:
-            made, said = pack.complete(index, asked.out, plan, jobs=jobs, budget=asked.budget, progress=progress)
+    jobs = args.jobs or max(1, min(cores(), (os.cpu_count() or 1) // local))
+    plan = pack.prepare(index, args.out, options, splits=args.split, shard_images=args.shard_images,
+                        shard_bytes=args.shard_mb * 1_000_000, budget=args.budget)
+    start = time.monotonic()
+    with ProgressBar() as progress:
+        written = pack.write(index, args.out, plan, jobs=jobs, rank=rank, world=world, budget=args.budget, progress=progress)
+        seconds = time.monotonic() - start
+        missing = pack.missing(index, args.out, plan)
+        if not missing:
+            packed, notes = pack.complete(index, args.out, plan, jobs=jobs, budget=args.budget, progress=progress)
     if written:
         print(f"packed {written:,} images in {seconds:,.1f} s, {written / seconds:,.0f} img/s")
-    if left:
-        print(f"rank {rank} of {world} has finished its share; {len(left)} of {len(pieces(index, plan))} shards are not finished "
-              f"({left[0].name}.tar …): the last rank writes the index; --rank 0 --world 1 does all that is left")
+    if missing:
+        print(f"rank {rank} of {world} has finished its share; {len(missing)} of {len(pieces(index, plan))} shards are not "
+              f"finished ({missing[0].name}.tar …): the last rank writes the index; --rank 0 --world 1 does all that is left")
         return
-    _show(made, said)
+    for note in notes:
+        print(note)
+    for split, measured in (packed.packed or {})["measured"].items():
+        print(f"{split}: {measured['images']:,} images in shards of up to {plan.shard_images:,}, "
+              f"{measured['bytes'] / 1e3:.1f} kB each; PSNR {measured['psnr_mean']:.2f} dB mean, "
+              f"{measured['psnr_min']:.2f} least (of {measured['measured']})")
+    print(f"{packed.path}: verified, SHA-256 {packed.sha256[:16]}; `data.packed: {packed.path}` in a recipe")
 
 
-def _show(made: SampleIndex, said: list[str]) -> None:
-    packed = made.packed or {}
-    for line in said:
-        print(line)
-    for split, found in packed["measured"].items():
-        print(f"{split}: {found['images']:,} images in shards of up to {packed['shard_images']:,}, {found['bytes'] / 1e3:.1f} kB "
-              f"each; PSNR {found['psnr_mean']:.2f} dB mean, {found['psnr_min']:.2f} least (of {found['measured']})")
-    print(f"{made.path}: verified, SHA-256 {made.sha256[:16]}; `data.packed: {made.path}` in a recipe")
-
-
-def _interrupted(number: int, frame: object) -> None:
+def _kill_children(number: int, frame: object) -> None:
     """Ctrl-C: the processes ignore it, and a shard takes minutes; killed, they lose nothing that is finished."""
     for child in multiprocessing.active_children():
         child.kill()

@@ -283,6 +283,19 @@ class SampleIndex:
                              f"{size}; run verify")
         return data
 
+    def summary(self) -> dict[str, Any]:
+        """What the index holds, as JSON values: the header with counts and bytes, without its list of files."""
+        counts = np.bincount(self.samples["label"][self.ids("train")], minlength=len(self.classes)).tolist() \
+            if "train" in self.split_names else []
+        formats = np.bincount(self.samples["format"], minlength=len(FORMATS)).tolist()
+        return {"path": str(self.path), **{key: self.header[key] for key in ("version", "preset", "sha256", "crc32")},
+                "derived": self.derived, "samples": len(self), "bytes": int(self.samples["size"].sum(dtype=np.int64)),
+                "splits": self.header["splits"], "formats": {name: count for name, count in zip(FORMATS, formats) if count},
+                "reasons": self.header["reasons"], "archives": self.header["archives"], "classes": self.header["classes"],
+                # a class that training never sees: an empty inner tar, or labels that begin at 1
+                "empty_classes": [entry.wnid for entry, count in zip(self.classes, counts) if not count],
+                "oddities": self.header["oddities"]}
+
     def _window(self, position: int) -> ByteWindow:
         if position not in self._open:
             self._open[position] = ByteWindow(self.archive_path(position), window=4096)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import Any, Iterator, NamedTuple, Sequence
+from typing import Iterator, NamedTuple, Sequence
 
 import numpy as np
 
@@ -166,20 +166,3 @@ def _check_row(index: SampleIndex, id: int, source: ByteWindow | None, crc: bool
     if read != (row["format"], row["width"], row["height"], row["channels"]):
         return f"its header says {info.format} {info.width}×{info.height}, not what the index says"
     return ""
-
-
-def summary(index: SampleIndex) -> dict[str, Any]:
-    """What an index holds, for `info`: the header without its long lists, with counts and bytes."""
-    sizes = index.samples["size"]
-    counts = np.bincount(index.samples["label"][index.ids("train")], minlength=len(index.classes)).tolist() \
-        if "train" in index.split_names else []
-    formats = np.bincount(index.samples["format"], minlength=len(FORMAT_CODE))
-    return {"path": str(index.path), **{key: index.header[key] for key in ("version", "preset", "sha256", "crc32")},
-            "derived": index.derived, "samples": len(index), "bytes": int(sizes.sum(dtype=np.int64)),
-            "splits": index.header["splits"],
-            "formats": {name: int(formats[code]) for name, code in FORMAT_CODE.items() if formats[code]},
-            "reasons": index.header["reasons"], "archives": index.header["archives"],
-            "classes": index.header["classes"],
-            # a class that training never sees: an empty inner tar, or labels that begin at 1
-            "empty_classes": [entry.wnid for entry, count in zip(index.classes, counts) if not count],
-            "oddities": index.header["oddities"]}

@@ -99,7 +99,7 @@ def slowed(tmp_path: Path, jobs: str) -> "subprocess.Popen[str]":
     slow = ("import sys, time, pipeline.index.builder as i, tools.build_index as b\n"
             "i.PARALLEL_BYTES = 1\n"
             "advance = lambda self, images, bytes: (print('scanning', flush=True), time.sleep(20))\n"
-            "import tools.progress; tools.progress.Console.advance = advance\n"
+            "b.ProgressBar.advance = advance\n"
             "if __name__ == '__main__': sys.exit(b.main(sys.argv[1:]))\n")
     script = save(tmp_path / "slow.py", slow.encode())
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}

@@ -40,21 +40,31 @@ def test_the_sums_do_not_depend_on_batch_or_threads(photos: SampleIndex) -> None
     assert len(hashes) == 1
 
 
-def test_an_interrupted_pass_goes_on_and_gives_the_same_bits(tmp_path: Path) -> None:
-    index = write_set(tmp_path, photographs(13))
-    whole = compute(index, "train", 76, batch=2)
-    calls = []
+class Recorded:
+    """A Progress that counts; raises KeyboardInterrupt after so many batches."""
 
-    def interrupt(done: int, total: int) -> None:
-        calls.append(done)
-        if len(calls) == 3:
+    def __init__(self, interrupt_after: int = 0) -> None:
+        self.images = self.bytes = self.expected = self._batches = 0
+        self._interrupt_after = interrupt_after
+
+    def expect(self, stage: str, total: int) -> None:
+        self.expected = total
+
+    def advance(self, images: int, bytes: int) -> None:
+        self.images, self.bytes, self._batches = self.images + images, self.bytes + bytes, self._batches + 1
+        if self._batches == self._interrupt_after:
             raise KeyboardInterrupt
 
+
+def test_an_interrupted_pass_resumes_and_gives_the_same_bits(tmp_path: Path) -> None:
+    index = write_set(tmp_path, photographs(13))
+    whole = compute(index, "train", 76, batch=2)
     with pytest.raises(KeyboardInterrupt):
-        compute(index, "train", 76, batch=2, progress=interrupt, save_s=0)
-    calls.clear()
-    again = compute(index, "train", 76, batch=2, progress=lambda done, total: calls.append(done))
-    assert calls[0] == 6 and calls[-1] == 13  # two batches were saved before the third was interrupted
+        compute(index, "train", 76, batch=2, progress=Recorded(interrupt_after=3), save_s=0)
+    rest = Recorded()
+    again = compute(index, "train", 76, batch=2, progress=rest)
+    assert rest.images == 13 - 4  # two batches were saved before the third was interrupted
+    assert rest.expected == rest.bytes == index.samples["size"][4:].sum()
     assert again.sha256 == whole.sha256 and again.count == 13
     assert not list(index.path.glob("*partial*"))
 

@@ -28,7 +28,7 @@ from pipeline.compute_stats import compute
 from pipeline.stats import Stats, stats_path
 from tests.helpers.small_set import encode, photographs, picture, write_set
 from tools import build_index
-from tools.pack_shards import main, place
+from tools.pack_shards import main, topology
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, str(ROOT / "tools" / "pack_shards.py")]
@@ -344,13 +344,13 @@ def test_keys_are_safe(tmp_path: Path) -> None:
 def test_who_started_us(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_TASKS_PER_NODE"):
         monkeypatch.delenv(name, raising=False)
-    assert place(None, None) == (0, 1, 1) and place(1, 3) == (1, 3, 1)
+    assert topology(None, None) == (0, 1, 1) and topology(1, 3) == (1, 3, 1)
     for name, value in (("SLURM_PROCID", "5"), ("SLURM_NTASKS", "8"), ("SLURM_TASKS_PER_NODE", "4(x2)")):
         monkeypatch.setenv(name, value)
-    assert place(None, None) == (5, 8, 4)
+    assert topology(None, None) == (5, 8, 4)
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
-    assert place(None, None) == (1, 2, 2) and place(0, 1) == (0, 1, 1)
+    assert topology(None, None) == (1, 2, 2) and topology(0, 1) == (0, 1, 1)
 
 
 def test_psnr() -> None:
