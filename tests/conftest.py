@@ -1,4 +1,4 @@
-"""Shared data of the tests: a small ILSVRC2012-shaped set, drawn, indexed by the real builder, with its statistics."""
+"""Shared data of the tests: a small ILSVRC2012-shaped set, synthetic, indexed by the real builder, with its statistics."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TinySet:
 
 @pytest.fixture(scope="session")
 def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> TinySet:
-    """6 classes, 12 drawn pictures each (80 to 100 px), and the odd files of tools/demo/dataset.py; 4 validation pictures a
+    """6 classes, 12 synthetic pictures each (80 to 100 px), and the odd files of tools/demo/dataset.py; 4 validation pictures a
     class. One odd file cannot be decoded: training replaces it, within the default budget."""
     from pipeline.index.sample_index import SampleIndex
     from pipeline.index.builder import Builder

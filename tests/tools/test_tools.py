@@ -1,8 +1,4 @@
 """The commands: --help is quick, errors are one line and exit 2, sheets show what was drawn."""
-import io
-import json
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -42,108 +38,6 @@ def test_ctrl_c_is_one_line_and_exit_130(tool: object, words: list[str], monkeyp
     assert capsys.readouterr().err == "interrupted\n"
 
 
-# --- demo.py
-
-def test_archives_are_found_by_name(tmp_path: Path) -> None:
-    for name in ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz", "readme.txt"):
-        (tmp_path / name).touch()
-    found = demo.find_archives(tmp_path)
-    assert (found.train.name, found.val.name, found.devkit.name) == (
-        "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz")
-
-
-def test_a_folder_without_archives_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert demo.main(["--out", str(tmp_path / "out"), "--data", str(tmp_path)]) == 2
-    assert "must hold exactly one *train*.tar (found: none); put ILSVRC2012_img_train.tar" in capsys.readouterr().err
-    (tmp_path / "a_train.tar").touch()
-    (tmp_path / "b_train.tar").touch()
-    with pytest.raises(ValueError, match=r"found: a_train.tar, b_train.tar"):
-        demo.find_archives(tmp_path)
-
-
-def test_a_missing_recipe_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert demo.main(["--out", str(tmp_path), "--recipe", "no.yaml"]) == 2
-    assert "recipe (=no.yaml) does not exist; give one of train/recipes" in capsys.readouterr().err
-
-
-def test_a_failing_step_ends_the_demo_with_its_code() -> None:
-    from rich.console import Console
-    steps = demo.Demo(Console(file=io.StringIO()))
-    assert steps.step("fine", ["-c", "print(7)"], capture=True) == "7\n"
-    with pytest.raises(demo.StepFailed) as failed:
-        steps.step("broken", ["-c", "raise SystemExit(75)"])
-    assert failed.value.code == 75
-    assert list(steps.seconds) == ["fine"]
-
-
-def test_an_interrupted_demo_lets_its_step_save(tmp_path: Path) -> None:
-    """Ctrl-C at a terminal reaches both; the step needs a while."""
-    child = ("import time, pathlib\ntry:\n    print('ready', flush=True); time.sleep(20)\nexcept KeyboardInterrupt:\n"
-             f"    time.sleep(1); pathlib.Path({str(tmp_path / 'saved')!r}).touch()\n")
-    parent = ("from rich.console import Console; from tools import demo\n"
-              f"demo.run = lambda *_: demo.Demo(Console(stderr=True, file=open('/dev/null', 'w'))).step('x', ['-c', {child!r}])\n"
-              "raise SystemExit(demo.main([]))")
-    run = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                           start_new_session=True)
-    assert run.stdout is not None and run.stdout.readline() == "ready\n"
-    os.killpg(run.pid, signal.SIGINT)
-    assert run.communicate(timeout=20)[1] == "interrupted\n" and run.returncode == 130
-    assert (tmp_path / "saved").exists()
-
-
-def test_a_drawn_demo_removes_only_what_was_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    real = tmp_path / "demo/runs/tiny100/config.yaml"
-    real.parent.mkdir(parents=True)
-    real.touch()
-    assert demo.main(["--out", str(tmp_path / "demo")]) == 2
-    assert (f"error: output folder (={tmp_path}/demo) must be new, empty or of an earlier drawn demo, for it is made anew; give "
-            "another --out (make demo OUT=…), or remove it\n") == capsys.readouterr().err
-    assert real.exists()
-    clean = ["make", "-s", "-f", str(ROOT / "Makefile"), "clean"]
-    subprocess.run(clean, cwd=tmp_path, check=True)
-    assert real.exists()
-    demo.check_out(tmp_path / "new", True)
-    (tmp_path / "demo" / demo.MARK).touch()
-    demo.check_out(tmp_path / "demo", True)
-    with pytest.raises(ValueError, match=r"output folder \(=.*demo\) holds a drawn demo, which the next one removes; give anoth"):
-        demo.check_out(tmp_path / "demo", False)
-    subprocess.run(clean, cwd=tmp_path, check=True)
-    assert not (tmp_path / "demo").exists()
-
-
-def test_a_drawn_demo_marks_its_folder_first_and_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(self: demo.Demo, title: str, words: list[str]) -> str:
-        assert title == "draw the archives" and (tmp_path / "demo" / demo.MARK).exists()
-        raise demo.StepFailed(3)
-
-    monkeypatch.setattr(demo.Demo, "step", fails)
-    for _ in range(2):
-        assert demo.main(["--out", str(tmp_path / "demo")]) == 3
-        assert [path.name for path in (tmp_path / "demo").iterdir()] == [demo.MARK]
-        (tmp_path / "demo/index").mkdir()       # of the first, gone at the second
-
-
-def test_real_data_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    seen = []
-    monkeypatch.setattr(demo, "run", lambda out, *_: seen.append(out.name))
-    monkeypatch.setattr(demo, "find_archives", lambda folder: None)
-    assert demo.main([]) == demo.main(["--data", "x"]) == 0 and seen == ["demo", "demo-data"]
-    for words, out in ([], "demo"), (["DATA=x"], "demo-data"), (["DATA=x", "OUT=y"], "y"):
-        said = subprocess.run(["make", "-n", "demo", *words], cwd=ROOT, capture_output=True, text=True).stdout
-        assert f"-m tools.demo --out {out} " in said.replace("\n", " ")
-
-
-def test_an_index_of_other_archives_is_refused(index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    demo.check_index(index, demo.find_archives(index.parent))
-    make_demo.make(tmp_path, 1, 4, 1, 1, (24, 40))
-    os.makedirs(tmp_path / "out")
-    os.symlink(index, tmp_path / "out/index")
-    assert demo.main(["--out", str(tmp_path / "out"), "--data", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: index (={tmp_path}/out/index) is that of other archives ({index.parent}/ILSVRC2012_img_tr")
-    assert error.endswith(f"{tmp_path}/ILSVRC2012_img_val.tar; give another --out (make demo OUT=…)\n")
-
-
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tools import build_index, compute_stats
@@ -154,25 +48,6 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
                              "--out", str(folder / "index")]) == 0
     assert compute_stats.main([str(folder / "index"), "--square-px", "76"]) == 0
     return folder / "index"
-
-
-def test_the_whole_demo_in_small(tmp_path: Path) -> None:
-    """Two epochs on the drawn archives: every step runs, and the table tells the counts of the saved checkpoint."""
-    archives = tmp_path / "archives"
-    make_demo.make(archives, 0, 4, 10, 3, (80, 100))
-    result = subprocess.run(
-        [sys.executable, "tools/demo/__main__.py", "--out", str(tmp_path / "out"), "--data", str(archives), "--recipe",
-         "train/recipes/demo.yaml", "--", "--train.epochs=2", "--train.batch=16", "--schedule.milestones=[]",
-         "--machine.torch_threads=1"], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "43 training pictures, 12 tested, 4 classes" in result.stdout
-    assert "guessing" in result.stdout and "75.0%" in result.stdout
-    assert f"run folder: {tmp_path / 'out' / 'runs' / 'demo'}" in result.stdout
-    lines = (tmp_path / "out" / "runs" / "demo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    test = [json.loads(line) for line in lines if json.loads(line)["kind"] == "test"]
-    assert test[0]["images"] == 12
-    ten = next(line for line in result.stdout.splitlines() if "ten crops" in line)
-    assert f"{test[0]['top1']:.1%}" in ten
 
 
 # --- show_batch.py

@@ -1,9 +1,8 @@
-"""Photographs drawn from arithmetic: one lit object of a given shape and colour on a textured ground.
+"""Synthetic photographs: one lit object of a given shape and colour on a textured background.
 
-The one concept: a picture is a function of (seed, class, number). Shapes are signed distance fields (negative
-inside), their height over the ground gives normals, normals give shading; position, size, angle, light, ground and
-noise are drawn at random. Neither shape nor colour alone tells a class: classes share each of them with others, and the
-ground is of any colour.
+A picture is a function of (seed, class, number). Shapes are signed distance fields (negative inside), their height over the
+background gives normals, normals give shading; position, size, angle, light, background and noise are random. Neither shape nor
+colour alone tells a class: classes share each of them with others, and the background is of any colour.
 
 Legend: H rows, W columns, pixels are RGB.
 """
@@ -18,36 +17,13 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-# One shape is a signed distance over (x, y) in units of the object's radius; y grows downwards.
-SHAPES: dict[str, Callable[[Array, Array], Array]] = {}
 # Hue in turns. Far enough apart that the lighting of a picture cannot turn one into another.
 COLOURS: dict[str, float] = {"red": 0.0, "blue": 0.62, "green": 0.36, "yellow": 0.15, "violet": 0.8, "cyan": 0.5}
 
 
-def _shape(function: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
-    SHAPES[function.__name__.strip("_")] = function
-    return function
-
-
-@_shape
-def _ball(x: Array, y: Array) -> Array:
-    return np.hypot(x, y) - 0.9
-
-
-@_shape
-def _box(x: Array, y: Array) -> Array:
-    return np.maximum(np.abs(x), np.abs(y)) - 0.78
-
-
-@_shape
-def _ring(x: Array, y: Array) -> Array:
-    return np.abs(np.hypot(x, y) - 0.68) - 0.24
-
-
-@_shape
 def _star(x: Array, y: Array) -> Array:
     sector = np.pi / 5
-    angle = np.abs((np.arctan2(x, -y) + sector) % (2 * sector) - sector)        # folded into half a point
+    angle = np.abs((np.arctan2(x, -y) + sector) % (2 * sector) - sector)  # folded into half a point
     radius = np.hypot(x, y)
     # The edge runs from the tip (radius 1, angle 0) to the notch (radius 0.42, angle π/5).
     tip, notch = np.array([1.0, 0.0]), 0.42 * np.array([np.cos(sector), np.sin(sector)])
@@ -55,15 +31,19 @@ def _star(x: Array, y: Array) -> Array:
     return (radius * np.sin(angle) - tip[1]) * -along[0] + (radius * np.cos(angle) - tip[0]) * along[1]
 
 
-@_shape
 def _cross(x: Array, y: Array) -> Array:
     long, short = np.maximum(np.abs(x), np.abs(y)), np.minimum(np.abs(x), np.abs(y))
     return np.maximum(long - 0.95, short - 0.3)
 
 
-@_shape
-def _triangle(x: Array, y: Array) -> Array:
-    return np.maximum(np.abs(x) * 0.866 - (y + 0.95) * 0.5, y - 0.6)
+# Signed distance to each shape over (x, y) in units of the object's radius; y grows downwards.
+SHAPES: dict[str, Callable[[Array, Array], Array]] = {
+    "ball": lambda x, y: np.hypot(x, y) - 0.9,
+    "box": lambda x, y: np.maximum(np.abs(x), np.abs(y)) - 0.78,
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.68) - 0.24,
+    "star": _star,
+    "cross": _cross,
+    "triangle": lambda x, y: np.maximum(np.abs(x) * 0.866 - (y + 0.95) * 0.5, y - 0.6)}
 
 
 def classes(count: int) -> list[tuple[str, str]]:
@@ -94,8 +74,8 @@ def _rgb(hue: float, saturation: float, value: float) -> Array:
     return np.array(colorsys.hsv_to_rgb(hue % 1, saturation, value))
 
 
-def _ground(random: np.random.Generator, height: int, width: int) -> Array:
-    """A textured ground, (H, W, 3) in [0, 1]: two colours mixed by noise, planks, checks or weave, lit aslant."""
+def _background(random: np.random.Generator, height: int, width: int) -> Array:
+    """(H, W, 3) in [0, 1]: two colours mixed by noise, planks, checks or weave, lit at an angle."""
     x, y = np.meshgrid(np.arange(width) / min(height, width), np.arange(height) / min(height, width))
     angle, scale = random.uniform(0, np.pi), random.uniform(3, 9)
     u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
@@ -113,25 +93,22 @@ def _ground(random: np.random.Generator, height: int, width: int) -> Array:
     return np.asarray((first * mix + second * (1 - mix)) * (0.85 + 0.3 * rough)[:, :, None] * slope[:, :, None])
 
 
-def _place(picture: Array, random: np.random.Generator, shape: str, colour: str, centre: tuple[float, float],
-           radius: float, light: Array) -> None:
-    """Lay one object and its shadow over `picture` (H, W, 3), in place. centre (x, y), radius in pixels, light a unit
-    vector.
-    """
+def _add_object(picture: Array, random: np.random.Generator, shape: str, colour: str, centre: tuple[float, float],
+                radius: float, light: Array) -> None:
+    """Lay one object and its shadow over `picture` (H, W, 3), in place. centre (x, y), radius in pixels, light a unit vector."""
     height, width, _ = picture.shape
-    distance = SHAPES[shape]
-    turn, squeeze = random.uniform(-0.45, 0.45), random.uniform(0.85, 1)     # things stand more or less upright
+    turn, squeeze = random.uniform(-0.45, 0.45), random.uniform(0.85, 1)  # things stand more or less upright
     x, y = np.meshgrid((np.arange(width) - centre[0]) / radius, (np.arange(height) - centre[1]) / (radius * squeeze))
 
-    def field(shift_x: float, shift_y: float) -> Array:
+    def distance(shift_x: float, shift_y: float) -> Array:
         a, b = x - shift_x, y - shift_y
-        return distance(a * np.cos(turn) + b * np.sin(turn), b * np.cos(turn) - a * np.sin(turn))
+        return SHAPES[shape](a * np.cos(turn) + b * np.sin(turn), b * np.cos(turn) - a * np.sin(turn))
 
-    shade = np.clip(0.5 - field(-light[0] * 0.35, -light[1] * 0.35) / 0.35, 0, 1)      # a soft edge: the light is wide
+    shade = np.clip(0.5 - distance(-light[0] * 0.35, -light[1] * 0.35) / 0.35, 0, 1)  # a soft edge: the light is wide
     picture *= 1 - 0.55 * shade[:, :, None]
-    inside = field(0, 0)
+    inside = distance(0, 0)
     depth = np.clip(-inside, 0, None)
-    roundness = 0.9 if shape == "ball" else 0.35                                        # the width of the rounded rim
+    roundness = 0.9 if shape == "ball" else 0.35  # the width of the rounded rim
     z = np.sqrt(np.clip(1 - (1 - np.clip(depth / roundness, 0, 1)) ** 2, 0, 1)) * roundness
     slope_y, slope_x = np.gradient(z, 1 / radius)
     normal = np.stack([-slope_x, -slope_y, np.ones_like(z)], axis=-1)
@@ -142,37 +119,37 @@ def _place(picture: Array, random: np.random.Generator, shape: str, colour: str,
     paint = _rgb(COLOURS[colour] + random.normal(0, 0.015), random.uniform(0.72, 0.95), random.uniform(0.65, 1.0))
     wear = 0.85 + 0.3 * _noise(random, height, width, 12)
     surface = paint * (0.3 + 0.85 * lambert * wear)[:, :, None] + gloss[:, :, None]
-    cover = np.clip(0.5 - inside * radius, 0, 1)[:, :, None]                            # one pixel of antialiasing
+    cover = np.clip(0.5 - inside * radius, 0, 1)[:, :, None]  # one pixel of antialiasing
     picture[:] = picture * (1 - cover) + surface * cover
 
 
-def draw(seed: int, colour: str, shape: str, number: int, sides: tuple[int, int] = (90, 160)) -> Array:
+def render(seed: int, colour: str, shape: str, number: int, sides: tuple[int, int] = (90, 160)) -> Array:
     """One photograph, (H, W, 3) uint8 RGB, the same for the same arguments.
 
-    number tells the pictures of a class apart. sides: the range of the short side in pixels; the long side is 1 to 1.5
-    times as long, upright or across.
+    number tells the pictures of a class apart. sides: the range of the short side in pixels; the long side is 1 to 1.5 times as
+    long, upright or across.
     """
     random = np.random.default_rng([seed, list(COLOURS).index(colour), list(SHAPES).index(shape), number])
     short = int(random.integers(sides[0], sides[1] + 1))
     long = int(short * random.uniform(1, 1.5))
     height, width = (short, long) if random.random() < 0.6 else (long, short)
-    picture = _ground(random, height, width)
+    picture = _background(random, height, width)
     light = np.array([random.normal(0, 0.5), random.normal(-0.3, 0.5), 1.0])
     light /= np.linalg.norm(light)
-    for _ in range(random.integers(0, 4)):                                              # pebbles, of any colour
-        _place(picture, random, "ball", str(random.choice(list(COLOURS))),
-               (random.uniform(0, width), random.uniform(0, height)), short * random.uniform(0.03, 0.06), light)
+    for _ in range(random.integers(0, 4)):  # pebbles, of any colour
+        _add_object(picture, random, "ball", str(random.choice(list(COLOURS))),
+                    (random.uniform(0, width), random.uniform(0, height)), short * random.uniform(0.03, 0.06), light)
     radius = short * random.uniform(0.3, 0.44)
     # Inside the central square, which is all that training sees (paper §2); up to a sixth of the object may leave it.
     reach = max(0.0, short / 2 - 0.85 * radius)
     centre = (width / 2 + random.uniform(-reach, reach), height / 2 + random.uniform(-reach, reach))
-    _place(picture, random, shape, colour, centre, radius, light)
-    picture *= random.uniform(0.65, 1.2) * random.uniform(0.92, 1.08, 3)                # exposure and white balance
-    picture += random.normal(0, random.uniform(0.005, 0.03), picture.shape)             # the sensor
+    _add_object(picture, random, shape, colour, centre, radius, light)
+    picture *= random.uniform(0.65, 1.2) * random.uniform(0.92, 1.08, 3)  # exposure and white balance
+    picture += random.normal(0, random.uniform(0.005, 0.03), picture.shape)  # the sensor
     return np.asarray(np.clip(picture * 255 + 0.5, 0, 255).astype(np.uint8))
 
 
-def encode(picture: Array, kind: str = "jpeg", quality: int = 90) -> bytes:
+def encode(picture: Array, kind: str = "jpeg") -> bytes:
     """The file of a picture (H, W, 3) uint8. kind: jpeg, png, cmyk or grey (the last two are JPEGs).
 
     Raises RuntimeError when Pillow is missing.
@@ -186,8 +163,5 @@ def encode(picture: Array, kind: str = "jpeg", quality: int = 90) -> bytes:
     if kind in ("cmyk", "grey"):
         image = image.convert({"cmyk": "CMYK", "grey": "L"}[kind])
     target = io.BytesIO()
-    if kind == "png":
-        image.save(target, format="PNG")
-    else:
-        image.save(target, format="JPEG", quality=quality)
+    image.save(target, **({"format": "PNG"} if kind == "png" else {"format": "JPEG", "quality": 90}))
     return target.getvalue()
