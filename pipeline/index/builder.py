@@ -135,7 +135,7 @@ class Builder:
                for member, is_kept in zip(members, kept) if not is_kept and member.kind == "file"]
         members = [member for member, is_kept in zip(members, kept) if is_kept]
         chunks = [members[i:i + CHUNK] for i in range(0, len(members), CHUNK)]
-        tasks = [Task(archive.path, self.crc, chunk, is_folder=archive.kind == "folder", watch=self.watch) for chunk in chunks]
+        tasks = [Task(archive.path, self.crc, chunk, is_folder=archive.is_folder, watch=self.watch) for chunk in chunks]
         whole = joined(self.run(tasks, [sum(member.size for member in chunk) for chunk in chunks], stage))
         whole.rows["archive"] = position
         whole.odd += odd

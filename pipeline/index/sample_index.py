@@ -1,13 +1,10 @@
 """`SampleIndex`: the data set as one row per image, read in place from archives that are never extracted.
 
-An index is a folder: `index.json` (header) and `samples.npy` (rows of `SAMPLE`, memory-mapped on load, no pickle);
-`names.bin` too when a folder tree of images was indexed (NUL-terminated relative paths). Names of tar members are
-not stored: they are read back from the tar headers. The row number is the sample's **id**; it never changes, excluded
-rows stay. Rows are sorted by split (train, val, test), in train by class, then by place in the archive; in val and
-test by name (ILSVRC: by base name), or as in train where they were held out of it (`pipeline.index.subset`).
-
-The header carries SHA-256 hashes: of each array file (`verify` checks those), and of its own content without paths
-(`load` checks that one: it is the identity of the data set, `SampleIndex.sha256`).
+An index is a folder: `index.json` (`pipeline.index.header`) and `samples.npy` (rows of `SAMPLE`, memory-mapped on load, no
+pickle); `names.bin` too when a folder tree of images was indexed (NUL-terminated relative paths). Names of tar members are not
+stored: they are read back from the tar headers. The row number is the sample's **id**; it never changes, excluded rows stay.
+Rows are sorted by split (train, val, test), in train by class, then by position in the archive; in val and test by name (ILSVRC:
+by base name), or as in train where they were held out of it (`pipeline.index.subset`).
 """
 
 from __future__ import annotations
@@ -23,10 +20,9 @@ from typing import Any, Sequence
 
 import numpy as np
 
+from pipeline.index.header import read_header
 from pipeline.index.tar import BLOCK, ByteWindow, fingerprint, read_member
 
-VERSION = 1
-MAGIC = "alexnet-sample-index"
 SPLITS = ("train", "val", "test")
 FORMATS = ("unknown", "jpeg", "png", "gif", "webp", "bmp", "gzip")
 # Reasons of odd images. Kept: grey, cmyk, misnamed (a PNG called .JPEG), patched (replaced by 2010's patch_images).
@@ -48,14 +44,6 @@ SAMPLE = np.dtype([
     ("spare", "u1"),  # 0; makes the row 40 bytes, so that offsets are aligned
 ])
 
-# What the header of a packed index says of its images. `source`: split → `split_sha256` of the original's; `measured`: split →
-# images, bytes (mean), psnr_mean, psnr_min (dB, against the pixels that were encoded).
-PACKED = {"source": dict, "square_px": int, "region": str, "quality": int, "subsampling": str, "seed": int, "shard_images": int,
-          "encoder": str, "measured": dict}
-# What the optional `derived` list of the header says of each subset that led here, the first one first: SHA-256, rows and classes
-# of the index it was taken of, options it was taken by, names of the classes that had too few images.
-DERIVED = {"index": str, "samples": int, "classes": int, "chosen": str, "too_few": list}
-
 
 @dataclass(frozen=True)
 class ClassInfo:
@@ -75,19 +63,18 @@ class Archive:
     kind: str  # "tar" | "folder"
     nested: bool = False  # a tar of <wnid>.tar: a sample's name is <wnid>/<name in the inner tar>
 
+    @property
+    def is_folder(self) -> bool:
+        return self.kind == "folder"
+
+    def fits(self, path: Path) -> bool:
+        """Whether a folder, or a file, of any content lies at `path`."""
+        return path.is_dir() if self.is_folder else path.is_file()
+
 
 def label_of(classes: Sequence[ClassInfo]) -> dict[str, int]:
     """wnid → label."""
     return {entry.wnid: label for label, entry in enumerate(classes)}
-
-
-def content_sha256(header: dict[str, Any]) -> str:
-    """SHA-256 (hex) of a header without its archives' paths: equal wherever the archives lie."""
-    content = {key: value for key, value in header.items() if key != "sha256"}
-    if isinstance(header.get("archives"), list):
-        content["archives"] = [{key: value for key, value in archive.items() if key != "path"}
-                               for archive in header["archives"] if isinstance(archive, dict)]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class SampleIndex:
@@ -102,7 +89,7 @@ class SampleIndex:
         self._folders = list(folders)
         self._open: dict[int, ByteWindow] = {}
         self._split_hashes: dict[str, str] = {}
-        self._found: dict[int, Path] = {}
+        self._archive_paths: dict[int, Path] = {}
         self._names: mmap.mmap | None = None
         self._lock = threading.Lock()  # a window serves one thread at a time
 
@@ -137,12 +124,12 @@ class SampleIndex:
 
     @property
     def packed(self) -> dict[str, Any] | None:
-        """How tools/pack_shards.py made these images (see PACKED), or None when they are the originals."""
+        """How tools/pack_shards.py made these images (`pipeline.index.header.PACKED`); None when they are the originals."""
         return self.header.get("packed")
 
     @property
     def derived(self) -> list[dict[str, Any]]:
-        """The subsets that led from an index of archives to this one (see DERIVED); none mostly."""
+        """The subsets that led from an index of archives to this one (`pipeline.index.header.DERIVED`)."""
         return self.header.get("derived", [])
 
     @property
@@ -196,7 +183,7 @@ class SampleIndex:
         """Name of a sample, read back from its archive: `n01440764/n01440764_10026.JPEG`, or a path in a folder."""
         row = self.row(id)
         position = int(row["archive"])
-        if self.archives[position].kind == "folder":
+        if self.archives[position].is_folder:
             return self._folder_name(int(row["offset"]))
         header = int(row["offset"]) - BLOCK * int(row["header_blocks"])
         with self._lock:
@@ -216,16 +203,16 @@ class SampleIndex:
 
     def archive_path(self, position: int) -> Path:
         """Where archive `position` lies now. Raises ValueError when it is gone, unreadable or of another size."""
-        if position not in self._found:
+        if position not in self._archive_paths:
             path = self.find_archive(position)
             archive = self.archives[position]
             if not os.access(path, os.R_OK):
                 raise ValueError(f"archive (={path}) cannot be read; give yourself read permission")
-            if archive.kind == "tar" and path.stat().st_size != archive.size:
+            if not archive.is_folder and path.stat().st_size != archive.size:
                 raise ValueError(f"archive (={path}) has {path.stat().st_size} bytes, but had {archive.size} when it "
                                  f"was indexed; restore it, or build the index again")
-            self._found[position] = path
-        return self._found[position]
+            self._archive_paths[position] = path
+        return self._archive_paths[position]
 
     def check_archives(self, split: str) -> None:
         """Look for every archive that a split uses, before long work. Raises ValueError when one is not as it was."""
@@ -238,13 +225,13 @@ class SampleIndex:
         archive = self.archives[position]
         if self.packed is not None and (beside := self.path / archive.path.name).is_file():  # they move together
             return beside
-        if archive.path.is_dir() if archive.kind == "folder" else archive.path.is_file():
+        if archive.fits(archive.path):
             return archive.path
         others = []
         for folder in self._folders:
             for first in range(1, len(archive.path.parts)):  # longest tail of the path first
                 path = folder.joinpath(*archive.path.parts[first:])
-                if path.is_dir() if archive.kind == "folder" else path.is_file():
+                if archive.fits(path):
                     if self._is_archive(position, path):
                         return path
                     others.append(path)
@@ -257,7 +244,7 @@ class SampleIndex:
         """Whether `path` is the archive that was indexed: a tar by size and fingerprint, a folder by two of its files."""
         archive = self.archives[position]
         try:
-            if archive.kind == "tar":
+            if not archive.is_folder:
                 return path.stat().st_size == archive.size and fingerprint(path) == archive.fingerprint
             rows = self.samples[self.samples["archive"] == position][[0, -1]]
             return all((path / self._folder_name(int(row["offset"]))).stat().st_size == row["size"] for row in rows)
@@ -268,7 +255,7 @@ class SampleIndex:
         """The bytes of one image, by a plain read. Raises ValueError when they are not there."""
         row = self.row(id)
         position, size = int(row["archive"]), int(row["size"])
-        if self.archives[position].kind == "folder":
+        if self.archives[position].is_folder:
             path = self.file_path(id)
             try:
                 data = path.read_bytes()
@@ -306,31 +293,3 @@ class SampleIndex:
             with open(self.path / self.header["files"]["names"]["file"], "rb") as file:
                 self._names = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return os.fsdecode(self._names[offset:self._names.find(b"\0", offset)])
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """The checked header of the index folder `path`. Raises ValueError (see `SampleIndex.load`)."""
-    file = path / "index.json"
-    if not file.is_file():
-        what = "has no index.json" if path.is_dir() else "does not exist" if not path.exists() else "is not a folder"
-        raise ValueError(f"index (={path}) {what}; make one with tools/build_index.py build")
-    try:
-        header = json.loads(file.read_bytes())
-    except ValueError:
-        raise ValueError(f"index header (={file}) is not JSON; build the index again") from None
-    if not isinstance(header, dict) or header.get("magic") != MAGIC:
-        raise ValueError(f"index header (={file}) is not that of a sample index; build one with tools/build_index.py")
-    if header.get("version") != VERSION:
-        raise ValueError(f"index version (={header.get('version')}) of {file} is not {VERSION}, the one this code "
-                         f"reads; build the index again")
-    if content_sha256(header) != header.get("sha256"):
-        raise ValueError(f"index header (={file}) does not match its SHA-256, so it was altered; build it again")
-    packed = header.get("packed")
-    if packed is not None and not (isinstance(packed, dict) and "square_px" in packed
-                                   and all(isinstance(value, PACKED.get(key, object)) for key, value in packed.items())):
-        raise ValueError(f"index header (={file}) has a packed entry that says nothing of its images; pack them again")
-    derived = header.get("derived", [])
-    if not (isinstance(derived, list) and all(isinstance(step, dict) and all(
-            isinstance(step.get(key), kind) for key, kind in DERIVED.items()) for step in derived)):
-        raise ValueError(f"index header (={file}) has a derived entry that does not say of what; take the subset again")
-    return header

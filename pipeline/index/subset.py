@@ -2,8 +2,8 @@
 
 The archives stay where they are, and the new index reads them in place. Rows keep all but label, split and archive, which become
 positions among what is kept; classes keep their order. What is kept of a split keeps its order too, and held-out images have that
-of train: by class, then by place in the archive. A row without a label is in no class: train loses it, another split only when a
-class is left out. Excluded rows stay excluded, stay in train, and count as no images.
+of train: by class, then by position in the archive. A row without a label is in no class: train loses it, another split only when
+a class is left out. Excluded rows stay excluded, stay in train, and count as no images.
 
 N rows, K classes.
 """
@@ -19,7 +19,7 @@ from typing import Any, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.files import file_sha256
+from pipeline.files import difference
 from pipeline.rng import Purpose, bits
 from pipeline.index.sample_index import SAMPLE, SPLITS, SampleIndex, label_of
 from pipeline.index.writer import check_output, write_index
@@ -41,7 +41,7 @@ class Choices:
         seed: of the choice of images.
 
     Raises:
-        ValueError: nothing is asked for, two things exclude each other, or a number is out of its range.
+        ValueError: nothing is chosen, two choices exclude each other, or a number is out of its range.
     """
     classes: Sequence[str] | None = None
     class_range: tuple[int, int] | None = None
@@ -71,14 +71,14 @@ class Choices:
         return ":".join(map(str, self.class_range or ()))
 
     def __str__(self) -> str:
-        """As options of the command, names counted: what the header of the new index says of them."""
-        said = [f"--classes ({len(set(self.classes))} named)"] if self.classes is not None else []
-        said += [f"--class-range {self._range}"] if self.class_range is not None else []
-        said += [f"--exclude-classes ({len(set(self.exclude))} named)"] if self.exclude else []
-        said += [f"--min-images {self.min_images}"] if self.min_images else []
+        """As options of the command, names counted: for the header of the new index."""
+        options = [f"--classes ({len(set(self.classes))} named)"] if self.classes is not None else []
+        options += [f"--class-range {self._range}"] if self.class_range is not None else []
+        options += [f"--exclude-classes ({len(set(self.exclude))} named)"] if self.exclude else []
+        options += [f"--min-images {self.min_images}"] if self.min_images else []
         if self.hold_out is not None or self.hold_out_as is not None:
-            said.append(f"--hold-out {self.hold_out} --hold-out-as {self.hold_out_as} --seed {self.seed}")
-        return " ".join(said)
+            options.append(f"--hold-out {self.hold_out} --hold-out-as {self.hold_out_as} --seed {self.seed}")
+        return " ".join(options)
 
 
 def read_names(path: Path) -> list[str]:
@@ -86,13 +86,11 @@ def read_names(path: Path) -> list[str]:
     ValueError when there is no such file, or no name in it."""
     if not path.is_file():
         raise ValueError(f"list of classes (={path}) is not a file; give a text file of class names, one a line")
-    names = []
-    for line in path.read_bytes().decode("utf-8-sig", "surrogateescape").split("\n"):
-        name = (" " + line.replace("\t", " ")).partition(" #")[0].strip()
-        names += [name] if name else []
-    if not names:
+    lines = path.read_bytes().decode("utf-8-sig", "surrogateescape").split("\n")
+    names = [(" " + line.replace("\t", " ")).partition(" #")[0].strip() for line in lines]
+    if not any(names):
         raise ValueError(f"list of classes (={path}) names no class; write one name a line")
-    return names
+    return [name for name in names if name]
 
 
 def read_range(text: str) -> tuple[int, int]:
@@ -104,7 +102,7 @@ def read_range(text: str) -> tuple[int, int]:
 
 
 def derive(index: SampleIndex, out: str | Path, choices: Choices, *, force: bool = False) -> list[str]:
-    """Write the subset of an index to the folder `out`, whole or not at all; returns what is worth saying.
+    """Write the subset of an index to the folder `out`, atomically; returns notes for the user.
 
     Raises ValueError: `out` may not be written (see `check_output`) or is the index itself; the index is packed or damaged; a
     class is not in it; a split would be empty, or is there already.
@@ -117,22 +115,21 @@ def derive(index: SampleIndex, out: str | Path, choices: Choices, *, force: bool
         raise ValueError(f"INDEX (={index.path}) is packed, and its shards hold the labels and row numbers of their originals; "
                          "take the subset of the index of the originals, and pack that")
     for entry in index.header["files"].values():  # the new index has hashes of its own: they must not cover up damage
-        file = index.path / entry["file"]
-        if file_sha256(file) != entry["sha256"]:
-            raise ValueError(f"array (={file}) differs from its SHA-256; build the index again")
+        if difference(index.path / entry["file"], entry):
+            raise ValueError(f"array (={index.path / entry['file']}) differs from its SHA-256; build the index again")
     labels, too_few = chosen_classes(index, choices)
     parts, notes = divide(index, labels, choices)
+    if too_few:
+        notes.insert(0, f"left out {len(too_few):,} classes of less than {choices.min_images} training images: "
+                        f"{', '.join(too_few[:10])}{' … (all of them: info --json)' if len(too_few) > 10 else ''}")
     ids, rows, used = renumbered(index, parts, labels)
     archives = [index.archives[position] for position in used.tolist()]
     step = {"index": index.sha256, "samples": len(index), "classes": len(index.classes), "chosen": str(choices),
             "too_few": too_few}
     write_index(out, rows, classes=[index.classes[label] for label in labels.tolist()], archives=archives, splits=list(parts),
                 preset=index.header["preset"], crc32=index.header["crc32"], oddities=_oddities(index, ids, rows, list(parts)),
-                names=index.name_bytes if any(archive.kind == "folder" for archive in archives) else None,
+                names=index.name_bytes if any(archive.is_folder for archive in archives) else None,
                 derived=[*index.derived, step], force=force)
-    if too_few:
-        notes.insert(0, f"left out {len(too_few):,} classes of less than {choices.min_images} training images: "
-                        f"{', '.join(too_few[:10])}{' … (all of them: info --json)' if len(too_few) > 10 else ''}")
     return notes
 
 
@@ -172,23 +169,22 @@ def _known(index: SampleIndex, names: Sequence[str], option: str) -> list[int]:
 
 
 def divide(index: SampleIndex, labels: Ids, choices: Choices) -> tuple[dict[str, Ids], list[str]]:
-    """Split → ids of the rows it keeps, in their new order, for classes `labels`; and what is worth saying. Raises ValueError
+    """Split → ids of the rows it keeps, in their new order, for classes `labels`; and notes for the user. Raises ValueError
     when a split would be empty, or the one to hold out is there already."""
     if choices.hold_out_as in index.split_names:
         raise ValueError(f"--hold-out-as (={choices.hold_out_as}) is a split of {index.path} already; give another name, or "
                          "build an index without it")
-    places = _positions(labels, len(index.classes))
-    whole = len(labels) == len(index.classes)
+    is_kept = np.append(np.isin(np.arange(len(index.classes)), labels), False)  # of a label; the last for label -1
     parts: dict[str, Ids] = {}
     notes = []
     for split in index.split_names:
         rows = index.split_rows(split)
         old, usable = index.samples["label"][rows], index.samples["excluded"][rows] == 0
-        keep = places[old] >= 0
+        keep = is_kept[old]
         if (usable & (old >= 0)).any() and not (usable & keep).any():
             raise ValueError(f"split (={split}) would be empty: no image of it is in a class that is kept; choose other classes, "
                              f"or build an index without {split}")
-        if whole and split != "train":
+        if split != "train" and len(labels) == len(index.classes):
             keep |= old < 0
         lost = int((usable & (old < 0) & ~keep).sum())
         if lost:
@@ -198,7 +194,7 @@ def divide(index: SampleIndex, labels: Ids, choices: Choices) -> tuple[dict[str,
         else:
             notes.append(f"left out split {split}: none of its {len(old):,} rows has a label of a class that is kept")
     if choices.hold_out is not None and choices.hold_out_as is not None:
-        index.split_rows("train")  # or it says that there is none
+        index.split_rows("train")  # raises when there is none
         train = parts.get("train", np.empty(0, np.int64))
         held = held_out(index, train, choices.hold_out, choices.seed)
         if not held.any():
@@ -217,38 +213,38 @@ def held_out(index: SampleIndex, ids: Ids, share: float, seed: int) -> npt.NDArr
     labels = index.samples["label"][ids[rows]]
     counts = np.bincount(labels, minlength=len(index.classes))
     ties = bits(seed, Purpose.HOLD_OUT, np.array([_word(entry.wnid) for entry in index.classes], np.uint64))
-    wanted = quotas(counts.tolist(), share, ties.tolist())
-    drawn = bits(seed, Purpose.HOLD_OUT, *identities(index, ids[rows]))
+    numbers = bits(seed, Purpose.HOLD_OUT, *identities(index, ids[rows]))
     held = np.zeros(len(ids), bool)
     by_class = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
-    for mine, count in zip(by_class, wanted, strict=True):  # many short sorts: a sixth of the time of one long one
-        held[rows[mine[np.argsort(drawn[mine], kind="stable")[:count]]]] = True
+    for of_class, quota in zip(by_class, quotas(counts.tolist(), share, ties.tolist()), strict=True):
+        # many short sorts: a sixth of the time of one long one
+        held[rows[of_class[np.argsort(numbers[of_class], kind="stable")[:quota]]]] = True
     return held
 
 
 def quotas(counts: Sequence[int], share: float, ties: Sequence[int]) -> list[int]:
     """How many of `counts` (K) images of each class to hold out: its share, rounded up where most is missing (among equals,
     where `ties` is lowest) until the sum is the share of all; a class that has images keeps one."""
-    part = Fraction(str(share))  # what was written: 0.1 of 30 is 3, and halves are all alike
-    found = [count * part.numerator // part.denominator for count in counts]
-    missing = [count * part - floor for count, floor in zip(counts, found)]
-    order = sorted((label for label, count in enumerate(counts) if missing[label] and found[label] + 1 < count),
+    exact = Fraction(str(share))  # what was written: 0.1 of 30 is 3, and halves are all alike
+    numbers = [count * exact.numerator // exact.denominator for count in counts]
+    missing = [count * exact - number for count, number in zip(counts, numbers)]
+    order = sorted((label for label, count in enumerate(counts) if missing[label] and numbers[label] + 1 < count),
                    key=lambda label: (-missing[label], ties[label]))
-    for label in order[:int(sum(counts) * part + Fraction(1, 2)) - sum(found)]:
-        found[label] += 1
-    return found
+    for label in order[:int(sum(counts) * exact + Fraction(1, 2)) - sum(numbers)]:
+        numbers[label] += 1
+    return numbers
 
 
 def identities(index: SampleIndex, ids: Ids) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
-    """What the rows `ids` (N,) are in any index of the same archives: (N,) words of the archive and of the place in it; of an
-    image in a folder: 0, and its name."""
-    archives, places = index.samples["archive"][ids], index.samples["offset"][ids]
-    marks = np.array([0 if archive.kind == "folder" else _word(archive.fingerprint) for archive in index.archives], np.uint64)
-    is_folder = np.array([archive.kind == "folder" for archive in index.archives], bool)[archives]
+    """What identifies the rows `ids` (N,) in any index of the same archives, as (N,) words: the archive, and the offset in it; of
+    an image in a folder: 0, and its name."""
+    archives, offsets = index.samples["archive"][ids], index.samples["offset"][ids]
+    words = np.array([0 if archive.is_folder else _word(archive.fingerprint) for archive in index.archives], np.uint64)
+    is_folder = np.array([archive.is_folder for archive in index.archives], bool)[archives]
     if is_folder.any():
         names = index.name_bytes or b""
-        places[is_folder] = [_word(names[first:names.index(b"\0", first)]) for first in places[is_folder].tolist()]
-    return marks[archives], places
+        offsets[is_folder] = [_word(names[first:names.index(b"\0", first)]) for first in offsets[is_folder].tolist()]
+    return words[archives], offsets
 
 
 def _word(text: str | bytes) -> int:
@@ -271,16 +267,16 @@ def renumbered(index: SampleIndex, parts: dict[str, Ids], labels: Ids) -> tuple[
 
 def _positions(kept: Ids, count: int) -> npt.NDArray[np.int32]:
     """(count + 1,) old position → position among `kept`; -1 if it is not kept, and at the end, where an old -1 points."""
-    places = np.full(count + 1, -1, np.int32)
-    places[kept] = np.arange(len(kept))
-    return places
+    positions = np.full(count + 1, -1, np.int32)
+    positions[kept] = np.arange(len(kept))
+    return positions
 
 
 def _oddities(index: SampleIndex, ids: Ids, rows: npt.NDArray[Any], splits: list[str]) -> list[dict[str, Any]]:
-    """The oddities of the rows that are kept; what was said of members without a row stays with the source."""
-    said = [entry for entry in index.header["oddities"] if entry["id"] is not None]
-    places = np.flatnonzero(np.isin(ids, [entry["id"] for entry in said]))
-    new = dict(zip(ids[places].tolist(), places.tolist()))
-    found = [{**entry, "id": new[entry["id"]], "split": splits[rows["split"][new[entry["id"]]]]}
-             for entry in said if entry["id"] in new]
-    return sorted(found, key=lambda entry: int(entry["id"]))
+    """The oddities of the rows that are kept; those of members without a row stay with the source."""
+    listed = [entry for entry in index.header["oddities"] if entry["id"] is not None]
+    positions = np.flatnonzero(np.isin(ids, [entry["id"] for entry in listed]))
+    new = dict(zip(ids[positions].tolist(), positions.tolist()))
+    kept = [{**entry, "id": new[entry["id"]], "split": splits[rows["split"][new[entry["id"]]]]}
+            for entry in listed if entry["id"] in new]
+    return sorted(kept, key=lambda entry: int(entry["id"]))

@@ -1,4 +1,4 @@
-"""A guarded walk over a tar archive, or over a tar inside a tar: where every member lies, or a named error.
+"""A guarded walk over a tar archive, or over a tar inside a tar: offset and size of every member, or a named error.
 
 Python's `tarfile` ends a walk quietly at a damaged header and loops on a crafted one. Here every header's checksum is
 verified, every length is bounded, the end-of-archive mark is required, and whatever is not a plain file, a folder, a
@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import Iterator, NamedTuple
 
 BLOCK = 512
@@ -32,6 +31,10 @@ _COMPRESSED = {b"\x1f\x8b": ("gzip", "gunzip -k"), b"BZh": ("bzip2", "bunzip2 -k
 
 class ArchiveError(ValueError):
     """An archive that cannot be listed completely. Names archive, member and offset."""
+
+
+def _damaged(problem: str) -> ArchiveError:
+    return ArchiveError(f"{problem}; the archive is damaged, fetch it again")
 
 
 class Member(NamedTuple):
@@ -77,8 +80,7 @@ class ByteWindow:
     def __enter__(self) -> "ByteWindow":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __del__(self) -> None:
@@ -89,8 +91,8 @@ class ByteWindow:
 def open_tar(path: str | Path, window: int = 16 << 10) -> ByteWindow:
     """Open an outer archive for `walk`. Raises ArchiveError when it is missing, empty, compressed or no file."""
     if not Path(path).is_file():
-        what = "is not a file" if Path(path).exists() else "does not exist"
-        raise ArchiveError(f"archive (={path}) {what}; give the path of an uncompressed tar file")
+        problem = "is not a file" if Path(path).exists() else "does not exist"
+        raise ArchiveError(f"archive (={path}) {problem}; give the path of an uncompressed tar file")
     try:
         source = ByteWindow(path, window)
     except PermissionError:
@@ -103,14 +105,14 @@ def open_tar(path: str | Path, window: int = 16 << 10) -> ByteWindow:
 
 def refuse_compressed_inner(source: ByteWindow, member: Member) -> None:
     """Raise ArchiveError when an inner tar is compressed: its members would have no fixed place in the outer file."""
-    what = f"inner tar (={member.name}) of {source.path} at offset {member.offset}"
-    _refuse_compressed(source.at(member.offset, min(8, member.size)), what, member.name)
+    inner = f"inner tar (={member.name}) of {source.path} at offset {member.offset}"
+    _refuse_compressed(source.at(member.offset, min(8, member.size)), inner, member.name)
 
 
-def _refuse_compressed(head: bytes, what: str, name: str) -> None:
+def _refuse_compressed(head: bytes, archive: str, name: str) -> None:
     for magic, (method, command) in _COMPRESSED.items():
         if head.startswith(magic):
-            raise ArchiveError(f"{what} is {method}-compressed, so its members have no fixed place; "
+            raise ArchiveError(f"{archive} is {method}-compressed, so its members have no fixed place; "
                                f"decompress it first: {command} {name}")
 
 
@@ -131,65 +133,57 @@ def walk(source: ByteWindow, start: int = 0, end: int | None = None, inside: str
     followed. Each turn moves at least one block ahead, so a walk always ends.
     """
     end = source.size if end is None else end
-    where = f"{source.path}" if not inside else f"{inside} in {source.path}"
-    position = first = start
+    archive = f"{source.path}" if not inside else f"{inside} in {source.path}"
+    position = first = start  # of this header block, and of the first one of the member
     long_name: str | None = None
     long_size: int | None = None
     extensions = 0
     while True:
         if position + BLOCK > end:
-            raise ArchiveError(f"archive (={where}) ends at offset {end} without its end-of-archive mark (two zero "
+            raise ArchiveError(f"archive (={archive}) ends at offset {end} without its end-of-archive mark (two zero "
                                f"blocks), so members are missing; it is truncated, fetch it again")
         block = source.at(position, BLOCK)
         if block == _ZERO:
             if extensions:
-                raise ArchiveError(f"extended header (of {where}) at offset {first} is followed by no member; "
-                                   f"the archive is damaged, fetch it again")
-            _check_end(source, position, end, where)
+                raise _damaged(f"extended header (of {archive}) at offset {first} is followed by no member")
+            _check_end(source, position, end, archive)
             return
-        _check_sum(block, position, where, position == start)
-        kind_byte = block[156:157]
-        size = _number(block[124:136], "size", position, where)
-        if kind_byte in b"LKxgX":
+        _check_sum(block, position, archive, position == start)
+        where = f"of {archive} at offset {position}"
+        data = position + BLOCK
+        type_byte = block[156:157]
+        size = _number(block[124:136], position, archive)
+        if type_byte in b"LKxgX":
             extensions += 1
             if size > MAX_EXTENSION_BYTES or extensions > MAX_EXTENSIONS:
-                raise ArchiveError(f"extended header (={kind_byte.decode()!r}, {size} bytes, number {extensions}) of "
-                                   f"{where} at offset {position} exceeds {MAX_EXTENSION_BYTES} bytes or "
-                                   f"{MAX_EXTENSIONS} in a row; the archive is damaged, fetch it again")
-            data = position + BLOCK
-            _check_fits("extended header", kind_byte.decode(), data, size, end, where)
-            if kind_byte != b"K":  # the target of a long link: links are not followed
-                payload = source.at(data, size)
-                name, new_size = ((payload.split(b"\0", 1)[0].decode("utf-8", "surrogateescape"), None)
-                                  if kind_byte == b"L" else _pax(payload, kind_byte == b"g", position, where))
-                if name is not None and long_name is not None:
-                    raise ArchiveError(f"member (={name}) of {where} at offset {position} has two long names; "
-                                       f"the archive is damaged, fetch it again")
-                long_name = name if name is not None else long_name
-                long_size = new_size if new_size is not None else long_size
-            if kind_byte == b"g":  # stands alone; may come before the end mark
-                extensions -= 1
-                first = position if extensions else data + _padded(size)
+                raise _damaged(f"extended header (={type_byte.decode()!r}, {size} bytes, number {extensions}) {where} exceeds "
+                               f"{MAX_EXTENSION_BYTES} bytes or {MAX_EXTENSIONS} in a row")
+            _check_fits("extended header", type_byte.decode(), data, size, end, archive)
+            name, new_size = _read_extension(type_byte, source.at(data, size), where)
+            if name is not None and long_name is not None:
+                raise _damaged(f"member (={name}) {where} has two long names")
+            long_name = name if name is not None else long_name
+            long_size = new_size if new_size is not None else long_size
             position = data + _padded(size)
+            if type_byte == b"g":  # stands alone; may come before the end mark
+                extensions -= 1
+                first = first if extensions else position
             continue
         name = long_name if long_name is not None else _name(block)
         size = long_size if long_size is not None else size
-        kind = _KINDS.get(kind_byte)
+        kind = _KINDS.get(type_byte)
         if not name or "\0" in name:
-            raise ArchiveError(f"member (={name!r}) of {where} at offset {position} has no usable name; "
-                               f"the archive is damaged, fetch it again")
+            raise _damaged(f"member (={name!r}) {where} has no usable name")
         if kind is None:
-            what = {b"S": "is sparse (its holes are not stored)", b"M": "continues another volume"}.get(
-                kind_byte, f"has the unknown type {kind_byte!r}")
-            raise ArchiveError(f"member (={name}) of {where} at offset {position} {what}, so its bytes do not lie in "
-                               f"one piece; extract the archive and index the folder")
+            problem = {b"S": "is sparse (its holes are not stored)", b"M": "continues another volume"}.get(
+                type_byte, f"has the unknown type {type_byte!r}")
+            raise ArchiveError(f"member (={name}) {where} {problem}, so its bytes do not lie in one piece; extract the archive "
+                               "and index the folder")
         if kind == "file" and name.endswith("/"):  # v7 has no type for folders
             kind = "directory"
         if kind != "file" and size:
-            raise ArchiveError(f"member (={name}) of {where} at offset {position} is a {kind} of {size} bytes, which "
-                               f"must be 0; the archive is damaged, fetch it again")
-        data = position + BLOCK
-        _check_fits("member", name, data, size, end, where)
+            raise _damaged(f"member (={name}) {where} is a {kind} of {size} bytes, which must be 0")
+        _check_fits("member", name, data, size, end, archive)
         if kind != "label":
             yield Member(name[2:] if name.startswith("./") and len(name) > 2 else name, kind, data, size, first)
         position = first = data + _padded(size)
@@ -215,7 +209,7 @@ def _name(block: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 
 
-def _check_sum(block: bytes, position: int, where: str, is_first: bool) -> None:
+def _check_sum(block: bytes, position: int, archive: str, is_first: bool) -> None:
     total = sum(block[:148]) + sum(block[156:]) + 256  # the field itself counts as 8 spaces
     try:
         stored = int(block[148:156].split(b"\0", 1)[0].decode("ascii").strip(" "), 8)
@@ -223,12 +217,12 @@ def _check_sum(block: bytes, position: int, where: str, is_first: bool) -> None:
         stored = -1
     if stored != total:
         advice = "it is no tar archive, or damaged at its start" if is_first else "it is damaged"
-        raise ArchiveError(f"header (of {where}) at offset {position} has checksum {stored if stored >= 0 else 'none'} "
+        raise ArchiveError(f"header (of {archive}) at offset {position} has checksum {stored if stored >= 0 else 'none'} "
                            f"but its bytes sum to {total}; {advice}: fetch it again")
 
 
-def _number(field: bytes, what: str, position: int, where: str) -> int:
-    """A non-negative number: octal digits, or base 256 when the first byte is 0x80 (GNU)."""
+def _number(field: bytes, position: int, archive: str) -> int:
+    """The size of a member: octal digits, or base 256 when the first byte is 0x80 (GNU)."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.split(b"\0", 1)[0].strip(b" ")
@@ -236,56 +230,56 @@ def _number(field: bytes, what: str, position: int, where: str) -> int:
         return 0
     if digits.isdigit() and b"8" not in digits and b"9" not in digits:
         return int(digits, 8)
-    raise ArchiveError(f"{what} (={field!r}) in {where} at offset {position} is not a number from 0 up; "
-                       f"the archive is damaged, fetch it again")
+    raise _damaged(f"size (={field!r}) in {archive} at offset {position} is not a number from 0 up")
 
 
-def _check_fits(thing: str, name: str, data: int, size: int, end: int, where: str) -> None:
+def _check_fits(thing: str, name: str, data: int, size: int, end: int, archive: str) -> None:
     if data + size > end:
-        raise ArchiveError(f"{thing} (={name}) of {where} at offset {data} needs {size} bytes but the archive ends at "
+        raise ArchiveError(f"{thing} (={name}) of {archive} at offset {data} needs {size} bytes but the archive ends at "
                            f"{end}; it is truncated, fetch it again")
 
 
-def _check_end(source: ByteWindow, position: int, end: int, where: str) -> None:
+def _check_end(source: ByteWindow, position: int, end: int, archive: str) -> None:
     """From the first zero block on: a second one, then nothing but a bounded padding of zeros."""
-    if end - position < 2 * BLOCK:
-        raise ArchiveError(f"archive (={where}) ends at offset {end} inside its end-of-archive mark (two zero blocks); "
-                           f"it is truncated, fetch it again")
     tail = end - position
+    if tail < 2 * BLOCK:
+        raise ArchiveError(f"archive (={archive}) ends at offset {end} inside its end-of-archive mark (two zero blocks); "
+                           f"it is truncated, fetch it again")
     if any(source.at(position, min(tail, MAX_ZERO_TAIL))):
-        raise ArchiveError(f"archive (={where}) has bytes after its end-of-archive mark at offset {position}: tars "
+        raise ArchiveError(f"archive (={archive}) has bytes after its end-of-archive mark at offset {position}: tars "
                            f"joined together, or a damaged header; split or repack it (tar --ignore-zeros lists it)")
     if tail > MAX_ZERO_TAIL:
-        raise ArchiveError(f"archive (={where}) ends with {tail} zero bytes from offset {position}, more than "
+        raise ArchiveError(f"archive (={archive}) ends with {tail} zero bytes from offset {position}, more than "
                            f"{MAX_ZERO_TAIL}: an unfinished download; fetch it again")
 
 
-def _pax(payload: bytes, is_global: bool, position: int, where: str) -> tuple[str | None, int | None]:
-    """Path and size of a PAX extended header: records `<length> <key>=<value>\\n`."""
+def _read_extension(type_byte: bytes, payload: bytes, where: str) -> tuple[str | None, int | None]:
+    """Name and size that an extension header gives to the next member: GNU (L), or PAX records `<length> <key>=<value>\\n`."""
+    if type_byte == b"K":  # the target of a long link: links are not followed
+        return None, None
+    if type_byte == b"L":
+        return payload.split(b"\0", 1)[0].decode("utf-8", "surrogateescape"), None
     name: str | None = None
     size: int | None = None
     payload = payload.rstrip(b"\0")
-    at = 0
-    while at < len(payload):
-        digits, space, _ = payload[at:at + 20].partition(b" ")
+    while payload:
+        digits, space, _ = payload[:20].partition(b" ")
         length = int(digits) if digits.isdigit() and space else 0
-        record = payload[at + len(digits) + 1:at + length]
+        record = payload[len(digits) + 1:length]
         key, equals, value = record.partition(b"=")
-        if length < len(digits) + 4 or at + length > len(payload) or not equals or record[-1:] != b"\n":
-            raise ArchiveError(f"PAX record (={payload[at:at + 32]!r}) of {where} at offset {position} is malformed; "
-                               f"the archive is damaged, fetch it again")
+        if length < len(digits) + 4 or length > len(payload) or not equals or record[-1:] != b"\n":
+            raise _damaged(f"PAX record (={payload[:32]!r}) {where} is malformed")
         value = value[:-1]
+        is_global = type_byte == b"g"
         if key.startswith(b"GNU.sparse") or (is_global and key in (b"path", b"size")):
-            what = "a sparse file" if not is_global else "a path or size for all members"
-            raise ArchiveError(f"PAX record (={key.decode('ascii', 'replace')}) of {where} at offset {position} "
-                               f"describes {what}, which cannot be indexed in place; extract the archive and index "
-                               f"the folder")
+            described = "a path or size for all members" if is_global else "a sparse file"
+            raise ArchiveError(f"PAX record (={key.decode('ascii', 'replace')}) {where} describes {described}, which cannot be "
+                               "indexed in place; extract the archive and index the folder")
         if key == b"path":
             name = value.decode("utf-8", "surrogateescape")
         elif key == b"size":
             if not value.isdigit() or len(value) > 19:
-                raise ArchiveError(f"PAX size (={value!r}) of {where} at offset {position} is not a number from 0 up; "
-                                   f"the archive is damaged, fetch it again")
+                raise _damaged(f"PAX size (={value!r}) {where} is not a number from 0 up")
             size = int(value)
-        at += length
+        payload = payload[length:]
     return name, size

@@ -6,13 +6,14 @@ image besides.
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from dataclasses import dataclass
 from typing import Iterator, NamedTuple, Sequence
 
 import numpy as np
 
-from pipeline.files import file_sha256
+from pipeline.files import difference
 from pipeline.index.tar import BLOCK, ArchiveError, ByteWindow, fingerprint, read_member
 from pipeline.index.folders import folder_archive, list_folder
 from pipeline.index.image_header import FORMAT_CODE, probe
@@ -34,6 +35,8 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True)
 class _Task:
+    """Rows of one archive to check."""
+
     index: SampleIndex
     position: int
     ids: np.ndarray
@@ -43,35 +46,35 @@ class _Task:
 def check_files(index: SampleIndex) -> list[Finding]:
     """The index's arrays against their SHA-256, and every archive's size and fingerprint. Raises ValueError when an
     archive is not there."""
-    found = []
+    findings = []
     for entry in index.header["files"].values():
-        if file_sha256(index.path / entry["file"]) != entry["sha256"]:
-            found.append(Finding(None, str(index.path / entry["file"]), "differs from its SHA-256; build it again"))
+        if difference(index.path / entry["file"], entry):
+            findings.append(Finding(None, str(index.path / entry["file"]), "differs from its SHA-256; build it again"))
     for position, archive in enumerate(index.archives):
         path = index.find_archive(position)
-        if archive.kind == "folder":
-            now = folder_archive(path, list_folder(path)[0])
-            size, mark = now.size, now.fingerprint
+        if archive.is_folder:
+            folder = folder_archive(path, list_folder(path)[0])
+            size, mark = folder.size, folder.fingerprint
         else:
             size, mark = path.stat().st_size, fingerprint(path)
         if size != archive.size:
-            found.append(Finding(None, str(path), f"has {size} bytes, had {archive.size} when it was indexed"))
+            findings.append(Finding(None, str(path), f"has {size} bytes, had {archive.size} when it was indexed"))
         elif mark != archive.fingerprint:
-            found.append(Finding(None, str(path), "has another fingerprint than when it was indexed"))
-    return found
+            findings.append(Finding(None, str(path), "has another fingerprint than when it was indexed"))
+    return findings
 
 
 def quick(index: SampleIndex) -> list[Finding]:
     """`check_files`, then the headers of up to SAMPLED rows spread over the index."""
-    found = check_files(index)
-    rows = _not_damaged(index)
-    rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(SAMPLED, len(rows))).astype(np.int64))]
-    for task in _tasks(index, rows, False):
-        found += _check_rows(task)
-    return found
+    findings = check_files(index)
+    ids = _not_damaged(index)
+    ids = ids[np.unique(np.linspace(0, len(ids) - 1, min(SAMPLED, len(ids))).astype(np.int64))]
+    for task in _tasks(index, ids, False):
+        findings += _check_rows(task)
+    return findings
 
 
-def full(index: SampleIndex, jobs: int, progress: Progress | None = None) -> list[Finding]:
+def full(index: SampleIndex, jobs: int, progress: Progress = Silent()) -> list[Finding]:
     """`check_files`, then tar header, image header and CRC-32 of every row; those marked damaged before are left out.
 
     Raises ValueError when the index was built without CRC-32.
@@ -79,14 +82,14 @@ def full(index: SampleIndex, jobs: int, progress: Progress | None = None) -> lis
     if not index.header["crc32"]:
         raise ValueError(f"index (={index.path}) holds no CRC-32 to check (built with --no-crc); build it again "
                          f"without --no-crc, or use --scrub")
-    progress = progress or Silent()
-    found = check_files(index)
-    tasks = list(_tasks(index, _not_damaged(index), True))
-    progress.expect("checking", int(index.samples["size"][_not_damaged(index)].sum(dtype=np.int64)))
+    findings = check_files(index)
+    ids, sizes = _not_damaged(index), index.samples["size"].astype(np.int64)
+    tasks = list(_tasks(index, ids, True))
+    progress.expect("checking", int(sizes[ids].sum()))
     for task, result in zip(tasks, in_processes(_check_rows, tasks, jobs), strict=True):
-        progress.advance(len(task.ids), int(index.samples["size"][task.ids].sum(dtype=np.int64)))
-        found += result
-    return found
+        progress.advance(len(task.ids), int(sizes[task.ids].sum()))
+        findings += result
+    return findings
 
 
 def exclude(index: SampleIndex, findings: Sequence[Finding]) -> int:
@@ -95,7 +98,7 @@ def exclude(index: SampleIndex, findings: Sequence[Finding]) -> int:
     Raises ValueError when a tar or the index itself differs: that would throw away good samples. A folder of images always
     differs when one of its files does.
     """
-    folders = {str(archive.path) for archive in index.archives if archive.kind == "folder"}
+    folders = {str(archive.path) for archive in index.archives if archive.is_folder}
     for finding in findings:
         if finding.id is None and finding.name not in folders:
             raise ValueError(f"{finding.name} {finding.problem}, so nothing was excluded; restore it first, or build the "
@@ -117,7 +120,7 @@ def _not_damaged(index: SampleIndex) -> np.ndarray:
 
 
 def _tasks(index: SampleIndex, ids: np.ndarray, crc: bool) -> Iterator[_Task]:
-    """Rows by archive and place in it, in chunks of about _CHUNK_BYTES."""
+    """Rows by archive and position in it, in chunks of about _CHUNK_BYTES."""
     samples = index.samples
     ids = ids[np.lexsort((samples["offset"][ids], samples["archive"][ids]))]
     sizes = np.cumsum(samples["size"][ids], dtype=np.int64)
@@ -129,16 +132,16 @@ def _tasks(index: SampleIndex, ids: np.ndarray, crc: bool) -> Iterator[_Task]:
 
 def _check_rows(task: _Task) -> list[Finding]:
     index = task.index
-    found = []
-    is_folder = index.archives[task.position].kind == "folder"
-    source = None if is_folder else ByteWindow(index.find_archive(task.position), 1 << 20 if task.crc else 16 << 10)
-    for id in task.ids.tolist():
-        problem = _check_row(index, id, source, task.crc)
-        if problem:
-            found.append(Finding(id, index.safe_name(id), problem))
-    if source is not None:
-        source.close()
-    return found
+    findings = []
+    with contextlib.ExitStack() as stack:
+        source = None
+        if not index.archives[task.position].is_folder:
+            source = stack.enter_context(ByteWindow(index.find_archive(task.position), 1 << 20 if task.crc else 16 << 10))
+        for id in task.ids.tolist():
+            problem = _check_row(index, id, source, task.crc)
+            if problem:
+                findings.append(Finding(id, index.safe_name(id), problem))
+    return findings
 
 
 def _check_row(index: SampleIndex, id: int, source: ByteWindow | None, crc: bool) -> str:
@@ -163,6 +166,6 @@ def _check_row(index: SampleIndex, id: int, source: ByteWindow | None, crc: bool
         return f"has CRC-32 {zlib.crc32(data):08x}, the index says {row['crc32']:08x}"
     info = probe(data, True)
     read = FORMAT_CODE[info.format], info.width, info.height, info.channels
-    if read != (row["format"], row["width"], row["height"], row["channels"]):
+    if read != tuple(row[["format", "width", "height", "channels"]]):
         return f"its header says {info.format} {info.width}×{info.height}, not what the index says"
     return ""

@@ -20,8 +20,8 @@ from typing import Any, Sequence
 import numpy as np
 
 from pipeline.files import atomic_folder, atomic_write, remove_dead
-from pipeline.index.sample_index import (MAGIC, REASONS, SAMPLE, VERSION, Archive, ClassInfo, SampleIndex, content_sha256,
-                                         read_header)
+from pipeline.index.header import MAGIC, VERSION, content_sha256, read_header
+from pipeline.index.sample_index import REASONS, SAMPLE, Archive, ClassInfo, SampleIndex
 
 
 def check_output(out: Path, force: bool) -> None:
@@ -48,11 +48,15 @@ def write_index(out: str | Path, samples: np.ndarray, *, classes: Sequence[Class
                 force: bool = False) -> str:
     """Write an index folder; returns its SHA-256.
 
-    `samples`: SAMPLE rows, sorted by split. `oddities`: {name, split, reason, kept, id or None}. `names`: names.bin
-    for folder archives. `packed`: how these images were made (`pipeline.index.sample_index.PACKED`); then `out` holds them
-    already.
-    `derived`: the subsets that led here from an index of archives (`pipeline.index.sample_index.DERIVED`). Raises ValueError as
-    `check_output`, and when the rows are not sorted by split.
+    Args:
+        samples: SAMPLE rows, sorted by split.
+        oddities: {name, split, reason, kept, id or None}.
+        names: names.bin for folder archives.
+        packed: `pipeline.index.header.PACKED`, for packed images; then `out` holds them already.
+        derived: `pipeline.index.header.DERIVED` of each subset that led here.
+
+    Raises:
+        ValueError: as `check_output`; the rows are not sorted by split.
     """
     out = Path(out)
     if packed is None:

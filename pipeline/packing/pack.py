@@ -78,7 +78,7 @@ def _check_out(index: SampleIndex, out: Path) -> None:
     if index.packed is not None:
         raise ValueError(f"INDEX (={index.path}) is packed already; give the index of the originals")
     for archive in index.archives:
-        if archive.kind == "folder" and archive.path.resolve() in (absolute, *absolute.parents):
+        if archive.is_folder and archive.path.resolve() in (absolute, *absolute.parents):
             raise ValueError(f"OUT (={out}) must not lie in the folder of images {archive.path}; give another name")
     if out.exists() and not (out / PLAN).is_file() and not (out.is_dir() and all(map(is_temporary, out.iterdir()))):
         raise ValueError(f"OUT (={out}) exists and holds no packed shards; give the name of a new folder")

@@ -1,0 +1,60 @@
+"""The header of an index, index.json: its version, hashes and checks.
+
+Besides counts, classes, archives and oddities it holds SHA-256 hashes: of each array file (`verify` checks those), and of its own
+content without the archives' paths (`read_header` checks that one: it is the identity of the data set, `SampleIndex.sha256`).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import json_sha256
+
+VERSION = 1
+MAGIC = "alexnet-sample-index"
+# `packed`, in an index of packed images. `source`: split → `split_sha256` of the original's; `measured`: split → images, bytes
+# (mean), psnr_mean, psnr_min (dB, against the pixels that were encoded).
+PACKED = {"source": dict, "square_px": int, "region": str, "quality": int, "subsampling": str, "seed": int, "shard_images": int,
+          "encoder": str, "measured": dict}
+# An entry of `derived`, one for each subset that led here, the first one first: SHA-256, rows and classes of the index it was
+# taken of, options it was taken by, names of the classes that had too few images.
+DERIVED = {"index": str, "samples": int, "classes": int, "chosen": str, "too_few": list}
+
+
+def content_sha256(header: dict[str, Any]) -> str:
+    """SHA-256 (hex) of a header without its archives' paths: equal wherever the archives lie."""
+    content = {key: value for key, value in header.items() if key != "sha256"}
+    if isinstance(header.get("archives"), list):
+        content["archives"] = [{key: value for key, value in archive.items() if key != "path"}
+                               for archive in header["archives"] if isinstance(archive, dict)]
+    return json_sha256(content)
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The checked header of the index folder `path`. Raises ValueError when it is no index, of another version, or altered."""
+    file = path / "index.json"
+    if not file.is_file():
+        problem = "has no index.json" if path.is_dir() else "does not exist" if not path.exists() else "is not a folder"
+        raise ValueError(f"index (={path}) {problem}; make one with tools/build_index.py build")
+    try:
+        header = json.loads(file.read_bytes())
+    except ValueError:
+        raise ValueError(f"index header (={file}) is not JSON; build the index again") from None
+    if not isinstance(header, dict) or header.get("magic") != MAGIC:
+        raise ValueError(f"index header (={file}) is not that of a sample index; build one with tools/build_index.py")
+    if header.get("version") != VERSION:
+        raise ValueError(f"index version (={header.get('version')}) of {file} is not {VERSION}, the one this code "
+                         f"reads; build the index again")
+    if content_sha256(header) != header.get("sha256"):
+        raise ValueError(f"index header (={file}) does not match its SHA-256, so it was altered; build it again")
+    packed = header.get("packed")
+    if packed is not None and not (isinstance(packed, dict) and "square_px" in packed
+                                   and all(isinstance(value, PACKED.get(key, object)) for key, value in packed.items())):
+        raise ValueError(f"index header (={file}) has a packed entry that says nothing of its images; pack them again")
+    derived = header.get("derived", [])
+    if not (isinstance(derived, list) and all(isinstance(step, dict) and all(
+            isinstance(step.get(key), kind) for key, kind in DERIVED.items()) for step in derived)):
+        raise ValueError(f"index header (={file}) has a derived entry that does not say of what; take the subset again")
+    return header
