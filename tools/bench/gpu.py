@@ -12,19 +12,21 @@ Each figure is the median of --repeats turns of --seconds, with the smallest and
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
-import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tools.cli import guarded  # noqa: E402  # found by the line above
+
+if TYPE_CHECKING:
+    from tools.profile.measure import Spread
 
 LOADS = (0.0, 0.3, 0.5, 0.65, 0.8, 1.0)
 BATCHES = (128, 256, 512)
@@ -32,39 +34,43 @@ COPIED = 1 << 30
 PARTS = ("copies", "decoder", "steps")
 
 
-def measured(step: Callable[[], float | int], wait: Callable[[], None], seconds: float, repeats: int) -> dict[str, float]:
-    """Rate of `step` (which gives how much it did) in units a second: median, least and most of the turns."""
-    step()
-    rates = []
-    for _ in range(repeats):
-        wait()
-        start = time.perf_counter()
-        done, until = 0.0, start + seconds
-        while time.perf_counter() < until:
-            done += step()
-        wait()
-        rates.append(done / (time.perf_counter() - start))
-    return {"median": statistics.median(rates), "least": min(rates), "most": max(rates)}
+def rate(work: Callable[[], float], wait: Callable[[], None], seconds: float) -> float:
+    """Units a second in one turn: `work` gives how many it did, `wait` returns when the device is done with them."""
+    wait()
+    start, done = time.perf_counter(), 0.0
+    while time.perf_counter() < start + seconds:
+        done += work()
+    wait()
+    return done / (time.perf_counter() - start)
 
 
-def copies(asked: argparse.Namespace) -> Iterator[tuple[str, dict[str, float]]]:
+def rates(work: Callable[[], float], args: argparse.Namespace) -> Spread:
+    """Units a second over the turns, after one call that warms up."""
+    import torch
+
+    from tools.profile.measure import spread
+
+    work()
+    return spread([rate(work, torch.cuda.synchronize, args.seconds) for _ in range(args.repeats)])
+
+
+def copies(args: argparse.Namespace) -> Iterator[tuple[str, Spread]]:
     """GB/s."""
     import torch
 
-    device = torch.device("cuda")
-    source, target = torch.empty(COPIED, dtype=torch.uint8, device=device), torch.empty(COPIED, dtype=torch.uint8, device=device)
+    source, target = (torch.empty(COPIED, dtype=torch.uint8, device="cuda") for _ in range(2))
     pinned = torch.empty(COPIED, dtype=torch.uint8, pin_memory=True)
 
-    def copy(origin: Any, factor: int) -> float:
+    def copy(origin: torch.Tensor, factor: int) -> float:
         target.copy_(origin, non_blocking=True)
         torch.cuda.synchronize()
         return factor * COPIED / 1e9
 
-    for name, origin, factor in (("device to device, GB/s", source, 2), ("pinned host to device, GB/s", pinned, 1)):
-        yield name, measured(lambda: copy(origin, factor), torch.cuda.synchronize, asked.seconds, asked.repeats)
+    yield "device to device, GB/s", rates(lambda: copy(source, 2), args)
+    yield "pinned host to device, GB/s", rates(lambda: copy(pinned, 1), args)
 
 
-def decoder(asked: argparse.Namespace) -> Iterator[tuple[str, dict[str, float]]]:
+def decoder(args: argparse.Namespace) -> Iterator[tuple[str, Spread]]:
     """Images a second."""
     import torch
 
@@ -73,75 +79,72 @@ def decoder(asked: argparse.Namespace) -> Iterator[tuple[str, dict[str, float]]]
     from pipeline.index.sample_index import SampleIndex
     from pipeline.loading.train_loader import TrainLoader
     from pipeline.parallel import cores
-    from tools.profile.stages import make_ready
     from pipeline.stats import Stats
+    from tools.profile.stages import make_ready
     from train.recipe import parse
 
-    config = parse(["--config", str(asked.config)]).config
-    index = SampleIndex.load(asked.index)
-    batch, threads = min(256, len(index.ids("train"))), asked.threads or cores()
-    stats = Stats.for_index(index, config.data.square_px, "train")
-    machine = LoaderConfig(threads=threads)
-    with closing(TrainLoader(index, "train", config.data.pixels(), batch, 0, stats, machine=machine, device_id=0)) as loader:
-        ready, plan = make_ready(loader).prepared, loader.plan(batch, config.data.crop_px)
+    data = parse(["--config", str(args.config)]).config.data
+    index = SampleIndex.load(args.index)
+    batch, machine = min(256, len(index.ids("train"))), LoaderConfig(threads=args.threads or cores())
+    stats = Stats.for_index(index, data.square_px, "train")
+    with closing(TrainLoader(index, "train", data.pixels(), batch, 0, stats, machine=machine, device_id=0)) as loader:
+        ready, plan = make_ready(loader).prepared, loader.plan(batch, data.crop_px)
     for load in LOADS:
         machine = replace(machine, hw_decoder_load=load)
         inputs = itertools.cycle([one.inputs for one in ready])
-        with closing(DecodeGraph(inputs, plan.batch, plan.side_px, resample=plan.resample, machine=machine, threads=threads,
-                                 device_id=0)) as graph:
+        with closing(DecodeGraph(inputs, plan.batch, plan.side_px, resample=plan.resample, machine=machine,
+                                 threads=machine.threads, device_id=0)) as graph:
             def decode() -> float:
                 count = len(graph.collect())
                 torch.cuda.current_stream().synchronize()
                 return count
 
-            yield (f"decode, hardware share {load:g}, {threads} threads, img/s",
-                   measured(decode, torch.cuda.synchronize, asked.seconds, asked.repeats))
+            yield f"decode, hardware share {load:g}, {machine.threads} threads, img/s", rates(decode, args)
 
 
-def steps(asked: argparse.Namespace) -> Iterator[tuple[str, dict[str, float]]]:
+def steps(args: argparse.Namespace) -> Iterator[tuple[str, Spread]]:
     """Images a second."""
-    import torch
-
     from tools.profile.network import NetworkStep
     from train.parallel.topology import process_group
     from train.recipe import parse
 
-    with process_group(towers=1, device="cuda", timeout_s=600) as where:
+    with process_group(towers=1, device="cuda", timeout_s=600) as topology:
         for batch, last, deterministic in itertools.product(BATCHES, (True, False), (False, True)):
             words = [f"--train.batch={batch}", f"--machine.channels_last={str(last).lower()}", "--machine.precision=bf16",
                      f"--machine.deterministic={str(deterministic).lower()}"]
-            config = parse(["--config", str(asked.config), *words]).config
+            config = parse(["--config", str(args.config), *words]).config
             name = f"step, batch {batch}, {'NHWC' if last else 'NCHW'}{', deterministic' if deterministic else ''}, img/s"
-            made = NetworkStep(config, where).synthetic(batch)
             try:
+                synthetic = NetworkStep(config, topology).synthetic(batch)
                 for _ in range(3):
-                    next(made)
-                yield name, measured(functools.partial(next, made), torch.cuda.synchronize, asked.seconds, asked.repeats)
+                    next(synthetic)
+                yield name, rates(lambda: next(synthetic), args)
             except RuntimeError as error:
                 print(f"{name}: {str(error).splitlines()[0]}", file=sys.stderr)
 
 
-def run(asked: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Measure what was asked for, and print it."""
+    if args.only and "decoder" in args.only and args.index is None:
+        raise ValueError("--index (=none) must name an index with statistics, whose images the decoder takes; give it")
+    for name in ("repeats", "seconds"):
+        if getattr(args, name) <= 0:
+            raise ValueError(f"--{name} (={getattr(args, name)}) must be positive; leave it out")
     import torch
 
-    if asked.only and "decoder" in asked.only and asked.index is None:
-        raise ValueError("--index (=none) must name an index with statistics, whose images the decoder takes; give it")
-    for name, value in (("--repeats", asked.repeats), ("--seconds", asked.seconds)):
-        if value <= 0:
-            raise ValueError(f"{name} (={value}) must be positive; leave it out")
+    from tools.profile.report import write_json
+
     if not torch.cuda.is_available():
         raise ValueError("device (=cuda) is not there; run this on a machine with a GPU")
-    found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "repeats": asked.repeats}
-    print(f"{found['device']}, torch {torch.__version__}")
+    figures: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "repeats": args.repeats}
+    print(f"{figures['device']}, torch {torch.__version__}")
     for part in (copies, decoder, steps):
-        if part.__name__ not in (asked.only or PARTS) or (part is decoder and asked.index is None):
-            continue
-        for name, figure in part(asked):
-            found[name] = figure
-            print(f"{name:60} {figure['median']:10,.0f} ({figure['least']:,.0f}–{figure['most']:,.0f})", flush=True)
-    if asked.json is not None:
-        asked.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        if part.__name__ in (args.only or PARTS) and (part is not decoder or args.index is not None):
+            for name, figure in part(args):
+                figures[name] = figure._asdict()
+                print(f"{name:60} {figure.median:10,.0f} ({figure.least:,.0f}–{figure.most:,.0f})", flush=True)
+    if args.json is not None:
+        write_json(figures, args.json)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -155,9 +158,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="of a turn (default 1)")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each (default 3)")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    asked = parser.parse_args(arguments)
-    from tools.cli import guarded
-    return guarded(lambda: run(asked))
+    args = parser.parse_args(arguments)
+    return guarded(lambda: run(args))
 
 
 if __name__ == "__main__":
