@@ -1,4 +1,4 @@
-"""Bytes on disk become a `Batch` on a device: index, order, draws, reader, DALI graph, loader.
+"""Bytes on disk become a `Batch` on a device: index, sampling, reading, decoding, loading.
 
 The names below are the public face; torch and DALI are imported when one of them is first used.
 """
@@ -9,18 +9,18 @@ if TYPE_CHECKING:
     from pipeline.config import DataConfig, LoaderConfig
     from pipeline.index.sample_index import SampleIndex
     from pipeline.loading.batch import Batch
+    from pipeline.loading.eval_loader import EvalLoader
     from pipeline.loading.train_loader import TrainLoader
-    from pipeline.reading.source import Quarantine, SampleError
-    from pipeline.loading.eval_loader import TestLoader
+    from pipeline.reading.quarantine import Quarantine, SampleError
     from pipeline.stats import Stats
-    from pipeline.tiers import train_loader
+    from pipeline.tiers import eval_loader, train_loader
 
-__all__ = ["Batch", "DataConfig", "LoaderConfig", "Quarantine", "SampleError", "SampleIndex", "Stats", "TestLoader",
-           "TrainLoader", "train_loader"]
+__all__ = ["Batch", "DataConfig", "EvalLoader", "LoaderConfig", "Quarantine", "SampleError", "SampleIndex", "Stats",
+           "TrainLoader", "eval_loader", "train_loader"]
 
 _HOME = {"DataConfig": "config", "LoaderConfig": "config", "SampleIndex": "index.sample_index", "Batch": "loading.batch",
-         "TestLoader": "loading.eval_loader", "TrainLoader": "loading.train_loader", "Quarantine": "reading.source",
-         "SampleError": "reading.source", "Stats": "stats", "train_loader": "tiers"}
+         "EvalLoader": "loading.eval_loader", "TrainLoader": "loading.train_loader", "Quarantine": "reading.quarantine",
+         "SampleError": "reading.quarantine", "Stats": "stats", "eval_loader": "tiers", "train_loader": "tiers"}
 
 
 def __getattr__(name: str) -> Any:

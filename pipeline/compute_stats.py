@@ -12,9 +12,9 @@ import numpy.typing as npt
 
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex
-from pipeline.loading.eval_loader import TestLoader
-from pipeline.loading.train_loader import quarantine_budget
+from pipeline.loading.eval_loader import square_loader
 from pipeline.parallel import Progress, Silent
+from pipeline.reading.quarantine import quarantine_budget
 from pipeline.stats import Stats, load_arrays, save_arrays, stats_path
 
 _SAVE_S = 30.0  # seconds between saves of a pass under way
@@ -44,8 +44,8 @@ def compute(index: SampleIndex, split: str, square_px: int, *, machine: LoaderCo
     budget = quarantine_budget(machine, total)
     progress.expect("statistics", int(sizes[sums.next_batch * batch:].sum()))
     saved = time.monotonic()
-    with TestLoader(index, split, config, batch, None, machine=machine, device_id=device_id, skip_corrupt=True,
-                    first=sums.next_batch) as loader:
+    with square_loader(index, split, config, batch, None, machine=machine, device_id=device_id, skip_corrupt=True,
+                       first=sums.next_batch) as loader:
         for loaded in loader:
             sums.add(loaded.images.cpu().numpy(), loaded.step)
             skipped = sums.skipped | loader.skipped

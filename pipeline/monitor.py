@@ -1,8 +1,9 @@
-"""Who waits for whom: what the producing side is busy with, and what the consumer's waiting is due to.
+"""Where a loader's time goes: what its consumer waits for (stalls, by stage), and how much faster it could be (headroom).
 
-One thread makes batches and says with `enter` what it does; one thread consumes them and waits inside `waiting`. What the
-producer did meanwhile is why the consumer waited. `span` measures any piece of work of any thread.
+One thread makes batches and says with `enter` which stage it is in; one thread consumes them and waits inside `waiting`. The
+stage the producer was in meanwhile is why the consumer waited. `span` measures any piece of work of any thread.
 """
+import os
 import threading
 import time
 from collections import deque
@@ -11,29 +12,32 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-STATES = ("read", "decode", "colour", "copy")  # what a producer can be busy with, in a batch's order; else it is "idle"
+from pipeline.config import LoaderConfig
+
+STAGES = ("read", "decode", "normalize", "copy")  # in a batch's order; a producer in none of them is "idle"
+RECORDED = {"read": "read", "decode": "decode", "normalize": "colour", "copy": "copy"}  # their names in metrics.jsonl
 _DEPTHS = 4096  # queue depths kept
 _LATE = 0.2  # share of the waiting for bytes and pixels from which on these are late, whatever the rest
 
 
 def cause_of(seconds: Mapping[str, float]) -> str:
-    """Which of STATES is late, given how long each was waited for.
+    """The stage that is late, given the seconds that each of STAGES was waited for.
 
-    The producing thread finishes pixels itself while others read and decode the next ones. So when it stands waiting for these at
-    all, they are late; only when it does not is it the finishing, however much time that takes.
+    The producing thread normalizes pixels itself while others read and decode the next ones. So when it waits for these at all,
+    they are late; only when it does not is it the normalizing, however much time that takes.
     """
-    late, own = STATES[:2], STATES[2:]
-    total = sum(seconds[state] for state in STATES)
-    return max(late if sum(seconds[state] for state in late) > _LATE * total else own, key=lambda state: seconds[state])
+    late, own = STAGES[:2], STAGES[2:]
+    total = sum(seconds[stage] for stage in STAGES)
+    return max(late if sum(seconds[stage] for stage in late) > _LATE * total else own, key=lambda stage: seconds[stage])
 
 
-# What lifts a stall, best first, by tier and by the state that is late: keys of REMEDIES.
+# What lifts a stall, best first, by tier and by the stage that is late: keys of REMEDIES.
 _BY_TIER: dict[str, dict[str, tuple[str, ...]]] = {
     "archives": {"read": ("storage", "packed", "resident"), "decode": ("packed", "resident", "threads"),
-                 "colour": ("threads", "packed", "resident")},
-    "packed": {"read": ("storage", "resident"), "decode": ("resident", "threads"), "colour": ("threads", "resident")},
-    "streamed": {"read": ("lanes", "resident"), "decode": ("resident", "threads"), "colour": ("threads", "resident")},
-    "resident": {"read": ("filled",), "decode": ("filled",), "colour": ("threads",)},
+                 "normalize": ("threads", "packed", "resident")},
+    "packed": {"read": ("storage", "resident"), "decode": ("resident", "threads"), "normalize": ("threads", "resident")},
+    "streamed": {"read": ("lanes", "resident"), "decode": ("resident", "threads"), "normalize": ("threads", "resident")},
+    "resident": {"read": ("filled",), "decode": ("filled",), "normalize": ("threads",)},
 }
 REMEDIES = {
     "storage": "put the images on faster storage or raise machine.read_threads",
@@ -46,38 +50,36 @@ REMEDIES = {
 }
 
 
-def remedies(tier: str, state: str) -> tuple[str, ...]:
-    """What would lift stalls for which this state of a loader is the cause, best first: keys of REMEDIES."""
-    return _BY_TIER[tier].get(state, ("queue",))
+def remedies(tier: str, stage: str) -> tuple[str, ...]:
+    """What would lift stalls for which this stage of a loader is the cause, best first: keys of REMEDIES."""
+    return _BY_TIER[tier].get(stage, ("queue",))
 
 
 @dataclass(frozen=True)
 class Waits:
-    """Seconds the consumer has waited, by what the producer was doing; they add up to `seconds` but for the hand-over itself.
+    """Seconds the consumer has waited, by the producer's stage; they add up to `seconds` but for the hand-over itself.
 
     `batches`: how many were asked for. On a GPU the seconds are the device's: from the end of its work to the next batch.
     """
     seconds: float = 0.0
     read: float = 0.0
     decode: float = 0.0
-    colour: float = 0.0
+    normalize: float = 0.0
     copy: float = 0.0
     batches: int = 0
 
+    def plus(self, other: "Waits", sign: int = 1) -> "Waits":
+        """The sum of both."""
+        return Waits(*(getattr(self, name) + sign * getattr(other, name) for name in self.__dataclass_fields__))
+
     def since(self, earlier: "Waits") -> "Waits":
         """What came after `earlier`."""
-        return Waits(self.seconds - earlier.seconds, self.read - earlier.read, self.decode - earlier.decode,
-                     self.colour - earlier.colour, self.copy - earlier.copy, self.batches - earlier.batches)
-
-    def plus(self, more: "Waits") -> "Waits":
-        """Both together."""
-        return Waits(self.seconds + more.seconds, self.read + more.read, self.decode + more.decode, self.colour + more.colour,
-                     self.copy + more.copy, self.batches + more.batches)
+        return self.plus(earlier, -1)
 
     @property
     def cause(self) -> str:
-        """The state that the waiting is due to, see `cause_of`."""
-        return cause_of({state: getattr(self, state) for state in STATES})
+        """The stage that is late, see `cause_of`."""
+        return cause_of(vars(self))
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Event:
-    """One piece of work: for a trace. Seconds on the clock of `time.perf_counter`."""
+    """One piece of work, for a trace. Seconds on the clock of `time.perf_counter`."""
     name: str
     thread: str
     start_s: float
@@ -98,20 +100,24 @@ class Event:
     step: int
 
 
-class Meter:
+class Monitor:
     """Measures a loader at work; cheap enough to be always on (a few microseconds a batch).
 
     Args:
         trace: keep an `Event` for every span.
         nvtx: mark spans as NVTX ranges, for Nsight Systems.
         now: the clock, seconds.
+
+    Attributes:
+        decoders: kernel ids of DALI's worker threads.
+        depths: (time, finished batches in the queue) whenever the consumer asked for one.
     """
 
     def __init__(self, trace: bool = False, nvtx: bool = False, now: Callable[[], float] = time.perf_counter) -> None:
         self.now, self._trace, self._lock = now, trace, threading.Lock()
-        self.decoders: set[int] = set()  # kernel ids of DALI's worker threads
-        self._state, self._since = "idle", now()
-        self._totals = dict.fromkeys((*STATES, "idle"), 0.0)
+        self.decoders: set[int] = set()
+        self._stage, self._since = "idle", now()
+        self._totals = dict.fromkeys((*STAGES, "idle"), 0.0)
         self._spans: dict[str, Span] = {}
         self._waits = Waits()
         self._pending: deque[tuple[Any, Any, Waits, str]] = deque()  # waits whose end the device has not reached yet
@@ -122,17 +128,17 @@ class Meter:
             import nvtx as ranges  # type: ignore[import-untyped]  # DALI depends on it
             self._range = ranges.annotate
 
-    def enter(self, state: str) -> None:
-        """The producing thread says what it does from now on: one of STATES, or "idle": its queue is full."""
+    def enter(self, stage: str) -> None:
+        """The producing thread is in this stage from now on: one of STAGES, or "idle" when its queue is full."""
         with self._lock:
             now = self.now()
-            self._totals[self._state] += now - self._since
-            self._state, self._since = state, now
+            self._totals[self._stage] += now - self._since
+            self._stage, self._since = stage, now
 
     def totals(self) -> dict[str, float]:
-        """Seconds in each state so far, the current one included."""
+        """Seconds the producer has spent in each stage so far, the current one included."""
         with self._lock:
-            return {**self._totals, self._state: self._totals[self._state] + self.now() - self._since}
+            return {**self._totals, self._stage: self._totals[self._stage] + self.now() - self._since}
 
     @contextmanager
     def span(self, name: str, step: int) -> Iterator[None]:
@@ -163,29 +169,29 @@ class Meter:
         """The consumer waits for batch `step`. `stream`: its CUDA stream, on whose clock the waiting is measured, or None."""
         self._settle()
         before, start = self.totals(), self.now()
-        begun = None if stream is None else _mark(stream)
+        mark = None if stream is None else _mark(stream)
         with self.span("wait", step):
             yield
         seconds, after = self.now() - start, self.totals()
-        wait = Waits(seconds, **{state: min(seconds, after[state] - before[state]) for state in STATES}, batches=1)
-        self._add(wait, stream, begun, "decode")
+        wait = Waits(seconds, **{stage: min(seconds, after[stage] - before[stage]) for stage in STAGES}, batches=1)
+        self._add(wait, stream, mark, "decode")
 
     @contextmanager
     def copying(self, step: int, stream: Any = None) -> Iterator[None]:
         """The consumer waits for what another process sends of batch `step`; the producer is not the cause. See `waiting`."""
         self._settle()
         start = self.now()
-        begun = None if stream is None else _mark(stream)
+        mark = None if stream is None else _mark(stream)
         with self.span("swap", step):
             yield
         seconds = self.now() - start
-        self._add(Waits(seconds, copy=seconds), stream, begun, "copy")
+        self._add(Waits(seconds, copy=seconds), stream, mark, "copy")
 
-    def _add(self, wait: Waits, stream: Any, begun: Any, rest: str) -> None:
-        if begun is None:
+    def _add(self, wait: Waits, stream: Any, start: Any, rest: str) -> None:
+        if start is None:
             self._waits = self._waits.plus(wait)
         else:
-            self._pending.append((begun, _mark(stream), wait, rest))
+            self._pending.append((start, _mark(stream), wait, rest))
 
     @property
     def waits(self) -> Waits:
@@ -199,15 +205,84 @@ class Meter:
             start, end, wait, rest = self._pending.popleft()
             seconds = start.elapsed_time(end) / 1e3
             # The device may have been busy while the host waited, and may wait for the loader's kernels when it no longer does.
-            share = min(1.0, seconds / max(sum(getattr(wait, state) for state in STATES), 1e-9))
-            parts = {state: share * getattr(wait, state) for state in STATES}
+            share = min(1.0, seconds / max(sum(getattr(wait, stage) for stage in STAGES), 1e-9))
+            parts = {stage: share * getattr(wait, stage) for stage in STAGES}
             parts[rest] += max(0.0, seconds - sum(parts.values()))
             self._waits = self._waits.plus(Waits(seconds, **parts, batches=wait.batches))
 
 
 def _mark(stream: Any) -> Any:
-    import torch
+    import torch  # reports of runs need the names of stages without it
 
     event = torch.cuda.Event(enable_timing=True)
     event.record(stream)
     return event
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a loader has used up to a moment, in seconds. `time` is the moment, `making` how long its queue was not full."""
+    time: float = 0.0
+    read: float = 0.0
+    decode: float = 0.0
+    making: float = 0.0
+
+    def plus(self, other: "Usage", earlier: "Usage") -> "Usage":
+        """This, and what was used from `earlier` to `other`."""
+        # Threads that have ended take their count with them.
+        return Usage(*(getattr(self, name) + max(0.0, getattr(other, name) - getattr(earlier, name))
+                       for name in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class Headroom:
+    """`times`: how many times the present rate the loader could give. `stage`: its busiest one, which limits it."""
+    times: float
+    stage: str
+
+
+def usage(monitor: Monitor) -> Usage:
+    """What the loader of `monitor` has used so far."""
+    totals, spans = monitor.totals(), monitor.spans()
+    return Usage(monitor.now(), spans.get("read", Span()).wall_s, sum(map(_cpu_s, monitor.decoders)),
+                 sum(seconds for stage, seconds in totals.items() if stage != "idle"))
+
+
+def headroom(used: Usage, machine: LoaderConfig, decoding: int) -> Headroom:
+    """Headroom of a loader that used so much in `used.time` seconds with so many `decoding` threads: a stage busy for half of
+    its threads' time could feed a network twice as fast.
+
+    DALI's threads decode, and the kernel counts their CPU time; normalizing, and waiting for what is late, happens in the thread
+    that makes the batches, which is busy whenever its queue is not full.
+    """
+    shares = {"read": used.read / max(1, machine.read_threads), "decode": used.decode / max(1, decoding),
+              "making batches": used.making}
+    stage = max(shares, key=lambda name: shares[name])
+    return Headroom(used.time / max(shares[stage], 1e-9), stage)
+
+
+def threads() -> set[int]:
+    """Kernel ids of this process's threads; none where /proc does not tell."""
+    try:
+        return {int(name) for name in os.listdir("/proc/self/task")}
+    except OSError:
+        return set()
+
+
+def decoder_threads(before: set[int]) -> set[int]:
+    """DALI's threads among those that came after `before`. (With one worker its executor decodes, with more the workers do.)"""
+    return {thread for thread in threads() - before if _proc(thread, "comm").startswith("[DALI]")}
+
+
+def _cpu_s(thread: int) -> float:
+    """CPU seconds of a thread; those of one that has ended are lost, and count as 0."""
+    text = _proc(thread, "schedstat")
+    return int(text.split()[0]) / 1e9 if text else 0.0
+
+
+def _proc(thread: int, name: str) -> str:
+    try:
+        with open(f"/proc/self/task/{thread}/{name}") as file:
+            return file.read()
+    except OSError:  # it has ended
+        return ""

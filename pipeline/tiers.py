@@ -1,23 +1,27 @@
-"""Where images come from, by name: the tier a recipe chooses in one line. All give the same samples the same draws.
+"""Tiers: where images come from, which a recipe chooses in one line. All give the same samples the same augmentation.
 
 - ``archives``: region decode straight from the files as they were downloaded.
 - ``packed``: the same from the 256-pixel JPEGs that tools/pack_shards.py wrote, in any order.
 - ``streamed``: packed shards read only forwards, shuffled within a window; local or s3://.
-- ``resident``: decoded squares in memory, filled from an index of either kind while the first epoch trains, or is tested.
+- ``resident``: decoded squares in memory, filled from an index of either kind while the first epoch trains, or is evaluated.
 """
-from typing import TYPE_CHECKING, Any
+import torch.distributed as dist
 
 from pipeline.config import LANES, WINDOW, DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex
+from pipeline.loading.batch import Chain, LoaderContext
+from pipeline.loading.chain import DecodingChain
+from pipeline.loading.eval_loader import EvalLoader, EvalPass, square_loader
 from pipeline.loading.train_loader import TrainLoader
-from pipeline.monitor import Meter
-from pipeline.reading.source import Quarantine
-from pipeline.sampling.sampler import Ids
-from pipeline.loading.eval_loader import TestLoader
+from pipeline.monitor import Monitor
+from pipeline.reading.quarantine import Quarantine, StandIns, quarantine_budget
+from pipeline.reading.shard_source import ShardSource
+from pipeline.reading.source import ArchiveSource, Source
+from pipeline.resident.chain import eval_chain, train_chain
+from pipeline.sampling.batch_plan import CropPlanner
+from pipeline.sampling.sampler import Ids, Sampler
+from pipeline.sampling.window_sampler import WindowSampler
 from pipeline.stats import Stats
-
-if TYPE_CHECKING:
-    import torch.distributed as dist
 
 TIERS = ("archives", "packed", "streamed", "resident")
 
@@ -41,52 +45,74 @@ def check(tier: str, index: SampleIndex) -> None:
 def train_loader(tier: str, index: SampleIndex, split: str, data: DataConfig, batch: int, seed: int, stats: Stats, *,
                  resident: str = "rgb", window: int = WINDOW, lanes: int = LANES, store: str = "",
                  machine: LoaderConfig = LoaderConfig(), shard: tuple[int, int] = (0, 1), device_id: int | None = None,
-                 quarantine: Quarantine | None = None, group: "dist.ProcessGroup | None" = None,
-                 meter: Meter | None = None) -> TrainLoader:
-    """The loader of a tier.
+                 quarantine: Quarantine | None = None, group: dist.ProcessGroup | None = None,
+                 monitor: Monitor | None = None) -> TrainLoader:
+    """The training loader of a tier.
 
     Args:
         tier: one of TIERS.
-        resident: tier resident: ``rgb`` or ``yuv420``, see `ResidentLoader`.
-        window, lanes, store: tier streamed, see `StreamedLoader`.
-        group: tier resident in GPU memory: the node's processes, among which the squares are shared out.
-        The rest as for `TrainLoader`.
+        index, split: the samples; each needs a label.
+        data: how an image becomes a crop.
+        batch: global batch, over all ranks.
+        seed: of order and augmentation.
+        stats: mean and principal components of the training set.
+        resident, group: tier resident, see `pipeline.resident.chain.train_chain`.
+        window, lanes: tier streamed, see `WindowSampler`; they are part of the order.
+        store: tier streamed, see `ShardSource`.
+        machine: threads and checks; never changes a pixel.
+        shard: (k, n): this rank gets rows [k·batch/n, (k+1)·batch/n) of every global batch.
+        device_id: GPU that decodes and holds the batches, or None for the CPU.
+        quarantine: where unreadable samples are recorded; by default bounded by `machine.quarantine_budget`, without a file.
+        monitor: measures the loader at work; by default one of its own.
 
     Raises:
-        ValueError: the index is not of the kind the tier reads; whatever the loader's own class raises.
+        ValueError: the index is not of the kind the tier reads; split, batch, shard or statistics do not fit.
+        RuntimeError: an archive is missing, too many samples are unreadable, squares do not fit into memory.
     """
     check(tier, index)
-    common: dict[str, Any] = {"machine": machine, "shard": shard, "device_id": device_id, "quarantine": quarantine,
-                              "meter": meter}
-    if tier == "resident":
-        from pipeline.resident.train_loader import ResidentLoader
-        return ResidentLoader(index, split, data, batch, seed, stats, resident=resident, group=group, **common)
+    context = LoaderContext(index, split, data, machine, device_id, monitor or Monitor())
+    stats = stats.expect(data.square_px)
+    mean_image = None if data.mean == "channel" else stats.mean_image_chw
+    planner = CropPlanner(index, data, seed, stats.channel_mean, stats.eigenvalues, stats.eigenvectors)
+    quarantine = quarantine or Quarantine(quarantine_budget(machine, len(context.ids)))
+    stand_ins = StandIns(seed, quarantine, planner.plan, "; or raise data.window" if tier == "streamed" else "")
+    sampler: Sampler
+    source: Source
     if tier == "streamed":
-        from pipeline.loading.streamed_loader import StreamedLoader
-        return StreamedLoader(index, split, data, batch, seed, stats, window=window, lanes=lanes, store=store, **common)
-    return TrainLoader(index, split, data, batch, seed, stats, **common)
+        sampler = window_sampler = WindowSampler(index, context.ids, batch, seed, shard, window=window, lanes=lanes)
+        source = ShardSource(index, window_sampler, store=store, check_crc=machine.check_crc)
+    else:
+        sampler = Sampler(context.ids, batch, seed, shard)
+        source = ArchiveSource(index, context.ids, check_crc=machine.check_crc)
+    chain: Chain
+    if tier == "resident":
+        chain = train_chain(context, resident, sampler, planner, stand_ins, mean_image, group)
+    else:
+        chain = DecodingChain(context, lambda step: planner.plan(step, *sampler.take(step)), source, stand_ins,
+                              context.graph(context.ids, sampler.share, data.crop_px), mean_image)
+    return TrainLoader(context, chain, sampler, planner)
 
 
-def test_loader(tier: str, index: SampleIndex, split: str, data: DataConfig, batch: int, stats: Stats, *, resident: str = "rgb",
+def eval_loader(tier: str, index: SampleIndex, split: str, data: DataConfig, batch: int, stats: Stats, *, resident: str = "rgb",
                 keep: bool = True, machine: LoaderConfig = LoaderConfig(), shard: tuple[int, int] = (0, 1),
-                device_id: int | None = None, ids: Ids | None = None, meter: Meter | None = None) -> TestLoader:
-    """The loader of a tier's test images. In all tiers but resident it reads the index.
+                device_id: int | None = None, skip_corrupt: bool = False, first: int = 0, ids: Ids | None = None,
+                monitor: Monitor | None = None) -> EvalLoader:
+    """The evaluation loader of a tier. In all tiers but resident it reads the index, whatever its kind.
 
     Args:
         tier: one of TIERS.
-        resident, keep: tier resident, see `ResidentTestLoader`.
-        The rest as for `TestLoader`.
+        resident, keep: tier resident, see `pipeline.resident.chain.eval_chain`.
+        The rest as for `pipeline.loading.eval_loader.square_loader`.
 
     Raises:
-        ValueError: there is no such tier; whatever the loader's own class raises.
+        ValueError: there is no such tier; batch, statistics or ids do not fit.
+        RuntimeError: squares do not fit into memory.
     """
     if tier not in TIERS:
         raise ValueError(f"data.tier (={tier}) must be one of {', '.join(TIERS)}; correct the recipe")
-    common: dict[str, Any] = {"machine": machine, "shard": shard, "device_id": device_id, "ids": ids, "meter": meter}
-    if tier == "resident":
-        from pipeline.resident.eval_loader import ResidentTestLoader
-        return ResidentTestLoader(index, split, data, batch, stats, resident=resident, keep=keep, **common)
-    return TestLoader(index, split, data, batch, stats, **common)
-
-
-test_loader.__test__ = False  # type: ignore[attr-defined]  # not a test case, whatever its name
+    if tier != "resident":
+        return square_loader(index, split, data, batch, stats, machine=machine, device_id=device_id, monitor=monitor,
+                             shard=shard, skip_corrupt=skip_corrupt, first=first, ids=ids)
+    context = LoaderContext(index, split, data, machine, device_id, monitor or Monitor())
+    turn = EvalPass(context, batch, stats, shard=shard, skip_corrupt=skip_corrupt, first=first, ids=ids)
+    return EvalLoader(turn, eval_chain(turn, resident, keep))

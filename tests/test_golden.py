@@ -34,13 +34,13 @@ from pipeline.decoding import geometry
 from pipeline.index.header import content_sha256
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.batch import Batch
-from pipeline.loading.streamed_loader import StreamedSampler
-from pipeline.reading.source import Quarantine
-from pipeline.sampling.augment import draw, lighting_shift
+from pipeline.sampling.window_sampler import WindowSampler
+from pipeline.reading.quarantine import Quarantine
+from pipeline.sampling.augment import augment, lighting_shift
 from pipeline.sampling.sampler import Sampler
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats, stats_path
-from pipeline.tiers import test_loader as loader_of_tests
+from pipeline.tiers import eval_loader as loader_of_tests
 from pipeline.tiers import train_loader as loader_of_training
 from tools.build_index import main as build_index
 from tools.compute_stats import main as compute_stats
@@ -205,11 +205,11 @@ def order(made: Made) -> Iterator[tuple[str, Entry]]:
             (steps.start, steps.stop) for steps in map(ranks[0].steps, range(9))])
     ids, epochs = np.tile(np.arange(500), 3), np.repeat(np.arange(3), 500)
     rooms = np.stack([np.arange(1500) % 30, np.arange(1500) % 77], axis=1)
-    drawn = draw(SEED, epochs, ids, rooms, mirror=True, lighting=0.1)
+    drawn = augment(SEED, epochs, ids, rooms, mirror=True, lighting=0.1)
     yield "draws/crops", sha256(drawn.top, drawn.left)
     yield "draws/mirror", sha256(drawn.mirror)
     yield "draws/alphas", floats(drawn.alphas)
-    ended = draw(SEED, epochs, ids, rooms, mirror=False, lighting=0.1, lighting_epochs=2)
+    ended = augment(SEED, epochs, ids, rooms, mirror=False, lighting=0.1, lighting_epochs=2)
     yield "draws/alphas-of-2-epochs", floats(ended.alphas)
     yield "draws/no-mirror", sha256(ended.top, ended.left, ended.mirror)
     vectors = np.linalg.qr(np.arange(9.0).reshape(3, 3) + 5 * np.eye(3))[0]
@@ -225,7 +225,7 @@ def streamed_order(made: Made) -> Iterator[tuple[str, Entry]]:
     ids = made.packed.ids("train")
     for window, lanes in ((14, 1), (7, 4), (2, 8), (31, 2)):
         for world in (1, 2):
-            ranks = [StreamedSampler(made.packed, ids, 8, SEED, (rank, world), window=window, lanes=lanes)
+            ranks = [WindowSampler(made.packed, ids, 8, SEED, (rank, world), window=window, lanes=lanes)
                      for rank in range(world)]
             yield f"window-{window}-of-{lanes}-lanes-{world}", sha256(*(
                 part for epoch in range(4) for sampler in ranks for step in sampler.steps(epoch) for part in sampler.take(step)))
@@ -324,7 +324,7 @@ def squares_and_views(made: Made) -> Iterator[tuple[str, Entry]]:
                     yield from of_batches(name, batches)
                     for count in (1, 10):
                         yield f"{name}/{count}-views", floats(*(view for batch in batches[:3]
-                                                                for view in loader.views(batch.images, count)))
+                                                                for view in loader.crops(batch.images, count)))
     for rank in range(2):
         with loader_of_tests("archives", made.photos, "val", pixels(), 3, made.stats, machine=made.machine,
                              shard=(rank, 2)) as loader:

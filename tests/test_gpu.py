@@ -15,15 +15,14 @@ from model import lrn as response_norm
 from model.alexnet import AlexNet
 from model.config import LrnConfig
 from model.lrn import local_response_norm
-from pipeline.decoding.normalize import Colour, Finish
+from pipeline.decoding.normalize import Normalizer
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex
-from pipeline.loading.train_loader import TrainLoader
-from pipeline.reading.source import Quarantine
-from pipeline.loading.eval_loader import TestLoader
+from pipeline.reading.quarantine import Quarantine
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats
-from pipeline.tiers import train_loader
+from pipeline.sampling.augment import Augmentation
+from pipeline.tiers import eval_loader, train_loader
 from train.recipe import parse
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -50,8 +49,8 @@ def stats(photos: SampleIndex) -> Stats:
 @pytest.mark.parametrize("mean", ["image", "image_center", "channel"])
 def test_crops_decoded_on_the_gpu_equal_the_cpus(photos: SampleIndex, stats: Stats, mean: str) -> None:
     data = DataConfig("square", 76, 67, True, 0.1, mean)
-    with TrainLoader(photos, "train", data, 8, 1, stats) as cpu, \
-            TrainLoader(photos, "train", data, 8, 1, stats, device_id=0) as gpu:
+    with train_loader("archives", photos, "train", data, 8, 1, stats) as cpu, \
+            train_loader("archives", photos, "train", data, 8, 1, stats, device_id=0) as gpu:
         for here, there in zip(cpu, gpu, strict=True):
             assert there.images.device == torch.device("cuda", 0) and there.labels.device == there.images.device
             assert np.array_equal(here.ids, there.ids) and torch.equal(here.labels, there.labels.cpu())
@@ -60,13 +59,14 @@ def test_crops_decoded_on_the_gpu_equal_the_cpus(photos: SampleIndex, stats: Sta
 
 
 def test_test_squares_decoded_on_the_gpu_equal_the_cpus(photos: SampleIndex, stats: Stats) -> None:
-    with TestLoader(photos, "val", SMALL, 3, stats) as cpu, TestLoader(photos, "val", SMALL, 3, stats, device_id=0) as gpu:
+    with eval_loader("archives", photos, "val", SMALL, 3, stats) as cpu, \
+            eval_loader("archives", photos, "val", SMALL, 3, stats, device_id=0) as gpu:
         for here, there in zip(cpu, gpu, strict=True):
             assert (here.images - there.images.cpu()).abs().mean() < MEAN_TOLERANCE
 
 
 def test_batches_held_while_others_are_made_keep_their_pixels(photos: SampleIndex, stats: Stats) -> None:
-    with TrainLoader(photos, "train", SMALL, 8, 1, stats, device_id=0, machine=LoaderConfig(prefetch=3)) as loader:
+    with train_loader("archives", photos, "train", SMALL, 8, 1, stats, device_id=0, machine=LoaderConfig(prefetch=3)) as loader:
         held, copies = [], []
         for _ in range(4):
             for batch in loader:
@@ -80,22 +80,22 @@ def test_a_corrupt_image_is_replaced_on_the_gpu(tmp_path: Path) -> None:
     blobs[5] = blobs[5][:len(blobs[5]) // 3]
     index = write_set(tmp_path, blobs)
     stats = compute(index, "train", 76, machine=LoaderConfig(quarantine_budget=0.1))
-    with TrainLoader(index, "train", SMALL, 4, 1, stats, device_id=0, quarantine=Quarantine(1)) as loader:
+    with train_loader("archives", index, "train", SMALL, 4, 1, stats, device_id=0, quarantine=Quarantine(1)) as loader:
         ids = np.concatenate([batch.ids for batch in loader])
     assert len(ids) == 16 and 5 not in ids
 
 
 def test_images_are_finished_on_the_gpu_as_on_the_cpu() -> None:
     random = np.random.default_rng(0)
-    places = [random.integers(0, 10, 6) for _ in range(4)]
-    finish = Finish(places[0], places[1], random.random(6) < 0.5, places[2], places[3], random.random(6) < 0.5,
-                    random.normal(0, 20, (6, 3)).astype(np.float32))
-    pixels = torch.from_numpy(random.integers(0, 256, (6, 3, 76, 76)).astype(np.uint8))
+    chosen = Augmentation(random.integers(0, 10, 6), random.integers(0, 10, 6), random.random(6) < 0.5, np.zeros((6, 3)),
+                          random.normal(0, 20, (6, 3)).astype(np.float32))
+    pixels = torch.from_numpy(random.integers(0, 256, (6, 3, 67, 67)).astype(np.uint8))
     mean = random.uniform(0, 255, (3, 76, 76)).astype(np.float32)
-    here = Colour(67, mean, threads=1)
-    there = Colour(67, mean, threads=1, device=torch.device("cuda"))
-    assert torch.equal(here(list(pixels), finish), there.whole(pixels.cuda(), finish).cpu())
-    here.close()
+    for centered in (False, True):
+        here = Normalizer(67, mean, centered=centered, threads=1)
+        there = Normalizer(67, mean, centered=centered, threads=1, device=torch.device("cuda"))
+        assert torch.equal(here.begin(list(pixels), chosen)(), there.begin(pixels.cuda(), chosen)().cpu())
+        here.close()
 
 
 @pytest.mark.parametrize("kind", ["rgb", "yuv420"])
@@ -104,7 +104,7 @@ def test_resident_squares_give_the_crops_that_decoding_gives(photos: SampleIndex
                                                              memory: str) -> None:
     """Both decoded and resized by the GPU; rgb differs by rounding alone, while filling and after."""
     machine = LoaderConfig(resident_memory=memory, resident_folder=str(tmp_path))
-    with TrainLoader(photos, "train", SMALL, 8, 1, stats, device_id=0) as plain, \
+    with train_loader("archives", photos, "train", SMALL, 8, 1, stats, device_id=0) as plain, \
             train_loader("resident", photos, "train", SMALL, 8, 1, stats, resident=kind, machine=machine,
                          device_id=0) as resident:
         for _ in range(3):
@@ -116,20 +116,20 @@ def test_resident_squares_give_the_crops_that_decoding_gives(photos: SampleIndex
 
 
 def test_waiting_is_counted_on_the_devices_clock(photos: SampleIndex, stats: Stats) -> None:
-    with TrainLoader(photos, "train", SMALL, 8, 1, stats, device_id=0) as loader:
+    with train_loader("archives", photos, "train", SMALL, 8, 1, stats, device_id=0) as loader:
         count = len(list(loader))
         torch.cuda.synchronize()
-        waits = loader.meter.waits
+        waits = loader.monitor.waits
     assert waits.batches == count and waits.seconds > 0
-    assert waits.read + waits.decode + waits.colour + waits.copy == pytest.approx(waits.seconds, rel=1e-6)
+    assert waits.read + waits.decode + waits.normalize + waits.copy == pytest.approx(waits.seconds, rel=1e-6)
 
 
 def test_packed_images_decode_on_the_gpu(photos: SampleIndex, stats: Stats, tmp_path: Path) -> None:
     from tools import pack_shards
     assert pack_shards.main([str(photos.path), str(tmp_path / "packed"), "--square-px", "76", "--jobs", "1"]) == 0
     packed = SampleIndex.load(tmp_path / "packed")
-    with TrainLoader(packed, "train", SMALL, 8, 1, stats) as cpu, \
-            TrainLoader(packed, "train", SMALL, 8, 1, stats, device_id=0) as gpu:
+    with train_loader("packed", packed, "train", SMALL, 8, 1, stats) as cpu, \
+            train_loader("packed", packed, "train", SMALL, 8, 1, stats, device_id=0) as gpu:
         for here, there in zip(cpu, gpu, strict=True):
             difference = (here.images - there.images.cpu()).abs()
             assert difference.mean() < MEAN_TOLERANCE and difference.max() < LARGEST_TOLERANCE
@@ -302,7 +302,7 @@ def test_fused_response_normalisation_on_the_second_gpu(fused: list[str]) -> Non
 
 def test_a_training_step_equals_the_cpus(photos: SampleIndex, stats: Stats) -> None:
     """Same initial values, same dropout masks: logits and gradients differ by rounding only (TF32 off)."""
-    with TrainLoader(photos, "train", SMALL, 8, 1, stats) as loader:
+    with train_loader("archives", photos, "train", SMALL, 8, 1, stats) as loader:
         batch = next(iter(loader))
     found = []
     for device in ("cpu", "cuda"):

@@ -98,7 +98,7 @@ def _before_writing(then: Callable[[], object]) -> None:
 
 def _loader(strike: Callable[[Callable[[], object]], None]) -> None:
     from pipeline.loading.train_loader import TrainLoader
-    from pipeline.reading.source import SampleError
+    from pipeline.reading.quarantine import SampleError
 
     original = TrainLoader.__next__
 

@@ -14,11 +14,12 @@ from model.towers import BOTH, Tower
 from pipeline import tiers
 from pipeline.config import LoaderConfig
 from pipeline.index.sample_index import SampleIndex
-from pipeline.loading.train_loader import TrainLoader, quarantine_budget
+from pipeline.loading.train_loader import TrainLoader
+from pipeline.reading.quarantine import quarantine_budget
 from pipeline.parallel import cores
-from pipeline.reading.source import Quarantine
+from pipeline.reading.quarantine import Quarantine
 from pipeline.sampling.sampler import Ids
-from pipeline.loading.eval_loader import TestLoader
+from pipeline.loading.eval_loader import EvalLoader
 from pipeline.stats import Stats
 from train.parallel import pair_loader as feed
 from train.config import Config
@@ -117,7 +118,7 @@ def train_loader(config: Config, where: Topology, found: SampleIndex, stats: Sta
 
 
 def test_loader(config: Config, where: Topology, found: SampleIndex, stats: Stats, split: str, *,
-                keep: bool = False, ids: Optional[Ids] = None) -> TestLoader:
+                keep: bool = False, ids: Optional[Ids] = None) -> EvalLoader:
     """Every image of a split once over the data ranks; both towers of a pair get the same. `keep`: it is tested again and again,
     so tier resident keeps its squares; else they are read if a run has kept all of them, and never stored. The images are the
     same. `ids`: only these samples, in this order.
@@ -125,7 +126,7 @@ def test_loader(config: Config, where: Topology, found: SampleIndex, stats: Stat
     Raises:
         RuntimeError: what does not fit into memory.
     """
-    return tiers.test_loader(config.data.tier, found, split, config.data.pixels(), config.machine.test_batch, stats,
+    return tiers.eval_loader(config.data.tier, found, split, config.data.pixels(), config.machine.test_batch, stats,
                              resident=config.data.resident, keep=keep, machine=loader_config(config, where),
                              shard=(where.data_rank, where.data_ranks), device_id=_device_id(where), ids=ids)
 

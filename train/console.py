@@ -12,7 +12,7 @@ from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from pipeline.monitor import STATES, Waits, cause_of
+from pipeline.monitor import STAGES, Waits, cause_of
 
 _WINDOW = 50  # steps over which the rates are taken
 
@@ -80,7 +80,7 @@ class Rates:
 def _pace(images: int, waits: Waits, spent: float) -> Pace:
     spent = max(spent, 1e-9)
     return Pace(images / spent, min(1.0, waits.seconds / spent),
-                {cause: min(1.0, getattr(waits, cause) / spent) for cause in STATES})
+                {cause: min(1.0, getattr(waits, cause) / spent) for cause in STAGES})
 
 
 def duration(seconds: float) -> str:

@@ -1,7 +1,7 @@
 """Whether the loader fed the network: one sentence at the end of a run.
 
-Waiting is the loop's, measured by the loader's meter (on the device's clock where there is one); head-room comes from how busy
-the loader's threads were (`pipeline.headroom`).
+Waiting is the loop's, measured by the loader's monitor (on the device's clock where there is one); head-room comes from how busy
+the loader's threads were (`pipeline.monitor.headroom`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from typing import Iterator
 
 from pipeline.config import LoaderConfig
-from pipeline.headroom import Usage, headroom, usage
-from pipeline.monitor import REMEDIES, STATES, Meter, Waits, remedies
+from pipeline.monitor import REMEDIES, STAGES, Monitor, Usage, Waits, headroom, remedies, usage
 
 FED = 0.01  # a share of waiting below which the network is fed
 
@@ -27,20 +26,20 @@ class Feeding:
     _started: bool = False
 
     @contextlib.contextmanager
-    def watch(self, meter: Meter) -> Iterator[None]:
+    def watch(self, monitor: Monitor) -> Iterator[None]:
         """Count what happens inside."""
-        self._begun = meter.waits, usage(meter)
+        self._begun = monitor.waits, usage(monitor)
         try:
             yield
         finally:
             waits, before = self._begun
-            self.waits = self.waits.plus(meter.waits.since(waits))
-            self.used = self.used.plus(usage(meter), before)
+            self.waits = self.waits.plus(monitor.waits.since(waits))
+            self.used = self.used.plus(usage(monitor), before)
 
-    def arrived(self, meter: Meter) -> None:
+    def arrived(self, monitor: Monitor) -> None:
         """A batch has come. The first of a run is not counted: until then the loader has been starting."""
         if not self._started:
-            self._started, self._begun = True, (meter.waits, usage(meter))
+            self._started, self._begun = True, (monitor.waits, usage(monitor))
 
     def sentence(self, machine: LoaderConfig, threads: int, on_gpu: bool, tier: str = "archives",
                  swaps: bool = False) -> str:
@@ -64,7 +63,7 @@ class Feeding:
         advice = "; or ".join(REMEDIES[remedy] for remedy in remedies(tier, cause))
         if swaps and cause == "copy":
             advice = "try --parallel.feed=replicate"
-        shares = {state: getattr(self.waits, state) / self.waits.seconds for state in STATES}
+        shares = {stage: getattr(self.waits, stage) / self.waits.seconds for stage in STAGES}
         shares["other"] = max(0.0, 1 - sum(shares.values()))
         parts = ", ".join(f"{state} {part:.0%}" for state, part in shares.items() if part >= 0.005)
         return (f"the network waited for the loader {share:.1%} of the time (of that {parts}): {advice}; `python "

@@ -22,9 +22,10 @@ from model.alexnet import AlexNet
 from pipeline.loading.batch import Batch
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.train_loader import TrainLoader
-from pipeline.reading.source import SampleError
+from pipeline.reading.quarantine import SampleError
 from pipeline.sampling.sampler import first_step
-from pipeline.loading.eval_loader import TestLoader
+from pipeline.loading.eval_loader import EvalLoader
+from pipeline.monitor import RECORDED
 from pipeline.stats import Stats
 from train import build
 from train.checkpoint import checkpoint
@@ -102,7 +103,7 @@ class Job:
     optimizer: PaperSGD
     schedule: Schedule
     loader: TrainLoader | Fed
-    tests: dict[str, TestLoader]  # of the splits that are tested
+    tests: dict[str, EvalLoader]  # of the splits that are tested
     metrics: Metrics
     console: Console
     stop: Stop
@@ -128,7 +129,7 @@ def train(job: Job) -> bool:
     while job.progress.epoch < job.config.train.epochs:
         rates = Rates()
         if job.loader.epoch == job.progress.epoch:
-            with job.feeding.watch(job.loader.meter):
+            with job.feeding.watch(job.loader.monitor):
                 finished = train_epoch(job, rates)
             if not finished:
                 save(job)
@@ -158,9 +159,9 @@ def train_epoch(job: Job, rates: Rates) -> bool:
     job.network.train()
     enter_phase("load", job.loader.step)
     batches = iter(job.loader)
-    waits = job.loader.meter.waits
+    waits = job.loader.monitor.waits
     while (batch := next(batches, None)) is not None:
-        job.feeding.arrived(job.loader.meter)
+        job.feeding.arrived(job.loader.monitor)
         lr = job.schedule.lr(batch.step, progress.epoch)
         set_lr(job.optimizer, lr, job.schedule.layer_rates(progress.epoch))
 
@@ -178,7 +179,7 @@ def train_epoch(job: Job, rates: Rates) -> bool:
         job.optimizer.step()
 
         progress.add(size, int(errors), value)
-        before, waits = waits, job.loader.meter.waits
+        before, waits = waits, job.loader.monitor.waits
         rates.add(size, waits.since(before))
         done, pace = job.loader.step, rates.recent()
         if done % machine.metrics_steps == 0:
@@ -247,7 +248,7 @@ def test(job: Job, split: str, views: int, what: str) -> Optional[Score]:
 def paced(pace: Pace) -> dict[str, Any]:
     """What metrics.jsonl says of a pace: `waited` is the share of the time, `waited_for` divides it by cause."""
     return {"images_per_s": round(pace.images_per_s, 2), "waited": round(pace.waited, 4),
-            "waited_for": {cause: round(share, 4) for cause, share in pace.causes.items()}}
+            "waited_for": {RECORDED[cause]: round(share, 4) for cause, share in pace.causes.items()}}
 
 
 def finish_epoch(job: Job, score: Score, rates: Rates) -> None:

@@ -1,15 +1,12 @@
-"""The DALI graph, one for CPUs and GPUs. The only file that imports `nvidia.dali`.
+"""The DALI pipelines: region decode of batches, and small ones for checking, packing and streaming. All of `nvidia.dali` is here.
 
 Order and crops come in as tensors; DALI decodes as far as the crop reaches, to uint8. On a GPU (`device_id`), with its `mixed`
-decoder, it resamples there too (argument tensors stay on the CPU); on a CPU `pipeline.decoding.resize` does. Reflections, mean
-and
-lighting noise are `pipeline.decoding.normalize`'s.
-B samples, S side of the output in pixels.
+decoder, it resizes there too (argument tensors stay on the CPU); on a CPU `pipeline.decoding.resize` does. Horizontal flips,
+mean and PCA colour jitter are `pipeline.decoding.normalize`'s. B samples, S side of the output in pixels.
 """
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import tee
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,11 +17,8 @@ import torch
 from nvidia.dali.pipeline import Pipeline
 
 from pipeline.config import LoaderConfig
-from pipeline.decoding.geometry import Regions
 from pipeline.decoding.resize import Crops, Resizer, resize
-
-Bytes = npt.NDArray[np.uint8]
-
+from pipeline.sampling.batch_plan import BatchPlan, Bytes
 
 # nvimgcodecStatus_t: the codes that a damaged file gives.
 _CODEC_FAILURES = {"nvImageCodec failure: '#3'": "its code stream is damaged",
@@ -36,59 +30,65 @@ class DecodeError(RuntimeError):
 
     def __init__(self, error: RuntimeError) -> None:
         super().__init__(str(error))
-        said = next((line.strip() for line in str(error).partition("encountered:")[2].splitlines() if line.strip()), "")
+        lines = str(error).partition("encountered:")[2].splitlines()
+        cause = next((line.strip() for line in lines if line.strip()), "")
         # DALI counts samples within its batch, which is no name of ours, and says when a pipeline is lost.
-        detail = _CODEC_FAILURES.get(said, "" if said.startswith(("Failed to decode", "Current pipeline")) else said)
+        detail = _CODEC_FAILURES.get(cause, "" if cause.startswith(("Failed to decode", "Current pipeline")) else cause)
         self.reason = "cannot be decoded" + (f" ({detail})" if detail else "")
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What the graph eats for B samples.
+class GraphSettings:
+    """What a `Graph` computes.
 
     Attributes:
-        encoded: B byte views, each (size,) uint8, alive until the batch is collected (DALI reads them in place).
-        regions: where to decode and sample.
-    """
-    encoded: list[Bytes]
-    regions: Regions
-
-    def row(self, row: int) -> "Inputs":
-        """The inputs of one sample, as a batch of one."""
-        return Inputs(self.encoded[row:row + 1], self.regions.row(row))
-
-
-class Graph:
-    """A built DALI pipeline that pulls `Inputs` from a source and gives (B, S, S, 3) uint8 pixels, RGB, in the same order.
-
-    Args:
-        source: gives the inputs of one batch after the other; read ahead by `machine.prefetch` batches, in the collecting thread.
         batch: largest batch.
         side_px: side S of the output.
-        resample: False when every source has the output's scale already, so that the region decoded is the output.
+        resample: False when every image has the output's scale already, so that the region decoded is the output.
         machine: prefetch and decoder settings.
         threads: DALI's worker threads.
         device_id: GPU, or None for the CPU.
+        decode_only: end after the decoder, to measure it: shapes, (B, 3) int64, come out instead of pixels.
+    """
+    batch: int
+    side_px: int
+    resample: bool
+    machine: LoaderConfig
+    threads: int
+    device_id: int | None
+    decode_only: bool = False
+
+    @property
+    def alone(self) -> "GraphSettings":
+        """Those of a graph that decodes one image at a time."""
+        return replace(self, batch=1, machine=replace(self.machine, prefetch=1))
+
+
+class Graph:
+    """A built DALI pipeline that pulls plans with their bytes and gives (B, S, S, 3) uint8 pixels, RGB, in the same order.
+
+    Args:
+        plans: read ahead by `machine.prefetch` batches, in the collecting thread. DALI reads their bytes in place.
+        settings: what is computed.
     """
 
-    def __init__(self, source: Iterator[Inputs], batch: int, side_px: int, *, resample: bool = True, machine: LoaderConfig,
-                 threads: int, device_id: int | None) -> None:
-        self._source = source
+    def __init__(self, plans: Iterator[BatchPlan], settings: GraphSettings) -> None:
+        self._plans, self._settings = plans, settings
         self._failure: Exception | None = None
-        self._alive: deque[Inputs] = deque()  # DALI reads them in place
-        self._collected: Inputs | None = None
-        self._device_id = device_id
-        self._resample, self._side = resample, side_px
-        self._resizer = Resizer(side_px, threads) if resample and device_id is None else None
-        self._pipe: Any = Pipeline(batch_size=batch, num_threads=threads, device_id=device_id,
-                                   prefetch_queue_depth=machine.prefetch, seed=0)
+        self._alive: deque[BatchPlan] = deque()
+        self._collected: BatchPlan | None = None
+        gpu, resizes = settings.device_id is not None, settings.resample and not settings.decode_only
+        self._resizes_here = gpu and resizes
+        self._resizer = Resizer(settings.side_px, settings.threads) if resizes and not gpu else None
+        self._pipe: Any = Pipeline(batch_size=settings.batch, num_threads=settings.threads, device_id=settings.device_id,
+                                   prefetch_queue_depth=settings.machine.prefetch, seed=0)
         with self._pipe:
-            self._pipe.set_outputs(self._define(side_px, machine))
+            self._pipe.set_outputs(self._define())
         self._pipe.build()
 
-    def _define(self, side_px: int, machine: LoaderConfig) -> Any:
-        gpu = self._device_id is not None
-        kinds = [types.UINT8, types.INT32, types.INT32] + [types.FLOAT, types.FLOAT] * (self._resample and gpu)
+    def _define(self) -> Any:
+        settings, machine, gpu = self._settings, self._settings.machine, self._settings.device_id is not None
+        kinds = [types.UINT8, types.INT32, types.INT32] + [types.FLOAT, types.FLOAT] * self._resizes_here
         encoded, anchor, shape, *ends = fn.external_source(source=self._pull, num_outputs=len(kinds), batch=True, no_copy=True,
                                                            dtype=kinds, ndim=[1] * len(kinds))
         # EXIF orientation would turn the pixels away from the index's width and height. The hints exist on GPUs only.
@@ -98,8 +98,8 @@ class Graph:
         pixels = fn.decoders.image_slice(encoded, start=anchor, shape=shape, axis_names="HW", output_type=types.RGB,
                                          adjust_orientation=False, device="mixed" if gpu else "cpu", **hints)
         if not ends:
-            return pixels
-        return fn.resize(pixels, size=(side_px, side_px), roi_start=ends[0], roi_end=ends[1],
+            return pixels.shape() if settings.decode_only else pixels
+        return fn.resize(pixels, size=(settings.side_px, settings.side_px), roi_start=ends[0], roi_end=ends[1],
                          interp_type=types.INTERP_LINEAR, antialias=True)
 
     def _pull(self) -> tuple[Any, ...]:
@@ -107,27 +107,27 @@ class Graph:
         if self._failure is not None:
             raise StopIteration
         try:
-            inputs = next(self._source)
+            plan = next(self._plans)
         except StopIteration:
             raise
         except Exception as failure:
             self._failure = failure
             raise StopIteration from failure
-        self._alive.append(inputs)
-        regions = inputs.regions
-        if self._resizer is not None:
-            return inputs.encoded, np.zeros_like(regions.anchor), regions.reach
-        ends = (regions.start, regions.end) if self._resample else ()
-        return (inputs.encoded, regions.anchor, regions.shape, *ends)
+        self._alive.append(plan)
+        regions = plan.regions
+        if self._settings.resample and self._settings.device_id is None:  # see pipeline/decoding/resize.py
+            return plan.encoded, np.zeros_like(regions.anchor), regions.reach
+        ends = (regions.start, regions.end) if self._resizes_here else ()
+        return (plan.encoded, regions.anchor, regions.shape, *ends)
 
     def collect(self) -> torch.Tensor:
         """The next batch, (B, S, S, 3) uint8 on the graph's device.
 
         Raises: see `rows`.
         """
-        output, inputs = self._run()
+        output, plan = self._run()
         if self._resizer is not None:
-            return self._resizer([torch.from_dlpack(image) for image in output], inputs.regions)
+            return self._resizer([torch.from_dlpack(image) for image in output], plan.regions)
         return torch.from_dlpack(output.as_tensor())
 
     def rows(self) -> Sequence[torch.Tensor]:
@@ -137,13 +137,14 @@ class Graph:
             DecodeError: some sample of this batch could not be decoded. The batches after it are not touched.
             StopIteration: the source has ended. What the source raised, if it failed.
         """
-        output, inputs = self._run()
+        output, plan = self._run()
         if self._resizer is not None:
-            return Crops([torch.from_dlpack(image) for image in output], inputs.regions, self._side)
-        return list(torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2))
+            return Crops([torch.from_dlpack(image) for image in output], plan.regions, self._settings.side_px)
+        return list(planar(torch.from_dlpack(output.as_tensor())))
 
-    def _run(self) -> tuple[Any, Inputs]:
-        stream = None if self._device_id is None else torch.cuda.current_stream(self._device_id).cuda_stream
+    def _run(self) -> tuple[Any, BatchPlan]:
+        device_id = self._settings.device_id
+        stream = None if device_id is None else torch.cuda.current_stream(device_id).cuda_stream
         try:
             (output,) = self._pipe.run(stream)
         except StopIteration:
@@ -165,8 +166,13 @@ class Graph:
         self._pipe = self._failure = None
 
 
-class SizeProbe:
-    """Decodes whole images strictly, on the CPU, and gives only their sizes.
+def planar(pixels: torch.Tensor) -> torch.Tensor:
+    """(B, S, S, 3) → (B, 3, S, S), a view; shapes (B, 3) stay as they are."""
+    return pixels.permute(0, 3, 1, 2) if pixels.dim() == 4 else pixels
+
+
+class WholeImages:
+    """Decodes whole images on the CPU.
 
     Args:
         batch: largest batch.
@@ -178,87 +184,26 @@ class SizeProbe:
         with self._pipe:
             encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
             pixels = fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False)
-            self._pipe.set_outputs(pixels.shape())
+            self._pipe.set_outputs(pixels, pixels.shape())
         self._pipe.build()
 
-    def sizes(self, encoded: list[Bytes]) -> npt.NDArray[np.int64]:
-        """(B, 2) heights and widths of B images.
-
-        Raises:
-            DecodeError: one of them does not decode; the next call works.
-        """
+    def _decode(self, encoded: list[Bytes]) -> Any:
         try:
             self._pipe.feed_input("encoded", encoded)
-            (shapes,) = self._pipe.run()
+            return self._pipe.run()
         except RuntimeError as error:
             raise DecodeError(error) from error
-        return np.asarray(shapes.as_array(), np.int64)[:, :2]
 
+    def sizes(self, encoded: list[Bytes]) -> npt.NDArray[np.int64]:
+        """(B, 2) heights and widths of B images. Raises DecodeError when one does not decode; the next call works."""
+        return np.asarray(self._decode(encoded)[1].as_array(), np.int64)[:, :2]
 
-class DecodeGraph(Graph):
-    """`Graph` cut off after the decoder, for measuring; gives the shapes of what was decoded, (B, 3) int64, not the pixels."""
-
-    def __init__(self, source: Iterator[Inputs], batch: int, side_px: int, *, resample: bool = True, machine: LoaderConfig,
-                 threads: int, device_id: int | None) -> None:
-        super().__init__(source, batch, side_px, resample=resample and device_id is None, machine=machine, threads=threads,
-                         device_id=device_id)
-        if self._resizer is not None:
-            self._resizer.close()
-            self._resizer = _Shapes()
-
-    def rows(self) -> Sequence[torch.Tensor]:
-        return list(self.collect())
-
-    def _define(self, side_px: int, machine: LoaderConfig) -> Any:
-        pixels = super()._define(side_px, machine)
-        return pixels.shape() if self._resizer is None else pixels
-
-
-class _Shapes(Resizer):
-    """In the place of a resizer: gives the shapes of decoded images."""
-
-    def __init__(self) -> None:
-        """No threads."""
-
-    def __call__(self, decoded: Sequence[torch.Tensor], regions: Regions) -> torch.Tensor:
-        return torch.tensor([image.shape for image in decoded])
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
-class ResizeGraph:
-    """The other half of `Graph` on a GPU, for measuring: pixels that are decoded already, resized. (On a CPU it is `Resizer`.)
-
-    Args:
-        source: gives, without end, B regions (H, W, 3) uint8 on the GPU and where they lie; all stay alive.
-        batch, side_px, machine, threads, device_id: as for `Graph`; None, for tests: NumPy arrays on the CPU.
-    """
-
-    def __init__(self, source: Iterator[tuple[list[Any], Regions]], batch: int, side_px: int, *, machine: LoaderConfig,
-                 threads: int, device_id: int | None) -> None:
-        self._device_id = device_id
-        pixels, regions = tee(source)
-        self._pipe: Any = Pipeline(batch_size=batch, num_threads=threads, device_id=device_id,
-                                   prefetch_queue_depth=machine.prefetch, seed=0)
-        with self._pipe:
-            images = fn.external_source(source=(given for given, _ in pixels), batch=True, no_copy=True, dtype=types.UINT8,
-                                        ndim=3, layout="HWC", device="cpu" if device_id is None else "gpu")
-            start, end = fn.external_source(source=((where.start, where.end) for _, where in regions), num_outputs=2, batch=True,
-                                            no_copy=True, dtype=types.FLOAT, ndim=1)
-            self._pipe.set_outputs(fn.resize(images, size=(side_px, side_px), roi_start=start, roi_end=end,
-                                             interp_type=types.INTERP_LINEAR, antialias=True))
-        self._pipe.build()
-
-    def collect(self) -> torch.Tensor:
-        """The next batch, (B, S, S, 3) uint8."""
-        stream = None if self._device_id is None else torch.cuda.current_stream(self._device_id).cuda_stream
-        (output,) = self._pipe.run(stream)
-        return torch.from_dlpack(output.as_tensor())
-
-    def close(self) -> None:
-        """Free DALI's threads and buffers."""
-        self._pipe = None
+    def images(self, encoded: list[Bytes], sizes: npt.NDArray[np.int64], resized: npt.NDArray[np.int64]) -> list[Bytes]:
+        """B images (H, W, 3) uint8 of `sizes` (B, 2), resized to `resized` (B, 2): those that `Graph` crops from. Raises as
+        `sizes`."""
+        scales = sizes / resized
+        return [resize(torch.from_dlpack(image), (0, 0), size, scale).numpy().reshape(*size, 3)
+                for image, size, scale in zip(self._decode(encoded)[0], resized.tolist(), scales.tolist(), strict=True)]
 
 
 class ShardReader:
@@ -299,34 +244,3 @@ class ShardReader:
     def close(self) -> None:
         """Stop reading. Ranges already given stay valid: they own their memory."""
         self._pipe = None
-
-
-class WholeImages:
-    """Decodes whole images and resizes each to a size of its own, on the CPU; pixels as `Graph` would crop from them.
-
-    Args:
-        batch: largest batch.
-        threads: DALI's worker threads.
-    """
-
-    def __init__(self, batch: int, threads: int) -> None:
-        self._pipe: Any = Pipeline(batch_size=batch, num_threads=threads, device_id=None, prefetch_queue_depth=1, seed=0)
-        with self._pipe:
-            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-            self._pipe.set_outputs(fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False))
-        self._pipe.build()
-
-    def images(self, encoded: list[Bytes], sizes: npt.NDArray[np.int64], resized: npt.NDArray[np.int64]) -> list[Bytes]:
-        """B images (H, W, 3) uint8 of `sizes` (B, 2), resized to `resized` (B, 2).
-
-        Raises:
-            DecodeError: one of them does not decode; the next call works.
-        """
-        try:
-            self._pipe.feed_input("encoded", encoded)
-            (output,) = self._pipe.run()
-        except RuntimeError as error:
-            raise DecodeError(error) from error
-        scales = sizes / resized
-        return [resize(torch.from_dlpack(image), (0, 0), size, scale).numpy().reshape(*size, 3)
-                for image, size, scale in zip(output, resized.tolist(), scales.tolist(), strict=True)]

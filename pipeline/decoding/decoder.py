@@ -1,158 +1,83 @@
-"""Prepared batches → reading threads → DALI → uint8 pixels, in order; finds and replaces the sample that breaks a batch.
-
-B samples of a batch.
-"""
+"""Decodes batch plans that have their bytes, in order; finds the sample that breaks a batch and has it taken out. B samples."""
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from pipeline import headroom
-from pipeline.decoding.normalize import Finish
-from pipeline.config import LoaderConfig
-from pipeline.decoding.dali import DecodeError, Graph, Inputs
-from pipeline.monitor import Meter
+from pipeline.decoding.dali import DecodeError, Graph, GraphSettings, planar
+from pipeline.monitor import Monitor, decoder_threads, threads
+from pipeline.sampling.batch_plan import BatchPlan
 
-Ids = npt.NDArray[np.int64]
-Pixels = TypeVar("Pixels")
+Pixels = torch.Tensor | Sequence[torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A batch before its pixels.
-
-    Attributes:
-        step: number of the batch.
-        ids, epochs: (B,) int64.
-        inputs: what the graph eats.
-        finish: what makes images of its pixels.
-        origins: (B,) int64 the ids before any substitution.
-        tries: (B,) int64 how many stand-ins each row has had.
-    """
-    step: int
-    ids: Ids
-    epochs: Ids
-    inputs: Inputs
-    finish: Finish
-    origins: Ids
-    tries: Ids
-
-
-@dataclass(frozen=True)
-class GraphPlan:
-    """What the graph of a stream computes; see `Graph`."""
-    batch: int
-    side_px: int
-    resample: bool
-    machine: LoaderConfig
-    threads: int
-    device_id: int | None
-
-    def build(self, source: Iterator[Inputs]) -> Graph:
-        return Graph(source, self.batch, self.side_px, resample=self.resample, machine=self.machine, threads=self.threads,
-                     device_id=self.device_id)
-
-
-class Stream:
-    """Runs batches through the graph.
+class Decoder(Iterator[tuple[BatchPlan, Pixels]]):
+    """Gives each batch with its pixels: on a GPU (B, 3, S, S) uint8; on a CPU B views (3, S, S) uint8, each to be used before
+    the same thread asks for another; or `whole`, (B, S, S, 3) uint8 on either.
 
     Args:
-        steps: the batches' numbers, in order, maybe without end.
-        prepare: step → Prepared; called ahead of need, in threads.
-        mend: (Prepared, row, reason) → Prepared without the undecodable sample of that row; may raise instead.
-        plan: the graph.
-        meter: told whether bytes or pixels are waited for.
+        plans: with their bytes, maybe without end. Batches of which nothing is left are passed over.
+        settings: of the DALI graph.
+        recover: (plan, row, reason) → the plan without that row's sample, which cannot be decoded; may raise instead.
+        monitor: told whether bytes or pixels are waited for.
     """
 
-    def __init__(self, steps: Iterable[int], prepare: Callable[[int], Prepared],
-                 mend: Callable[[Prepared, int, str], Prepared], plan: GraphPlan, meter: Meter) -> None:
-        self._steps = iter(steps)
-        self._prepare, self._mend, self._plan, self._meter = prepare, mend, plan, meter
-        self._waiting: deque[Prepared] = deque()  # pulled by DALI, not yet collected
-        reading = plan.machine.read_threads
-        self._pool = ThreadPoolExecutor(reading, "reader") if reading else None
-        self._before: set[int] | None = headroom.threads()
-        self._graph = plan.build(self._pull())
+    def __init__(self, plans: Iterator[BatchPlan], settings: GraphSettings, recover: Callable[[BatchPlan, int, str], BatchPlan],
+                 monitor: Monitor, *, whole: bool = False) -> None:
+        self._plans, self._settings, self._recover, self._monitor, self._whole = plans, settings, recover, monitor, whole
+        self._rows = not whole and settings.device_id is None
+        self._waiting: deque[BatchPlan] = deque()  # pulled by DALI, not yet collected
+        monitor.enter("decode")  # DALI is being started
+        self._before: set[int] | None = threads()
+        self._graph = Graph(self._pull(), settings)
 
-    def _pull(self) -> Iterator[Inputs]:
-        self._meter.enter("read")
-        for prepared in map(self._read, self._steps) if self._pool is None else self._ahead(self._pool):
-            if len(prepared.ids):  # all of a batch may have been left out
-                self._waiting.append(prepared)
-                self._meter.enter("decode")
-                yield prepared.inputs
-                self._meter.enter("read")
-        self._meter.enter("decode")
+    def _pull(self) -> Iterator[BatchPlan]:
+        self._monitor.enter("read")
+        for plan in self._plans:
+            if len(plan.ids):
+                self._waiting.append(plan)
+                self._monitor.enter("decode")
+                yield plan
+                self._monitor.enter("read")
+        self._monitor.enter("decode")
 
-    def _read(self, step: int) -> Prepared:
-        with self._meter.span("read", step):
-            return self._prepare(step)
+    def __next__(self) -> tuple[BatchPlan, Pixels]:
+        """The next batch. Raises StopIteration when none is left, and whatever the plans or `recover` raise, in its place."""
+        while True:
+            self._monitor.enter("decode")
+            try:
+                with self._monitor.span("decode", self._waiting[0].step if self._waiting else -1):
+                    pixels: Any = self._graph.rows() if self._rows else self._graph.collect()
+            except DecodeError as error:
+                plan, pixels = self._one_by_one(self._waiting.popleft(), error)
+                if not len(plan.ids):
+                    continue
+                pixels = list(planar(pixels)) if self._rows else pixels
+            else:
+                plan = self._waiting.popleft()
+                if self._before is not None:
+                    self._monitor.decoders |= decoder_threads(self._before)
+                    self._before = None
+            return plan, planar(pixels) if not (self._rows or self._whole) else pixels
 
-    def _ahead(self, pool: ThreadPoolExecutor) -> Iterator[Prepared]:
-        futures: deque[Future[Prepared]] = deque()
-        for step in self._steps:
-            futures.append(pool.submit(self._read, step))
-            if len(futures) > self._plan.machine.read_threads:
-                yield futures.popleft().result()
-        while futures:
-            yield futures.popleft().result()
-
-    def collect(self) -> tuple[Prepared, torch.Tensor]:
-        """The next batch and its pixels, (B, S, S, 3) uint8.
-
-        Raises:
-            StopIteration: no batch is left. Whatever `prepare` or `mend` raise.
-        """
-        return self._next(self._graph.collect, lambda whole: whole)
-
-    def rows(self) -> tuple[Prepared, Sequence[torch.Tensor]]:
-        """The next batch and its pixels as B views (3, S, S) uint8, each to be used before the same thread asks for another.
-
-        Raises: as `collect`.
-        """
-        return self._next(self._graph.rows, lambda whole: list(whole.permute(0, 3, 1, 2) if whole.dim() == 4 else whole))
-
-    def _next(self, collect: Callable[[], Pixels], rescued: Callable[[torch.Tensor], Pixels]) -> tuple[Prepared, Pixels]:
-        self._meter.enter("decode")
-        try:
-            with self._meter.span("decode", self._waiting[0].step if self._waiting else -1):
-                pixels = collect()
-        except DecodeError as error:
-            prepared, whole = self._rescue(self._waiting.popleft(), error)
-            return prepared, rescued(whole)
-        if self._before is not None:
-            self._meter.decoders |= headroom.decoders(self._before)
-            self._before = None
-        return self._waiting.popleft(), pixels
-
-    def _rescue(self, prepared: Prepared, error: DecodeError) -> tuple[Prepared, torch.Tensor]:
+    def _one_by_one(self, plan: BatchPlan, error: DecodeError) -> tuple[BatchPlan, Any]:
         """Decode sample by sample: DALI does not say which one failed, and has lost the whole batch."""
-        slot: list[Inputs] = []
-        alone = replace(self._plan, batch=1, machine=replace(self._plan.machine, prefetch=1)).build(iter(slot.pop, None))
-        rows: list[torch.Tensor] = []
-        mended = False
-        with contextlib.closing(alone):
-            while len(rows) < len(prepared.ids):
-                slot.append(prepared.inputs.row(len(rows)))
+        slot: list[BatchPlan] = []
+        pixels: list[torch.Tensor] = []
+        recovered = False
+        with contextlib.closing(Graph(iter(slot.pop, None), self._settings.alone)) as graph:
+            while len(pixels) < len(plan.ids):
+                slot.append(plan.rows([len(pixels)]))
                 try:
-                    rows.append(alone.collect().clone())
+                    pixels.append(graph.collect().clone())
                 except DecodeError as failure:
-                    prepared = self._mend(prepared, len(rows), failure.reason)
-                    mended = True
-        if not mended:
+                    plan, recovered = self._recover(plan, len(pixels), failure.reason), True
+        if not recovered:
             raise error  # every sample decodes alone: the fault lies elsewhere
-        if not rows:
-            return prepared, torch.empty(0)
-        return prepared, torch.cat(rows)
+        return plan, torch.cat(pixels) if pixels else torch.empty(0)
 
     def close(self) -> None:
-        """Stop the threads and free the graph."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        """Free the graph; whoever made the plans closes them."""
         self._graph.close()

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.index.sample_index import SampleIndex
+
 Pairs = npt.NDArray[np.int64]
 _EXACT_BITS = 23  # of a float32 coordinate, before and after the binary point together
 
@@ -38,16 +40,21 @@ class Regions:
         """(B, 2) source pixels from the image's corner to the end of the region."""
         return self.anchor + self.shape
 
-    def row(self, row: int) -> "Regions":
-        """That of one image, as a batch of one."""
-        one = slice(row, row + 1)
-        return Regions(self.anchor[one], self.shape[one], self.start[one], self.end[one], self.scale[one], self.offset[one])
+    def rows(self, rows: list[int]) -> "Regions":
+        """Those of some of the images."""
+        return Regions(self.anchor[rows], self.shape[rows], self.start[rows], self.end[rows], self.scale[rows], self.offset[rows])
 
 
-def resized(sizes: Pairs, short_px: int) -> Pairs:
+def sizes(index: SampleIndex, ids: npt.NDArray[np.int64]) -> Pairs:
+    """(B, 2) source sizes of samples (B,)."""
+    rows = index.samples[ids]
+    return np.stack([rows["height"], rows["width"]], axis=1).astype(np.int64)
+
+
+def resized(source: Pairs, short_px: int) -> Pairs:
     """(B, 2) size after resizing the short side to `short_px`; the long side is rounded half up to a whole pixel."""
-    short = sizes.min(axis=1, keepdims=True)
-    return (2 * sizes * short_px + short) // (2 * short)
+    short = source.min(axis=1, keepdims=True)
+    return (2 * source * short_px + short) // (2 * short)
 
 
 def central(resized_sizes: Pairs, side_px: int) -> Pairs:
@@ -55,7 +62,7 @@ def central(resized_sizes: Pairs, side_px: int) -> Pairs:
     return (resized_sizes - side_px) // 2
 
 
-def regions(sizes: Pairs, resized_sizes: Pairs, offsets: Pairs, crop_px: int | Pairs) -> Regions:
+def regions(source: Pairs, resized_sizes: Pairs, offsets: Pairs, crop_px: int) -> Regions:
     """Source regions of square crops.
 
     The scale is rounded to a multiple of 2^-14 (for short sides of 257 to 512; half as fine for an image twice as large), which
@@ -64,18 +71,18 @@ def regions(sizes: Pairs, resized_sizes: Pairs, offsets: Pairs, crop_px: int | P
     without it 110 in a million differ. Images that have the size already are copied.
 
     Args:
-        sizes: (B, 2) source sizes.
+        source: (B, 2) source sizes.
         resized_sizes: (B, 2) sizes after the resize.
         offsets: (B, 2) the crop's offset in the resized image.
-        crop_px: side of the crop; or (B, 2) its sides, for rectangles.
+        crop_px: side of the crop.
     """
-    grid = 2.0 ** (_EXACT_BITS - np.ceil(np.log2(sizes.min(axis=1, keepdims=True))))
-    scale = np.round(sizes / resized_sizes * grid) / grid
-    first = np.round((sizes - scale * resized_sizes) / 2 * grid) / grid  # what the rounding leaves over, on both sides alike
+    grid = 2.0 ** (_EXACT_BITS - np.ceil(np.log2(source.min(axis=1, keepdims=True))))
+    scale = np.round(source / resized_sizes * grid) / grid
+    first = np.round((source - scale * resized_sizes) / 2 * grid) / grid  # what the rounding leaves over, on both sides alike
     low, high = first + offsets * scale, first + (offsets + crop_px) * scale
     # The triangular filter reaches `scale` pixels when shrinking and one when enlarging; nowhere when there is nothing to do.
-    margin = np.where(sizes == resized_sizes, 0, np.ceil(scale).astype(np.int64) + 2)
+    margin = np.where(source == resized_sizes, 0, np.ceil(scale).astype(np.int64) + 2)
     anchor = np.maximum(np.floor(low).astype(np.int64) - margin, 0)
-    stop = np.minimum(np.ceil(high).astype(np.int64) + margin, sizes)
+    stop = np.minimum(np.ceil(high).astype(np.int64) + margin, source)
     return Regions(anchor.astype(np.int32), (stop - anchor).astype(np.int32), (low - anchor).astype(np.float32),
-                   (high - anchor).astype(np.float32), sizes / resized_sizes, offsets)
+                   (high - anchor).astype(np.float32), source / resized_sizes, offsets)

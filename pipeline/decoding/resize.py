@@ -4,17 +4,21 @@ torch's kernel for uint8 takes 0.2 ms of a core for an ImageNet photograph where
 corner on, so the crop is cut from what lies above and to its left too; in return its pixels are those of the whole resized image,
 whatever the crop, to the bit.
 """
+import math
 import threading
+import weakref
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from pipeline.decoding.normalize import Buffers
 from pipeline.decoding.geometry import Regions
 
+_SPARE = 4  # free buffers kept
 _MOST = 64 << 20  # bytes to work in
 _own = threading.local()  # .memory of each thread
 _linear = torch.ops.aten._upsample_bilinear2d_aa.out  # functional.interpolate derives the output's size from the scale
@@ -103,6 +107,33 @@ class Crops(Sequence[torch.Tensor]):
         return resize(self._decoded[row], offset, size, self._scales[row], memory)
 
 
+class Buffers:
+    """CPU tensors of one type whose memory is used again once nobody refers to it.
+
+    A fresh 40 MB tensor costs 10,000 page faults, half as much as the arithmetic that fills it.
+    """
+
+    def __init__(self, dtype: npt.DTypeLike = np.float32) -> None:
+        self._dtype, self._size = dtype, 0
+        self._free: deque[npt.NDArray[Any]] = deque(maxlen=_SPARE)
+
+    def take(self, *shape: int) -> torch.Tensor:
+        """A tensor of this shape, contents undefined."""
+        size = math.prod(shape)
+        if size > self._size:  # what there is, is too small: from now on all are of this size
+            self._size, self._free = size, deque(maxlen=_SPARE)
+        free = self._free
+        try:
+            memory = free.pop()
+        except IndexError:
+            memory = np.empty(self._size, self._dtype)
+        # The tensor and all its views keep this very array object alive; when it goes, the memory behind it is free. (Appending
+        # to a deque needs no lock, which a finalizer, run at any moment, must not take.)
+        alias = memory[:size].reshape(shape)
+        weakref.finalize(alias, free.append, memory).atexit = False
+        return torch.from_numpy(alias)
+
+
 class Resizer:
     """Resizes decoded images and cuts the crop: a whole batch.
 
@@ -129,7 +160,7 @@ class Resizer:
             part.result()
         return out
 
-    def _some(self, decoded: Sequence[torch.Tensor], regions: Regions, out: np.ndarray, low: int, high: int) -> None:
+    def _some(self, decoded: Sequence[torch.Tensor], regions: Regions, out: npt.NDArray[np.uint8], low: int, high: int) -> None:
         crops = Crops(decoded, regions, self._side)
         flat = out.reshape(len(out), self._side, self._side * 3)  # without the axis of channels NumPy copies whole rows
         for row in range(low, high):

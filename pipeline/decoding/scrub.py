@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.decoding.dali import DecodeError, SizeProbe
+from pipeline.decoding.dali import DecodeError, WholeImages
 from pipeline.index.sample_index import SampleIndex
 from pipeline.parallel import Progress, Silent
 from pipeline.index.verify import Finding
@@ -25,7 +25,7 @@ def scrub(index: SampleIndex, threads: int, progress: Progress | None = None) ->
     ids = np.flatnonzero(samples["excluded"] == 0)
     ids = ids[np.lexsort((samples["offset"][ids], samples["archive"][ids]))]
     progress.expect("decoding", int(samples["size"][ids].sum(dtype=np.int64)))
-    many, one = SizeProbe(BATCH, threads), None
+    many, one = WholeImages(BATCH, threads), None
     found: list[Finding] = []
     for chunk in _batches(index, ids):
         data, kept = [], []
@@ -36,7 +36,7 @@ def scrub(index: SampleIndex, threads: int, progress: Progress | None = None) ->
             except (ValueError, OSError) as error:
                 found.append(Finding(id, index.safe_name(id), str(error)))
         if kept and _problem(many, data, index, kept) is not None:
-            one = one or SizeProbe(1, 1)
+            one = one or WholeImages(1, 1)
             for id, bytes in zip(kept, data):
                 problem = _problem(one, [bytes], index, [id])
                 if problem is not None:
@@ -58,7 +58,7 @@ def _batches(index: SampleIndex, ids: np.ndarray) -> list[list[int]]:
     return batches
 
 
-def _problem(probe: SizeProbe, data: list[np.ndarray], index: SampleIndex, ids: list[int]) -> str | None:
+def _problem(probe: WholeImages, data: list[np.ndarray], index: SampleIndex, ids: list[int]) -> str | None:
     """What is wrong with a batch; None when every image decodes to the size the index says."""
     try:
         sizes = probe.sizes(data)

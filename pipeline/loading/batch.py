@@ -1,28 +1,24 @@
-"""What every loader is: batches of samples of an index, made ahead of need (training: `pipeline.loading.train_loader`, tests:
-`squares`).
+"""`Batch`, what a loader gives; and what the loaders for training and for evaluation share.
 
 B samples of a batch, S side of the central square, crop the side the network sees.
 """
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from pipeline.decoding import geometry
-from pipeline.loading.prefetch import Ahead
-from pipeline.decoding.normalize import Colour
 from pipeline.config import DataConfig, LoaderConfig
+from pipeline.decoding import geometry
+from pipeline.decoding.dali import GraphSettings
 from pipeline.index.sample_index import SampleIndex
-from pipeline.monitor import Meter
+from pipeline.loading.prefetch import Prefetcher
+from pipeline.monitor import Monitor
 from pipeline.parallel import cores
-from pipeline.reading.source import Reader
 from pipeline.sampling.sampler import Ids
-from pipeline.decoding.decoder import GraphPlan, Prepared, Stream
 
 
 @dataclass(frozen=True)
@@ -30,10 +26,10 @@ class Batch:
     """What a loader gives.
 
     Attributes:
-        images: training (B, 3, crop, crop), tests (B, 3, S, S); float32, mean subtracted, on the loader's device.
+        images: training (B, 3, crop, crop), evaluation (B, 3, S, S); float32, mean subtracted, on the loader's device.
         labels: (B,) int64 class indices on the same device; -1 where unknown.
-        ids: (B,) int64 sample ids, after any substitution.
-        epochs: (B,) int64 epoch of each sample (0 in tests).
+        ids: (B,) int64 sample ids, after any stand-in took a corrupt sample's place.
+        epochs: (B,) int64 epoch of each sample (0 in evaluation).
         step: number of the batch: counted from the start of training, or of this pass.
     """
     images: torch.Tensor
@@ -41,6 +37,103 @@ class Batch:
     ids: Ids
     epochs: Ids
     step: int
+
+
+@dataclass(frozen=True)
+class LoaderContext:
+    """What all stages of a loader share.
+
+    Attributes:
+        index, split: the samples.
+        data: how an image becomes a crop.
+        machine: threads and checks.
+        device_id: GPU that decodes and holds the batches, or None for the CPU.
+        monitor: measures the stages.
+
+    Raises:
+        ValueError: no such GPU, or the split is empty.
+    """
+    index: SampleIndex
+    split: str
+    data: DataConfig
+    machine: LoaderConfig
+    device_id: int | None
+    monitor: Monitor
+
+    def __post_init__(self) -> None:
+        if self.device_id is not None and not torch.cuda.is_available():
+            raise ValueError(f"device_id (={self.device_id}) needs a CUDA device, and torch sees none; leave it out to decode on "
+                             "the CPU")
+        if len(self.ids) == 0:
+            raise ValueError(f"split (={self.split}) of {self.index.path} has no samples; see build_index.py info")
+
+    @cached_property
+    def ids(self) -> Ids:
+        """(N,) int64 samples of the split, ascending."""
+        return self.index.ids(self.split)
+
+    @cached_property
+    def device(self) -> torch.device:
+        return torch.device("cpu") if self.device_id is None else torch.device("cuda", self.device_id)
+
+    @cached_property
+    def threads(self) -> int:
+        """Threads that decode, and on a CPU normalize."""
+        return self.machine.threads or cores()
+
+    def graph(self, ids: Ids, batch: int, side_px: int) -> GraphSettings:
+        """Settings of the graph that decodes samples `ids`, at most `batch` at a time, to a side of `side_px`."""
+        sizes = geometry.sizes(self.index, ids)
+        resample = bool((sizes != geometry.resized(sizes, self.data.square_px)).any())
+        return GraphSettings(batch, side_px, resample, self.machine, self.threads, self.device_id)
+
+    def labels(self, ids: Ids) -> torch.Tensor:
+        """(B,) int64 class indices of samples, on the loader's device."""
+        return torch.from_numpy(self.index.samples["label"][ids].astype(np.int64)).to(self.device)
+
+    def batch(self, step: int, ids: Ids, epochs: Ids, images: torch.Tensor) -> Batch:
+        """The stage "copy": labels go to the device."""
+        self.monitor.enter("copy")
+        with self.monitor.span("copy", step):
+            return Batch(images, self.labels(ids), ids, epochs, step)
+
+    def normalized(self, step: int, ids: Ids, epochs: Ids, end: Callable[[], torch.Tensor]) -> Batch:
+        """The batch of images that `end` waits for: the stage "normalize", then "copy"."""
+        self.monitor.enter("normalize")
+        with self.monitor.span("normalize", step):
+            images = end()
+        return self.batch(step, ids, epochs, images)
+
+
+class Chain(Protocol):
+    """The stages of a loader, each an iterator over the one before. `pipeline.loading.chain.DecodingChain`, or
+    `pipeline.resident.chain.ResidentChain`, whose store takes the place of reading and decoding.
+
+    Attributes:
+        stages: names of those that `until` can end after, in order; they are the monitor's.
+        queue: finished batches that may wait for the consumer; 0: it makes them itself.
+        note: what a person should know before it begins; mostly nothing.
+    """
+    stages: tuple[str, ...]
+    queue: int
+    note: str
+
+    def batches(self, steps: range) -> Generator[Batch, None, None]:
+        """The batches of these steps, maybe without end; what the stages hold is freed when the generator is closed."""
+
+    def until(self, stage: str, steps: range) -> Generator[object, None, None]:
+        """The stages up to and including `stage`, to measure them: they run at once as in `batches`, and what the last one makes
+        of each step comes out."""
+
+    @property
+    def filled(self) -> tuple[int, int]:
+        """(samples that are kept in memory, samples there is room for)."""
+
+    def fill(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Load into memory now what else the first epoch would. `progress`: called with (samples done, samples to do)."""
+
+    def close(self) -> None:
+        """Finish what is under way outside of `batches`."""
 
 
 class Pairs:
@@ -62,124 +155,55 @@ class Pairs:
             yield self._image(batch.images), batch.labels
 
 
-def one_ahead(begun: Iterator[Callable[[], Batch]]) -> Generator[Batch, None, None]:
-    """The batches that are begun, each waited for only when the next one is begun too, so that threads do not run dry.
-
-    When the next one fails, those before it still come out.
-    """
-    waiting: Callable[[], Batch] | None = None
-    while True:
-        try:
-            following = next(begun)
-        except BaseException as failure:
-            if waiting is not None:
-                yield waiting()
-            if isinstance(failure, StopIteration):
-                return
-            raise
-        if waiting is not None:
-            yield waiting()
-        waiting = following
-
-
-class Loader(ABC):
-    """What training and tests share: reading, decoding, labels, device.
+class Loader:
+    """What loaders share: their context and chain, and batches made ahead of need.
 
     On a CPU batches are made in a thread of their own, `machine.queue` of them ahead; on a GPU the device is ahead anyway.
+    Close it, or use it in a `with`: its threads and buffers go when it is closed, or with the process, not with the last
+    reference.
     """
 
-    def __init__(self, index: SampleIndex, split: str, data: DataConfig, machine: LoaderConfig, device_id: int | None,
-                 meter: Meter | None) -> None:
-        if device_id is not None and not torch.cuda.is_available():
-            raise ValueError(f"device_id (={device_id}) needs a CUDA device, and torch sees none; leave it out to decode on "
-                             "the CPU")
-        self.index, self.split, self.data, self.machine = index, split, data, machine
-        self.device = torch.device("cpu") if device_id is None else torch.device("cuda", device_id)
-        self._device_id = device_id
-        self._ids = index.ids(split)
-        if len(self._ids) == 0:
-            raise ValueError(f"split (={split}) of {index.path} must have samples; it has none, see build_index.py info")
-        self._reader = Reader(index, check_crc=machine.check_crc)
-        self.threads = machine.threads or cores()
-        self._ahead: Ahead[Batch] | None = None
-        self.meter = meter or Meter()
+    def __init__(self, context: LoaderContext, chain: Chain) -> None:
+        self.context, self.chain, self.monitor = context, chain, context.monitor
+        self.index, self.split, self.data, self.machine = context.index, context.split, context.data, context.machine
+        self.device, self.threads, self.labels, self.fill = context.device, context.threads, context.labels, chain.fill
+        self._prefetcher: Prefetcher[Batch] | None = None
 
-    def _sizes(self, ids: Ids) -> geometry.Pairs:
-        rows = self.index.samples[ids]
-        return np.stack([rows["height"], rows["width"]], axis=1).astype(np.int64)
+    @property
+    def note(self) -> str:
+        """What a person should know before it begins; mostly nothing."""
+        return self.chain.note
 
-    def _open(self, steps: Iterator[int], batch: int, side_px: int) -> Stream:
-        """The stream of the batches `steps`: of at most `batch` samples, (B, side_px, side_px, 3) uint8."""
-        self.meter.enter("decode")  # DALI is being started
-        return Stream(steps, self._prepare, self._mend, self.plan(batch, side_px), self.meter)
-
-    def plan(self, batch: int, side_px: int) -> GraphPlan:
-        """The plan of a graph for batches of at most `batch` samples, (B, side_px, side_px, 3)."""
-        sizes = self._sizes(self._ids)
-        resample = bool((sizes != geometry.resized(sizes, self.data.square_px)).any())
-        return GraphPlan(batch, side_px, resample, self.machine, self.threads, self._device_id)
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def __iter__(self) -> Iterator[Batch]: ...
+    @property
+    def filled(self) -> tuple[int, int]:
+        """(samples that are kept in memory, samples there is room for)."""
+        return self.chain.filled
 
     def pairs(self) -> Pairs:
         """(images, labels) instead of batches."""
         return Pairs(self)
 
-    @abstractmethod
-    def _prepare(self, step: int) -> Prepared:
-        """Batch `step` before its pixels; called in reading threads."""
+    def _start(self, steps: range) -> Prefetcher[Batch]:
+        self._prefetcher = Prefetcher(self.chain.batches(steps), self.chain.queue, self.monitor)
+        return self._prefetcher
 
-    @abstractmethod
-    def _mend(self, prepared: Prepared, row: int, reason: str) -> Prepared:
-        """The batch without the sample of `row`, which cannot be decoded; may raise instead."""
+    def _next(self, prefetcher: Prefetcher[Batch], step: int) -> Batch:
+        device = self.device
+        with self.monitor.waiting(step, torch.cuda.current_stream(device) if device.type == "cuda" else None):
+            return next(prefetcher)
 
-    def _colour(self, side_px: int, mean_image: npt.NDArray[np.float32] | None) -> Colour:
-        return Colour(side_px, mean_image, threads=self.threads, device=self.device)
+    def __len__(self) -> int:
+        raise NotImplementedError
 
-    def _collect(self, stream: Stream) -> tuple[Prepared, Sequence[torch.Tensor] | torch.Tensor]:
-        """The stream's next batch as `_begun` wants it: rows for a CPU's threads, all of it for a GPU."""
-        return stream.rows() if self._device_id is None else stream.collect()
-
-    def _begun(self, colour: Colour, prepared: Prepared,
-               pixels: Sequence[torch.Tensor] | torch.Tensor) -> Callable[[], Batch]:
-        """Begin to make a batch of its uint8 pixels, B views (3, S, S) or (B, S, S, 3); gives what waits for it."""
-        if isinstance(pixels, torch.Tensor):
-            whole, finish = pixels.permute(0, 3, 1, 2), prepared.finish
-            return lambda: self._finished(prepared, lambda: colour.whole(whole, finish))
-        images = colour.begin(pixels, prepared.finish)
-        return lambda: self._finished(prepared, images)
-
-    def _finished(self, prepared: Prepared, images: Callable[[], torch.Tensor]) -> Batch:
-        self.meter.enter("colour")
-        with self.meter.span("colour", prepared.step):
-            made = images()
-        return self._batch(prepared.step, prepared.ids, prepared.epochs, made)
-
-    def _batch(self, step: int, ids: Ids, epochs: Ids, images: torch.Tensor) -> Batch:
-        self.meter.enter("copy")
-        with self.meter.span("copy", step):
-            return Batch(images, self.labels(ids), ids, epochs, step)
-
-    def labels(self, ids: Ids) -> torch.Tensor:
-        """(B,) int64 class indices of samples, on the loader's device."""
-        return torch.from_numpy(self.index.samples["label"][ids].astype(np.int64)).to(self.device)
-
-    def _start(self, produce: Generator[Batch, None, None]) -> Ahead[Batch]:
-        return Ahead(produce, self.machine.queue if self._device_id is None else 0, self.meter)
-
-    def _next(self, ahead: Ahead[Batch], step: int) -> Batch:
-        with self.meter.waiting(step, None if self._device_id is None else torch.cuda.current_stream(self._device_id)):
-            return next(ahead)
+    def __iter__(self) -> Iterator[Batch]:
+        raise NotImplementedError
 
     def close(self) -> None:
         """Free threads and buffers. The loader can be used again; it starts where it was."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None:
-            ahead.close()
+        prefetcher, self._prefetcher = self._prefetcher, None
+        if prefetcher is not None:
+            prefetcher.close()
+        self.chain.close()
 
     def __enter__(self) -> Self:
         return self

@@ -1,27 +1,68 @@
-"""Batches made ahead of need, in a thread of its own, so that the consumer finds them ready."""
+"""Work done ahead of need, in order: in a pool of threads (`ahead_in_threads`), or by one thread (`Prefetcher`)."""
 import atexit
 import queue
 import threading
-from collections.abc import Generator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
-from pipeline.monitor import Meter
+from pipeline.monitor import Monitor
 
+S = TypeVar("S")
 T = TypeVar("T")
 _CLOSED = "this loader was closed, or iterated anew, while its batches were being taken; take them from one iterator at a time"
 
 
-class Ahead(Generic[T]):
+def ahead_in_threads(function: Callable[[S], T], items: Iterable[S], threads: int, name: str) -> Generator[T, None, None]:
+    """`map(function, items)` in threads, as many items ahead as there are threads; 0 threads: in the caller's, when asked."""
+    if not threads:
+        yield from map(function, items)
+        return
+    pool = ThreadPoolExecutor(threads, name)
+    waiting: deque[Future[T]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def one_ahead(begun: Iterator[Callable[[], T]]) -> Generator[T, None, None]:
+    """The results of what is begun, each waited for only when the next one is begun too, so that threads do not run dry.
+
+    When the next one fails, those before it still come out.
+    """
+    waiting: Callable[[], T] | None = None
+    while True:
+        try:
+            following = next(begun)
+        except BaseException as failure:
+            if waiting is not None:
+                yield waiting()
+            if isinstance(failure, StopIteration):
+                return
+            raise
+        if waiting is not None:
+            yield waiting()
+        waiting = following
+
+
+class Prefetcher(Generic[T]):
     """An iterator over what `produce` yields, in order, made by another thread.
 
     Args:
         produce: a generator; run in the thread, closed by `close`.
         depth: items that may wait finished, at least 1; 0 means no thread: the consumer runs the generator itself.
-        meter: told when the thread is idle, and how many items were ready.
+        monitor: told when the thread is idle, and how many items were ready.
     """
 
-    def __init__(self, produce: Generator[T, None, None], depth: int, meter: Meter) -> None:
-        self._produce, self._depth, self._meter = produce, depth, meter
+    def __init__(self, produce: Generator[T, None, None], depth: int, monitor: Monitor) -> None:
+        self._produce, self._depth, self._monitor = produce, depth, monitor
         self._ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -35,33 +76,32 @@ class Ahead(Generic[T]):
         failure: BaseException = StopIteration()
         try:
             for item in self._produce:
-                self._meter.enter("idle")
+                self._monitor.enter("idle")
                 self._ready.put((item, None))
                 del item  # the consumer alone decides how long it lives
                 if self._stop.is_set():
                     return
         except BaseException as error:
             failure = error
-        self._meter.enter("idle")
+        self._monitor.enter("idle")
         self._ready.put((None, failure))
 
-    def __iter__(self) -> "Ahead[T]":
+    def __iter__(self) -> "Prefetcher[T]":
         return self
 
     def __next__(self) -> T:
         """The next item. Raises what the generator raised, in its place; StopIteration at its end; RuntimeError when closed."""
+        self._monitor.depth(self._ready.qsize())
         if not self._depth:
             if self._stop.is_set():
                 raise RuntimeError(_CLOSED)
-            self._meter.depth(0)
             try:
                 return next(self._produce)
             finally:
-                self._meter.enter("idle")
-        self._meter.depth(self._ready.qsize())
+                self._monitor.enter("idle")
         item, failure = self._ready.get()
         if failure is not None:
-            self._ready.put((None, failure))  # whoever asks again is told again
+            self._ready.put((None, failure))  # whoever asks again gets it again
             raise failure
         return item  # type: ignore[return-value]
 

@@ -16,9 +16,11 @@ from pipeline.config import DataConfig, LoaderConfig
 from pipeline.decoding import geometry
 from pipeline.decoding.dali import DecodeError, WholeImages
 from pipeline.index.sample_index import SampleIndex
-from pipeline.loading.eval_loader import TestLoader
+from pipeline.loading.eval_loader import square_loader
 from pipeline.packing.plan import Ids, PackOptions
-from pipeline.reading.source import Bytes, Reader, SampleError
+from pipeline.reading.quarantine import SampleError
+from pipeline.reading.source import ArchiveSource
+from pipeline.sampling.batch_plan import Bytes
 
 BATCH = 32  # images decoded together: 6 MB of squares
 
@@ -33,7 +35,8 @@ def decoded(index: SampleIndex, split: str, ids: Ids, options: PackOptions, thre
         return
     data = DataConfig(region="square", square_px=options.square_px, crop_px=options.square_px, mirror=False, lighting=0,
                       mean="channel")
-    with TestLoader(index, split, data, BATCH, None, machine=LoaderConfig(threads=threads), skip_corrupt=True, ids=ids) as loader:
+    machine = LoaderConfig(threads=threads)
+    with square_loader(index, split, data, BATCH, None, machine=machine, skip_corrupt=True, ids=ids) as loader:
         for batch in loader:
             skipped.update(loader.skipped)
             yield from zip(batch.ids.tolist(), batch.images.numpy())
@@ -42,19 +45,18 @@ def decoded(index: SampleIndex, split: str, ids: Ids, options: PackOptions, thre
 
 def _whole(index: SampleIndex, ids: Ids, short_px: int, threads: int, skipped: dict[int, str]) -> Iterator[tuple[int, Pixels]]:
     """(id, (H, W, 3) uint8) of whole images at a short side of `short_px`, as `decoded`."""
-    reader, together, alone = Reader(index), WholeImages(BATCH, threads), None
+    source, together, alone = ArchiveSource(index), WholeImages(BATCH, threads), None
     for first in range(0, len(ids), BATCH):
         chunk: list[int] = []
         views: list[Bytes] = []
-        reader.announce(ids[first:first + BATCH])
+        source.announce(ids[first:first + BATCH])
         for id in ids[first:first + BATCH].tolist():
             try:
-                views.append(reader.read(id))
+                views.append(source.read(id))
                 chunk.append(id)
             except SampleError as error:
                 skipped[id] = error.reason
-        rows = index.samples[chunk]
-        sizes = np.stack([rows["height"], rows["width"]], axis=1).astype(np.int64)
+        sizes = geometry.sizes(index, np.array(chunk, np.int64))
         resized = geometry.resized(sizes, short_px)
         try:
             if chunk:

@@ -9,36 +9,25 @@ import ctypes
 import mmap
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.index.tar import BLOCK
+from pipeline.decoding.dali import ShardReader
 from pipeline.index.sample_index import SampleIndex
-from pipeline.reading.source import Bytes, SampleError, check
+from pipeline.index.tar import BLOCK
+from pipeline.reading.quarantine import Pool, SampleError
+from pipeline.reading.source import check
+from pipeline.sampling.batch_plan import Bytes
 from pipeline.sampling.sampler import Ids
+from pipeline.sampling.window_sampler import Passage, WindowSampler
 
 RUN_BYTES = 8 << 20  # 8 MiB: at 100 MB/s long beside an object store's latency, short beside a window
 Key = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Passage:
-    """What one lane reads in one epoch.
-
-    Attributes:
-        epoch: from 0.
-        ids: (n,) int64 samples in the order they lie in the shards.
-        windows: (n,) int64 number of each sample's window, ascending.
-        last_steps: last global batch that uses a window, by its number.
-    """
-    epoch: int
-    ids: Ids
-    windows: Ids
-    last_steps: dict[int, int]
 
 
 @dataclass(frozen=True)
@@ -75,16 +64,17 @@ def runs(rows: npt.NDArray[np.void], windows: Ids, run_bytes: int = RUN_BYTES) -
 
 
 class Window:
-    """The bytes of n samples, in memory.
+    """The bytes of n samples, in memory: the `Pool` of each of them.
 
     Attributes:
         ids: (n,) int64, in the order they lie in the shards.
         last_step: last global batch that uses it.
     """
 
-    def __init__(self, index: SampleIndex, ids: Ids, last_step: int, content: Bytes, at: Ids, crc: bool) -> None:
+    def __init__(self, index: SampleIndex, ids: Ids, last_step: int, content: Bytes, at: Ids, crc: bool,
+                 path_of: Callable[[int], str]) -> None:
         self.ids, self.last_step = ids, last_step
-        self._index, self._content, self._crc = index, content, crc
+        self._index, self._content, self._crc, self._path_of = index, content, crc, path_of
         rows = index.samples[ids]
         self._places = dict(zip(ids.tolist(), zip(at.tolist(), rows["size"].tolist()), strict=True))
 
@@ -93,10 +83,11 @@ class Window:
         """Bytes held."""
         return self._content.nbytes
 
-    def name(self, id: int) -> str:
-        """Name of a sample in its shard, from the tar header before it; "?" where there is none."""
+    def location(self, id: int) -> dict[str, str]:
+        """Its name, from the tar header before it ("?" where there is none), and its shard."""
         at = self._places[id][0]
-        return self._content[at - BLOCK:at - BLOCK + 100].tobytes().split(b"\0")[0].decode("utf-8", "replace") or "?"
+        name = self._content[at - BLOCK:at - BLOCK + 100].tobytes().split(b"\0")[0].decode("utf-8", "replace") or "?"
+        return {"member": name, "archive": self._path_of(int(self._index.samples[id]["archive"]))}
 
     def read(self, id: int) -> Bytes:
         """(size,) uint8 bytes of a sample of this window, a view.
@@ -117,14 +108,11 @@ class Window:
 class _Pass:
     """One passage being read: windows in their order."""
 
-    def __init__(self, index: SampleIndex, passage: Passage, where: Callable[[int], str], crc: bool) -> None:
-        from pipeline.decoding.dali import ShardReader
-
-        self._index, self._passage, self._crc = index, passage, crc
+    def __init__(self, index: SampleIndex, passage: Passage, path_of: Callable[[int], str], crc: bool) -> None:
+        self._index, self._passage, self._path_of, self._crc = index, passage, path_of, crc
         self._runs = found = runs(index.samples[passage.ids], passage.windows)
-        self._numbers = iter(np.unique(passage.windows).tolist())
-        self._ahead = int(np.bincount(found.windows - found.windows[0]).max())
-        self._where = [where(position) for position in found.archives.tolist()]
+        self._paths = [path_of(position) for position in found.archives.tolist()]
+        ahead = int(np.bincount(found.windows - found.windows[0]).max())
         shards = np.flatnonzero(np.append(True, np.diff(found.archives) != 0)).tolist()
         self._folder = tempfile.TemporaryDirectory(prefix="streamed-")
         lists = [Path(self._folder.name, f"{number}.idx") for number in range(len(shards))]
@@ -133,16 +121,16 @@ class _Pass:
                 lines = [f"jpg {found.starts[run]} {found.sizes[run]} run.jpg" for run in range(first, stop)]
                 if file is lists[-1]:
                     # DALI reads ahead past the end, from the beginning again: a block each instead of megabytes.
-                    lines += [f"jpg {found.starts[first]} {BLOCK} end.jpg"] * (self._ahead + 4)
+                    lines += [f"jpg {found.starts[first]} {BLOCK} end.jpg"] * (ahead + 4)
                 file.write_text(f"v1.2 {len(lines)}\n" + "\n".join(lines) + "\n")
-            self._reader = ShardReader([self._where[first] for first in shards], [str(file) for file in lists], self._ahead)
+            self._reader = ShardReader([self._paths[first] for first in shards], [str(file) for file in lists], ahead)
         except BaseException:
             self._folder.cleanup()
             raise
 
     def __iter__(self) -> Iterator[tuple[Key, Window]]:
         found, passage = self._runs, self._passage
-        for number in self._numbers:
+        for number in np.unique(passage.windows).tolist():
             low, high = np.searchsorted(passage.windows, (number, number + 1))
             first, stop = found.of[low], found.of[high - 1] + 1
             edges = np.append(0, np.cumsum(found.sizes[first:stop]))
@@ -150,29 +138,30 @@ class _Pass:
             # are scattered over the heaps of its threads, and the process grows.
             content = np.frombuffer(mmap.mmap(-1, int(edges[-1])), np.uint8)
             for run in range(first, stop):
-                content[edges[run - first]:edges[run - first + 1]] = self._piece(run)
+                content[edges[run - first]:edges[run - first + 1]] = self._next_run(run)
             content.flags.writeable = False
             yield (passage.epoch, number), Window(self._index, passage.ids[low:high], passage.last_steps[number], content,
-                                                  edges[found.of[low:high] - first] + found.at[low:high], self._crc)
+                                                  edges[found.of[low:high] - first] + found.at[low:high], self._crc,
+                                                  self._path_of)
 
-    def _piece(self, run: int) -> Bytes:
+    def _next_run(self, run: int) -> Bytes:
         try:
-            piece = self._reader.next()
+            content = self._reader.next()
         except RuntimeError as error:
             raise RuntimeError(f"shard {self._culprit(str(error), run)} cannot be read ({_plain(str(error))}); restore it, or "
                                "the connection, and resume") from error
-        self._folder.cleanup()  # DALI has read them all before its first piece: a process killed later leaves nothing behind
-        if len(piece) != self._runs.sizes[run]:
-            raise RuntimeError(f"shard {self._where[run]} (from byte {self._runs.starts[run]} on) must give "
-                               f"{self._runs.sizes[run]} bytes, not {len(piece)}; restore it, and resume")
-        return piece
+        self._folder.cleanup()  # DALI has read all lists before its first run: a process killed later leaves nothing behind
+        if len(content) != self._runs.sizes[run]:
+            raise RuntimeError(f"shard {self._paths[run]} (from byte {self._runs.starts[run]} on) must give "
+                               f"{self._runs.sizes[run]} bytes, not {len(content)}; restore it, and resume")
+        return content
 
-    def _culprit(self, said: str, run: int) -> str:
+    def _culprit(self, message: str, run: int) -> str:
         """The shard that DALI could not read: it reads ahead of `run`, so it need not be that one's."""
-        for number, path in enumerate(dict.fromkeys(self._where)):
-            if path in said or f"object={path.split('/', 3)[-1]}:" in said or f"/{number}.idx" in said:
+        for number, path in enumerate(dict.fromkeys(self._paths)):
+            if path in message or f"object={path.split('/', 3)[-1]}:" in message or f"/{number}.idx" in message:
                 return path
-        return self._where[run]
+        return self._paths[run]
 
     def close(self) -> None:
         self._reader.close()
@@ -188,15 +177,15 @@ def _trim() -> None:
         trim(0)
 
 
-def _plain(said: str) -> str:
-    """DALI's words for a shard it cannot read, in ours where they are known."""
+def _plain(message: str) -> str:
+    """DALI's words for a shard it cannot read, in plain ones where they are known."""
     for words, meaning in (("Could not open file", "it is not there"), ("curlCode", "the connection to the store failed"),
                            ("S3 Object not found", "no such object, or no right to it"),
                            ("outside of the archive", "it is shorter than when it was indexed"),
                            ("Error reading from a file", "it ends early")):
-        if words in said:
+        if words in message:
             return meaning
-    return said
+    return message
 
 
 class Lane:
@@ -205,12 +194,13 @@ class Lane:
     Args:
         index: the data set.
         passages: what to read, epoch after epoch; each is opened when the one before it has been taken, before it is needed.
-        where: path or URI of an archive, by its position. Raises RuntimeError when it is not as it was indexed.
+        path_of: path or URI of an archive, by its position. Raises RuntimeError when it is not as it was indexed.
         crc: compare bytes with the index's CRC-32, where it has them.
     """
 
-    def __init__(self, index: SampleIndex, passages: Iterator[Passage], where: Callable[[int], str], *, crc: bool = True) -> None:
-        self._index, self._passages, self._where, self._crc = index, passages, where, crc and bool(index.header["crc32"])
+    def __init__(self, index: SampleIndex, passages: Iterator[Passage], path_of: Callable[[int], str], *,
+                 crc: bool = True) -> None:
+        self._index, self._passages, self._path_of, self._crc = index, passages, path_of, crc and bool(index.header["crc32"])
         self._held: dict[Key, Window] = {}
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
@@ -219,7 +209,7 @@ class Lane:
     def _open(self) -> None:
         passage = next(self._passages)
         self._left = len(np.unique(passage.windows))
-        self._pass = _Pass(self._index, passage, self._where, self._crc)
+        self._pass = _Pass(self._index, passage, self._path_of, self._crc)
         self._windows = iter(self._pass)
 
     def window(self, key: Key, consumed: int) -> Window:
@@ -259,3 +249,57 @@ class Lane:
         with self._lock:
             self._pass.close()
             self._held = {}
+
+
+class ShardSource:
+    """Packed shards as a `Source`: reads the lanes of a rank front to back, from local files or an object store.
+
+    Args:
+        index: of a packed folder (tools/pack_shards.py): its shards are random already, so that windows are.
+        sampler: whose order is read.
+        store: ``s3://bucket/prefix`` under which the shards lie by base name; empty: where the index finds them.
+        check_crc: compare the bytes with the CRC-32 of the index, where it has one.
+
+    Raises:
+        ValueError: `store` is no s3 address.
+    """
+
+    def __init__(self, index: SampleIndex, sampler: WindowSampler, *, store: str = "", check_crc: bool = True) -> None:
+        if store and not (store.startswith("s3://") and len(store) > len("s3://")):
+            raise ValueError(f"machine.archives (={store}) must be s3://bucket/prefix to be streamed from; correct it, or leave "
+                             "it out to read the shards where the index finds them")
+        self._index, self._sampler, self._store, self._check_crc = index, sampler, store.rstrip("/"), check_crc
+        self._lanes: dict[int, Lane] = {}
+        self._step = 0
+
+    @contextmanager
+    def open(self, step: int) -> Iterator[None]:
+        self._step = step
+        with ExitStack() as stack:
+            self._lanes = {}
+            for lane in self._sampler.own_lanes():
+                opened = Lane(self._index, self._sampler.passages(lane, step), self._path_of, crc=self._check_crc)
+                self._lanes[lane] = stack.enter_context(closing(opened))
+            yield
+
+    def pools(self, ids: Ids, epochs: Ids) -> Sequence[Pool]:
+        """The windows in which the samples lie in their epochs; raises RuntimeError when a shard cannot be read."""
+        found: dict[int, Window] = {}
+        for epoch in np.unique(epochs).tolist():
+            rows = np.flatnonzero(epochs == epoch)
+            lanes, windows = self._sampler.locate(epoch, ids[rows])
+            for row, lane, window in zip(rows.tolist(), lanes.tolist(), windows.tolist(), strict=True):
+                found[row] = self._lanes[lane].window((epoch, window), self._step)
+        return [found[row] for row in range(len(ids))]
+
+    def release(self, step: int) -> None:
+        self._step = step + 1
+
+    def _path_of(self, position: int) -> str:
+        """Path or URI of an archive."""
+        if self._store:
+            return f"{self._store}/{self._index.archives[position].path.name}"
+        try:
+            return str(self._index.archive_path(position))
+        except ValueError as error:  # it was there when the run began: the world's fault by now
+            raise RuntimeError(str(error)) from error

@@ -1,33 +1,37 @@
-"""ids → byte views of the archives, checked; and the list of what could not be read.
+"""Where encoded bytes come from: `Source`, the archives as a source, and `BatchReader`, which reads the plans of batches.
 
 Archives are memory-mapped, so a view costs nothing until its bytes are used, and ranks on one node share one copy of the
-page cache.
+page cache. B samples of a batch.
 """
-import contextlib
-import json
 import mmap
 import os
 import threading
 import zlib
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from pipeline.index.image_header import HEAD_BYTES, NeedMore, probe
 from pipeline.index.sample_index import SampleIndex
+from pipeline.reading.quarantine import Policy, Pool, SampleError
+from pipeline.sampling.batch_plan import BatchPlan, Bytes
+from pipeline.sampling.sampler import Ids
 
-Bytes = npt.NDArray[np.uint8]
 
+class Source(Protocol):
+    """Gives the bytes of samples. Threads may ask at the same time."""
 
-class SampleError(RuntimeError):
-    """A sample whose bytes are missing, changed or undecodable. `reason` is short, the message names the sample."""
+    def open(self, step: int) -> AbstractContextManager[object]:
+        """Begin to read ahead from batch `step` on, until the context is left."""
 
-    def __init__(self, index: SampleIndex, id: int, reason: str) -> None:
-        self.id, self.reason = id, reason
-        super().__init__(f"sample {id} (={index.safe_name(id)} in {index.path}) {reason}; run "
-                         f"`python tools/build_index.py verify {index.path} --scrub --exclude` to leave it out")
+    def pools(self, ids: Ids, epochs: Ids) -> Sequence[Pool]:
+        """For each of B samples what reads it; waits until it can, and tells the storage that all will be read."""
+
+    def release(self, step: int) -> None:
+        """Batch `step` and all before it are decoded; what only they need may go."""
 
 
 def check(index: SampleIndex, id: int, view: Bytes, crc: bool) -> None:
@@ -52,21 +56,34 @@ def check(index: SampleIndex, id: int, view: Bytes, crc: bool) -> None:
         raise SampleError(index, id, "has another header than the index")
 
 
-class Reader:
-    """Byte views of samples.
+class ArchiveSource:
+    """Reads samples of tars and folders in any order: a `Source`, and its one `Pool`.
 
     Args:
         index: the data set.
+        ids: samples that may stand in for one another; by default none.
         check_crc: compare the bytes with the CRC-32 of the index, where it has one.
     """
 
-    def __init__(self, index: SampleIndex, *, check_crc: bool = True) -> None:
+    def __init__(self, index: SampleIndex, ids: Ids | None = None, *, check_crc: bool = True) -> None:
+        self.ids = np.empty(0, np.int64) if ids is None else ids
         self._index = index
         self._check_crc = check_crc and bool(index.header["crc32"])
         self._maps: dict[int, tuple[mmap.mmap, Bytes]] = {}
         self._lock = threading.Lock()
 
-    def announce(self, ids: npt.NDArray[np.int64]) -> None:
+    def open(self, step: int) -> AbstractContextManager[object]:
+        """Nothing to open: the kernel reads ahead, see `announce`."""
+        return nullcontext()
+
+    def pools(self, ids: Ids, epochs: Ids) -> Sequence[Pool]:
+        self.announce(ids)
+        return [self] * len(ids)
+
+    def release(self, step: int) -> None:
+        """Nothing is held."""
+
+    def announce(self, ids: Ids) -> None:
         """Ask the kernel for the bytes of many samples at once, so that cold storage works on all of them in parallel."""
         for row in self._index.samples[ids]:
             if self._index.archives[int(row["archive"])].kind == "tar":
@@ -96,6 +113,10 @@ class Reader:
         check(self._index, id, view, self._check_crc)
         return view
 
+    def location(self, id: int) -> dict[str, str]:
+        return {"member": self._index.safe_name(id),
+                "archive": str(self._index.archive_path(int(self._index.samples[id]["archive"])))}
+
     def _map(self, position: int) -> tuple[mmap.mmap, Bytes]:
         found = self._maps.get(position)
         if found is not None:
@@ -121,66 +142,41 @@ class Reader:
             return self._maps[position]
 
 
-class Quarantine:
-    """The samples training could not use: named, counted, bounded. Of several processes each writes what it finds into a file
-    of its own, and reads the others' whenever it finds something, so that the budget is the whole run's.
+class BatchReader:
+    """Reads the encoded bytes of batches; a corrupt sample is taken out by the policy.
 
     Args:
-        budget: how many distinct samples may fail before training stops.
-        path: quarantine.jsonl, or None. Samples that it or the other processes' files name count.
-        process: number of this process: 0 appends to `path`, 3 to quarantine-3.jsonl beside it.
+        index: the data set.
+        source: of the bytes.
+        policy: for samples that cannot be read, or later not be decoded.
     """
 
-    def __init__(self, budget: int, path: str | Path | None = None, *, process: int = 0) -> None:
-        self.budget = budget
-        self.ids: set[int] = set()
-        self._path = None if path is None else Path(path)
-        self._own = self._path and self._path.with_name(f"{self._path.stem}-{process}{self._path.suffix}" if process
-                                                        else self._path.name)
-        self._read: dict[Path, int] = {}  # bytes of each file that `ids` has
-        self._lock = threading.Lock()
-        self._catch_up()
-        if self._own in self._read and self._own.stat().st_size > self._read[self._own]:  # a line cut off by a kill
-            with open(self._own, "a") as file:
-                file.write("\n")
+    def __init__(self, index: SampleIndex, source: Source, policy: Policy) -> None:
+        self._index, self._source, self._policy = index, source, policy
 
-    def _catch_up(self) -> None:
-        """Count what all files name; they only grow."""
-        if self._path is None:
-            return
-        for path in self._path.parent.glob(f"{self._path.stem}*{self._path.suffix}"):
-            start = self._read.setdefault(path, 0)
-            if path.stat().st_size > start:
-                with open(path, "rb") as file:
-                    file.seek(start)
-                    lines, _, _ = file.read().rpartition(b"\n")  # the last one may be half written
-                self._read[path] += len(lines) + 1 if lines else 0
-                for line in lines.splitlines():
-                    with contextlib.suppress(ValueError, KeyError):  # one cut off; the sample will be found again
-                        self.ids.add(int(json.loads(line)["id"]))
+    def read(self, plan: BatchPlan) -> BatchPlan:
+        """The plan with its bytes. Raises what source and policy raise."""
+        pools, encoded = list(self._source.pools(plan.ids, plan.epochs)), list[Bytes]()
+        while (row := len(encoded)) < len(plan.ids):
+            try:
+                encoded.append(pools[row].read(int(plan.ids[row])))
+            except SampleError as error:
+                plan = self._policy(plan, row, error, pools[row])
+                if len(plan.ids) < len(pools):  # the row was left out
+                    del pools[row]
+        return replace(plan, encoded=encoded)
 
-    def add(self, index: SampleIndex, error: SampleError, *, archive: str = "", **where: Any) -> None:
-        """Note a sample. `where` (epoch, step, substitute …) goes into its line; `archive`: URI of its archive when that is no
-        local file.
-
-        Raises:
-            RuntimeError: more samples than the budget allows have failed.
-        """
-        with self._lock:
-            if error.id not in self.ids:
-                self._catch_up()  # another process may have found it
-            if error.id not in self.ids:
-                self.ids.add(error.id)
-                if self._own is not None:
-                    row = index.samples[error.id]
-                    line = {"id": error.id, "member": index.safe_name(error.id),
-                            "archive": archive or str(index.archive_path(int(row["archive"]))), "reason": error.reason, **where}
-                    with open(self._own, "a") as file:
-                        file.write(json.dumps(line) + "\n")
-                    self._catch_up()  # of two that find one each at the same time, one at least reads of both
-            if len(self.ids) > self.budget:
-                several = self._path and len(self._read) > 1
-                files = self._path and (self._path.with_name(f"{self._path.stem}*{self._path.suffix}") if several else self._path)
-                raise RuntimeError(f"quarantine (={len(self.ids)} unreadable samples) must not exceed its budget "
-                                   f"(={self.budget}); the last one: {error}{f', all in {files}' if files else ''}; or raise "
-                                   "machine.quarantine_budget") from error
+    def recover(self, plan: BatchPlan, row: int, reason: str) -> BatchPlan:
+        """A plan that was read, without the sample of `row`, which cannot be decoded."""
+        encoded = plan.encoded[:row] + plan.encoded[row + 1:]
+        (pool,) = self._source.pools(plan.origins[row:row + 1], plan.epochs[row:row + 1])
+        error = SampleError(self._index, int(plan.ids[row]), reason)
+        while True:
+            plan = self._policy(plan, row, error, pool)
+            if len(plan.ids) == len(encoded):
+                return replace(plan, encoded=encoded)
+            try:
+                encoded.insert(row, pool.read(int(plan.ids[row])))
+                return replace(plan, encoded=encoded)
+            except SampleError as other:
+                error = other

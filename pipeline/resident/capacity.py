@@ -5,6 +5,8 @@ ImageNet, 1,281,167 training squares of 256 px: 252 GB as rgb (196,608 bytes eac
 import os
 from pathlib import Path
 
+import torch
+
 RAM_SHARE = 0.9  # of a machine's memory for the squares; the rest is for the processes themselves
 NETWORK_BYTES = 8 << 30  # of a GPU, for the network, its activations and the decoder
 
@@ -48,6 +50,11 @@ def available(proc: Path = Path("/proc")) -> int:
     """Bytes of memory that are free, or would be when asked for."""
     line = next(line for line in (proc / "meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
     return int(line.split()[1]) * 1024
+
+
+def gpu_bytes() -> int:
+    """Memory of all GPUs of this machine."""
+    return sum(torch.cuda.get_device_properties(gpu).total_memory for gpu in range(torch.cuda.device_count()))
 
 
 def is_memory(folder: Path, proc: Path = Path("/proc")) -> bool:

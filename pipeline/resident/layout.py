@@ -1,10 +1,8 @@
-"""How the bytes of a square lie in the resident store, and how a crop comes out of them: as RGB, or as 4:2:0 planes.
+"""Memory layout of the squares in a resident store, as RGB or as 4:2:0 planes, and how a crop is taken out of it.
 
-A *parcel* is what a crop needs of a square and nothing else, the same number of bytes wherever the crop lies: what travels
-between devices.
-
-On a CPU squares are NumPy arrays, handled one by one by whatever thread wants one; on a GPU torch tensors, handled together.
-B samples, N rows of a store, S side of a square, c side of a crop.
+A *packed crop* is what a crop needs of a square and nothing else, the same number of bytes wherever the crop lies: what travels
+between devices. On a CPU squares are NumPy arrays, handled one by one by whatever thread wants one; on a GPU torch tensors,
+handled together. B samples, N rows of a store (a row is a square), S side of a square, c side of a crop.
 """
 from dataclasses import dataclass
 
@@ -20,8 +18,8 @@ Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Form:
-    """The form of a store's rows.
+class Layout:
+    """The layout of a store's rows.
 
     Attributes:
         kind: ``rgb``, three planes of S² bytes; or ``yuv420``, see `pipeline.resident.yuv420`: half as many.
@@ -45,8 +43,8 @@ class Form:
         return 3 * self.square_px ** 2 if self.kind == "rgb" else yuv.row_bytes(self.square_px)
 
     @property
-    def parcel_bytes(self) -> int:
-        """Bytes of a parcel."""
+    def packed_bytes(self) -> int:
+        """Bytes of a packed crop."""
         return self.crop_px ** 2 * 3 if self.kind == "rgb" else self.crop_px ** 2 + 2 * yuv.window_px(self.crop_px) ** 2
 
     def encode(self, square: Bytes) -> Bytes:
@@ -65,38 +63,44 @@ class Form:
             return yuv.crop(row, self.square_px, top, left, self.crop_px)
         return row.reshape(3, self.square_px, self.square_px)[:, top:top + self.crop_px, left:left + self.crop_px]
 
-    def pack(self, row: Bytes, top: int, left: int, parcel: Bytes) -> None:
-        """Write what a crop needs of a row (row_bytes,) into parcel (parcel_bytes,)."""
+    def pack(self, row: Bytes, top: int, left: int, packed: Bytes) -> None:
+        """Write what a crop needs of a row (row_bytes,) into `packed` (packed_bytes,)."""
         if self.kind == "rgb":
-            parcel.reshape(3, self.crop_px, self.crop_px)[...] = self.crop(row, top, left)
+            packed.reshape(3, self.crop_px, self.crop_px)[...] = self.crop(row, top, left)
             return
         y, chroma = yuv.planes(row, self.square_px)
         size, side = self.crop_px, yuv.window_px(self.crop_px)
-        parcel[:size ** 2].reshape(size, size)[...] = y[top:top + size, left:left + size]
-        parcel[size ** 2:].reshape(2, side, side)[...] = yuv.window(chroma, top, left, size)
+        packed[:size ** 2].reshape(size, size)[...] = y[top:top + size, left:left + size]
+        packed[size ** 2:].reshape(2, side, side)[...] = yuv.window(chroma, top, left, size)
 
-    def parcels(self, rows: Tensor, which: Tensor, top: Tensor, left: Tensor) -> Tensor:
-        """Parcels (B, parcel_bytes) uint8 of rows `which` of (N, row_bytes), crops at (top, left), all (B,) int64; any device."""
+    def pack_all(self, rows: Tensor, which: Tensor, top: Tensor, left: Tensor) -> Tensor:
+        """Packed crops (B, packed_bytes) uint8 of rows `which` of (N, row_bytes) at (top, left), all (B,) int64; any device."""
         if self.kind == "rgb":
             return cut(rows.view(-1, 3, self.square_px, self.square_px), which, top, left, self.crop_px).flatten(1)
         y, chroma = yuv.planes(rows, self.square_px)
-        found = rows.new_empty(len(which), self.parcel_bytes)
-        own_y, own_chroma = self._parts(found)
-        own_y.copy_(cut(y.unsqueeze(1), which, top, left, self.crop_px).squeeze(1))
-        own_chroma.copy_(yuv.windows(chroma, which, top, left, self.crop_px))
-        return found
+        packed = rows.new_empty(len(which), self.packed_bytes)
+        packed_y, packed_chroma = self._planes(packed)
+        packed_y.copy_(cut(y.unsqueeze(1), which, top, left, self.crop_px).squeeze(1))
+        packed_chroma.copy_(yuv.windows(chroma, which, top, left, self.crop_px))
+        return packed
 
-    def unpack(self, parcels: Tensor, top: Tensor, left: Tensor) -> Tensor:
-        """RGB (B, 3, c, c) uint8 of parcels (B, parcel_bytes) cut at (top, left), (B,) int64: the bits of `crop`, anywhere."""
+    def unpack(self, packed: Tensor, top: Tensor, left: Tensor) -> Tensor:
+        """RGB (B, 3, c, c) uint8 of packed crops (B, packed_bytes) at (top, left), (B,) int64: the bits of `crop`, anywhere."""
         if self.kind == "rgb":
-            return parcels.view(-1, 3, self.crop_px, self.crop_px)
-        y, chroma = self._parts(parcels)
+            return packed.view(-1, 3, self.crop_px, self.crop_px)
+        y, chroma = self._planes(packed)
         added = cut(yuv.addends(chroma), torch.arange(len(top), device=top.device), top % 2, left % 2, self.crop_px)
         return yuv.merge(y, added)
 
-    def _parts(self, parcels: Tensor) -> tuple[Tensor, Tensor]:
+    def restored(self, squares: Tensor) -> Tensor:
+        """RGB (B, 3, S, S) uint8 as it would come out of a store, of squares (B, S, S, 3) uint8, where c is S."""
+        which = torch.arange(len(squares), device=squares.device)
+        corner = torch.zeros_like(which)
+        return self.unpack(self.pack_all(self.encode_all(squares), which, corner, corner), corner, corner)
+
+    def _planes(self, packed: Tensor) -> tuple[Tensor, Tensor]:
         size, side = self.crop_px, yuv.window_px(self.crop_px)
-        return parcels[..., :size ** 2].unflatten(-1, (size, size)), parcels[..., size ** 2:].unflatten(-1, (2, side, side))
+        return packed[..., :size ** 2].unflatten(-1, (size, size)), packed[..., size ** 2:].unflatten(-1, (2, side, side))
 
 
 def cut(pixels: Tensor, which: Tensor, top: Tensor, left: Tensor, size: int) -> Tensor:

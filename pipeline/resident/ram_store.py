@@ -1,4 +1,4 @@
-"""The squares of a split in memory: one file, mapped by every process of a node: one copy, and a restart finds it filled.
+"""`RamStore`: the squares of a split in one memory-mapped file that all processes of a node share; a restart finds it filled.
 
 The file lies on a disk of the node or in /dev/shm. Its rows are in the order of `index.ids(split)`:
 
@@ -22,9 +22,9 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, overload
 
@@ -32,63 +32,63 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.resident import capacity as room
-from pipeline.files import atomic_write
-from pipeline.resident.layout import Form
+from pipeline.files import atomic_write, lock
+from pipeline.resident.capacity import check_ram, gpu_bytes
+from pipeline.resident.layout import Layout
+from pipeline.resident.store import Crops, Rows
 
 MAGIC, VERSION = "alexnet-resident-squares", 2  # the version of the pixels too: raise it when decoding or resizing changes
 _PAGE = 4096
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
-Places = npt.NDArray[np.int64]
 _log = logging.getLogger(__name__)
 
 
 class RamStore:
-    """The squares of a split, mapped.
+    """A `Store`: the squares of a split, mapped.
 
     Args:
         folder: where the file is, or is made.
         split, split_sha256: whose squares.
-        rows: N.
-        form: how a square lies in its row.
-        decoder: who decodes, "cpu" or "gpu"; their pixels differ by a grey level here and there.
-        gpus: bytes of all GPUs of the machine, for advice.
+        count: N.
+        layout: how a square lies in its row.
+        device: where crops are wanted, and what decodes: GPUs and CPUs differ by a grey level here and there.
+        threads: that pack crops for a GPU.
         make: False takes a file that is there, and makes none.
 
     Attributes:
         path: the file.
-        pixels: (N, row_bytes) uint8, the mapping; read only.
-        have: (N,) uint8, 1 where a row is filled, by whatever process; read only.
-        stored: the same; see `SpreadStore`.
-        note: what was found and not used, in words; empty when all is well.
+        pixels: (N, row_bytes) uint8, the mapping; read only. So are `have` and `stored`, which are the same.
 
     Raises:
         RuntimeError: the squares do not fit, the folder cannot be written, or another machine is filling the file; or, without
             `make`, there is none that can be used.
     """
+    rank, exchanges = 0, False
 
-    def __init__(self, folder: Path, split: str, split_sha256: str, rows: int, form: Form, *, decoder: str = "cpu",
-                 gpus: int = 0, make: bool = True) -> None:
-        self.form, self.rows, self.note = form, rows, ""
-        self.path = Path(folder) / f"{split}-{form.square_px}-{form.kind}-{decoder}-{split_sha256[:16]}.squares"
+    def __init__(self, folder: Path, split: str, split_sha256: str, count: int, layout: Layout, *,
+                 device: torch.device = torch.device("cpu"), threads: int = 1, make: bool = True) -> None:
+        self.layout, self.note, self._device, self._threads = layout, "", device, threads
+        decoder = "cpu" if device.type == "cpu" else "gpu"
+        self.path = Path(folder) / f"{split}-{layout.square_px}-{layout.kind}-{decoder}-{split_sha256[:16]}.squares"
         self._header = {"magic": MAGIC, "version": VERSION, "split": split, "split_sha256": split_sha256,
-                        "square_px": form.square_px, "kind": form.kind, "decoder": decoder, "rows": rows,
-                        "row_bytes": form.row_bytes}
-        self._first = _PAGE + -(-rows // _PAGE) * _PAGE  # offset of row 0
-        self._size = self._first + rows * form.row_bytes
-        self._seal: threading.Thread | None = None
+                        "square_px": layout.square_px, "kind": layout.kind, "decoder": decoder, "rows": count,
+                        "row_bytes": layout.row_bytes}
+        self._first = _PAGE + -(-count // _PAGE) * _PAGE  # offset of row 0
+        self._size = self._first + count * layout.row_bytes
+        self._sealing: threading.Thread | None = None
+        self._pool: ThreadPoolExecutor | None = None
         if not make and not self.path.is_file():
             raise RuntimeError(f"resident store (={self.path}) is not there; train with data.tier: resident first")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self._lock():
+            with lock(self.path.with_suffix(".lock"), wait=True):
                 usable = self._usable()
                 if not usable and not make:
                     raise RuntimeError(f"{self.note.partition(';')[0]}; train with data.tier: resident first")
                 if self.note:
                     _log.warning(self.note)
-                room.check_ram(form.kind, rows, form.row_bytes, self.path.parent,
-                               self.path.stat().st_blocks * 512 if usable else 0, promised=self._promised(), gpus=gpus)
+                check_ram(layout.kind, count, layout.row_bytes, self.path.parent,
+                          self.path.stat().st_blocks * 512 if usable else 0, promised=self._promised(), gpus=gpu_bytes())
                 if not usable:
                     self._make()
                 self._file = os.open(self.path, os.O_RDWR)
@@ -100,17 +100,11 @@ class RamStore:
         # Writable, or torch would warn of it; but only written with pwrite alone, which can say that the disk is full.
         self._map = mmap.mmap(self._file, self._size)
         whole = np.frombuffer(self._map, np.uint8)
-        self.have = self.stored = whole[_PAGE:_PAGE + rows]
-        self.pixels = whole[self._first:].reshape(rows, form.row_bytes)
-
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        with open(self.path.with_suffix(".lock"), "w") as file:  # stays: a lock on a file that is gone would lock nobody out
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+        self.have = self.stored = whole[_PAGE:_PAGE + count]
+        self.pixels = whole[self._first:].reshape(count, layout.row_bytes)
 
     def _usable(self) -> bool:
-        """Whether the file that is there can be gone on with; says why not."""
+        """Whether the file that is there can be used; if not `note` says why."""
         try:
             with open(self.path, "rb") as file:
                 block, size = file.read(_PAGE), os.fstat(file.fileno()).st_size
@@ -122,7 +116,7 @@ class RamStore:
         except (ValueError, KeyError, AttributeError, TypeError):
             header, boot = {}, ""
         if header != self._header or size != self._size:
-            self.note = f"resident store {self.path} is not one of these squares; it is made anew"
+            self.note = f"resident store {self.path} does not hold these images; it is made anew"
         elif block[-1:] != b"\1" and boot != _boot_id():
             with open(self.path, "rb") as file:
                 try:
@@ -156,83 +150,89 @@ class RamStore:
         """Whether all that is marked is on the disk for good."""
         return self._map[_PAGE - 1] == 1
 
-    def put(self, places: Places, squares: torch.Tensor) -> None:
-        """Fill rows `places` (B,) from squares (B, S, S, 3) uint8; rows that are filled already are left alone.
+    def owned(self, rows: Rows) -> npt.NDArray[np.bool_]:
+        return np.ones(len(rows), bool)
 
-        Raises:
-            RuntimeError: the disk is full.
-        """
-        new = np.flatnonzero(self.have[places] == 0)
+    def share(self, shard: tuple[int, int]) -> tuple[int, int]:
+        return shard
+
+    def shards(self, shard: tuple[int, int]) -> list[tuple[int, int]]:
+        return [shard]
+
+    def put(self, rows: Rows, squares: torch.Tensor) -> None:
+        """See `Store`; rows that are filled already are left alone."""
+        new = np.flatnonzero(self.have[rows] == 0)
         if not len(new):
             return
-        found = squares.cpu().numpy()
+        pixels = squares.cpu().numpy()
         try:
             for each in new.tolist():
-                place = int(places[each])
-                _write(self._file, self.form.encode(found[each]), self._first + place * self.form.row_bytes)
+                row = int(rows[each])
+                _write(self._file, self.layout.encode(pixels[each]), self._first + row * self.layout.row_bytes)
                 if self.sealed:  # the mark may reach the disk before the row
                     os.fsync(self._file)
-                _write(self._file, np.ones(1, np.uint8), _PAGE + place)
+                _write(self._file, np.ones(1, np.uint8), _PAGE + row)
         except OSError as error:
             raise RuntimeError(f"resident store (={self.path}) cannot be written ({error.strerror}); make room, or give another "
                                "folder as machine.resident_folder") from error
 
-    def mine(self, places: Places) -> npt.NDArray[np.bool_]:
-        """Which of the rows `places` this process may fill: all."""
-        return np.ones(len(places), bool)
-
-    def agree(self, places: Places, failed: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-        """Which of the rows `places` failed. Every process finds out for itself: here nobody waits for another."""
+    def agree(self, rows: Rows, failed: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Every process finds out for itself: here nobody waits for another."""
         return failed
 
     def seal(self) -> None:
-        """Bring all rows to the disk and say so in the file, in a thread; for when there is nothing left to fill."""
-        if not self.sealed and self._seal is None:
-            self._seal = threading.Thread(target=self._flush, name="seal")
-            self._seal.start()
+        """Bring all rows to the disk and say so in the file, in a thread."""
+        if not self.sealed and self._sealing is None:
+            self._sealing = threading.Thread(target=self._flush, name="seal")
+            self._sealing.start()
 
     def _flush(self) -> None:
         os.fsync(self._file)  # rows and marks …
         _write(self._file, np.ones(1, np.uint8), _PAGE - 1)
         os.fsync(self._file)  # … before the byte that vouches for them
 
-    def crop(self, place: int, top: int, left: int) -> torch.Tensor:
+    def crop(self, row: int, top: int, left: int) -> torch.Tensor:
         """RGB (3, c, c) uint8 of a filled row; a view where it can be."""
-        return torch.from_numpy(self.form.crop(self.pixels[place], top, left))
+        return torch.from_numpy(self.layout.crop(self.pixels[row], top, left))
 
-    def crops(self, places: Places, top: Places, left: Places) -> Sequence[torch.Tensor]:
-        """The crops of a batch, each cut, and converted, only when somebody asks for it, in his thread."""
-        return _Crops(self, places, top, left)
+    def crops(self, wanted: Sequence[Crops]) -> torch.Tensor | Sequence[torch.Tensor]:
+        rows, top, left = wanted[0]
+        return _Crops(self, rows, top, left) if self._device.type == "cpu" else self.uploaded(rows, top, left)
 
-    def uploaded(self, places: Places, top: Places, left: Places, pool: ThreadPoolExecutor, threads: int,
-                 device: torch.device) -> torch.Tensor:
-        """The crops of a batch on a device, (B, 3, c, c) uint8: packed by threads into pinned memory, converted over there."""
+    def uploaded(self, rows: Rows, top: Rows, left: Rows) -> torch.Tensor:
+        """The crops of a batch on the device, (B, 3, c, c) uint8: packed by threads into pinned memory, converted over there."""
+        self._pool = self._pool or ThreadPoolExecutor(self._threads, "pack")
         # Pinned memory is used again by torch once the copy from it is done.
-        parcels = torch.empty(len(places), self.form.parcel_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        memory = parcels.numpy()
+        packed = torch.empty(len(rows), self.layout.packed_bytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        memory = packed.numpy()
 
-        def pack(rows: Iterable[int]) -> None:
-            for row in rows:
-                self.form.pack(self.pixels[places[row]], int(top[row]), int(left[row]), memory[row])
+        def pack(some: Iterable[int]) -> None:
+            for each in some:
+                self.layout.pack(self.pixels[rows[each]], int(top[each]), int(left[each]), memory[each])
 
-        list(pool.map(pack, (range(first, len(places), threads) for first in range(threads))))
-        there, down, right = (values.to(device, non_blocking=True)
-                              for values in (parcels, torch.from_numpy(top), torch.from_numpy(left)))
-        return self.form.unpack(there, down, right)
+        list(self._pool.map(pack, (range(first, len(rows), self._threads) for first in range(self._threads))))
+        there, down, right = (values.to(self._device, non_blocking=True)
+                              for values in (packed, torch.from_numpy(top), torch.from_numpy(left)))
+        return self.layout.unpack(there, down, right)
 
     def close(self) -> None:
-        """Wait for `seal`. The mapping goes when its last view does."""
-        if self._seal is not None:
-            self._seal.join()
-            self._seal = None
+        """Stop the threads and wait for `seal`. The mapping goes when its last view does."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+        if self._sealing is not None:
+            self._sealing.join()
+            self._sealing = None
 
 
 class _Crops(Sequence[torch.Tensor]):
-    def __init__(self, store: RamStore, places: Places, top: Places, left: Places) -> None:
-        self._store, self._places, self._top, self._left = store, places, top, left
+    """The crops of a batch, each cut, and converted, only when a thread asks for it."""
+
+    def __init__(self, store: RamStore, rows: Rows, top: Rows, left: Rows) -> None:
+        self._store, self._rows, self._top, self._left = store, rows, top, left
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._rows)
 
     @overload
     def __getitem__(self, row: int) -> torch.Tensor: ...
@@ -243,7 +243,7 @@ class _Crops(Sequence[torch.Tensor]):
     def __getitem__(self, row: int | slice) -> torch.Tensor | list[torch.Tensor]:
         if isinstance(row, slice):
             return [self[each] for each in range(len(self))[row]]
-        return self._store.crop(int(self._places[row]), int(self._top[row]), int(self._left[row]))
+        return self._store.crop(int(self._rows[row]), int(self._top[row]), int(self._left[row]))
 
 
 def _boot_id() -> str:

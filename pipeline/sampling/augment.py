@@ -1,6 +1,6 @@
-"""Random draws of one use of an image: crop, reflection, lighting. Functions of (seed, epoch, id), without state.
+"""Random augmentation of one use of an image: crop position, horizontal flip, PCA colour jitter (paper §4.1).
 
-So the stream does not depend on ranks, threads or prefetch depth. B samples of a batch.
+Each is a function of (seed, epoch, id) without state, so it does not depend on ranks, threads or prefetch depth. B samples.
 """
 from dataclasses import dataclass
 
@@ -9,37 +9,53 @@ import numpy.typing as npt
 
 from pipeline.rng import Purpose, normal, uniform
 
+Rows = slice | list[int]
+
 
 @dataclass(frozen=True)
-class Draws:
-    """Draws of B uses.
+class Augmentation:
+    """How B images are augmented.
 
     Attributes:
-        top, left: (B,) int64 offset of the crop, pixels of the resized image, inside its region.
-        mirror: (B,) bool, reflect horizontally.
+        top, left: (B,) int64 offset of the crop in its region, pixels of the resized image.
+        mirror: (B,) bool, flip horizontally.
         alphas: (B, 3) float64, the α of paper §4.1, already times their standard deviation.
+        shift: (B, 3) float32 added to every pixel: the colour jitter, less a channel mean.
     """
     top: npt.NDArray[np.int64]
     left: npt.NDArray[np.int64]
     mirror: npt.NDArray[np.bool_]
     alphas: npt.NDArray[np.float64]
+    shift: npt.NDArray[np.float32]
+
+    @classmethod
+    def none(cls, count: int, channel_mean: npt.NDArray[np.float32] | None = None) -> "Augmentation":
+        """That of images that stay as they are, but for a (3,) channel mean that is subtracted."""
+        zeros, shift = np.zeros(count, np.int64), np.zeros((count, 3), np.float32)
+        if channel_mean is not None:
+            shift -= channel_mean
+        return cls(zeros, zeros, np.zeros(count, bool), np.zeros((count, 3)), shift)
+
+    def rows(self, rows: Rows) -> "Augmentation":
+        """That of some of the images."""
+        return Augmentation(self.top[rows], self.left[rows], self.mirror[rows], self.alphas[rows], self.shift[rows])
 
 
-def draw(seed: int, epochs: npt.NDArray[np.int64], ids: npt.NDArray[np.int64], rooms: npt.NDArray[np.int64], *,
-         mirror: bool, lighting: float, lighting_epochs: int = 0) -> Draws:
-    """Draw crops, reflections and lighting for the samples of a batch (paper §4.1).
+def augment(seed: int, epochs: npt.NDArray[np.int64], ids: npt.NDArray[np.int64], rooms: npt.NDArray[np.int64], *,
+            mirror: bool, lighting: float, lighting_epochs: int = 0) -> Augmentation:
+    """Crop positions, flips and alphas of the samples of a batch; `shift` is left at zero, see `lighting_shift`.
 
     Args:
         seed: the run's seed.
         epochs: (B,) epoch of each use.
         ids: (B,) sample ids.
         rooms: (B, 2) largest offset (rows, columns) at which the crop still lies in its region.
-        mirror: False keeps every image as it is.
+        mirror: False flips no image, True half of them.
         lighting: standard deviation of the alphas; 0 gives zeros.
         lighting_epochs: zeros too for uses in epochs from this one on; 0: in none.
 
     Returns:
-        Draws. Offsets are uniform on 0…room, both ends included.
+        Augmentation. Offsets are uniform on 0…room, both ends included.
     """
     top = uniform(seed, Purpose.TOP, epochs, ids) * (rooms[:, 0] + 1)
     left = uniform(seed, Purpose.LEFT, epochs, ids) * (rooms[:, 1] + 1)
@@ -49,12 +65,12 @@ def draw(seed: int, epochs: npt.NDArray[np.int64], ids: npt.NDArray[np.int64], r
         alphas = lighting * np.stack([normal(seed, Purpose.LIGHTING, epochs, ids, axis) for axis in range(3)], axis=1)
         if lighting_epochs:
             alphas[epochs >= lighting_epochs] = 0
-    return Draws(top.astype(np.int64), left.astype(np.int64), flips, alphas)
+    return Augmentation(top.astype(np.int64), left.astype(np.int64), flips, alphas, np.zeros((len(ids), 3), np.float32))
 
 
 def lighting_shift(alphas: npt.NDArray[np.float64], eigenvalues: npt.NDArray[np.float64],
                    eigenvectors: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
-    """What the lighting noise adds to every pixel: Σ_i v_i·α_i·√λ_i, (B, 3) float32 grey levels.
+    """What PCA colour jitter adds to every pixel: Σ_i v_i·α_i·√λ_i, (B, 3) float32 grey levels.
 
     The paper writes λ_i; its authors' code multiplies by the standard deviation √λ_i, and with pixels of 0–255 only that
     leaves an image (FACTS: paper §4.1 against the release).

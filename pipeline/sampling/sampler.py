@@ -1,4 +1,4 @@
-"""Order: (seed, epoch, position) → sample id, by rank. A function of position, so resuming needs no replay.
+"""Which sample comes when: (seed, epoch, position) → sample id, by rank. A function of position, so resuming needs no replay.
 
 The stream is the concatenation of the epochs' permutations, cut into global batches of equal size. Every sample comes exactly
 once an epoch, nothing is dropped or padded, and a batch may hold the end of one epoch and the start of the next. Hence epochs
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from pipeline import rng as counter
+from pipeline.rng import Purpose, bits
 
 Ids = npt.NDArray[np.int64]
 
@@ -41,7 +41,7 @@ class Sampler:
     batch: int
     seed: int
     shard: tuple[int, int] = (0, 1)
-    _orders: dict[int, Ids] = field(default_factory=dict, repr=False)
+    _orders: dict[int, Ids] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         rank, world = self.shard
@@ -62,6 +62,11 @@ class Sampler:
         """Samples of a batch that are this rank's, B/n."""
         return self.batch // self.shard[1]
 
+    @property
+    def settings(self) -> dict[str, int]:
+        """What the order depends on besides seed, batch and ids; a run that resumes must have the same."""
+        return {}
+
     def order(self, epoch: int) -> Ids:
         """(N,) int64 permutation of the ids of `epoch`: the ids sorted by 64 random bits each.
 
@@ -69,8 +74,7 @@ class Sampler:
         """
         order = self._orders.get(epoch)
         if order is None:
-            keys = counter.bits(self.seed, counter.Purpose.ORDER, epoch, self.ids)
-            order = self.ids[np.argsort(keys, kind="stable")]
+            order = self.ids[np.argsort(bits(self.seed, Purpose.ORDER, epoch, self.ids), kind="stable")]
             kept = {other: ids for other, ids in self._orders.copy().items() if abs(other - epoch) <= 1}
             self._orders = {**kept, epoch: order}
         return order
@@ -85,6 +89,10 @@ class Sampler:
             rows = epochs == epoch
             ids[rows] = self.order(int(epoch))[places[rows]]
         return ids, epochs
+
+    def epoch(self, step: int) -> int:
+        """Epoch in which the batch of `step` starts."""
+        return epoch_of(step, len(self.ids), self.batch)
 
     def steps(self, epoch: int) -> range:
         """The steps whose batches start in `epoch`."""

@@ -10,10 +10,9 @@ from tests.loading.test_loader import LARGEST_TOLERANCE, MEAN_TOLERANCE, PAPER
 
 from pipeline.sampling.augment import lighting_shift
 from pipeline.index.sample_index import SampleIndex
-from pipeline.loading.train_loader import TrainLoader
-from pipeline.loading.eval_loader import TestLoader
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats
+from pipeline.tiers import eval_loader, train_loader
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif("PHOTOGRAPHS" not in os.environ, reason="PHOTOGRAPHS names no index")]
 
@@ -31,9 +30,9 @@ def stats(photographs: SampleIndex) -> Stats:
 def test_training_crops(photographs: SampleIndex, stats: Stats) -> None:
     means, largest = [], []
     batch = min(50, len(photographs.ids("train")))
-    with TrainLoader(photographs, "train", PAPER, batch, 7, stats) as train:
+    with train_loader("archives", photographs, "train", PAPER, batch, 7, stats) as train:
         for found in train:
-            drawn = train.draws(found.ids, found.epochs)
+            drawn = train.augmentation(found.ids, found.epochs)
             shift = lighting_shift(drawn.alphas, stats.eigenvalues, stats.eigenvectors)
             for row, id in enumerate(found.ids):
                 expected = training_crop(photographs.read(int(id)), region="square", square_px=256, crop_px=227,
@@ -48,9 +47,9 @@ def test_training_crops(photographs: SampleIndex, stats: Stats) -> None:
 
 def test_ten_views(photographs: SampleIndex, stats: Stats) -> None:
     means, largest = [], []
-    with TestLoader(photographs, "train", PAPER, 20, stats) as test:
+    with eval_loader("archives", photographs, "train", PAPER, 20, stats) as test:
         for found in test:
-            seen = torch.stack(list(test.views(found.images, 10)), dim=1).numpy()
+            seen = torch.stack(list(test.crops(found.images, 10)), dim=1).numpy()
             for row, id in enumerate(found.ids):
                 difference = np.abs(seen[row] - ten_views(photographs.read(int(id)), square_px=256, crop_px=227,
                                                           mean=stats.mean_image))

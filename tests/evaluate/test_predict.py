@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from pipeline.loading.batch import Batch
-from pipeline.loading.eval_loader import TestLoader, views
+from pipeline.loading.eval_loader import EvalLoader
+from pipeline.loading.eval_loader import crops as cut
 from tests.conftest import TinySet
 from tests.helpers.evaluations import Means, val_loader
 from tests.helpers.recipes import write_recipe
@@ -33,7 +34,7 @@ def test_counts_against_a_plain_loop(tiny_set: TinySet, count: int) -> None:
         for batch in batches:
             for row in range(len(batch.ids)):
                 square, label = batch.images[row:row + 1], int(batch.labels[row])
-                crops = [network.eval()(view)[0].double().softmax(0) for view in views(square, 67, count)]
+                crops = [network.eval()(view)[0].double().softmax(0) for view in cut(square, 67, count)]
                 assert len(crops) == count
                 mean = sum(crops) / count
                 assert isinstance(mean, torch.Tensor)
@@ -62,7 +63,7 @@ def test_stopped_gives_no_score(tiny_set: TinySet) -> None:
         assert evaluate(Means(), batches, 1, contextlib.nullcontext, stop=lambda: next(stops)) is None
 
 
-class Repeating(TestLoader):
+class Repeating(EvalLoader):
     """Gives its first batch twice."""
 
     __test__ = False
@@ -74,7 +75,7 @@ class Repeating(TestLoader):
             yield batch
 
 
-class Unlabelled(TestLoader):
+class Unlabelled(EvalLoader):
     """As a test split without ground truth."""
 
     __test__ = False
@@ -87,7 +88,7 @@ class Unlabelled(TestLoader):
 @pytest.mark.parametrize("kind, error, message", [
     (Repeating, RuntimeError, r"images tested \(=31, 24 different\) must be the 24 of split val, each"),
     (Unlabelled, ValueError, r"split \(=val\) of .* has images without a label; choose a split with")])
-def test_images_that_cannot_be_counted(tiny_set: TinySet, kind: type[TestLoader], error: type[Exception], message: str) -> None:
+def test_images_that_cannot_be_counted(tiny_set: TinySet, kind: type[EvalLoader], error: type[Exception], message: str) -> None:
     with val_loader(tiny_set, kind=kind) as batches, pytest.raises(error, match=message):
         evaluate(Means(), batches, 1, contextlib.nullcontext)
 

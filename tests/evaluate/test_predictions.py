@@ -54,7 +54,7 @@ def test_what_is_saved_is_what_the_network_gave(tiny_set: TinySet, whole: Path) 
     assert saved.name == "small/step-000000007" and saved.labelled and not saved.tested and saved.key == KEY
     with val_loader(tiny_set, 5) as loader:
         counted = evaluate(Means(), loader, 1, contextlib.nullcontext)
-        expected = torch.cat([Means()(next(loader.views(batch.images, 1))).double().softmax(1) for batch in loader]).numpy()
+        expected = torch.cat([Means()(next(loader.crops(batch.images, 1))).double().softmax(1) for batch in loader]).numpy()
     assert np.array_equal(saved.images["id"], SampleIndex.load(tiny_set.index).ids("val"))
     assert score(saved.images["place"], saved.images["probability"], 6) == counted, "to the bit, loss included"
     assert saved.probabilities.dtype == np.float16 and np.array_equal(saved.probabilities, (expected * SCALE).astype(np.float16))

@@ -20,8 +20,8 @@ from model.alexnet import AlexNet, canonical_shapes, parameter_count
 from model.config import Conv, ModelConfig, PoolConfig
 from pipeline.config import LoaderConfig
 from pipeline.index.sample_index import SampleIndex
-from pipeline.loading.eval_loader import TestLoader
 from pipeline.stats import Stats
+from pipeline.tiers import eval_loader
 from tests.conftest import TinySet
 from tests.helpers.networks import small, tensors_of, with_layers
 from tests.helpers.recipes import write_recipe
@@ -236,9 +236,9 @@ def test_the_cards_code_prepares_images_as_the_loader(tiny_set: TinySet, tmp_pat
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(code_of(card("net", config, About("Drawn.")))[0], names)  # noqa: S102 (the card's own code)
-    with TestLoader(index, "val", config.data.pixels(), 12, stats, machine=LoaderConfig(threads=1)) as loader:
+    with eval_loader("archives", index, "val", config.data.pixels(), 12, stats, machine=LoaderConfig(threads=1)) as loader:
         for batch in loader:
-            view = next(iter(loader.views(batch.images, 1)))
+            view = next(iter(loader.crops(batch.images, 1)))
             for id, expected in zip(batch.ids, view):
                 got = torch.from_numpy(names["prepare"](io.BytesIO(index.read(int(id)))))
                 assert Image.open(io.BytesIO(index.read(int(id)))).size != (76, 76)

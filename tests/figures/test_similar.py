@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipeline.index.sample_index import SampleIndex
 from pipeline.index.folders import index_of_files
-from pipeline.loading.eval_loader import TestLoader
+from pipeline.tiers import eval_loader
 from tests.conftest import TinySet
 from tests.helpers.trained_run import write_run
 from tools.show import similar, similar_sheet
@@ -139,7 +139,7 @@ def test_features_are_those_of_the_network(run: Path, built: Path, tiny_set: Tin
     assert isinstance(found.rows, np.memmap) and found.rows.dtype == np.float32 and (np.diff(found.ids) > 0).all()
     with load_trained(resolve(run / "checkpoints/step-000000000")) as trained:
         found.check(trained)
-        with TestLoader(index, "train", trained.config.data.pixels(), 1, trained.stats, skip_corrupt=True) as loader:
+        with eval_loader("archives", index, "train", trained.config.data.pixels(), 1, trained.stats, skip_corrupt=True) as loader:
             for place, batch in enumerate(loader):
                 one = trained.network.features(batch.images[:, :, 4:71, 4:71])  # the centre: 67 of 76
                 np.testing.assert_allclose(found.rows[place], one[0].detach().numpy(), rtol=1e-4, atol=1e-5)  # other sums

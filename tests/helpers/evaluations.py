@@ -10,8 +10,9 @@ from torch import nn
 
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex
-from pipeline.loading.eval_loader import TestLoader
+from pipeline.loading.eval_loader import EvalLoader
 from pipeline.stats import Stats
+from pipeline.tiers import eval_loader
 from tests.conftest import TinySet
 from tests.helpers.runs import inside
 from train.evaluate.__main__ import main
@@ -32,10 +33,12 @@ class Means(nn.Module):
         return torch.cat([images[..., :20].mean((2, 3)), images[..., 40:].mean((2, 3))], 1) / 40
 
 
-def val_loader(tiny_set: TinySet, batch: int = 7, kind: type[TestLoader] = TestLoader) -> TestLoader:
+def val_loader(tiny_set: TinySet, batch: int = 7, kind: type[EvalLoader] = EvalLoader) -> EvalLoader:
     """The validation images of the set."""
     index = SampleIndex.load(tiny_set.index)
-    return kind(index, "val", PIXELS, batch, Stats.for_index(index, 76), machine=LoaderConfig(threads=1))
+    loader = eval_loader("archives", index, "val", PIXELS, batch, Stats.for_index(index, 76), machine=LoaderConfig(threads=1))
+    loader.__class__ = kind
+    return loader
 
 
 def evaluate(*argv: object, code: int = 0) -> tuple[str, str]:

@@ -16,9 +16,10 @@ from model.towers import Tower
 from pipeline.config import LoaderConfig
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.batch import Batch
-from pipeline.loading.eval_loader import TestLoader
-from pipeline.reading.source import SampleError
+from pipeline.loading.eval_loader import EvalLoader
+from pipeline.reading.quarantine import SampleError
 from pipeline.stats import Stats
+from pipeline.tiers import eval_loader
 from tests.helpers.evaluations import PIXELS, Means
 from train.evaluate import predict as predicting
 from train.evaluate.predict import evaluate, predict
@@ -32,7 +33,7 @@ stats = Stats.for_index(index, 76)
 torch.set_num_threads(1)
 
 
-class Failing(TestLoader):
+class Failing(EvalLoader):
     """Cannot give batches 6 and 7: those of the third and the fourth process in the second round."""
 
     def __iter__(self) -> Iterator[Batch]:
@@ -52,12 +53,14 @@ class Unreadable(Failing):
         return SampleError(self.index, 1000 + step, "is gone")
 
 
-def loader(where: Any = None, batch: int = 5, kind: type[TestLoader] = TestLoader) -> TestLoader:
+def loader(where: Any = None, batch: int = 5, kind: type[EvalLoader] = EvalLoader) -> EvalLoader:
     shard = (where.data_rank, where.data_ranks) if where else (0, 1)
-    return kind(index, "val", PIXELS, batch, stats, machine=LoaderConfig(threads=1), shard=shard)
+    made = eval_loader("archives", index, "val", PIXELS, batch, stats, machine=LoaderConfig(threads=1), shard=shard)
+    made.__class__ = kind
+    return made
 
 
-def tested(network: torch.nn.Module, where: Any = None, batch: int = 5, kind: type[TestLoader] = TestLoader,
+def tested(network: torch.nn.Module, where: Any = None, batch: int = 5, kind: type[EvalLoader] = EvalLoader,
            **options: Any) -> Any:
     with loader(where, batch, kind) as batches:
         return evaluate(network, batches, 10, contextlib.nullcontext, topology=where, **options)

@@ -13,10 +13,11 @@ from pipeline.sampling.augment import lighting_shift
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.batch import Batch
 from pipeline.loading.train_loader import TrainLoader
-from pipeline.reading.source import Quarantine, SampleError
-from pipeline.loading.eval_loader import TestLoader, views
+from pipeline.reading.quarantine import Quarantine, SampleError
+from pipeline.loading.eval_loader import crops
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats
+from pipeline.tiers import eval_loader, train_loader
 
 # Decoders agree on JPEG, and torch resizes as PIL does, rounding after columns and after rows, but with weights of 16 bits where
 # PIL's have 22. Measured on ImageNet photographs: mean 0.002, largest 2.
@@ -37,7 +38,7 @@ def stats(photos: SampleIndex) -> dict[int, Stats]:
 
 def loader(index: SampleIndex, stats: dict[int, Stats], data: DataConfig = SMALL, batch: int = 6,
            **options: object) -> TrainLoader:
-    return TrainLoader(index, "train", data, batch, 7, stats[data.square_px], **options)  # type: ignore[arg-type]
+    return train_loader("archives", index, "train", data, batch, 7, stats[data.square_px], **options)  # type: ignore[arg-type]
 
 
 def digest(batches: list[Batch]) -> str:
@@ -57,7 +58,7 @@ def test_training_crops_equal_the_oracle(photos: SampleIndex, stats: dict[int, S
         batches = list(train)
         mirrored = set()
         for batch in batches:
-            drawn = train.draws(batch.ids, batch.epochs)
+            drawn = train.augmentation(batch.ids, batch.epochs)
             shift = lighting_shift(drawn.alphas, s.eigenvalues, s.eigenvectors)
             low = (256 - 227) // 2
             subtract = {"image": s.mean_image, "channel": s.channel_mean,
@@ -70,7 +71,7 @@ def test_training_crops_equal_the_oracle(photos: SampleIndex, stats: dict[int, S
                 assert difference.mean() < MEAN_TOLERANCE and difference.max() <= LARGEST_TOLERANCE, photos.name(int(id))
                 mirrored.add(bool(drawn.mirror[row]))
         assert mirrored == {False, True}
-        assert np.abs(np.concatenate([train.draws(b.ids, b.epochs).alphas for b in batches])).max() > 0.05
+        assert np.abs(np.concatenate([train.augmentation(b.ids, b.epochs).alphas for b in batches])).max() > 0.05
 
 
 @pytest.mark.parametrize("mean", ["image", "channel"])
@@ -79,25 +80,26 @@ def test_ten_views_equal_the_oracle(photos: SampleIndex, stats: dict[int, Stats]
     s = stats[256]
     subtract = s.mean_image if mean == "image" else s.channel_mean
     seen = 0
-    with TestLoader(photos, "val", data, 3, s) as test:
+    with eval_loader("archives", photos, "val", data, 3, s) as test:
         for batch in test:
-            found = torch.stack(list(test.views(batch.images, 10)), dim=1).numpy()
+            found = torch.stack(list(test.crops(batch.images, 10)), dim=1).numpy()
             for row, id in enumerate(batch.ids):
                 expected = ten_views(photos.read(int(id)), square_px=256, crop_px=227, mean=subtract)
                 difference = np.abs(found[row] - expected)
                 assert difference.mean() < MEAN_TOLERANCE and difference.max() <= LARGEST_TOLERANCE
                 seen += 1
-            (centre,) = test.views(batch.images, 1)
+            (centre,) = test.crops(batch.images, 1)
             assert torch.equal(centre, torch.from_numpy(found[:, 4]))
     assert seen == 7
 
 
 def test_test_views_subtract_the_central_piece_like_the_release(photos: SampleIndex, stats: dict[int, Stats]) -> None:
     data = DataConfig(region="square", square_px=256, crop_px=227, mirror=True, lighting=0, mean="image_center")
-    with TestLoader(photos, "val", data, 3, stats[256]) as test, TestLoader(photos, "val", data, 3, None) as plain:
+    with eval_loader("archives", photos, "val", data, 3, stats[256]) as test, \
+            eval_loader("archives", photos, "val", data, 3, None) as plain:
         batch, pixels = next(iter(test)), next(iter(plain)).images.permute(0, 3, 1, 2).float()
         piece = torch.from_numpy(stats[256].mean_image_chw[:, 14:14 + 227, 14:14 + 227])
-        for found, expected in zip(test.views(batch.images, 10), views(pixels, 227, 10), strict=True):
+        for found, expected in zip(test.crops(batch.images, 10), crops(pixels, 227, 10), strict=True):
             assert torch.equal(found, expected - piece)
 
 
@@ -105,7 +107,7 @@ def test_every_test_image_comes_once_for_any_number_of_ranks(photos: SampleIndex
     for world in (1, 2, 3):
         ids = []
         for rank in range(world):
-            with TestLoader(photos, "train", SMALL, 4, stats[76], shard=(rank, world)) as test:
+            with eval_loader("archives", photos, "train", SMALL, 4, stats[76], shard=(rank, world)) as test:
                 for _ in range(2):  # a second pass is the same pass
                     found = [batch.ids for batch in test]
                 assert len(found) == len(test)
@@ -202,7 +204,7 @@ def test_undecodable_samples_are_replaced_named_and_bounded(tmp_path: Path) -> N
     healthy = write_set(tmp_path / "healthy", photographs(20))
     s = compute(healthy, "train", 76)
     note = tmp_path / "quarantine.jsonl"
-    with TrainLoader(index, "train", SMALL, 5, 7, s, quarantine=Quarantine(2, note)) as train:
+    with train_loader("archives", index, "train", SMALL, 5, 7, s, quarantine=Quarantine(2, note)) as train:
         batches = list(train) + list(train)
     ids = np.concatenate([batch.ids for batch in batches])
     assert len(batches) == 8 and not {3, 7} & set(ids)
@@ -211,18 +213,18 @@ def test_undecodable_samples_are_replaced_named_and_bounded(tmp_path: Path) -> N
     assert all(line["member"] == f"train_{line['id']:04d}.JPEG" and line["reason"].startswith("cannot be decoded")
                and line["archive"] == str(tmp_path / "images.tar") for line in lines)
     # every other row is what a healthy set gives, and the stand-ins are the same on other ranks and after a resume
-    with TrainLoader(healthy, "train", SMALL, 5, 7, s) as train:
+    with train_loader("archives", healthy, "train", SMALL, 5, 7, s) as train:
         for batch, expected in zip(batches, list(train) + list(train), strict=True):
             good = ~np.isin(expected.ids, (3, 7))
             assert np.array_equal(batch.ids[good], expected.ids[good])
             assert torch.equal(batch.images[good], expected.images[good])
     halves = []
     for rank in range(5):
-        with TrainLoader(index, "train", SMALL, 5, 7, s, shard=(rank, 5), quarantine=Quarantine(2)) as train:
+        with train_loader("archives", index, "train", SMALL, 5, 7, s, shard=(rank, 5), quarantine=Quarantine(2)) as train:
             train.load_state_dict({**train.state_dict(), "step": 4})
             halves.append(np.concatenate([batch.ids for batch in train]))
     assert np.array_equal(np.stack(halves, axis=1).ravel(), ids[20:])
-    with TrainLoader(index, "train", SMALL, 5, 7, s, quarantine=Quarantine(1)) as train:
+    with train_loader("archives", index, "train", SMALL, 5, 7, s, quarantine=Quarantine(1)) as train:
         with pytest.raises(RuntimeError, match=r"quarantine \(=2 unreadable samples\) must not exceed its budget \(=1\)"):
             list(train)
 
@@ -238,26 +240,27 @@ def test_sets_that_are_mostly_broken_end_or_are_given_up(tmp_path: Path, garbage
                 file.seek(int(index.samples[id]["offset"]) + 700)
                 file.write(b"\xff\x00\xff")
     s = compute(write_set(tmp_path / "healthy", photographs(20)), "train", 76)
-    with TrainLoader(index, "train", SMALL, 5, 7, s, quarantine=Quarantine(20)) as train:
+    with train_loader("archives", index, "train", SMALL, 5, 7, s, quarantine=Quarantine(20)) as train:
         for _ in range(6):
             assert set(np.concatenate([batch.ids for batch in train])) <= {3, 8, 13}
     index = broken_set(tmp_path / "all", dict.fromkeys(range(20), GARBAGE))
-    with TrainLoader(index, "train", SMALL, 5, 7, s, quarantine=Quarantine(20)) as train:
-        with pytest.raises(RuntimeError, match="has no readable stand-in among 100; the last one: sample"):
+    with train_loader("archives", index, "train", SMALL, 5, 7, s, quarantine=Quarantine(20)) as train:
+        with pytest.raises(RuntimeError, match="no readable stand-in after 100 attempts among 20 samples; the last one: sample"):
             next(iter(train))
 
 
 def test_whoever_goes_on_after_an_error_starts_at_the_batch_that_failed(tmp_path: Path) -> None:
     index = broken_set(tmp_path, {7: GARBAGE})
     s = compute(write_set(tmp_path / "healthy", photographs(20)), "train", 76)
-    with TrainLoader(index, "train", SMALL, 5, 7, s, quarantine=Quarantine(0)) as train:
+    quarantine = Quarantine(0)
+    with train_loader("archives", index, "train", SMALL, 5, 7, s, quarantine=quarantine) as train:
         steps = []
         with pytest.raises(RuntimeError, match="must not exceed its budget"):
             for batch in train:
                 steps.append(batch.step)
         failed = train.step
-        assert steps == list(range(failed)) and 7 in train._sampler.take(failed)[0]
-        train._quarantine.budget = 1
+        assert steps == list(range(failed)) and 7 in train.sampler.take(failed)[0]
+        quarantine.budget = 1
         assert next(iter(train)).step == failed == train.step - 1
 
 
@@ -271,23 +274,24 @@ def test_changed_bytes_are_found_by_their_crc(tmp_path: Path) -> None:
             byte = file.read(1)
             file.seek(place)
             file.write(bytes([byte[0] ^ 1]))
-    with TrainLoader(index, "train", SMALL, 5, 7, s) as train:
+    quarantine = Quarantine(1)
+    with train_loader("archives", index, "train", SMALL, 5, 7, s, quarantine=quarantine) as train:
         assert 5 not in np.concatenate([batch.ids for batch in train])
-        assert train._quarantine.ids == {5}
-    with TestLoader(index, "val", SMALL, 3, s) as test:
+        assert quarantine.ids == {5}
+    with eval_loader("archives", index, "val", SMALL, 3, s) as test:
         with pytest.raises(SampleError, match=r"sample 21 \(=val_0001.JPEG in .*\) has another CRC-32 than the index; run"):
             list(test)
-    with TestLoader(index, "val", SMALL, 3, s, skip_corrupt=True) as test:
+    with eval_loader("archives", index, "val", SMALL, 3, s, skip_corrupt=True) as test:
         assert [list(batch.ids) for batch in test] == [[20, 22], [23]]
         assert test.skipped == {21: "has another CRC-32 than the index"}
 
 
 def test_a_corrupt_test_image_is_an_error_that_names_it(tmp_path: Path) -> None:
     index = broken_set(tmp_path, {2: GARBAGE})
-    with TestLoader(index, "val", SMALL, 2, None) as test:
+    with eval_loader("archives", index, "val", SMALL, 2, None) as test:
         with pytest.raises(SampleError, match=r"sample 22 \(=val_0002.JPEG in .*\) cannot be decoded"):
             list(test)
-    with TestLoader(index, "val", SMALL, 1, None, skip_corrupt=True) as test:
+    with eval_loader("archives", index, "val", SMALL, 1, None, skip_corrupt=True) as test:
         assert [batch.ids[0] for batch in test] == [20, 21, 23]
 
 
@@ -298,7 +302,7 @@ def test_odd_files_train(tmp_path: Path) -> None:
     index = write_set(tmp_path, odd)
     s = compute(index, "train", 76, machine=LoaderConfig(quarantine_budget=0))
     assert s.count == len(odd)
-    with TrainLoader(index, "train", SMALL, 7, 7, s, quarantine=Quarantine(0)) as train:
+    with train_loader("archives", index, "train", SMALL, 7, 7, s, quarantine=Quarantine(0)) as train:
         (batch,) = list(train)
     assert batch.images.shape == (7, 3, 67, 67) and torch.isfinite(batch.images).all()
 
@@ -308,7 +312,7 @@ def test_orientation_tags_do_not_turn_the_pixels(tmp_path: Path) -> None:
     exif = image.getexif()
     exif[0x0112] = 6
     index = write_set(tmp_path, [encode(image, "JPEG", quality=95, exif=exif), encode(image, "JPEG", quality=95)])
-    with TestLoader(index, "train", SMALL, 2, None) as test:
+    with eval_loader("archives", index, "train", SMALL, 2, None) as test:
         (batch,) = list(test)
     assert torch.equal(batch.images[0], batch.images[1])
 
@@ -319,28 +323,28 @@ def test_missing_or_shortened_archives_are_named(tmp_path: Path) -> None:
     tar = tmp_path / "images.tar"
     content = tar.read_bytes()
     tar.write_bytes(content[:-512])
-    with TrainLoader(SampleIndex.load(index.path), "train", SMALL, 5, 7, s) as train:
+    with train_loader("archives", SampleIndex.load(index.path), "train", SMALL, 5, 7, s) as train:
         with pytest.raises(RuntimeError, match=r"images.tar.* bytes"):
             next(iter(train))
     tar.unlink()
-    with TrainLoader(SampleIndex.load(index.path), "train", SMALL, 5, 7, s) as train:
+    with train_loader("archives", SampleIndex.load(index.path), "train", SMALL, 5, 7, s) as train:
         with pytest.raises(RuntimeError, match="images.tar"):
             next(iter(train))
 
 
 def test_wrong_use_is_explained(photos: SampleIndex, stats: dict[int, Stats]) -> None:
     with pytest.raises(ValueError, match=r"stats \(=76 px\) must be computed at data.square_px \(=256\); run"):
-        TrainLoader(photos, "train", PAPER, 4, 0, stats[76])
+        train_loader("archives", photos, "train", PAPER, 4, 0, stats[76])
     with pytest.raises(ValueError, match=r"views \(=5\) must be 1 \(centre\) or 10"):
-        list(views(torch.zeros(1, 3, 8, 8), 4, 5))
+        list(crops(torch.zeros(1, 3, 8, 8), 4, 5))
     with pytest.raises(ValueError, match=r"batch \(=24\) must not exceed the 23 samples"):
         loader(photos, stats, batch=24)
     with pytest.raises(ValueError, match=r"batch \(=0\) must be at least 1"):
-        TestLoader(photos, "val", SMALL, 0, stats[76])
+        eval_loader("archives", photos, "val", SMALL, 0, stats[76])
 
 
 def test_taking_from_two_iterators_at_once_is_told(photos: SampleIndex, stats: dict[int, Stats]) -> None:
-    with TestLoader(photos, "train", SMALL, 4, stats[76]) as test:
+    with eval_loader("archives", photos, "train", SMALL, 4, stats[76]) as test:
         first = iter(test)
         next(first)
         assert len(next(iter(test)).ids) == 4

@@ -24,9 +24,9 @@ from pipeline.index.sample_index import SampleIndex
 from pipeline.index.writer import mark_excluded
 from pipeline.packing.images import decoded, psnr, squared_error
 from pipeline.packing.plan import PackOptions, order
-from pipeline.loading.eval_loader import TestLoader
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats, stats_path
+from pipeline.tiers import eval_loader
 from tests.helpers.small_set import encode, photographs, picture, write_set
 from tools import build_index
 from tools.pack_shards import main, topology
@@ -62,7 +62,7 @@ def packed(source: SampleIndex, tmp_path_factory: pytest.TempPathFactory) -> Sam
 
 def squares(index: SampleIndex, split: str, px: int = PX) -> dict[int, np.ndarray]:
     data = DataConfig("square", px, px, False, 0, "channel")
-    with TestLoader(index, split, data, 16, None, skip_corrupt=True, machine=MACHINE) as loader:
+    with eval_loader("archives", index, split, data, 16, None, skip_corrupt=True, machine=MACHINE) as loader:
         return {id: pixels for batch in loader for id, pixels in zip(batch.ids.tolist(), batch.images.numpy().copy())}
 
 

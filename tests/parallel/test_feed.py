@@ -17,7 +17,7 @@ from pipeline.loading.batch import Batch
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.train_loader import TrainLoader
-from pipeline.reading.source import Quarantine
+from pipeline.reading.quarantine import Quarantine
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats, stats_path
 from tests.helpers.packed_set import write_packed
@@ -97,7 +97,7 @@ def found(rank: int, folder: Path) -> dict[Any, Any]:
         assert [(batch.step, batches.step, batches.epoch) for batch in batches] == [(n, n + 1, n // 5) for n in range(6)]
         batches.load_state_dict({**batches.state_dict(), "step": 9})
         kept["resumed"] = digest(take(batches, STEPS - 9))
-        waits, spans = batches.meter.waits, batches.meter.spans()
+        waits, spans = batches.monitor.waits, batches.monitor.spans()
         assert waits.batches == spans["wait"].count == spans["swap"].count + 1 and waits.copy > 0  # one is on its way
         if rank == 3:
             loader.__class__ = Failing  # its partner is left with a swap nobody answers

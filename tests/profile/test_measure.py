@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline.monitor import Meter
+from pipeline.monitor import Monitor
 from tools.profile import measure
 from tools.profile.measure import Spread, Workload
 
@@ -42,22 +42,22 @@ def test_the_warm_up_is_used_up_before_the_clock() -> None:
 
 
 def test_figures_of_interleaved_turns() -> None:
-    meter = Meter()
+    monitor = Monitor()
 
     def batches() -> Iterator[int]:
         while True:
-            with meter.waiting(0):
-                meter.enter("decode")
+            with monitor.waiting(0):
+                monitor.enter("decode")
                 time.sleep(0.001)
-                meter.enter("idle")
-            meter.depth(1)
+                monitor.enter("idle")
+            monitor.depth(1)
             yield 3
-    figures = measure.measure([Workload("a", batches(), 2, meter, 5, 100.0), Workload("b", batches())], 0.005, 2)
+    figures = measure.measure([Workload("a", batches(), 2, monitor, 5, 100.0), Workload("b", batches())], 0.005, 2)
     a, b = figures["a"], figures["b"]
     assert len(a.rates) == len(a.cpu_ms) == 2 and 0 < a.rate < 3000 and (a.name, a.threads) == ("a", 5)
     p50, p95, p99, most = a.latency_ms
     assert 1 <= p50 <= p95 <= p99 <= most and a.mb_s == a.rate / 1e4
-    assert 0.5 < a.waited <= 1 and a.causes == {"read": 0, "decode": 1, "colour": 0, "copy": 0} and len(a.depth) >= 4
+    assert 0.5 < a.waited <= 1 and a.causes == {"read": 0, "decode": 1, "normalize": 0, "copy": 0} and len(a.depth) >= 4
     assert b.waited == 0 and b.causes == {} and b.depth == ()
     with pytest.raises(ValueError, match=r"workloads \(=\['a', 'a'\]\) must have different names"):
         measure.measure([Workload("a", batches()), Workload("a", batches())], 0.1, 1)

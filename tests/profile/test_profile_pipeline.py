@@ -25,9 +25,9 @@ SHORT = ["--seconds", "0.02", "--repeats", "1"]
 
 def profile(**more: Any) -> Profile:
     stages = tuple(Figures(name, (rate, rate * 1.2), (cpu,), 2, size) for name, rate, cpu, size in (
-        ("order", 9e4, 0.01, 0.0), ("read", 8e4, 0.01, 1e5), ("decode", 900, 1.0, 1e5), ("colour", 9e3, 0.1, 0.0)))
+        ("order", 9e4, 0.01, 0.0), ("read", 8e4, 0.01, 1e5), ("decode", 900, 1.0, 1e5), ("normalize", 9e3, 0.1, 0.0)))
     whole = Figures("loader", (700.0, 800.0), (1.2,), 2, 0.0, (60.0, 70.0, 80.0, 99.0), 0.99,
-                    {"read": 0.0, "decode": 0.9, "colour": 0.1, "copy": 0.0},
+                    {"read": 0.0, "decode": 0.9, "normalize": 0.1, "copy": 0.0},
                     tuple((number / 10, number % 3) for number in range(200)), (300.0, 400.0, 450.0))
     measured = Measured(stages, whole, 1000.0, Figures("together", (690.0,), (1.2,), waited=0.3, causes={"decode": 1.0}))
     setup = Setup("archives", LoaderConfig(threads=2), 2, False, 300, 256, 1e5, True, 25 << 30)
@@ -45,8 +45,8 @@ def test_a_whole_profile(tiny_set: TinySet, tmp_path: Path, capsys: pytest.Captu
                   "together:", "verdict:", "advice, to paste into the recipe:"):
         assert words in said.out
     found = json.loads(out["json"].read_text())
-    assert [stage["name"] for stage in found["stages"]] == ["order", "read", "crc", "decode", "resize", "colour", "hand-over"]
-    assert [stage["name"] for stage in found["cumulative"]] == ["read", "crc", "decode", "resize", "colour"]
+    assert [stage["name"] for stage in found["stages"]] == ["order", "read", "crc", "decode", "resize", "normalize", "hand-over"]
+    assert [stage["name"] for stage in found["cumulative"]] == ["read", "crc", "decode", "normalize"]
     assert found["cpu_ms"]["remainder"] == pytest.approx(found["cpu_ms"]["loader"] - found["cpu_ms"]["stages"])
     assert found["need"] > 0 and found["met"] == pytest.approx(found["together"]["rate"] / found["need"])
     assert found["headroom"] == pytest.approx(found["loader"]["rate"] / found["need"]) and found["batch"] == 8
@@ -54,7 +54,7 @@ def test_a_whole_profile(tiny_set: TinySet, tmp_path: Path, capsys: pytest.Captu
     assert isinstance(yaml.safe_load(found["verdict"]["advice_yaml"]), dict | None)
     assert out["png"].read_bytes().startswith(b"\x89PNG")
     events = json.loads(out["trace"].read_text())["traceEvents"]
-    assert {"read", "decode", "colour", "copy", "wait"} <= {event["name"] for event in events if event["ph"] == "X"}
+    assert {"read", "decode", "normalize", "copy", "wait"} <= {event["name"] for event in events if event["ph"] == "X"}
 
 
 def test_exit_code_1_when_the_loader_cannot_feed_the_need(tiny_set: TinySet, tmp_path: Path,

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from pipeline.config import LoaderConfig
-from pipeline.monitor import STATES
+from pipeline.monitor import STAGES as STATES
 from tools.profile.measure import Figures
 from tools.profile.verdict import NETWORK, Measured, Setup, Verdict, limiting, verdict
 
@@ -20,7 +20,7 @@ def stage(name: str, rate: float, cpu_ms: float, threads: int = 2, image_bytes: 
 
 
 STAGES = (stage("order", 100e3, 0.01), stage("read", 90e3, 0.01, image_bytes=110e3), stage("crc", 60e3, 0.02),
-          stage("decode", 2000, 1.0), stage("resize", 3000, 0.65), stage("colour", 10e3, 0.15), stage("hand-over", 1e6, 0.001))
+          stage("decode", 2000, 1.0), stage("resize", 3000, 0.65), stage("normalize", 10e3, 0.15), stage("hand-over", 1e6, 0.001))
 
 
 def loader(rate: float, cpu_ms: float = 1.9, waited: float = 0.99, **causes: float) -> Figures:
@@ -41,7 +41,7 @@ def pasted(found: Verdict) -> dict[str, dict[str, Any]]:
 
 
 def test_waiting_for_dali_is_decode_and_more_threads_lift_it() -> None:
-    found = judge(loader(1000, decode=0.7, colour=0.3), need=5000)
+    found = judge(loader(1000, decode=0.7, normalize=0.3), need=5000)
     assert found.limit == "decode" and found.headroom == pytest.approx(0.2)
     for figure in ("1,000 img/s", "0.20 of the 5,000", "70%", "2,000 img/s", "1.00 of the stages' 1.84 CPU ms"):
         assert figure in found.sentence
@@ -57,16 +57,16 @@ def test_busy_cores_get_no_more_threads() -> None:
 
 
 def test_resize_when_it_takes_more_of_the_same_threads() -> None:
-    assert judge(loader(1000, colour=0.9)).limit == "resize"  # 3,000 img/s alone; colour 10,000
-    stages = tuple(replace(one, rates=(500.0,)) if one.name == "colour" else one for one in STAGES)
-    assert judge(loader(1000, colour=0.9), stages=stages).limit == "colour"
+    assert judge(loader(1000, normalize=0.9)).limit == "resize"  # 3,000 img/s alone; colour 10,000
+    stages = tuple(replace(one, rates=(500.0,)) if one.name == "normalize" else one for one in STAGES)
+    assert judge(loader(1000, normalize=0.9), stages=stages).limit == "normalize"
     assert limiting(Measured(tuple(replace(one, rates=(500.0,)) if one.name == "resize" else one for one in STAGES),
                              loader(1000, decode=0.9)), gpu=True) == ("resize", "decode")
 
 
 def test_finishing_pixels_while_dali_is_late_is_no_evidence_against_colour() -> None:
-    assert limiting(Measured(STAGES, loader(1000, decode=0.3, colour=0.7))) == ("decode", "decode")
-    assert limiting(Measured(STAGES, loader(1000, decode=0.05, colour=0.95))) == ("resize", "colour")
+    assert limiting(Measured(STAGES, loader(1000, decode=0.3, normalize=0.7))) == ("decode", "decode")
+    assert limiting(Measured(STAGES, loader(1000, decode=0.05, normalize=0.95))) == ("resize", "normalize")
 
 
 def test_the_slowest_of_the_stages_before_decoding() -> None:
@@ -87,7 +87,7 @@ def test_turning_disks_are_read_forwards() -> None:
 
 def test_colour_and_copy() -> None:
     packed = tuple(one for one in STAGES if one.name != "resize")
-    assert judge(loader(900, colour=0.95), stages=packed).limit == "colour"
+    assert judge(loader(900, normalize=0.95), stages=packed).limit == "normalize"
     found = judge(loader(900, copy=0.95))
     assert found.limit == "hand-over" and "no setting lifts this" in found.advice_yaml and not pasted(found)
     own = judge(loader(900, waited=0.1, decode=1.0))
@@ -143,7 +143,7 @@ def test_a_network_on_the_same_cores_is_left_some() -> None:
 
 
 def test_a_loop_that_waits_names_the_loaders_stage_whatever_the_rates() -> None:
-    waiting = together(700.0, 0.3, {"colour": 1.0})
+    waiting = together(700.0, 0.3, {"normalize": 1.0})
     found = judge(loader(4000, decode=0.9), need=1000, together=waiting)
     assert found.limit == "decode" and "they reach 700, and 30% of the time is data stall" in found.sentence
 
@@ -155,9 +155,9 @@ def test_without_evidence_the_slowest_stage_alone() -> None:
 def test_stages_that_are_missing() -> None:
     with pytest.raises(ValueError, match=r"stages \(=none\) must have been measured"):
         judge(loader(1000), stages=())
-    resident = tuple(one for one in STAGES if one.name in ("order", "colour", "hand-over"))
-    found = judge(loader(5000, colour=0.99), replace(SETUP, tier="resident", settings=LoaderConfig(threads=16)), resident)
-    assert found.limit == "colour" and "no setting lifts colour" in found.advice_yaml
+    resident = tuple(one for one in STAGES if one.name in ("order", "normalize", "hand-over"))
+    found = judge(loader(5000, normalize=0.99), replace(SETUP, tier="resident", settings=LoaderConfig(threads=16)), resident)
+    assert found.limit == "normalize" and "no setting lifts normalize" in found.advice_yaml
 
 
 def test_figures() -> None:

@@ -7,7 +7,8 @@ from tests.helpers.small_set import photographs, write_set
 
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex
-from pipeline.reading.source import Quarantine, Reader, SampleError
+from pipeline.reading.quarantine import Quarantine, SampleError
+from pipeline.reading.source import ArchiveSource
 
 
 @pytest.fixture
@@ -16,7 +17,7 @@ def index(tmp_path: Path) -> SampleIndex:
 
 
 def test_views_are_the_files_bytes(index: SampleIndex) -> None:
-    reader = Reader(index)
+    reader = ArchiveSource(index)
     reader.announce(index.ids("train"))
     for id, blob in enumerate(photographs(5)):
         view = reader.read(id)
@@ -32,23 +33,23 @@ def test_every_flipped_bit_of_a_file_is_found(index: SampleIndex) -> None:
         content[place] ^= 1 << bit % 8
         path.write_bytes(content)
         with pytest.raises(SampleError, match=r"sample 2 \(=train_0002.JPEG in .*\) has another CRC-32"):
-            Reader(index).read(2)
+            ArchiveSource(index).read(2)
         if bit // 8 > 1000:  # behind the header
-            assert len(Reader(index, check_crc=False).read(2)) == row["size"]
+            assert len(ArchiveSource(index, check_crc=False).read(2)) == row["size"]
         content[place] ^= 1 << bit % 8
 
 
 def test_an_index_without_crcs_is_not_checked(tmp_path: Path) -> None:
     index = write_set(tmp_path / "plain", photographs(2), crc32=False)
-    assert len(Reader(index).read(0)) == index.samples[0]["size"]
+    assert len(ArchiveSource(index).read(0)) == index.samples[0]["size"]
 
 
 def test_quarantine_counts_samples_once_and_remembers(index: SampleIndex, tmp_path: Path) -> None:
     path = tmp_path / "quarantine.jsonl"
     kept = Quarantine(2, path)
     for _ in range(3):
-        kept.add(index, SampleError(index, 1, "is torn"), epoch=0, step=4)
-    kept.add(index, SampleError(index, 3, "is torn"), epoch=0, step=5)
+        kept.add(SampleError(index, 1, "is torn"), ArchiveSource(index), epoch=0, step=4)
+    kept.add(SampleError(index, 3, "is torn"), ArchiveSource(index), epoch=0, step=5)
     assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == [1, 3]
     with open(path, "a") as file:
         file.write('{"id": 4, "mem')  # cut off by a kill
@@ -57,33 +58,33 @@ def test_quarantine_counts_samples_once_and_remembers(index: SampleIndex, tmp_pa
     assert again.ids == {1, 3}
     with pytest.raises(RuntimeError, match=r"quarantine \(=3 unreadable samples\) must not exceed its budget \(=2\); the last "
                                            r"one: sample 0 .* all in .*quarantine.jsonl; or raise"):
-        again.add(index, SampleError(index, 0, "is torn"))
+        again.add(SampleError(index, 0, "is torn"), ArchiveSource(index))
     last = Quarantine(2, path)
     assert last.ids == {0, 1, 3}  # the line after the one cut off is whole
     with pytest.raises(RuntimeError, match=r"quarantine \(=3 unreadable samples\) must not exceed"):
-        last.add(index, SampleError(index, 1, "is torn"))  # starting again does not raise the budget
+        last.add(SampleError(index, 1, "is torn"), ArchiveSource(index))  # starting again does not raise the budget
 
 
 def test_the_quarantine_of_several_processes_is_one(index: SampleIndex, tmp_path: Path) -> None:
     """Each writes what it finds, all count all of it, whoever found it and whenever they began."""
     path = tmp_path / "quarantine.jsonl"
     first, fourth = Quarantine(3, path), Quarantine(3, path, process=3)
-    first.add(index, SampleError(index, 0, "is torn"), epoch=0)
-    fourth.add(index, SampleError(index, 1, "is torn"), epoch=0)
-    fourth.add(index, SampleError(index, 0, "is torn"), epoch=0)  # named already
+    first.add(SampleError(index, 0, "is torn"), ArchiveSource(index), epoch=0)
+    fourth.add(SampleError(index, 1, "is torn"), ArchiveSource(index), epoch=0)
+    fourth.add(SampleError(index, 0, "is torn"), ArchiveSource(index), epoch=0)  # named already
     found = {file.name: [json.loads(line)["id"] for line in file.read_text().splitlines()] for file in tmp_path.glob("q*.jsonl")}
     assert found == {"quarantine.jsonl": [0], "quarantine-3.jsonl": [1]}
     with open(tmp_path / "quarantine-3.jsonl", "a") as file:
         file.write('{"id": 2, "me')  # being written: counts when it is whole
-    first.add(index, SampleError(index, 3, "is torn"))
+    first.add(SampleError(index, 3, "is torn"), ArchiveSource(index))
     assert first.ids == {0, 1, 3}
     with open(tmp_path / "quarantine-3.jsonl", "a") as file:
         file.write('mber": "x"}\n')
     with pytest.raises(RuntimeError, match=r"quarantine \(=4 unreadable samples\) must not exceed its budget \(=3\); the last "
                                            r"one: sample 1 .* all in .*quarantine\*.jsonl; or raise"):
-        Quarantine(3, path, process=2).add(index, SampleError(index, 1, "is torn"))
+        Quarantine(3, path, process=2).add(SampleError(index, 1, "is torn"), ArchiveSource(index))
     with pytest.raises(RuntimeError, match=r"quarantine \(=5 unreadable samples\)"):
-        first.add(index, SampleError(index, 4, "is torn"))
+        first.add(SampleError(index, 4, "is torn"), ArchiveSource(index))
     assert not (tmp_path / "quarantine-2.jsonl").exists() and Quarantine(3, path, process=9).ids == {0, 1, 2, 3, 4}
 
 
@@ -112,6 +113,6 @@ def test_without_a_crc_the_header_must_still_be_the_indexs(tmp_path: Path, spoil
     with open(index.archive_path(0), "r+b") as file:
         file.seek(int(index.samples[2]["offset"]) + place)
         file.write(spoil)
-    assert len(Reader(index).read(1)) == index.samples[1]["size"]
+    assert len(ArchiveSource(index).read(1)) == index.samples[1]["size"]
     with pytest.raises(SampleError, match=r"sample 2 \(=train_0002.JPEG in .*\) has another header than the index; run"):
-        Reader(index).read(2)
+        ArchiveSource(index).read(2)

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +12,17 @@ import torch
 from tests.helpers.small_set import photographs, write_set
 
 from pipeline.resident import yuv420 as yuv
-from pipeline.decoding.normalize import Colour
+from pipeline.decoding.normalize import Normalizer
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.batch import Batch
 from pipeline.loading.train_loader import TrainLoader
-from pipeline.resident.layout import Form
-from pipeline.reading.source import Quarantine
-from pipeline.resident.train_loader import ResidentLoader
-from pipeline.loading.eval_loader import TestLoader
+from pipeline.resident.layout import Layout
+from pipeline.reading.quarantine import Quarantine
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats
 from pipeline.resident.ram_store import RamStore
+from pipeline.tiers import eval_loader, train_loader
 
 SMALL = DataConfig(region="square", square_px=76, crop_px=67, mirror=True, lighting=0.1, mean="image")
 COUNT = 48
@@ -49,10 +47,10 @@ def expected(photos: SampleIndex, stats: Stats, tmp_path_factory: pytest.TempPat
 
 
 def loader(index: SampleIndex, stats: Stats, folder: Path, resident: str = "rgb", *, data: DataConfig = SMALL, batch: int = 8,
-           memory: str = "ram", **options: object) -> ResidentLoader:
+           memory: str = "ram", **options: object) -> TrainLoader:
     machine = LoaderConfig(threads=2, resident_folder=str(folder), resident_memory=memory)
-    return ResidentLoader(index, "train", data, batch, 7, stats, resident=resident, machine=machine,
-                          **options)  # type: ignore[arg-type]
+    return train_loader("resident", index, "train", data, batch, 7, stats, resident=resident, machine=machine,
+                        **options)  # type: ignore[arg-type]
 
 
 def take(train: TrainLoader, steps: int) -> list[Batch]:
@@ -75,7 +73,7 @@ def digest(batches: list[Batch]) -> str:
 
 
 def squares_of(index: SampleIndex) -> dict[int, torch.Tensor]:
-    with TestLoader(index, "train", SMALL, 16, None) as test:
+    with eval_loader("archives", index, "train", SMALL, 16, None) as test:
         return {int(id): pixels.permute(2, 0, 1).contiguous() for batch in test
                 for id, pixels in zip(batch.ids, batch.images, strict=True)}
 
@@ -88,17 +86,19 @@ def test_crops_are_those_of_the_decoded_square(photos: SampleIndex, stats: Stats
     if kind == "yuv420":
         squares = {id: yuv.decode(yuv.encode(square), 76) for id, square in squares.items()}
     with loader(photos, stats, tmp_path, kind, data=data) as train:
-        colour = Colour(67, train._mean_image(), threads=1)
+        subtracted = None if mean == "channel" else stats.mean_image_chw
+        normalizer = Normalizer(67, subtracted, centered=mean == "image_center", threads=1)
         for batch in take(train, 14):  # while filling and after it
-            finish = train._finish(train.draws(batch.ids, batch.epochs), cut=True)
-            whole = colour([squares[int(id)] for id in batch.ids], finish)
-            assert torch.equal(batch.images, whole), batch.step
+            chosen = train.augmentation(batch.ids, batch.epochs)
+            crops = [squares[int(id)][:, top:top + 67, left:left + 67]
+                     for id, top, left in zip(batch.ids, chosen.top, chosen.left, strict=True)]
+            assert torch.equal(batch.images, normalizer.begin(crops, chosen)()), batch.step
             assert batch.labels.tolist() == (batch.ids % 5).tolist()
         assert train.filled == (COUNT, COUNT)
 
 
 def test_pixels_are_tier_archives_but_for_single_grey_levels(photos: SampleIndex, stats: Stats, expected: list[Batch]) -> None:
-    with TrainLoader(photos, "train", SMALL, 8, 7, stats) as train:
+    with train_loader("archives", photos, "train", SMALL, 8, 7, stats) as train:
         archives = take(train, 18)
     off, values = 0, 0
     for ours, theirs in zip(expected, archives, strict=True):
@@ -135,9 +135,9 @@ def test_after_the_fill_nothing_is_read(stats: Stats, expected: list[Batch], tmp
     (tmp_path / "images.tar").unlink()
     with loader(SampleIndex.load(tmp_path / "index"), stats, tmp_path / "store") as train:
         assert digest(take(train, 18)) == digest(expected)
-        assert "decode" not in train.meter.spans() and train.meter.spans()["colour"].count >= 18
+        assert "decode" not in train.monitor.spans() and train.monitor.spans()["normalize"].count >= 18
         train.close()
-        assert train._store.sealed and train.note == ""  # type: ignore[union-attr]
+        assert train.chain.store.sealed and train.note == ""  # type: ignore[attr-defined]
 
 
 def test_filling_says_how_far_it_is_and_can_be_interrupted(photos: SampleIndex, stats: Stats, expected: list[Batch],
@@ -150,13 +150,13 @@ def test_filling_says_how_far_it_is_and_can_be_interrupted(photos: SampleIndex, 
 
     seen: list[tuple[int, int]] = []
     with loader(photos, stats, tmp_path, batch=2, shard=(0, 2)) as train:
-        train._most = 7
+        train.chain.filler.chunk = 7  # type: ignore[attr-defined]
         with pytest.raises(Enough):
             train.fill(stop)
         assert 7 <= train.filled[0] < COUNT // 2
         train.fill(lambda done, total: seen.append((done, total)))
         assert seen == [(7, 24), (14, 24), (21, 24), (24, 24)] and train.filled == (24, COUNT)  # rank 0's part of 2
-        assert not train._store.sealed  # type: ignore[union-attr]
+        assert not train.chain.store.sealed  # type: ignore[attr-defined]
     with loader(photos, stats, tmp_path) as train:
         assert train.filled == (24, COUNT) and digest(take(train, 8)) == digest(expected[:8])
         assert train.filled == (COUNT, COUNT)
@@ -191,7 +191,7 @@ def test_unreadable_samples_are_replaced_as_in_tier_archives(tmp_path: Path) -> 
         assert len(lines) == len({line["id"] for line in lines})
         return {line["id"]: line["reason"] for line in lines}
 
-    with TrainLoader(index, "train", SMALL, 5, 7, s, quarantine=Quarantine(3, tmp_path / "theirs.jsonl")) as train:
+    with train_loader("archives", index, "train", SMALL, 5, 7, s, quarantine=Quarantine(3, tmp_path / "theirs.jsonl")) as train:
         theirs = [batch.ids.tolist() for batch in take(train, 12)]
     for part in range(2):  # the second process finds the others filled, and tries the three again
         with loader(index, s, tmp_path / "store", batch=5, quarantine=Quarantine(3, tmp_path / f"ours{part}.jsonl")) as train:
@@ -199,7 +199,7 @@ def test_unreadable_samples_are_replaced_as_in_tier_archives(tmp_path: Path) -> 
             assert [batch.ids.tolist() for batch in ours] == theirs and train.filled == (17, 20)
             assert named(tmp_path / f"ours{part}.jsonl") == named(tmp_path / "theirs.jsonl")
             train.close()
-            assert train._store.sealed  # type: ignore[union-attr]
+            assert train.chain.store.sealed  # type: ignore[attr-defined]
     with loader(index, s, tmp_path / "other", batch=5, memory="gpu", quarantine=Quarantine(3)) as train:
         assert digest(take(train, 12)) == digest(ours)
     with loader(index, s, tmp_path / "third", batch=5, quarantine=Quarantine(2)) as train:
@@ -208,7 +208,7 @@ def test_unreadable_samples_are_replaced_as_in_tier_archives(tmp_path: Path) -> 
             take(train, 12)
     broken = write_set(tmp_path / "all", [b"this is no picture " * 40] * 20)
     with loader(broken, s, tmp_path / "fourth", batch=5, quarantine=Quarantine(20)) as train:
-        with pytest.raises(RuntimeError, match="has no readable stand-in among 100; the last one: sample"):
+        with pytest.raises(RuntimeError, match="no readable stand-in after 100 attempts among 20 samples; the last one: sample"):
             next(iter(train))
 
 
@@ -224,7 +224,7 @@ def test_what_tier_resident_cannot_do_is_refused(photos: SampleIndex, stats: Sta
 
 def test_the_store_lies_beside_the_index_unless_told_otherwise(stats: Stats, tmp_path: Path) -> None:
     index = write_set(tmp_path, photographs(COUNT))
-    with ResidentLoader(index, "train", SMALL, 8, 7, stats):
+    with train_loader("resident", index, "train", SMALL, 8, 7, stats):
         assert [path.name for path in sorted((tmp_path / "index" / "resident").iterdir())] == [
             f"train-76-rgb-cpu-{index.split_sha256('train')[:16]}.{end}" for end in ("lock", "squares")]
     assert SampleIndex.load(tmp_path / "index").ids("train").size == COUNT
@@ -232,14 +232,14 @@ def test_the_store_lies_beside_the_index_unless_told_otherwise(stats: Stats, tmp
 
 @pytest.mark.parametrize("kind", ["rgb", "yuv420"])
 def test_what_goes_to_a_device_becomes_the_same_crops(photos: SampleIndex, stats: Stats, tmp_path: Path, kind: str) -> None:
-    with loader(photos, stats, tmp_path, kind) as train, ThreadPoolExecutor(2) as pool:
+    with loader(photos, stats, tmp_path, kind) as train:
         train.fill()
-        found = train._store
-        assert isinstance(found, RamStore) and found.form == Form(kind, 76, 67)
+        found = train.chain.store  # type: ignore[attr-defined]
+        assert isinstance(found, RamStore) and found.layout == Layout(kind, 76, 67)
         ids = photos.ids("train")[5:30]
-        drawn = train.draws(ids, np.zeros_like(ids))
-        crops = found.uploaded(ids, drawn.top, drawn.left, pool, 2, torch.device("cpu"))
-        assert all(torch.equal(*pair) for pair in zip(crops, found.crops(ids, drawn.top, drawn.left)[:], strict=True))
+        drawn = train.augmentation(ids, np.zeros_like(ids))
+        crops = found.uploaded(ids, drawn.top, drawn.left)
+        assert all(torch.equal(*pair) for pair in zip(crops, found.crops([(ids, drawn.top, drawn.left)]), strict=True))
         for crop, place, top, left in zip(crops, ids, drawn.top, drawn.left, strict=True):
             assert torch.equal(crop, found.crop(int(place), int(top), int(left)))
 
@@ -278,8 +278,8 @@ def test_a_process_killed_while_filling_leaves_what_can_be_gone_on_with(photos: 
     with loader(photos, stats, tmp_path) as train:
         filled = train.filled[0]
         assert 20 <= filled < COUNT
-        for place in np.flatnonzero(train._store.have):  # a row that is marked is whole
-            row = train._store.pixels[place]  # type: ignore[union-attr]
+        for place in np.flatnonzero(train.chain.store.have):  # a row that is marked is whole
+            row = train.chain.store.pixels[place]  # type: ignore[attr-defined]
             assert torch.equal(torch.from_numpy(row), squares[int(place)].ravel())
         assert digest(take(train, 18)) == digest(expected)
         assert train.filled == (COUNT, COUNT)

@@ -1,4 +1,4 @@
-"""Tests of tier resident: the bits of TestLoader, decoded once; by one process, by two, killed, resumed, refused."""
+"""Tests of tier resident: the bits of EvalLoader, decoded once; by one process, by two, killed, resumed, refused."""
 import itertools
 import json
 import multiprocessing
@@ -16,19 +16,17 @@ from tests.helpers.recipes import write_recipe
 from tests.helpers.small_set import encode, photographs, picture, write_set
 from tests.helpers.runs import here, inside, lines, pair
 
-from pipeline.resident import eval_loader as resident_squares, yuv420 as yuv
+from pipeline.resident import yuv420 as yuv
 from pipeline.loading.batch import Batch
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex
-from pipeline.reading.source import SampleError
-from pipeline.resident.train_loader import ResidentLoader
-from pipeline.resident.eval_loader import ResidentTestLoader
-from pipeline.loading.eval_loader import TestLoader
+from pipeline.reading.quarantine import SampleError
+from pipeline.loading.eval_loader import EvalLoader
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats, stats_path
 from pipeline.resident.ram_store import RamStore
-from pipeline.decoding.decoder import Prepared, Stream
-from pipeline.tiers import TIERS, test_loader
+from pipeline.decoding.decoder import Decoder
+from pipeline.tiers import TIERS, eval_loader, train_loader
 from train.evaluate.__main__ import main as evaluate_main
 
 COUNT, BATCH = 30, 4  # 8 batches, the last of 2
@@ -53,28 +51,22 @@ def stats(photos: SampleIndex) -> Stats:
 def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """What was decoded: the size of each batch that came out of a stream."""
     found: list[int] = []
-    collect, rows = Stream.collect, Stream.rows
+    original = Decoder.__next__
 
-    def collected(stream: Stream) -> object:
-        got = collect(stream)
-        found.append(len(got[0].ids))
-        return got
+    def decoded(decoder: Decoder) -> object:
+        plan, pixels = original(decoder)
+        found.append(len(plan.ids))
+        return plan, pixels
 
-    def rowed(stream: Stream) -> object:
-        got = rows(stream)
-        found.append(len(got[0].ids))
-        return got
-
-    monkeypatch.setattr(Stream, "collect", collected)
-    monkeypatch.setattr(Stream, "rows", rowed)
+    monkeypatch.setattr(Decoder, "__next__", decoded)
     yield found
 
 
 def loader(index: SampleIndex, stats: Stats, folder: Path, resident: str = "rgb", *, memory: str = "ram", mean: str = "image",
-           batch: int = BATCH, **options: object) -> ResidentTestLoader:
+           batch: int = BATCH, **options: object) -> EvalLoader:
     machine = LoaderConfig(threads=2, resident_folder=str(folder), resident_memory=memory)
-    return ResidentTestLoader(index, "val", pixels(mean), batch, stats, resident=resident, machine=machine,
-                              **options)  # type: ignore[arg-type]
+    return eval_loader("resident", index, "val", pixels(mean), batch, stats, resident=resident, machine=machine,
+                       **options)  # type: ignore[arg-type]
 
 
 def equal(ours: list[Batch], theirs: list[Batch]) -> None:
@@ -88,9 +80,9 @@ def equal(ours: list[Batch], theirs: list[Batch]) -> None:
 @pytest.mark.parametrize("memory", ["ram", "gpu"])
 def test_every_pass_gives_the_bits_of_a_test_loader_and_only_the_first_decodes(
         photos: SampleIndex, stats: Stats, tmp_path: Path, opened: list[int], memory: str, mean: str) -> None:
-    with TestLoader(photos, "val", pixels(mean), BATCH, stats) as plain:
+    with eval_loader("archives", photos, "val", pixels(mean), BATCH, stats) as plain:
         expected = list(plain)
-        views = [torch.stack(list(plain.views(batch.images, 10))) for batch in expected]
+        views = [torch.stack(list(plain.crops(batch.images, 10))) for batch in expected]
     opened.clear()
     with loader(photos, stats, tmp_path, memory=memory, mean=mean) as test:
         assert len(test) == 8 and test.filled == (0, COUNT)
@@ -99,7 +91,7 @@ def test_every_pass_gives_the_bits_of_a_test_loader_and_only_the_first_decodes(
             assert test.filled == (COUNT, COUNT) and sum(opened) == COUNT, f"pass {number}"
             test.close()
         for batch, view, (centre, labels) in zip(test, views, test.pairs(), strict=False):
-            assert torch.equal(torch.stack(list(test.views(batch.images, 10))), view)
+            assert torch.equal(torch.stack(list(test.crops(batch.images, 10))), view)
             assert torch.equal(centre, view[4]) and torch.equal(labels, batch.labels)
             break
     with loader(photos, stats, tmp_path, memory=memory, mean=mean, batch=7) as test:  # a later run, other batches
@@ -109,7 +101,7 @@ def test_every_pass_gives_the_bits_of_a_test_loader_and_only_the_first_decodes(
 
 @pytest.mark.parametrize("memory", ["ram", "gpu"])
 def test_yuv_squares_are_those_of_the_form_stored_or_not(photos: SampleIndex, stats: Stats, tmp_path: Path, memory: str) -> None:
-    with TestLoader(photos, "val", pixels(), 16, None) as plain:
+    with eval_loader("archives", photos, "val", pixels(), 16, None) as plain:
         squares = {int(id): image.permute(2, 0, 1).contiguous() for batch in plain
                    for id, image in zip(batch.ids, batch.images, strict=True)}
     mean = torch.from_numpy(stats.mean_image_chw)
@@ -128,20 +120,21 @@ def test_after_the_first_pass_nothing_is_read_and_the_file_is_complete(stats: St
     index = write_set(tmp_path, photographs(2), photographs(COUNT))
     folder = index.path / "resident"
     machine = LoaderConfig(threads=1)
-    with ResidentTestLoader(index, "val", pixels(), BATCH, stats, machine=machine) as test:
+    with eval_loader("resident", index, "val", pixels(), BATCH, stats, machine=machine) as test:
         expected = list(test)
         test.close()
-        assert test._store.sealed  # type: ignore[union-attr]
+        assert test.chain.store.sealed  # type: ignore[attr-defined]
     assert [path.suffix for path in sorted(folder.iterdir())] == [".lock", ".squares"]
     (tmp_path / "images.tar").unlink()
     for keep in (True, False):
-        with ResidentTestLoader(SampleIndex.load(index.path), "val", pixels(), BATCH, stats, machine=machine, keep=keep) as test:
+        with eval_loader("resident", SampleIndex.load(index.path), "val", pixels(), BATCH, stats, machine=machine,
+                         keep=keep) as test:
             equal(list(test), expected)
-            assert "decode" not in test.meter.spans() and test.note == "" and sum(opened) == COUNT
+            assert "decode" not in test.monitor.spans() and test.note == "" and sum(opened) == COUNT
 
 
 def test_a_split_that_is_tested_once_fills_nothing(photos: SampleIndex, stats: Stats, tmp_path: Path, opened: list[int]) -> None:
-    with TestLoader(photos, "val", pixels(), BATCH, stats) as plain:
+    with eval_loader("archives", photos, "val", pixels(), BATCH, stats) as plain:
         expected = list(plain)
     for memory in ("ram", "gpu"):
         with loader(photos, stats, tmp_path / "none", memory=memory, keep=False) as once:
@@ -163,7 +156,7 @@ def test_a_split_that_is_tested_once_fills_nothing(photos: SampleIndex, stats: S
 
 
 def test_ranks_share_the_batches_and_one_file(photos: SampleIndex, stats: Stats, tmp_path: Path, opened: list[int]) -> None:
-    with TestLoader(photos, "val", pixels(), BATCH, stats) as plain:
+    with eval_loader("archives", photos, "val", pixels(), BATCH, stats) as plain:
         expected = list(plain)
     for memory in ("ram", "gpu"):
         opened.clear()
@@ -184,14 +177,14 @@ def test_some_samples_in_any_order_from_a_later_batch_on(photos: SampleIndex, st
                                                          opened: list[int]) -> None:
     ids = photos.ids("val")[[20, 3, 4, 19, 7, 3]]
     for memory in ("ram", "gpu"):
-        with TestLoader(photos, "val", pixels(), 4, stats, ids=ids, first=1) as plain, \
+        with eval_loader("archives", photos, "val", pixels(), 4, stats, ids=ids, first=1) as plain, \
                 loader(photos, stats, tmp_path, memory=memory, ids=ids, first=1) as test:
             expected = list(plain)
             opened.clear()
             for _ in range(2):
                 equal(list(test), expected)
             assert sum(opened) == 2 and len(test) == 1
-    with pytest.raises(ValueError, match=r"ids \(=1 samples\) must be of split val, whose squares are kept"):
+    with pytest.raises(ValueError, match=r"ids \(=1 samples\) must be of split val, whose images are kept"):
         loader(photos, stats, tmp_path, ids=photos.ids("train")[:1])
 
 
@@ -210,7 +203,7 @@ def test_an_unreadable_image_is_an_error_in_every_pass_and_what_was_decoded_stay
                     seen.append(batch.step)
             assert seen == [0, 1]
         assert test.filled[0] == 8 and opened == [4, 4]
-    with TestLoader(index, "val", pixels(), BATCH, stats, skip_corrupt=True) as plain, \
+    with eval_loader("archives", index, "val", pixels(), BATCH, stats, skip_corrupt=True) as plain, \
             loader(index, stats, tmp_path / "squares", memory=memory, skip_corrupt=True) as test:
         expected = list(plain)
         opened.clear()
@@ -219,12 +212,12 @@ def test_an_unreadable_image_is_an_error_in_every_pass_and_what_was_decoded_stay
             assert test.skipped == plain.skipped and set(test.skipped) == {bad}
         assert test.filled == (11, 12) and sum(opened) == (3 if memory == "ram" else 11)
         test.close()
-        assert memory == "gpu" or test._store.sealed  # type: ignore[union-attr]
+        assert memory == "gpu" or test.chain.store.sealed  # type: ignore[attr-defined]
 
 
 def test_a_pass_left_in_the_middle_and_taken_up_again(photos: SampleIndex, stats: Stats, tmp_path: Path,
                                                       opened: list[int]) -> None:
-    with TestLoader(photos, "val", pixels(), BATCH, stats) as plain:
+    with eval_loader("archives", photos, "val", pixels(), BATCH, stats) as plain:
         expected = list(plain)
     opened.clear()
     with loader(photos, stats, tmp_path) as test:
@@ -248,10 +241,10 @@ def test_a_pass_left_in_the_middle_and_taken_up_again(photos: SampleIndex, stats
 
 def test_training_and_tests_share_a_splits_file(photos: SampleIndex, stats: Stats, tmp_path: Path, opened: list[int]) -> None:
     machine = LoaderConfig(threads=1, resident_folder=str(tmp_path))
-    with ResidentLoader(photos, "val", pixels(), 6, 7, stats, machine=machine) as train:
+    with train_loader("resident", photos, "val", pixels(), 6, 7, stats, machine=machine) as train:
         train.fill()
     opened.clear()
-    with TestLoader(photos, "val", pixels(), BATCH, stats) as plain, loader(photos, stats, tmp_path) as test:
+    with eval_loader("archives", photos, "val", pixels(), BATCH, stats) as plain, loader(photos, stats, tmp_path) as test:
         equal(list(test), list(plain))
         assert sum(opened) == COUNT  # the plain one's
 
@@ -288,11 +281,11 @@ def test_processes_fill_one_file_at_once_though_one_is_killed(photos: SampleInde
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [9, 0]
-    with TestLoader(photos, "val", pixels(), BATCH, stats) as plain:
+    with eval_loader("archives", photos, "val", pixels(), BATCH, stats) as plain:
         expected = torch.cat([batch.images for batch in plain])
     assert all(torch.equal(images, expected) for images in torch.load(tmp_path / "rank1.pt"))
     with loader(photos, stats, tmp_path) as test:
-        assert test.filled == (COUNT, COUNT) and test._store.sealed  # type: ignore[union-attr]
+        assert test.filled == (COUNT, COUNT) and test.chain.store.sealed  # type: ignore[attr-defined]
 
 
 def test_what_does_not_fit_is_refused_naming_the_split(photos: SampleIndex, stats: Stats, tmp_path: Path,
@@ -316,10 +309,10 @@ def test_what_does_not_fit_is_refused_naming_the_split(photos: SampleIndex, stat
 def test_room_that_other_squares_will_take_is_not_free(photos: SampleIndex, stats: Stats, tmp_path: Path,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     machine = LoaderConfig(threads=1, resident_folder=str(tmp_path))
-    with ResidentLoader(photos, "train", pixels(), 4, 7, stats, machine=machine) as train:
-        need, promised = COUNT * 76 * 76 * 3, train._store._size  # type: ignore[union-attr]
+    with train_loader("resident", photos, "train", pixels(), 4, 7, stats, machine=machine) as train:
+        need, promised = COUNT * 76 * 76 * 3, train.chain.store._size  # type: ignore[attr-defined]
         free = need + promised // 2
-        monkeypatch.setattr(resident_squares.RamStore, "_promised", promises(found := [], RamStore._promised))
+        monkeypatch.setattr(RamStore, "_promised", promises(found := [], RamStore._promised))
         monkeypatch.setattr("pipeline.resident.capacity.is_memory", lambda folder: False)
         monkeypatch.setattr("pipeline.resident.capacity.os.statvfs",
                             lambda folder: os.statvfs_result((1, 1, 0, 0, free, 0, 0, 0, 0, 255)))
@@ -342,11 +335,11 @@ def promises(found: list[int], ask: object) -> object:
 def test_the_tier_chooses(photos: SampleIndex, stats: Stats, tmp_path: Path) -> None:
     machine = LoaderConfig(threads=1, resident_folder=str(tmp_path))
     for tier in TIERS:
-        made = test_loader(tier, photos, "val", pixels(), BATCH, stats, machine=machine, shard=(1, 2))
-        assert type(made) is (ResidentTestLoader if tier == "resident" else TestLoader) and len(made) == 4
+        made = eval_loader(tier, photos, "val", pixels(), BATCH, stats, machine=machine, shard=(1, 2))
+        assert len(made) == 4 and made.filled == ((0, COUNT) if tier == "resident" else (0, 0))
     assert [json.loads(path.read_bytes()[:4095])["split"] for path in tmp_path.glob("*.squares")] == ["val"]
     with pytest.raises(ValueError, match=r"data.tier \(=tape\) must be one of archives"):
-        test_loader("tape", photos, "val", pixels(), BATCH, stats)
+        eval_loader("tape", photos, "val", pixels(), BATCH, stats)
 
 
 def scores(folder: Path) -> list[dict[str, Any]]:
@@ -355,16 +348,17 @@ def scores(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def tested(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Test images that were given to a decoder, batch by batch."""
+def tested(tiny_set: TinySet, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Images of split val that were decoded, batch by batch."""
     found: list[int] = []
-    assemble = TestLoader._assemble
+    original, ids = Decoder.__next__, SampleIndex.load(tiny_set.index).ids("val")
 
-    def assembled(test: TestLoader, step: int, ids: Any, views: Any) -> Prepared:
-        found.append(len(ids))
-        return assemble(test, step, ids, views)
+    def decoded(decoder: Decoder) -> object:
+        plan, given = original(decoder)
+        found.append(int(np.isin(plan.ids, ids).sum()))
+        return plan, given
 
-    monkeypatch.setattr(TestLoader, "_assemble", assembled)
+    monkeypatch.setattr(Decoder, "__next__", decoded)
     return found
 
 
@@ -420,7 +414,7 @@ def test_squares_that_do_not_fit_are_refused_before_the_run_begins(tiny_set: Tin
 @pytest.mark.parametrize("memory", ["ram", "gpu"])
 @pytest.mark.parametrize("kind", ["rgb", "yuv420"])
 def test_on_a_gpu(photos: SampleIndex, stats: Stats, tmp_path: Path, opened: list[int], kind: str, memory: str) -> None:
-    with TestLoader(photos, "val", pixels(), BATCH, stats, device_id=0) as plain, \
+    with eval_loader("archives", photos, "val", pixels(), BATCH, stats, device_id=0) as plain, \
             loader(photos, stats, tmp_path, kind, memory=memory, device_id=0) as test:
         expected = [batch.images for batch in plain]
         opened.clear()

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from pipeline.resident import capacity as room, ram_store as store
-from pipeline.resident.layout import Form
-from pipeline.resident.gpu_store import SpreadStore
+from pipeline.resident.layout import Layout
+from pipeline.resident.gpu_store import GpuStore
 from pipeline.resident.ram_store import RamStore
 
-FORM, SHA = Form("rgb", 10, 7), "ab" * 32
+FORM, SHA = Layout("rgb", 10, 7), "ab" * 32
 ROWS = 40
 
 
@@ -23,17 +23,17 @@ def squares(rows: int = ROWS) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (rows, 10, 10, 3)).astype(np.uint8))
 
 
-def opened(folder: Path, form: Form = FORM, sha: str = SHA) -> RamStore:
+def opened(folder: Path, form: Layout = FORM, sha: str = SHA) -> RamStore:
     return RamStore(folder, "train", sha, ROWS, form)
 
 
 def holds(found: RamStore, places: npt.NDArray[np.int64]) -> bool:
-    return all(np.array_equal(found.pixels[place], found.form.encode(squares()[place].numpy())) for place in places)
+    return all(np.array_equal(found.pixels[place], found.layout.encode(squares()[place].numpy())) for place in places)
 
 
 @pytest.mark.parametrize("kind", ["rgb", "yuv420"])
 def test_what_is_put_is_there_for_all_and_after_a_restart(tmp_path: Path, kind: str) -> None:
-    form = Form(kind, 10, 7)
+    form = Layout(kind, 10, 7)
     first, second = opened(tmp_path, form), opened(tmp_path, form)
     assert first.path == second.path == tmp_path / f"train-10-{kind}-cpu-abababababababab.squares" and not first.have.any()
     places = np.array([3, 39, 0])
@@ -49,7 +49,7 @@ def test_what_is_put_is_there_for_all_and_after_a_restart(tmp_path: Path, kind: 
 
 
 def test_other_squares_have_other_files(tmp_path: Path) -> None:
-    found = {opened(tmp_path, Form(kind, size, 7), sha).path for kind in ("rgb", "yuv420") for size in (10, 12)
+    found = {opened(tmp_path, Layout(kind, size, 7), sha).path for kind in ("rgb", "yuv420") for size in (10, 12)
              for sha in (SHA, "cd" * 32)}
     assert len(found) == 8
 
@@ -63,7 +63,7 @@ def test_a_file_that_is_not_what_its_name_says_is_made_anew(tmp_path: Path, capl
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             found = opened(tmp_path)
-        assert found.note == f"resident store {path} is not one of these squares; it is made anew"
+        assert found.note == f"resident store {path} does not hold these images; it is made anew"
         assert caplog.messages == [found.note] and not found.have.any() and opened(tmp_path).note == ""
 
 
@@ -135,7 +135,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(tmp_path: Path) ->
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
 
-IMAGENET = (1_281_167, Form("rgb", 256, 227).row_bytes)
+IMAGENET = (1_281_167, Layout("rgb", 256, 227).row_bytes)
 
 
 def refusal(**options: object) -> str:
@@ -159,7 +159,7 @@ def test_refusals_name_what_would_fit() -> None:
         "125.9 GB, fits), or machine.resident_folder on another disk, or data.tier: packed")
     room.check_ram("rgb", *IMAGENET, Path("/"), 60 * 10 ** 9, limit=(300 * 10 ** 9, ""), free=200 * 10 ** 9)
     room.check_device("rgb", *IMAGENET, 2, 141 * 10 ** 9)
-    room.check_device("yuv420", IMAGENET[0], Form("yuv420", 256, 227).row_bytes, 1, 141 * 10 ** 9)
+    room.check_device("yuv420", IMAGENET[0], Layout("yuv420", 256, 227).row_bytes, 1, 141 * 10 ** 9)
     with pytest.raises(RuntimeError) as caught:
         room.check_device("rgb", *IMAGENET, 1, 141 * 10 ** 9, limit=(300 * 10 ** 9, ""))
     assert str(caught.value) == (
@@ -197,9 +197,9 @@ def test_memory_file_systems_are_known(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["rgb", "yuv420"])
 def test_a_store_of_one_device_gives_what_was_put(kind: str) -> None:
-    form = Form(kind, 10, 7)
-    found = SpreadStore(ROWS, form, torch.device("cpu"))
-    assert found.shards((1, 3)) == [(1, 3)] and found.mine(np.arange(ROWS)).all()
+    form = Layout(kind, 10, 7)
+    found = GpuStore(ROWS, form, torch.device("cpu"))
+    assert found.shards((1, 3)) == [(1, 3)] and found.owned(np.arange(ROWS)).all()
     places = np.array([7, 1, 20])
     found.put(places, squares()[places])
     assert not found.have.any() and found.agree(places, np.array([False, True, False])).tolist() == [False, True, False]
@@ -226,4 +226,4 @@ def test_a_file_that_another_machine_is_filling_is_left_alone(tmp_path: Path, mo
 
 
 def test_squares_of_another_decoder_are_others(tmp_path: Path) -> None:
-    assert opened(tmp_path).path != RamStore(tmp_path, "train", SHA, ROWS, FORM, decoder="gpu").path
+    assert opened(tmp_path).path != RamStore(tmp_path, "train", SHA, ROWS, FORM, device=torch.device("cuda")).path

@@ -8,7 +8,7 @@ from PIL import Image
 from tests.helpers.small_set import encode, picture
 
 from pipeline.resident import yuv420 as yuv
-from pipeline.resident.layout import Form
+from pipeline.resident.layout import Layout
 
 Array = npt.NDArray[np.uint8]
 
@@ -74,35 +74,35 @@ def test_planes_are_views_however_many_rows_there_are() -> None:
 @pytest.mark.parametrize("size,crop_px", [(9, 5), (9, 4), (10, 7), (10, 10), (9, 9), (6, 1)])
 def test_a_crop_is_that_of_the_square_on_every_path(size: int, crop_px: int) -> None:
     squares = noise(size, 3)
-    form = Form("yuv420", size, crop_px)
+    form = Layout("yuv420", size, crop_px)
     rows = form.encode_all(torch.from_numpy(squares).permute(0, 2, 3, 1))
     whole = np.stack([yuv.decode(form.encode(square.transpose(1, 2, 0)), size) for square in squares])
     assert np.array_equal(yuv.decode(rows, size).numpy(), whole)
     room = size - crop_px + 1
     which, top, left = (torch.from_numpy(each.ravel()) for each in np.mgrid[0:3, 0:room, 0:room])
-    parcels = form.parcels(rows, which, top, left)
+    parcels = form.pack_all(rows, which, top, left)
     crops = form.unpack(parcels, top, left).numpy()
     for place, (row, down, right) in enumerate(zip(which.tolist(), top.tolist(), left.tolist(), strict=True)):
         expected = whole[row, :, down:down + crop_px, right:right + crop_px]
         assert np.array_equal(form.crop(rows[row].numpy(), down, right), expected)
         assert np.array_equal(crops[place], expected)
-        parcel = np.zeros(form.parcel_bytes, np.uint8)
+        parcel = np.zeros(form.packed_bytes, np.uint8)
         form.pack(rows[row].numpy(), down, right, parcel)
         assert np.array_equal(parcel, parcels[place].numpy())
 
 
 def test_rgb_rows_are_the_pixels_on_every_path() -> None:
     squares = noise(9, 3)
-    form = Form("rgb", 9, 4)
+    form = Layout("rgb", 9, 4)
     rows = form.encode_all(torch.from_numpy(squares).permute(0, 2, 3, 1))
     assert np.array_equal(rows.numpy(), squares.reshape(3, -1)) and form.row_bytes == 243
     assert all(np.array_equal(form.encode(square.transpose(1, 2, 0)), square.ravel()) for square in squares)
     which, top, left = torch.tensor([2, 0]), torch.tensor([5, 1]), torch.tensor([0, 3])
-    parcels = form.parcels(rows, which, top, left)
+    parcels = form.pack_all(rows, which, top, left)
     expected = np.stack([squares[2, :, 5:9, 0:4], squares[0, :, 1:5, 3:7]])
     assert np.array_equal(form.unpack(parcels, top, left).numpy(), expected)
     assert np.array_equal(form.crop(rows[2].numpy(), 5, 0), expected[0])
-    parcel = np.zeros(form.parcel_bytes, np.uint8)
+    parcel = np.zeros(form.packed_bytes, np.uint8)
     form.pack(rows[0].numpy(), 1, 3, parcel)
     assert np.array_equal(parcel, expected[1].ravel())
 
@@ -119,4 +119,4 @@ def test_pictures_lose_no_more_than_in_the_best_jpeg_of_that_kind() -> None:
 
 def test_another_form_is_refused() -> None:
     with pytest.raises(ValueError, match=r"data.resident \(=bgr\) must be one of rgb, yuv420"):
-        Form("bgr", 256, 227)
+        Layout("bgr", 256, 227)

@@ -11,7 +11,7 @@ from tests.helpers.small_set import encode, picture
 from pipeline import tiers
 from pipeline.loading.batch import Batch
 from pipeline.config import DataConfig, LoaderConfig
-from pipeline.sampling.augment import draw
+from pipeline.sampling.augment import augment
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.train_loader import TrainLoader
 from pipeline.compute_stats import compute
@@ -57,9 +57,9 @@ def take(train: TrainLoader, steps: int) -> list[Batch]:
 def test_draws_by_hand() -> None:
     epochs, ids = np.array([0, 1, 1, 2, 3]), np.array([4, 4, 5, 4, 5])
     rooms = np.full((5, 2), 29)
-    always = draw(7, epochs, ids, rooms, mirror=True, lighting=0.1)
+    always = augment(7, epochs, ids, rooms, mirror=True, lighting=0.1)
     for lit, zero in ((0, []), (1, [1, 2, 3, 4]), (2, [3, 4]), (3, [4]), (4, [])):
-        drawn = draw(7, epochs, ids, rooms, mirror=True, lighting=0.1, lighting_epochs=lit)
+        drawn = augment(7, epochs, ids, rooms, mirror=True, lighting=0.1, lighting_epochs=lit)
         expected = always.alphas.copy()
         expected[zero] = 0
         assert np.array_equal(drawn.alphas, expected) and always.alphas.all()

@@ -4,7 +4,7 @@ import pytest
 
 from pipeline import rng as counter
 from pipeline.decoding import geometry
-from pipeline.sampling.augment import draw, lighting_shift
+from pipeline.sampling.augment import augment, lighting_shift
 from pipeline.sampling.sampler import Sampler, epoch_of, first_step
 
 
@@ -75,16 +75,16 @@ def test_wrong_shards_and_batches_are_explained() -> None:
 
 def test_draws_cover_every_place_evenly_and_belong_to_the_sample() -> None:
     ids = np.arange(30_000)
-    drawn = draw(1, np.zeros_like(ids), ids, np.full((len(ids), 2), 29), mirror=True, lighting=0.1)
+    drawn = augment(1, np.zeros_like(ids), ids, np.full((len(ids), 2), 29), mirror=True, lighting=0.1)
     for offset in (drawn.top, drawn.left):
         counts = np.bincount(offset, minlength=30)
         assert len(counts) == 30 and (np.abs(counts - 1000) < 5 * np.sqrt(1000)).all()
     assert abs(drawn.mirror.mean() - 0.5) < 5 * np.sqrt(0.25 / len(ids))
     assert np.abs(drawn.alphas.std(axis=0) - 0.1).max() < 0.1 * 5 / np.sqrt(2 * len(ids))
     assert np.abs(np.corrcoef(np.column_stack([drawn.top, drawn.left, drawn.mirror, drawn.alphas]).T) - np.eye(6)).max() < 0.03
-    some = draw(1, np.zeros(3, np.int64), ids[[5, 9, 5]], np.full((3, 2), 29), mirror=True, lighting=0.1)
+    some = augment(1, np.zeros(3, np.int64), ids[[5, 9, 5]], np.full((3, 2), 29), mirror=True, lighting=0.1)
     assert list(some.top) == [drawn.top[5], drawn.top[9], drawn.top[5]] and np.array_equal(some.alphas[1], drawn.alphas[9])
-    still = draw(1, np.zeros_like(ids), ids, np.zeros((len(ids), 2), np.int64), mirror=False, lighting=0)
+    still = augment(1, np.zeros_like(ids), ids, np.zeros((len(ids), 2), np.int64), mirror=False, lighting=0)
     assert not still.mirror.any() and not still.alphas.any() and not still.top.any()
 
 

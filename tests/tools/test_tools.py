@@ -54,16 +54,16 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_sheet_shows_the_crops_that_were_drawn(index: Path, tmp_path: Path) -> None:
     """The restored crops are the squares of the index cut where the captions say, within lighting and JPEG rounding."""
-    from pipeline import DataConfig, SampleIndex, Stats, TestLoader, TrainLoader
+    from pipeline import DataConfig, SampleIndex, Stats, eval_loader, train_loader
     for mean in ("image", "image_center", "channel"):
         data = DataConfig(region="square", square_px=76, crop_px=67, mirror=True, lighting=0.0, mean=mean)
         found = SampleIndex.load(index)
         stats = Stats.for_index(found, 76)
-        with TrainLoader(found, "train", data, 8, 5, stats) as loader:
+        with train_loader("archives", found, "train", data, 8, 5, stats) as loader:
             batch = next(iter(loader))
-            drawn = loader.draws(batch.ids, batch.epochs)
+            drawn = loader.augmentation(batch.ids, batch.epochs)
         crops = show_batch.restore(batch, drawn, data, stats)
-        with TestLoader(found, "train", data, 8, None, skip_corrupt=True) as squares:
+        with eval_loader("archives", found, "train", data, 8, None, skip_corrupt=True) as squares:
             pixels = {int(id): image.numpy() for part in squares for id, image in zip(part.ids, part.images)}
         for row, id in enumerate(batch.ids):
             crop = pixels[int(id)][drawn.top[row]:drawn.top[row] + 67, drawn.left[row]:drawn.left[row] + 67]

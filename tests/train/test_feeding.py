@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 from tests.helpers.small_set import photographs, write_set
 
-from pipeline import headroom
 from pipeline.config import DataConfig, LoaderConfig
-from pipeline.headroom import Headroom, Usage
-from pipeline.loading.train_loader import TrainLoader
-from pipeline.monitor import Waits
+from pipeline.monitor import Headroom, Usage, Waits, headroom
 from pipeline.compute_stats import compute
+from pipeline.tiers import train_loader
 from train.feeding import Feeding
 
 MACHINE = LoaderConfig(read_threads=2)
@@ -21,9 +19,9 @@ MACHINE = LoaderConfig(read_threads=2)
 
 def test_headroom_by_hand() -> None:
     used = Usage(time=10.0, read=4.0, decode=6.0, making=1.5)
-    assert headroom.headroom(used, MACHINE, 1) == Headroom(10 / 6, "decode")
-    assert headroom.headroom(used, MACHINE, 4) == Headroom(5.0, "read")
-    assert headroom.headroom(Usage(10.0, 0, 1.0, 4.0), MACHINE, 1) == Headroom(2.5, "making batches")
+    assert headroom(used, MACHINE, 1) == Headroom(10 / 6, "decode")
+    assert headroom(used, MACHINE, 4) == Headroom(5.0, "read")
+    assert headroom(Usage(10.0, 0, 1.0, 4.0), MACHINE, 1) == Headroom(2.5, "making batches")
     later = Usage(time=30.0, read=5.0, decode=1.0, making=3.0)  # decoding threads have ended meanwhile
     assert Usage(time=1.0).plus(later, used) == Usage(time=21.0, read=1.0, decode=0.0, making=1.5)
 
@@ -51,12 +49,12 @@ def test_the_sentence_says_who_waited() -> None:
 def test_the_first_batch_of_a_run_is_the_loaders_start(tmp_path: Path) -> None:
     index = write_set(tmp_path, photographs(12))
     data, watched = DataConfig("square", 76, 67, True, 0.1, "channel"), Feeding()
-    with TrainLoader(index, "train", data, 4, 1, compute(index, "train", 76)) as loader:
+    with train_loader("archives", index, "train", data, 4, 1, compute(index, "train", 76)) as loader:
         for _ in range(2):
-            with watched.watch(loader.meter):
+            with watched.watch(loader.monitor):
                 for _ in loader:
-                    watched.arrived(loader.meter)
-        assert watched.waits.batches == 5 and watched.waits.seconds < loader.meter.waits.seconds
+                    watched.arrived(loader.monitor)
+        assert watched.waits.batches == 5 and watched.waits.seconds < loader.monitor.waits.seconds
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -64,11 +62,11 @@ def test_dalis_threads_are_found_and_their_work_counted(tmp_path: Path, threads:
     index = write_set(tmp_path, photographs(12))
     data = DataConfig("square", 76, 67, True, 0.1, "channel")
     machine, watched = LoaderConfig(threads=threads, read_threads=1), Feeding()
-    with TrainLoader(index, "train", data, 4, 1, compute(index, "train", 76), machine=machine) as loader:
+    with train_loader("archives", index, "train", data, 4, 1, compute(index, "train", 76), machine=machine) as loader:
         for _ in range(3):
-            with watched.watch(loader.meter):
+            with watched.watch(loader.monitor):
                 assert len(list(loader)) == 3
-        assert len(loader.meter.decoders) >= threads
+        assert len(loader.monitor.decoders) >= threads
     assert watched.waits.batches == 9
     assert 0 < watched.used.decode < threads * watched.used.time and 0 < watched.used.read and 0 < watched.used.making
     assert "wait" in watched.sentence(machine, threads, False)
@@ -81,18 +79,18 @@ def test_headroom_is_what_the_loader_then_gives(tmp_path: Path, threads: int) ->
     index = write_set(tmp_path, photographs(60))
     data = DataConfig("square", 256, 227, True, 0.1, "channel")
     machine, slow = LoaderConfig(threads=threads), Feeding()
-    with TrainLoader(index, "train", data, 10, 1, compute(index, "train", 256), machine=machine) as loader:
+    with train_loader("archives", index, "train", data, 10, 1, compute(index, "train", 256), machine=machine) as loader:
         assert len(list(loader)) == 6
         start = time.perf_counter()
         for _ in range(4):
             for _ in loader:
                 pass
         alone = 24 / (time.perf_counter() - start)
-        with slow.watch(loader.meter):
+        with slow.watch(loader.monitor):
             start = time.perf_counter()
             for _ in range(2):
                 for _ in loader:
                     time.sleep(4 / alone)
             slowed = 12 / (time.perf_counter() - start)
-        claimed = headroom.headroom(slow.used, machine, threads).times * slowed
+        claimed = headroom(slow.used, machine, threads).times * slowed
     assert alone / 3 < claimed < alone * 3

@@ -11,9 +11,9 @@ from torch.nn import functional
 
 from model.alexnet import AlexNet
 from pipeline.index.sample_index import SampleIndex
-from pipeline.loading.train_loader import TrainLoader
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats, stats_path
+from pipeline.tiers import train_loader
 from tests.helpers.recipes import write_recipe
 from tests.helpers.small_set import photographs, write_set
 from tests.helpers.runs import here, lines, watch, weights
@@ -50,7 +50,7 @@ def test_weights_equal_those_of_a_loop_by_hand(recipe: Path, trained: Path) -> N
     start = {name: p.detach().clone() for name, p in network.named_parameters()}
     velocity = {name: torch.zeros_like(p) for name, p in network.named_parameters()}
     rates = [0.01 / 3, 0.02 / 3, 0.01, 0.01, 0.01, 0.01] + [0.001] * 6
-    with TrainLoader(index, "train", config.data.pixels(), 4, 1, Stats.for_index(index, 76)) as loader:
+    with train_loader("archives", index, "train", config.data.pixels(), 4, 1, Stats.for_index(index, 76)) as loader:
         for epoch in range(2):
             for batch in loader:
                 network.zero_grad()

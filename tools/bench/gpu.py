@@ -75,11 +75,11 @@ def decoder(args: argparse.Namespace) -> Iterator[tuple[str, Spread]]:
     import torch
 
     from pipeline.config import LoaderConfig
-    from pipeline.decoding.dali import DecodeGraph
+    from pipeline.decoding.dali import Graph
     from pipeline.index.sample_index import SampleIndex
-    from pipeline.loading.train_loader import TrainLoader
     from pipeline.parallel import cores
     from pipeline.stats import Stats
+    from pipeline.tiers import train_loader
     from tools.profile.stages import make_ready
     from train.recipe import parse
 
@@ -87,13 +87,12 @@ def decoder(args: argparse.Namespace) -> Iterator[tuple[str, Spread]]:
     index = SampleIndex.load(args.index)
     batch, machine = min(256, len(index.ids("train"))), LoaderConfig(threads=args.threads or cores())
     stats = Stats.for_index(index, data.square_px, "train")
-    with closing(TrainLoader(index, "train", data.pixels(), batch, 0, stats, machine=machine, device_id=0)) as loader:
-        ready, plan = make_ready(loader).prepared, loader.plan(batch, data.crop_px)
+    tier = "archives" if index.packed is None else "packed"
+    with train_loader(tier, index, "train", data.pixels(), batch, 0, stats, machine=machine, device_id=0) as loader:
+        plans, settings = make_ready(loader).plans, loader.context.graph(loader.context.ids, batch, data.crop_px)
     for load in LOADS:
-        machine = replace(machine, hw_decoder_load=load)
-        inputs = itertools.cycle([one.inputs for one in ready])
-        with closing(DecodeGraph(inputs, plan.batch, plan.side_px, resample=plan.resample, machine=machine,
-                                 threads=machine.threads, device_id=0)) as graph:
+        changed = replace(settings, machine=replace(machine, hw_decoder_load=load), decode_only=True)
+        with closing(Graph(itertools.cycle(plans), changed)) as graph:
             def decode() -> float:
                 count = len(graph.collect())
                 torch.cuda.current_stream().synchronize()

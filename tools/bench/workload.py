@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from pipeline.config import DataConfig
 from pipeline.index.sample_index import SampleIndex
-from pipeline.reading.source import Reader
+from pipeline.reading.source import ArchiveSource
 from pipeline.sampling.augment import lighting_shift
 from pipeline.stats import Stats
 from tools.bench.workers import NotAvailable
@@ -122,8 +122,8 @@ class Photographs:
         return Stats.load(self.task.stats)
 
     @cached_property
-    def _reader(self) -> Reader:
-        return Reader(self.index, check_crc=False)
+    def _reader(self) -> ArchiveSource:
+        return ArchiveSource(self.index, check_crc=False)
 
     def read(self, id: int) -> npt.NDArray[np.uint8]:
         """The bytes of a photograph: a view of the memory-mapped archive."""

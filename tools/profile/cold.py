@@ -92,4 +92,4 @@ def measure_cold(make: Callable[[], TrainLoader], index: SampleIndex, split: str
 
 def _first_pass(make: Callable[[], TrainLoader], seconds: float) -> Turn:
     with make() as loader:
-        return run_turn(Workload("cold", (len(batch.ids) for batch in loader), 0, loader.meter), seconds)
+        return run_turn(Workload("cold", (len(batch.ids) for batch in loader), 0, loader.monitor), seconds)

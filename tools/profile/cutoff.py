@@ -1,110 +1,59 @@
-"""The loader cut off after one of its stages: everything before it runs at once, as always, and what it gives is thrown away.
-
-The one concept: a loader makes batches from a stream with a graph at its end; with another graph, or without the finishing of
-its pixels, it is the same loader that ends earlier.
-"""
+"""The loader cut off after one of its stages: everything before it runs at once, as always, and its outputs are thrown away."""
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Generator, Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
-
-import numpy as np
-import torch
+from typing import Any
 
 from pipeline.config import LoaderConfig
-from pipeline.decoding.dali import DecodeGraph, Graph, Inputs
-from pipeline.loading.batch import Batch
 from pipeline.loading.train_loader import TrainLoader
-from pipeline.resident.train_loader import ResidentLoader
-from tools.profile.stages import arrived, image_bytes, touch
-from pipeline.decoding.decoder import GraphPlan, Prepared, Stream
-from pipeline.loading.streamed_loader import StreamedLoader
+from pipeline.sampling.batch_plan import BatchPlan
 from tools.profile.measure import Workload
+from tools.profile.stages import arrived, image_bytes, touch
 
-
-class _DecodePlan(GraphPlan):
-    """A plan whose graph ends after the decoder."""
-
-    def build(self, source: Iterator[Inputs]) -> Graph:
-        return DecodeGraph(source, self.batch, self.side_px, resample=self.resample, machine=self.machine, threads=self.threads,
-                           device_id=self.device_id)
-
-
-class _NoGraph(Graph):
-    """Takes inputs, touches their bytes when nobody has yet, and gives nothing."""
-
-    def __init__(self, source: Iterator[Inputs], touching: bool) -> None:
-        self._source, self._touching = source, touching
-
-    def collect(self) -> torch.Tensor:
-        inputs = next(self._source)
-        if self._touching:
-            for view in inputs.encoded:
-                touch(view)
-        return torch.empty(0)
-
-    def rows(self) -> list[torch.Tensor]:
-        return list(self.collect())
-
-    def close(self) -> None:
-        pass
-
-
-class _ReadPlan(GraphPlan):
-    """A plan without a graph: the bytes are all."""
-
-    def build(self, source: Iterator[Inputs]) -> Graph:
-        return _NoGraph(source, not self.machine.check_crc)
+_ENDS = {"read": "read", "crc": "read", "decode": "decode", "normalize": "normalize"}  # stage of a profile → of a chain
 
 
 def cut_off(make: Callable[[LoaderConfig], TrainLoader], machine: LoaderConfig, stages: list[str],
             closers: ExitStack) -> list[Workload]:
-    """The loader cut off after each of these stages (those from "read" to "colour"); loaders are closed by `closers`.
+    """The loader cut off after each of these stages that its chain can end after (on a CPU what resizes is the normalizer's
+    threads); nothing for tier resident, whose stages follow one another in one thread.
 
     Args:
-        make: opens the loader with these settings.
+        make: opens the loader with these settings; closed by `closers`.
     """
     works = []
     for stage in stages:
-        if stage not in ("read", "crc", "decode", "resize", "colour"):
+        if stage not in _ENDS:
             continue
         loader = closers.enter_context(make(replace(machine, check_crc=machine.check_crc and stage != "read")))
-        if isinstance(loader, ResidentLoader):
-            return []   # three stages that follow one another in one thread: nothing to cut
-        threads = max(1, machine.read_threads) if stage in ("read", "crc") else loader.threads
-        works.append(Workload(stage, closers.enter_context(closing(_through(loader, stage))),
-                              machine.prefetch + machine.read_threads + 3, None, threads))
+        if "read" not in loader.chain.stages:
+            return []
+        threads = max(1, machine.read_threads) if _ENDS[stage] == "read" else loader.threads
+        works.append(Workload(stage, _through(loader, _ENDS[stage], closers), machine.prefetch + machine.read_threads + 3, None,
+                              threads))
     return works
 
 
 def read_alone(make: Callable[[LoaderConfig], TrainLoader], machine: LoaderConfig, closers: ExitStack) -> list[Workload]:
-    """Reading as a stage of tier streamed: in its order, the drawing of that order included. Nothing for other tiers."""
+    """Reading as a stage of tier streamed: in its order, the drawing of that order included."""
     loader = closers.enter_context(make(replace(machine, check_crc=False)))
-    if not isinstance(loader, StreamedLoader):
-        return []
     reading = max(1, machine.read_threads)
-    return [Workload("read", closers.enter_context(closing(_through(loader, "read"))), machine.read_threads + 2, None, reading,
-                     image_bytes(loader))]
+    return [Workload("read", _through(loader, "read", closers), machine.read_threads + 2, None, reading, image_bytes(loader))]
 
 
-def _through(loader: TrainLoader, last: str) -> Generator[int, None, None]:
-    """Batches of a loader that ends after the stage `last`, without end."""
-    plan = loader.plan(loader._sampler.share, loader.data.crop_px)
-    if last != "colour":
-        kind = {"read": _ReadPlan, "crc": _ReadPlan, "decode": _DecodePlan}.get(last, GraphPlan)
-        ending = kind(plan.batch, plan.side_px, plan.resample, plan.machine, plan.threads, plan.device_id)
-        setattr(loader, "_open", lambda steps, batch, side_px: Stream(steps, loader._prepare, loader._mend, ending, loader.meter))
-        setattr(loader, "_begun", _unfinished)
-    with closing(loader._produce(0)) as batches:
-        for step in itertools.count(1):
-            batch = next(batches)
-            loader._step = step
-            arrived(loader.device)
-            yield len(batch.ids)
+def _through(loader: TrainLoader, stage: str, closers: ExitStack) -> Iterator[int]:
+    """Batches of a loader that ends after the stage of its chain, without end."""
+    return map(lambda made: _count(loader, made), closers.enter_context(closing(
+        loader.chain.until(stage, range(0, sys.maxsize)))))
 
 
-def _unfinished(colour: object, prepared: Prepared, pixels: object) -> Callable[[], Batch]:
-    """A batch that is none yet."""
-    return lambda: Batch(torch.empty(0), torch.empty(0), prepared.ids, np.zeros(0, np.int64), prepared.step)
+def _count(loader: TrainLoader, made: Any) -> int:
+    """Images of what a stage made, once it is there."""
+    arrived(loader.device)
+    if isinstance(made, BatchPlan) and not loader.machine.check_crc:  # then nobody has yet
+        for view in made.encoded:
+            touch(view)
+    return len((made[0] if isinstance(made, tuple) else made).ids)

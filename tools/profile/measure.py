@@ -21,7 +21,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from pipeline.monitor import STATES, Meter, Waits
+from pipeline.monitor import STAGES, Monitor, Waits
 
 _QUIET_S, _QUIET_CPU_S = 0.02, 0.002    # idle: in so many seconds no more CPU seconds, twice in a row
 _LEAST_BATCHES = 2                      # of a turn
@@ -75,14 +75,14 @@ class Workload:
         name: of it.
         batches: each `next` makes one batch and gives its number of images. Closed by whoever made it.
         warmup: batches taken before the clock of a turn starts: more than are prefetched.
-        meter: of the loader in it, if there is one.
+        monitor: of the loader in it, if there is one.
         threads: that do the work.
         image_bytes: mean bytes an image that pass through it; 0 where bytes are not what it is about.
     """
     name: str
     batches: Iterator[int]
     warmup: int = 1
-    meter: Meter | None = None
+    monitor: Monitor | None = None
     threads: int = 1
     image_bytes: float = 0.0
 
@@ -95,7 +95,7 @@ class Turn:
         images, seconds: taken, and the wall time.
         cpu_s: CPU seconds of the process tree for these images.
         latency_ms: of each batch.
-        waits: stall times that the meter saw.
+        waits: stall times that the monitor saw.
         depth: (seconds since the turn began, batches ready in the queue).
         rss_mb: resident memory at the start, at the end, and at most.
     """
@@ -184,8 +184,8 @@ def run_turn(workload: Workload, seconds: float) -> Turn:
     processes = process_tree(os.getpid())
     cpu = cpu_seconds(processes)
     warm = sum(itertools.islice(workload.batches, workload.warmup))
-    meter, memory = workload.meter, rss_mb()
-    waits = meter.waits if meter else Waits()
+    monitor, memory = workload.monitor, rss_mb()
+    waits = monitor.waits if monitor else Waits()
     peak, images, latency_ms = memory, 0, []
     now = start = time.perf_counter()
     for count in workload.batches:
@@ -194,8 +194,8 @@ def run_turn(workload: Workload, seconds: float) -> Turn:
         peak = max(peak, rss_mb())
         if now - start >= seconds and len(latency_ms) >= _LEAST_BATCHES:
             break
-    waits = meter.waits.since(waits) if meter else waits
-    depth = tuple((at - start, ready) for at, ready in list(meter.depths) if start <= at <= now) if meter else ()
+    waits = monitor.waits.since(waits) if monitor else waits
+    depth = tuple((at - start, ready) for at, ready in list(monitor.depths) if start <= at <= now) if monitor else ()
     wait_idle()
     cpu = (cpu_seconds(processes) - cpu) * images / (warm + images)
     return Turn(images, now - start, cpu, tuple(latency_ms), waits, depth, (memory, rss_mb(), peak))
@@ -204,14 +204,14 @@ def run_turn(workload: Workload, seconds: float) -> Turn:
 def summarize(workload: Workload, turns: Sequence[Turn]) -> Figures:
     """The figures of a workload's turns."""
     seconds = sum(turn.seconds for turn in turns)
-    waits = {state: sum(getattr(turn.waits, state) for turn in turns) for state in ("seconds", *STATES)}
-    stalled = sum(waits[state] for state in STATES)
+    waits = {state: sum(getattr(turn.waits, state) for turn in turns) for state in ("seconds", *STAGES)}
+    stalled = sum(waits[state] for state in STAGES)
     low, middle, high = np.percentile([ms for turn in turns for ms in turn.latency_ms], [50, 95, 99]).tolist()
     starts = [0.0, *itertools.accumulate(turn.seconds for turn in turns)]
     return Figures(
         workload.name, tuple(turn.rate for turn in turns), tuple(turn.cpu_ms for turn in turns), workload.threads,
         workload.image_bytes, (low, middle, high, max(max(turn.latency_ms) for turn in turns)),
-        min(1.0, waits["seconds"] / seconds), {state: waits[state] / stalled for state in STATES} if stalled else {},
+        min(1.0, waits["seconds"] / seconds), {state: waits[state] / stalled for state in STAGES} if stalled else {},
         tuple((start + at, ready) for start, turn in zip(starts, turns) for at, ready in turn.depth),
         (turns[0].rss_mb[0], turns[-1].rss_mb[1], max(turn.rss_mb[2] for turn in turns)))
 

@@ -24,10 +24,9 @@ from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.batch import Batch
 from pipeline.loading.train_loader import TrainLoader
-from pipeline.monitor import Event, Meter
+from pipeline.monitor import Event, Monitor
 from pipeline.parallel import cores
 from pipeline.resident.capacity import memory
-from pipeline.resident.train_loader import ResidentLoader
 from pipeline.stats import Stats, stats_path
 from pipeline.tiers import check as check_tier, train_loader
 from tools.profile import stages
@@ -71,10 +70,11 @@ class Subject:
                 f"{self.data.crop_px} of {self.data.square_px} px, batch {self.batch}, on {self.device}, "
                 f"{self.machine.threads} of {cores()} cores for pixels")
 
-    def loader(self, machine: LoaderConfig | None = None, batch: int | None = None, meter: Meter | None = None) -> TrainLoader:
+    def loader(self, machine: LoaderConfig | None = None, batch: int | None = None,
+               monitor: Monitor | None = None) -> TrainLoader:
         """A loader of it, with other settings where given."""
         return train_loader(self.tier, self.index, self.split, self.data, batch or self.batch, self.seed, self.stats,
-                            machine=machine or self.machine, device_id=self.device.index, meter=meter, **self.tier_options)
+                            machine=machine or self.machine, device_id=self.device.index, monitor=monitor, **self.tier_options)
 
     def setup(self, others: float) -> Setup:
         """Where and on what it is measured; `others`: share of the cores that other programs used meanwhile."""
@@ -157,14 +157,13 @@ def profile(args: argparse.Namespace) -> tuple[Profile, Sequence[Event], Sequenc
 
 
 def _warm(args: argparse.Namespace, what: Subject, ranks: Topology) -> _Warm:
-    meter = Meter(trace=args.trace is not None, nvtx=args.nvtx)
+    monitor = Monitor(trace=args.trace is not None, nvtx=args.nvtx)
     before, start, cpu = rss_mb(), time.perf_counter(), machine_cpu_s() - time.process_time()
     with ExitStack() as closers:
-        loader = closers.enter_context(what.loader(meter=meter))
-        if isinstance(loader, ResidentLoader):
-            loader.fill()
+        loader = closers.enter_context(what.loader(monitor=monitor))
+        loader.fill()
         first = measure([stages.end_to_end(loader)], max(args.seconds, 1.0), 1)["loader"]
-        events, depths = tuple(meter.events), tuple(meter.depths)
+        events, depths = tuple(monitor.events), tuple(monitor.depths)
         measured, cumulative = _interleaved(args, what, ranks, loader, closers)
     measured = replace(measured, loader=replace(measured.loader, rss_mb=(before, *first.rss_mb[1:])))
     seconds = (time.perf_counter() - start) * (os.cpu_count() or 1)
@@ -174,8 +173,9 @@ def _warm(args: argparse.Namespace, what: Subject, ranks: Topology) -> _Warm:
 def _interleaved(args: argparse.Namespace, what: Subject, ranks: Topology, loader: TrainLoader,
                  closers: ExitStack) -> tuple[Measured, tuple[Figures, ...]]:
     """Stages, loader and consumer, and the loader cut off after each stage."""
-    alone = sorted([*read_alone(what.loader, what.machine, closers), *stages.alone(loader, closers)],
-                   key=lambda stage: STAGES.index(stage.name))
+    streamed = what.tier == "streamed"
+    alone = sorted([*(read_alone(what.loader, what.machine, closers) if streamed else []),
+                    *stages.alone(loader, closers, streamed)], key=lambda stage: STAGES.index(stage.name))
     names = [stage.name for stage in alone]
     cut = [replace(stage, name=f"up to {stage.name}") for stage in cut_off(what.loader, what.machine, names, closers)]
     workloads = [*alone, *cut, stages.end_to_end(loader)]

@@ -1,10 +1,10 @@
-"""The stages of a loader as works to be measured: each alone, the loader cut off after each, and the loader whole.
+"""The stages of a loader as workloads: each alone, and the loader end to end.
 
-The one concept: a stage alone gets what it needs ready-made and is thrown away after; so its rate is what it could do if
-everything else were free, and the CPU times of all stages add up to the loader's. The code that runs is the loader's own.
+A stage alone gets its inputs ready-made and its outputs are thrown away; so its rate is what it could do if everything else were
+free, and the CPU times of all stages add up to the loader's. The code that runs is the loader's own, through its `Chain`.
 
-    order      ids, draws, regions          read    map the bytes and touch every page          crc       check them
-    decode     DALI, of the region          resize  of decoded pixels                           colour    `Colour`
+    order      ids, crops, regions          read    map the bytes and touch every page          crc          check them
+    decode     DALI, of the region          resize  of decoded pixels, on a CPU                 normalize    `Normalizer`
     copy       to a GPU                     hand-over   labels, `Batch`, the queue between threads
 
 B batch, H row, W column.
@@ -13,27 +13,26 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from pipeline.decoding.dali import Bytes, DecodeGraph, Graph, ResizeGraph
-from pipeline.loading.batch import Batch
-from pipeline.loading.train_loader import TrainLoader
-from pipeline.monitor import Meter
-from pipeline.reading.source import Reader
-from pipeline.resident.train_loader import ResidentLoader
+from pipeline.decoding.dali import Graph
+from pipeline.decoding.decoder import Decoder
 from pipeline.decoding.resize import Resizer
+from pipeline.loading.batch import Batch
+from pipeline.loading.chain import DecodingChain
+from pipeline.loading.prefetch import Prefetcher, ahead_in_threads
+from pipeline.loading.train_loader import TrainLoader
+from pipeline.monitor import Monitor
+from pipeline.reading.source import ArchiveSource
+from pipeline.resident.chain import ResidentChain
+from pipeline.sampling.batch_plan import BatchPlan, Bytes
 from pipeline.sampling.sampler import Ids
-from pipeline.resident.ram_store import RamStore
-from pipeline.decoding.decoder import GraphPlan, Prepared, Stream
-from pipeline.loading.streamed_loader import StreamedLoader
 from tools.profile.measure import Workload
 
 _PAGE = 4096
@@ -46,114 +45,89 @@ class Ready:
     """Inputs made beforehand.
 
     Attributes:
-        prepared: some batches as the loader prepares them, their bytes in memory of our own.
-        decoded: of the first of them, what the loader decodes of each image, (H, W, 3) uint8.
+        plans: some batches of the loader, their bytes in memory of our own.
+        decoded: of the first of them, what a CPU decodes of each image, (H, W, 3) uint8; empty for a GPU.
         pixels: of the same, (B, S, S, 3) uint8.
     """
-    prepared: list[Prepared]
+    plans: list[BatchPlan]
     decoded: list[list[torch.Tensor]]
     pixels: list[torch.Tensor]
 
 
 def make_ready(loader: TrainLoader) -> Ready:
-    """Prepare, decode and resize some batches of the loader, as many as fit a modest memory and at least one. Samples that
+    """Read, decode and resize some batches of the loader, as many as fit a modest memory and at least one. Samples that
     cannot be decoded are replaced, as in training."""
-    prepared: list[Prepared] = []
-    pixels: list[torch.Tensor] = []
-    decoded: list[list[torch.Tensor]] = []
-    encoded_bytes = decoded_bytes = 0
-    steps = range(min(len(loader), _MOST_BATCHES))
-    plan = loader.plan(loader._sampler.share, loader.data.crop_px)
-    with closing(Stream(steps, loader._prepare, loader._mend, plan, Meter())) as stream:
-        for _ in steps:
-            one, resized = stream.collect()
-            encoded_bytes += sum(view.nbytes for view in one.inputs.encoded)
-            if prepared and encoded_bytes > _ENCODED_BYTES:
+    chain, ready = cast(DecodingChain, loader.chain), Ready([], [], [])
+    encoded_bytes = pixel_bytes = 0
+    with closing(chain.read(range(min(len(loader), _MOST_BATCHES)))) as plans, \
+            closing(Decoder(plans, chain.graph, chain.reader.recover, Monitor(), whole=True)) as decoder:
+        for plan, pixels in decoder:
+            encoded_bytes += sum(view.nbytes for view in plan.encoded)
+            if ready.plans and encoded_bytes > _ENCODED_BYTES:
                 break
-            prepared.append(replace(one, inputs=replace(one.inputs, encoded=[view.copy() for view in one.inputs.encoded])))
-            if not decoded or decoded_bytes < _PIXEL_BYTES:
-                decoded.append(_decode(loader, one))
-                decoded_bytes += sum(int(image.nbytes) for image in decoded[-1])
-                pixels.append(resized.clone())
-    return Ready(prepared, decoded, pixels)
+            ready.plans.append(replace(plan, encoded=[view.copy() for view in plan.encoded]))
+            if not ready.pixels or pixel_bytes < _PIXEL_BYTES:
+                ready.decoded.append(_decode(chain, plan) if loader.device.type == "cpu" else [])
+                ready.pixels.append(cast(torch.Tensor, pixels).clone())
+                pixel_bytes += sum(int(image.nbytes) for image in ready.decoded[-1])
+    return ready
 
 
-def _decode(loader: TrainLoader, prepared: Prepared) -> list[torch.Tensor]:
-    """What the loader decodes of each image of a batch, decoded one by one."""
-    inputs = prepared.inputs
-    if loader._device_id is None:   # from the image's corner, see pipeline/decoding/resize.py
-        regions = inputs.regions
-        inputs = replace(inputs, regions=replace(regions, anchor=np.zeros_like(regions.anchor), shape=regions.reach))
-    rows = iter([inputs.row(row) for row in range(len(prepared.ids))])
-    one = replace(loader.machine, prefetch=1)
-    with closing(Graph(rows, 1, 0, resample=False, machine=one, threads=1, device_id=loader._device_id)) as graph:
-        return [graph.collect()[0].clone() for _ in prepared.ids]
+def _decode(chain: DecodingChain, plan: BatchPlan) -> list[torch.Tensor]:
+    """What a CPU decodes of each image of a batch, from the image's corner (see pipeline/decoding/resize.py), one by one."""
+    regions = replace(plan.regions, anchor=np.zeros_like(plan.regions.anchor), shape=plan.regions.reach)
+    rows = iter([replace(plan, regions=regions).rows([row]) for row in range(len(plan.ids))])
+    with closing(Graph(rows, replace(chain.graph.alone, resample=False, threads=1))) as graph:
+        return [graph.collect()[0].clone() for _ in plan.ids]
 
 
-def alone(loader: TrainLoader, closers: ExitStack) -> list[Workload]:
+def alone(loader: TrainLoader, closers: ExitStack, streamed: bool = False) -> list[Workload]:
     """Each stage by itself, in the order of a batch's way; what they hold is closed by `closers`.
 
     Tier resident has no reading and decoding once it is filled, which it must be. Where batches are cut out of RAM for a
-    GPU, that is the copy.
+    GPU, that is the copy. `streamed`: order and reading are left out, see `tools.profile.cutoff.read_alone`.
     """
-    if isinstance(loader, ResidentLoader):
+    if "read" not in loader.chain.stages:
         return _resident(loader, closers)
-    streamed = isinstance(loader, StreamedLoader)
-    machine, threads = loader.machine, loader.threads
-    plain = loader if not streamed else closers.enter_context(_plain(loader))
-    ready = make_ready(plain)
-    prepared, steps = ready.prepared, range(len(ready.prepared))
-    mean_bytes = float(np.mean([view.nbytes for one in prepared for view in one.inputs.encoded]))
-    plan = loader.plan(len(prepared[0].ids), loader.data.crop_px)
+    chain, machine, threads = cast(DecodingChain, loader.chain), loader.machine, loader.threads
+    gpu = loader.device.type == "cuda"
+    ready = make_ready(loader)
+    plans, steps = ready.plans, range(len(ready.plans))
+    mean_bytes = float(np.mean([view.nbytes for plan in plans for view in plan.encoded]))
     reading = max(1, machine.read_threads)
     works: list[Workload] = []
-    if not streamed:    # else its reading draws the order itself, see tools/profile/cutoff.py
-        works = [Workload("order", _endless(lambda step: _order(loader, step), steps)),
-                 Workload("read", pooled(_reading(loader), steps, machine.read_threads, closers), reading, None, reading,
+    if not streamed:
+        works = [Workload("order", _endless(lambda step: len(chain.plan(step).ids), steps)),
+                 Workload("read", pooled(_reading(loader, plans), steps, machine.read_threads, closers), reading, None, reading,
                           mean_bytes)]
     if machine.check_crc and bool(loader.index.header["crc32"]):
-        works.append(Workload("crc", pooled(lambda step: _check(prepared[step].inputs.encoded), steps, machine.read_threads,
-                                            closers), reading, None, reading, mean_bytes))
-    inputs = itertools.cycle([one.inputs for one in prepared])
-    decode = closers.enter_context(closing(DecodeGraph(inputs, plan.batch, plan.side_px, resample=plan.resample,
-                                                       machine=machine, threads=threads, device_id=loader._device_id)))
-    works.append(Workload("decode", _collected(decode.collect, loader.device), machine.prefetch + 1, None, threads, mean_bytes))
-    if plan.resample:
-        works.append(Workload("resize", _resized(loader, plan, ready, closers), machine.prefetch + 1, None, threads))
-    works.append(Workload("colour", closers.enter_context(closing(_coloured(loader, ready))), 2, None,
-                          threads if loader._device_id is None else 1))
-    if loader._device_id is not None:
-        works.append(Workload("copy", _copied(loader, ready), 2, None, 1, mean_bytes))
-    return [*works, _hand_over(loader, [(one.step, one.ids, one.epochs) for one in prepared], closers)]
+        works.append(Workload("crc", pooled(lambda step: _check(plans[step].encoded), steps, machine.read_threads, closers),
+                              reading, None, reading, mean_bytes))
+    graph = closers.enter_context(closing(Graph(itertools.cycle(plans), replace(chain.graph, decode_only=not gpu))))
+    works.append(Workload("decode", _collected(graph.collect, loader.device), machine.prefetch + 1, None, threads, mean_bytes))
+    if chain.graph.resample and not gpu:
+        works.append(Workload("resize", _resized(loader, ready, closers), machine.prefetch + 1, None, threads))
+    works.append(Workload("normalize", closers.enter_context(closing(_normalized(chain, ready))), 2, None, 1 if gpu else threads))
+    if gpu:
+        works.append(Workload("copy", _copied(loader, plans), 2, None, 1, mean_bytes))
+    return [*works, _hand_over(loader, [(plan.step, plan.ids, plan.epochs) for plan in plans], closers)]
 
 
-def _plain(loader: TrainLoader) -> TrainLoader:
-    """A loader of the same shards that reads anywhere."""
-    return TrainLoader(loader.index, loader.split, loader.data, loader._sampler.batch, loader._seed, loader._stats,
-                       machine=loader.machine, device_id=loader._device_id)
+def _resident(loader: TrainLoader, closers: ExitStack) -> list[Workload]:
+    chain, steps = cast(ResidentChain, loader.chain), range(min(len(loader), _MOST_BATCHES))
+    normalizer = closers.enter_context(closing(chain.normalizer()))
+    requests = [chain.requests.request(step) for step in steps]
 
-
-def _resident(loader: ResidentLoader, closers: ExitStack) -> list[Workload]:
-    steps = range(min(len(loader), _MOST_BATCHES))
-    colour = closers.enter_context(closing(loader._colour(loader.data.crop_px, loader._mean_image())))
-    uploading = loader._device_id is not None and isinstance(loader._store, RamStore)
-    pool = closers.enter_context(ThreadPoolExecutor(loader.threads, "pack")) if uploading else None
-    taken = [(step, *loader._present(step)) for step in steps]
-
-    def order(step: int) -> int:
-        ids, epochs = loader._present(step)
-        loader._finish(loader.draws(ids, epochs))
-        return len(ids)
-
-    def coloured(step: int) -> int:
-        _, ids, epochs = taken[step]
-        loader._images(colour, pool, ids, loader.draws(ids, epochs))()
+    def normalized(step: int) -> int:
+        request = requests[step]
+        normalizer.begin(chain.store.crops(request.crops), request.augmentation)()
         arrived(loader.device)
-        return len(ids)
+        return len(request.ids)
 
-    return [Workload("order", _endless(order, steps)),
-            Workload("copy" if uploading else "colour", _endless(coloured, steps), 2, None, loader.threads),
-            _hand_over(loader, taken, closers)]
+    copies = loader.device.type == "cuda" and loader.machine.resident_memory == "ram"
+    return [Workload("order", _endless(lambda step: len(chain.requests.request(step).ids), steps)),
+            Workload("copy" if copies else "normalize", _endless(normalized, steps), 2, None, loader.threads),
+            _hand_over(loader, [(step, requests[step].ids, requests[step].epochs) for step in steps], closers)]
 
 
 def _endless(work: Callable[[int], int], steps: range) -> Iterator[int]:
@@ -173,19 +147,12 @@ def arrived(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
-def _order(loader: TrainLoader, step: int) -> int:
-    ids, epochs = loader._sampler.take(step)
-    nothing: list[Bytes] = []
-    return len(loader._assemble(step, ids, epochs, nothing, ids, np.zeros_like(ids)).ids)
-
-
-def _reading(loader: TrainLoader) -> Callable[[int], int]:
-    reader = Reader(loader.index, check_crc=False)
+def _reading(loader: TrainLoader, plans: list[BatchPlan]) -> Callable[[int], int]:
+    source = ArchiveSource(loader.index, check_crc=False)
 
     def read(step: int) -> int:
-        ids, _ = loader._sampler.take(step)
-        reader.announce(ids)
-        return sum(touch(reader.read(int(id))) for id in ids)
+        ids = plans[step].ids
+        return sum(touch(pool.read(int(id))) for pool, id in zip(source.pools(ids, ids), ids))
     return read
 
 
@@ -203,73 +170,56 @@ def _check(encoded: list[Bytes]) -> int:
 
 def pooled(work: Callable[[int], int], steps: range, threads: int, closers: ExitStack) -> Iterator[int]:
     """`work` over the steps, again and again, in so many threads, a batch each, as the loader reads; 0: in the caller's."""
-    if threads == 0:
-        return _endless(work, steps)
-    pool = closers.enter_context(ThreadPoolExecutor(threads, "stage"))
-    waiting: deque[Future[int]] = deque()
-
-    def results() -> Iterator[int]:
-        for step in itertools.cycle(steps):
-            waiting.append(pool.submit(work, step))
-            if len(waiting) > threads:
-                yield waiting.popleft().result()
-    return results()
+    return closers.enter_context(closing(ahead_in_threads(work, itertools.cycle(steps), threads, "stage")))
 
 
-def _resized(loader: TrainLoader, plan: GraphPlan, ready: Ready, closers: ExitStack) -> Iterator[int]:
-    given = itertools.cycle([(images, one.inputs.regions) for images, one in zip(ready.decoded, ready.prepared)])
-    if plan.device_id is None:
-        resizer = closers.enter_context(closing(Resizer(plan.side_px, plan.threads)))
-        return _collected(lambda: resizer(*next(given)), loader.device)
-    graph = ResizeGraph(given, plan.batch, plan.side_px, machine=plan.machine, threads=plan.threads, device_id=plan.device_id)
-    return _collected(closers.enter_context(closing(graph)).collect, loader.device)
+def _resized(loader: TrainLoader, ready: Ready, closers: ExitStack) -> Iterator[int]:
+    given = itertools.cycle([(images, plan.regions) for images, plan in zip(ready.decoded, ready.plans)])
+    resizer = closers.enter_context(closing(Resizer(loader.data.crop_px, loader.threads)))
+    return _collected(lambda: resizer(*next(given)), loader.device)
 
 
-def _coloured(loader: TrainLoader, ready: Ready) -> Generator[int, None, None]:
-    with closing(loader._colour(loader.data.crop_px, loader._mean_image())) as colour:
-        for pixels, prepared in itertools.cycle(list(zip(ready.pixels, ready.prepared))):
-            planar = pixels.permute(0, 3, 1, 2)
-            if loader._device_id is None:
-                colour(list(planar), prepared.finish)
-            else:
-                colour.whole(planar, prepared.finish)
-                arrived(loader.device)
+def _normalized(chain: DecodingChain, ready: Ready) -> Generator[int, None, None]:
+    with closing(chain.normalizer()) as normalizer:
+        for pixels, plan in itertools.cycle(list(zip(ready.pixels, ready.plans))):
+            normalizer.begin(pixels.permute(0, 3, 1, 2), plan.augmentation)()
+            arrived(chain.context.device)
             yield len(pixels)
 
 
-def _copied(loader: TrainLoader, ready: Ready) -> Iterator[int]:
+def _copied(loader: TrainLoader, plans: list[BatchPlan]) -> Iterator[int]:
     """The bytes of a batch to the device, from pinned memory."""
-    pinned = [torch.from_numpy(np.concatenate(one.inputs.encoded)).pin_memory() for one in ready.prepared]
-    for bytes, one in itertools.cycle(list(zip(pinned, ready.prepared))):
+    pinned = [torch.from_numpy(np.concatenate(plan.encoded)).pin_memory() for plan in plans]
+    for bytes, plan in itertools.cycle(list(zip(pinned, plans))):
         bytes.to(loader.device, non_blocking=True)
         arrived(loader.device)
-        yield len(one.ids)
+        yield len(plan.ids)
 
 
 def _hand_over(loader: TrainLoader, taken: list[tuple[int, Ids, Ids]], closers: ExitStack) -> Workload:
-    """Finished images through everything that is left: labels, `Batch`, the queue and the consumer's waiting."""
+    """Finished images through everything that is left: labels, `Batch`, the queue between threads."""
     size = loader.data.crop_px
     images = torch.zeros(len(taken[0][1]), 3, size, size, device=loader.device)
 
     def produce() -> Generator[Batch, None, None]:
         for step, ids, epochs in itertools.cycle(taken):
-            yield loader._batch(step, ids, epochs, images)
+            yield loader.context.batch(step, ids, epochs, images)
 
-    ahead = closers.enter_context(closing(loader._start(produce())))
-    return Workload("hand-over", (len(loader._next(ahead, step).ids) for step in itertools.count()), loader.machine.queue + 1)
+    prefetcher = closers.enter_context(closing(Prefetcher(produce(), loader.chain.queue, loader.monitor)))
+    return Workload("hand-over", (len(batch.ids) for batch in prefetcher), loader.machine.queue + 1)
 
 
 def end_to_end(loader: TrainLoader, name: str = "loader") -> Workload:
     """The loader as anybody uses it, asked without pause."""
-    return Workload(name, _batches(loader, lambda batch: None), _ahead(loader), loader.meter, loader.threads)
+    return Workload(name, _batches(loader, lambda batch: None), prefetched(loader), loader.monitor, loader.threads)
 
 
 def fed(loader: TrainLoader, consume: Callable[[Batch], None], name: str = "together") -> Workload:
     """The loader feeding `consume`, which returns when it is done with a batch."""
-    return Workload(name, _batches(loader, consume), _ahead(loader), loader.meter, loader.threads)
+    return Workload(name, _batches(loader, consume), prefetched(loader), loader.monitor, loader.threads)
 
 
-def _ahead(loader: TrainLoader) -> int:
+def prefetched(loader: TrainLoader) -> int:
     """Batches that may be finished or under way."""
     return loader.machine.queue + loader.machine.prefetch + loader.machine.read_threads + 2
 
@@ -286,6 +236,4 @@ def _batches(loader: TrainLoader, consume: Callable[[Batch], None]) -> Iterator[
 
 def image_bytes(loader: TrainLoader) -> float:
     """Mean bytes of a file of the split."""
-    ids: Ids = loader._ids
-    sizes: npt.NDArray[np.uint32] = loader.index.samples["size"][ids]
-    return float(sizes.mean())
+    return float(loader.index.samples["size"][loader.context.ids].mean())

@@ -13,12 +13,13 @@ from pipeline.monitor import cause_of, remedies
 from pipeline.resident.capacity import NETWORK_BYTES, RAM_SHARE
 from tools.profile.measure import Figures
 
-STAGES = ("order", "read", "crc", "decode", "resize", "colour", "copy", "hand-over")    # in the order of a batch's way
+STAGES = ("order", "read", "crc", "decode", "resize", "normalize", "copy", "hand-over")    # in the order of a batch's way
 NETWORK = "network"
 # The stages in which the loader may be when its monitor names a state.
-_CPU = {"read": ("order", "read", "crc"), "decode": ("decode",), "colour": ("resize", "colour"), "copy": ("copy", "hand-over")}
-_GPU = {**_CPU, "decode": ("decode", "resize"), "colour": ("colour",)}    # there DALI resizes
-_DOING = {"read": "waited for bytes", "decode": "waited for decoded pixels", "colour": "was resizing and normalizing pixels",
+_CPU = {"read": ("order", "read", "crc"), "decode": ("decode",), "normalize": ("resize", "normalize"),
+        "copy": ("copy", "hand-over")}
+_GPU = {**_CPU, "decode": ("decode", "resize"), "normalize": ("normalize",)}    # there DALI resizes
+_DOING = {"read": "waited for bytes", "decode": "waited for decoded pixels", "normalize": "was resizing and normalizing pixels",
           "copy": "was handing over"}
 _STALL = 0.05       # share of the loop's time below which a stall is not worth a word
 _BUSY = 0.85        # share of the cores in use from which on more threads find no core

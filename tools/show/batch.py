@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     import numpy as np
 
     from pipeline.config import DataConfig
-    from pipeline.sampling.augment import Draws
+    from pipeline.sampling.augment import Augmentation
     from pipeline.index.sample_index import SampleIndex
     from pipeline.loading.batch import Batch
     from pipeline.loading.train_loader import TrainLoader
     from pipeline.stats import Stats
 
 
-def restore(batch: Batch, drawn: Draws, data: DataConfig, stats: Stats) -> np.ndarray:
+def restore(batch: Batch, drawn: Augmentation, data: DataConfig, stats: Stats) -> np.ndarray:
     """The crops of a batch with the subtracted mean added back, (B, H, W, 3) uint8."""
     import numpy as np
 
@@ -47,7 +47,7 @@ def restore(batch: Batch, drawn: Draws, data: DataConfig, stats: Stats) -> np.nd
     return np.clip(crops + 0.5, 0, 255).astype(np.uint8)
 
 
-def captions(index: SampleIndex, batch: Batch, drawn: Draws, stats: Stats) -> list[str]:
+def captions(index: SampleIndex, batch: Batch, drawn: Augmentation, stats: Stats) -> list[str]:
     """Three lines for each crop: class; id and epoch; draws."""
     from pipeline.sampling.augment import lighting_shift
 
@@ -115,7 +115,7 @@ def run(asked: argparse.Namespace) -> None:
         loader, stats, tier = _loader(asked, scratch)
         with loader:
             batch = next(iter(loader))
-            drawn = loader.draws(batch.ids, batch.epochs)
+            drawn = loader.augmentation(batch.ids, batch.epochs)
     first = batch.step * asked.count
     draw_sheet(restore(batch, drawn, loader.data, stats), captions(loader.index, batch, drawn, stats),
                f"{loader.index.path}, tier {tier}, training crops {first} to {first + asked.count - 1}, {loader.data}", asked.out)

@@ -36,7 +36,7 @@ def probabilities(trained: TrainedNetwork, split: str, ids: np.ndarray, views: i
     found = []
     with trained.loader(trained.index, split, ids) as loader, torch.no_grad(), autocast(trained.config, trained.topology)():
         for batch in loader:
-            made = [trained.network(view.contiguous()).double().softmax(1) for view in loader.views(batch.images, views)]
+            made = [trained.network(view.contiguous()).double().softmax(1) for view in loader.crops(batch.images, views)]
             found.append((sum(made[1:], made[0]) / views).cpu().numpy())
     return np.concatenate(found)
 

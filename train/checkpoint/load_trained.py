@@ -15,7 +15,7 @@ import torch
 
 from model.alexnet import AlexNet
 from pipeline.index.sample_index import ClassInfo, SampleIndex
-from pipeline.loading.eval_loader import TestLoader
+from pipeline.loading.eval_loader import EvalLoader, square_loader
 from pipeline.stats import Stats
 from train import build
 from train.checkpoint.resolve import Resolved
@@ -58,7 +58,7 @@ class TrainedNetwork:
         return [*self.config.model.convs, *self.config.model.fulls][-2]
 
     def loader(self, index: SampleIndex, split: str, ids: np.ndarray | None = None, *, pixels: bool = False,
-               skip_corrupt: bool = False) -> TestLoader:
+               skip_corrupt: bool = False) -> EvalLoader:
         """Loader of a split in id order, or of `ids` in theirs.
 
         Args:
@@ -66,18 +66,18 @@ class TrainedNetwork:
             skip_corrupt: leave unreadable images out instead of raising SampleError.
         """
         device = self.topology.device
-        return TestLoader(index, split, self.config.data.pixels(), self.config.machine.test_batch, None if pixels else self.stats,
-                          machine=build.loader_config(self.config, self.topology), ids=ids, skip_corrupt=skip_corrupt,
-                          device_id=device.index if device.type == "cuda" else None)
+        return square_loader(index, split, self.config.data.pixels(), self.config.machine.test_batch,
+                             None if pixels else self.stats, machine=build.loader_config(self.config, self.topology), ids=ids,
+                             skip_corrupt=skip_corrupt, device_id=device.index if device.type == "cuda" else None)
 
-    def crops(self, loader: TestLoader) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    def crops(self, loader: EvalLoader) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         """(ids (B,), centre crops (B, c, c, 3) uint8) of each batch of a loader with `pixels`."""
         px = self.config.data.crop_px
         low = (self.config.data.square_px - px) // 2
         for batch in loader:
             yield batch.ids, batch.images[:, low:low + px, low:low + px].clone()  # the batch's memory is reused
 
-    def features(self, loader: TestLoader) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def features(self, loader: EvalLoader) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(ids (B,), features (B, D) float32) of each batch, of the centre crops.
 
         Computed in float32 whatever the run's precision: bfloat16 gives one query in 15 other neighbours (of 50,000 images).
@@ -87,7 +87,7 @@ class TrainedNetwork:
         """
         for batch in loader:
             with torch.no_grad():
-                features = self.network.features(next(loader.views(batch.images, 1)).contiguous()).float()
+                features = self.network.features(next(loader.crops(batch.images, 1)).contiguous()).float()
             if not torch.isfinite(features).all():
                 raise RuntimeError(f"features (=NaN or infinite) of {self.source.path} must be finite; its weights are damaged, "
                                    "give an earlier checkpoint")

@@ -13,8 +13,8 @@ from torch import nn
 
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.batch import Batch
-from pipeline.loading.eval_loader import TestLoader
-from pipeline.reading.source import SampleError
+from pipeline.loading.eval_loader import EvalLoader
+from pipeline.reading.quarantine import SampleError
 from train.evaluate.metrics import Score, label_ranks, score
 from train.evaluate.predictions import IMAGE, SCALE
 from train.parallel.failure import enter_phase
@@ -28,7 +28,7 @@ class _Stopped(Exception):
     """Somebody asked to stop."""
 
 
-def evaluate(network: nn.Module, loader: TestLoader, crops: int, autocast: Callable[[], ContextManager[Any]],
+def evaluate(network: nn.Module, loader: EvalLoader, crops: int, autocast: Callable[[], ContextManager[Any]],
              stop: Callable[[], bool] = lambda: False, progress: Callable[[int, int], None] = lambda done, total: None,
              topology: Optional[Topology] = None) -> Optional[Score]:
     """Test a network on every image of a split. Arguments and errors as for `predict`.
@@ -60,7 +60,7 @@ def check_complete(parts: list[np.ndarray], index: SampleIndex, split: str) -> n
     return images
 
 
-def predict(network: nn.Module, loader: TestLoader, crops: int, autocast: Callable[[], ContextManager[Any]], take: Take, *,
+def predict(network: nn.Module, loader: EvalLoader, crops: int, autocast: Callable[[], ContextManager[Any]], take: Take, *,
             stop: Callable[[], bool] = lambda: False, progress: Callable[[int], None] = lambda done: None,
             topology: Optional[Topology] = None, labelled: bool = True, keep: bool = True) -> bool:
     """Show a network the loader's images. All processes call it together.
@@ -122,7 +122,7 @@ def _exchange(rows: list[tuple[np.ndarray, np.ndarray]], take: Take, topology: O
     rows.clear()
 
 
-def _rounds(loader: TestLoader, stop: Callable[[], bool], topology: Optional[Topology],
+def _rounds(loader: EvalLoader, stop: Callable[[], bool], topology: Optional[Topology],
             labelled: bool) -> Iterator[tuple[Optional[Batch], int]]:
     """This process's batches, None when it has no more, with the images of this round in all processes.
 
@@ -151,7 +151,7 @@ def _rounds(loader: TestLoader, stop: Callable[[], bool], topology: Optional[Top
         yield batch, int(images) // (topology.tower_ranks if topology is not None else 1)
 
 
-def _first_failure(failure: Optional[Exception], loader: TestLoader, topology: Optional[Topology]) -> Exception:
+def _first_failure(failure: Optional[Exception], loader: EvalLoader, topology: Optional[Topology]) -> Exception:
     """The failure that all processes raise: that of the lowest rank that has one."""
     if topology is None or topology.is_single:
         assert failure is not None
@@ -165,7 +165,7 @@ def _first_failure(failure: Optional[Exception], loader: TestLoader, topology: O
     return SampleError(loader.index, *sample) if sample else RuntimeError(f"process {rank} could not test its images: {text}")
 
 
-def _probabilities(network: nn.Module, loader: TestLoader, batch: Batch, crops: int,
+def _probabilities(network: nn.Module, loader: EvalLoader, batch: Batch, crops: int,
                    autocast: Callable[[], ContextManager[Any]], topology: Optional[Topology]) -> torch.Tensor:
     """(B, K) float64: the softmax of a batch, averaged over the crops."""
     images = batch.images
@@ -175,7 +175,7 @@ def _probabilities(network: nn.Module, loader: TestLoader, batch: Batch, crops: 
         images = images.chunk(2)[topology.tower_rank]
     total = torch.zeros(())
     with autocast():
-        for crop in loader.views(images, crops):
+        for crop in loader.crops(images, crops):
             logits = network(crop.contiguous())[:len(batch.ids)] if halves else network(crop.contiguous())
             total = logits.double().softmax(1) + total.to(crop.device)
     return total / crops

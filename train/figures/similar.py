@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.index.sample_index import SampleIndex
 from pipeline.index.folders import LOOSE_SPLIT, index_of_files
-from pipeline.reading.source import SampleError
+from pipeline.reading.quarantine import SampleError
 from train.figures.features import Features
 from train.figures.neighbours import Nearest, agreement
 from train.checkpoint.load_trained import TrainedNetwork

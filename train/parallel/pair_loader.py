@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from pipeline.loading.batch import Batch
 from pipeline.loading.train_loader import TrainLoader
-from pipeline.monitor import Meter
+from pipeline.monitor import Monitor
 from pipeline.sampling.sampler import epoch_of, first_step
 from train.config import ParallelConfig
 from train.parallel.topology import Topology
@@ -101,9 +101,9 @@ class Fed(Iterator[Batch]):
         self._end = first_step(self.epoch + 1, self._samples, self._batch)
 
     @property
-    def meter(self) -> Meter:
+    def monitor(self) -> Monitor:
         """The loader's; what the swap is waited for counts as copying."""
-        return self.loader.meter
+        return self.loader.monitor
 
     @property
     def note(self) -> str:
@@ -172,7 +172,7 @@ class Fed(Iterator[Batch]):
     def _whole(self, swap: _Swap) -> Batch:
         """Wait for the other half (on a GPU: make the device's stream wait)."""
         device = swap.images.device
-        with self.meter.copying(swap.half.step, torch.cuda.current_stream(device) if device.type == "cuda" else None):
+        with self.monitor.copying(swap.half.step, torch.cuda.current_stream(device) if device.type == "cuda" else None):
             for work in swap.works:
                 work.wait()
         ids, epochs = swap.told.transpose(0, 1).flatten(1).numpy()

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipeline.monitor import STATES
+from pipeline.monitor import RECORDED, STAGES
 from train.figures.kernels import need_matplotlib
 from train.report.facts import Epoch, Run
 from train.report.groups import Group, stat
@@ -157,15 +157,15 @@ def rates(group: Group) -> Callable[[Axes], None]:
 
 
 def _waited_for(state: str, epoch: Epoch) -> float:
-    return epoch.waited_for.get(state, 0.0)
+    return epoch.waited_for.get(RECORDED[state], 0.0)
 
 
 def waiting(group: Group) -> Callable[[Axes], None]:
     """Share of each epoch in which the network waited for the loader, by what it waited for; the mean of the runs."""
     parts: list[tuple[str, Figure]] = [
-        (state, functools.partial(_waited_for, state)) for state in STATES]
+        (state, functools.partial(_waited_for, state)) for state in STAGES]
     parts.append(("other", lambda epoch: None if epoch.waited is None
-                  else max(0.0, epoch.waited - sum(epoch.waited_for.get(state, 0.0) for state in STATES))))
+                  else max(0.0, epoch.waited - sum(_waited_for(state, epoch) for state in STAGES))))
 
     def paint(axes: Axes) -> None:
         base: dict[int, float] = {}

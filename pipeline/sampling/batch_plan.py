@@ -1,0 +1,102 @@
+"""`BatchPlan`: a batch on its way to its pixels; which samples, where each is cropped, how augmented, and soon its bytes.
+
+B samples of a batch, S short side of a resized image and side of its central square.
+"""
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.config import DataConfig
+from pipeline.decoding import geometry
+from pipeline.index.sample_index import SampleIndex
+from pipeline.sampling.augment import Augmentation, augment, lighting_shift
+from pipeline.sampling.sampler import Ids
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """A batch before its pixels.
+
+    Attributes:
+        step: number of the batch.
+        ids, epochs: (B,) int64.
+        origins: (B,) int64 the ids before any stand-in took a corrupt sample's place.
+        attempts: (B,) int64 how many stand-ins each row has had.
+        augmentation: of each row.
+        regions: where to decode and sample each image.
+        encoded: once they are read, B byte views, each (size,) uint8.
+    """
+    step: int
+    ids: Ids
+    epochs: Ids
+    origins: Ids
+    attempts: Ids
+    augmentation: Augmentation
+    regions: geometry.Regions
+    encoded: list[Bytes] = field(default_factory=list)
+
+    def rows(self, rows: list[int]) -> "BatchPlan":
+        """That of some of the samples."""
+        return BatchPlan(self.step, self.ids[rows], self.epochs[rows], self.origins[rows], self.attempts[rows],
+                         self.augmentation.rows(rows), self.regions.rows(rows),
+                         [self.encoded[row] for row in rows] if self.encoded else [])
+
+    def without(self, row: int) -> "BatchPlan":
+        """That of all samples but one."""
+        return self.rows([other for other in range(len(self.ids)) if other != row])
+
+
+class CropPlanner:
+    """Plans training batches: sample ids → random crops, flips and colour jitter (paper §4.1).
+
+    Args:
+        index: of the samples.
+        data: how an image becomes a crop.
+        seed: the run's seed.
+        channel_mean, eigenvalues, eigenvectors: of the training set, see `pipeline.stats.Stats`.
+    """
+
+    def __init__(self, index: SampleIndex, data: DataConfig, seed: int, channel_mean: npt.NDArray[np.float32],
+                 eigenvalues: npt.NDArray[np.float64], eigenvectors: npt.NDArray[np.float64]) -> None:
+        self._index, self._data, self._seed, self._channel_mean = index, data, seed, channel_mean
+        self._eigenvalues, self._eigenvectors = eigenvalues, eigenvectors
+
+    def augmentation(self, ids: Ids, epochs: Ids) -> Augmentation:
+        """The augmentation of samples `ids` in `epochs`, both (B,); the same on every rank and in every thread."""
+        return self._augmentation(ids, epochs, self._crops(ids)[3])
+
+    def plan(self, step: int, ids: Ids, epochs: Ids, origins: Ids | None = None, attempts: Ids | None = None) -> BatchPlan:
+        """The plan of a batch; see `BatchPlan` for what is given."""
+        sizes, resized, first, rooms = self._crops(ids)
+        chosen = self._augmentation(ids, epochs, rooms)
+        regions = geometry.regions(sizes, resized, first + np.stack([chosen.top, chosen.left], axis=1), self._data.crop_px)
+        return BatchPlan(step, ids, epochs, ids if origins is None else origins,
+                         np.zeros_like(ids) if attempts is None else attempts, chosen, regions)
+
+    def _crops(self, ids: Ids) -> tuple[geometry.Pairs, geometry.Pairs, geometry.Pairs, geometry.Pairs]:
+        """Source sizes, resized sizes, first offset of the region and the largest step away from it, (B, 2) each."""
+        data, sizes = self._data, geometry.sizes(self._index, ids)
+        resized = geometry.resized(sizes, data.square_px)
+        if data.region == "full":
+            return sizes, resized, np.zeros_like(resized), resized - data.crop_px
+        return sizes, resized, geometry.central(resized, data.square_px), np.full_like(resized, data.square_px - data.crop_px)
+
+    def _augmentation(self, ids: Ids, epochs: Ids, rooms: geometry.Pairs) -> Augmentation:
+        chosen = augment(self._seed, epochs, ids, rooms, mirror=self._data.mirror, lighting=self._data.lighting,
+                         lighting_epochs=self._data.lighting_epochs)
+        shift = lighting_shift(chosen.alphas, self._eigenvalues, self._eigenvectors)
+        if self._data.mean == "channel":
+            shift -= self._channel_mean
+        return replace(chosen, shift=shift)
+
+
+def plan_squares(index: SampleIndex, square_px: int, step: int, ids: Ids,
+                 channel_mean: npt.NDArray[np.float32] | None = None) -> BatchPlan:
+    """The plan of a batch of whole central squares, as they are or less a channel mean."""
+    sizes, zeros = geometry.sizes(index, ids), np.zeros_like(ids)
+    resized = geometry.resized(sizes, square_px)
+    regions = geometry.regions(sizes, resized, geometry.central(resized, square_px), square_px)
+    return BatchPlan(step, ids, zeros, ids, zeros, Augmentation.none(len(ids), channel_mean), regions)
