@@ -1,9 +1,9 @@
 """What the loader gives, what training needs, which stage limits and what would lift it:
 `python tools/profile_pipeline.py --config RECIPE --model`, or on a bare index with the paper's crops: `--index INDEX`.
 
-Every stage alone and the loader cut off after each, the loader whole (warm; `--cold`: from forgotten files), and with
+Every stage alone and the loader cut off after each, the loader whole (warm; `--cold`: dropped from the page cache), and with
 `--model` or `--need N` the loader feeding its consumer; all in turns, several times. Nothing is written but what is asked
-for (and the squares of tier resident, which stay for training).
+for (and the images of tier resident, which stay for training).
 
 Exit codes: 0 done; 1 `--fail-below X` and the rate together ÷ need is below X; 2 a mistake in what was asked, or the
 machine failed; 130 interrupted.
@@ -13,14 +13,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools.cli import guarded  # noqa: E402  # found by the line above
-
-if TYPE_CHECKING:
-    from tools.profile.report import Profile
 
 TIERS = ("archives", "packed", "streamed", "resident")
 
@@ -80,8 +76,8 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} (={value}) must be positive; correct the command line")
 
 
-def run(args: argparse.Namespace) -> Profile:
-    """Measure, show, write. Raises ValueError or RuntimeError."""
+def run(args: argparse.Namespace) -> int:
+    """Measure, show, write; returns the exit code. Raises ValueError or RuntimeError."""
     check(args)
     from tools.profile import report
     from tools.profile.run import profile
@@ -89,30 +85,24 @@ def run(args: argparse.Namespace) -> Profile:
 
     if args.plot:
         need_matplotlib()
-    shown, events, depths = profile(args)
-    report.show(shown, sys.stdout)
+    figures, events, depths = profile(args)
+    report.show(figures, sys.stdout)
     if args.json:
-        report.write_json(report.as_json(shown), args.json)
+        report.write_json(report.as_json(figures), args.json)
     if args.plot:
-        report.plot(shown, args.plot)
+        report.plot(figures, args.plot)
     if args.trace:
         report.write_json(report.trace(events, depths), args.trace, indent=None)
-    return shown
+    if args.fail_below is not None and figures.met is not None and figures.met < args.fail_below:
+        print(f"the rate together is {figures.met:.3f} of the need, below --fail-below (={args.fail_below})", file=sys.stderr)
+        return 1
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit code, see the module."""
     args = parser().parse_args(arguments)
-    profiles: list[Profile] = []
-    code = guarded(lambda: profiles.append(run(args)))
-    if code or args.fail_below is None:
-        return code
-    met = profiles[0].met
-    assert met is not None
-    if met < args.fail_below:
-        print(f"the rate together is {met:.3f} of the need, below --fail-below (={args.fail_below})", file=sys.stderr)
-        return 1
-    return 0
+    return guarded(lambda: run(args))
 
 
 if __name__ == "__main__":

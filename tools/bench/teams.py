@@ -156,7 +156,7 @@ def member(sharing: Sharing, rank: int, config: Config, loader: bool) -> Iterato
             stack.enter_context(mock.patch.object(Topology, "all_reduce_sum", lambda self, values: list(values)))
             topology = replace(topology, tower_ranks=2)
         batches = _batches(config, topology, scratch) if loader else None
-        steps = {}
+        steps: dict[bool, Iterator[object]] = {}
         for overlap in (True, False) if topology.world_size > 1 else (True,):
             network = NetworkStep(replace(config, parallel=replace(config.parallel, overlap=overlap)), topology)
             steps[overlap] = network.synthetic(config.train.batch) if batches is None else map(network, batches)
