@@ -35,7 +35,7 @@ def test_a_part_can_be_loaded_only_when_asked(tmp_path: Path) -> None:
     path, part = save(tmp_path, 7), {"weight.a": torch.zeros(5, 3)}
     with pytest.raises(ValueError, match=r"velocity.a \(=none here\) is \(5, 3\) in .*; load it with the recipe"):
         checkpoint.load(path, part, SHAPES, ALONE)
-    checkpoint.load(path, part, SHAPES, ALONE, all_of_it=False)
+    checkpoint.load(path, part, SHAPES, ALONE, partial=True)
     assert torch.equal(part["weight.a"], tensors(7)["weight.a"])
 
 
@@ -44,7 +44,7 @@ def test_other_shapes_and_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"weight.b \(=\(6,\) here\) is \(4,\) in "):
         checkpoint.load(path, {**tensors(1), "weight.b": torch.zeros(6)}, {**SHAPES, "weight.b": (6,)}, ALONE)
     with pytest.raises(ValueError, match=r"weight.c \(=\(6,\) here\) is none in "):
-        checkpoint.load(path, {"weight.c": torch.zeros(6)}, {"weight.c": (6,)}, ALONE, all_of_it=False)
+        checkpoint.load(path, {"weight.c": torch.zeros(6)}, {"weight.c": (6,)}, ALONE, partial=True)
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "state.json", "config.yaml", "stats.npz"])

@@ -29,7 +29,7 @@ from train.config import Config
 from train.optimizer_config import LarsConfig, Milestone, OptimizerConfig, ScheduleConfig
 from train.parallel.topology import Topology
 from train.checkpoint.pretrained import Origin
-from train.checkpoint.resolve import Resolved
+from train.checkpoint.resolve import resolve
 from train.optimizer import Schedule, build_optimizer, set_lr
 from train.recipe import dump, parse
 
@@ -107,11 +107,11 @@ def test_of_a_run_folder_the_best_or_else_the_newest(recipe: Path, index: Sample
     run = tmp_path / "run"
     paths = [write(run, read(recipe, f"--train.seed={step}"), index, step, None) for step in (1, 2)]
     config = read(recipe, f"--init_from.checkpoint={run}")
-    assert Origin.of(config, False, pytest.fail).source == Resolved(paths[1], "checkpoint")
+    assert Origin.of(config, False, pytest.fail) == Origin(resolve(paths[1]))
     paths += [write(run, read(recipe, f"--train.seed={step}"), index, step, error)
               for step, error in ((3, 0.2), (4, 0.4), (5, None))]
     origin = Origin.of(config, False, pytest.fail)
-    assert origin.source == Resolved(paths[2], "checkpoint") and len(origin.sha256) == 64
+    assert origin.source == resolve(paths[2]) and len(origin.sha256) == 64
     found, said, _ = take(config, index)
     assert torch.equal(found["conv1.weight"], network_of(read(recipe, "--train.seed=3"))["conv1.weight"])
     assert str(paths[2]) in said
@@ -186,7 +186,7 @@ def test_a_damaged_checkpoint_is_refused(recipe: Path, source: Path, index: Samp
 def test_processes_that_found_different_checkpoints_do_not_begin(recipe: Path, source: Path, index: SampleIndex,
                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     """Each looks by itself: of a run under way one may have seen its best checkpoint before, another after a better one."""
-    monkeypatch.setattr(Topology, "gather", lambda self, value: [value, "f" * 64])
+    monkeypatch.setattr(Topology, "gather_objects", lambda self, value: [value, "f" * 64])
     with pytest.raises(ValueError, match=r"init_from.checkpoint \(=.*\) is not the same in all processes \(\w{16}…, f{16}…\); "):
         take(read(recipe, f"--init_from.checkpoint={source}"), index)
     take(read(recipe), index)
@@ -258,7 +258,7 @@ def test_a_run_begins_with_these_weights(recipe: Path, tuned: tuple[Path, list[s
     assert first is not None
     theirs = {name: torch.empty(p.shape) for name, p in network_of(read(recipe)).items()}
     checkpoint.load(first, {f"weight.{name}": value for name, value in theirs.items()},
-                    {f"weight.{name}": tuple(value.shape) for name, value in theirs.items()}, ALONE, all_of_it=False)
+                    {f"weight.{name}": tuple(value.shape) for name, value in theirs.items()}, ALONE, partial=True)
     drawn = network_of(read(recipe))
     for start, name in ((here, "one"), (pair, "two")):
         out, _ = start(recipe, tmp_path, *tuned[1], FROZEN, f"--machine.name={name}", "--machine.stop_after=1", code=75)
@@ -295,7 +295,7 @@ def test_a_restart_by_torchrun_needs_the_checkpoint_no_more(recipe: Path, tuned:
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     """Its store remembers that the run began. Where the first start came to no checkpoint, nothing begins at random instead."""
     store = distributed.dist.HashStore()
-    monkeypatch.setattr(distributed, "_connect", lambda *words: (store, store))
+    monkeypatch.setattr(distributed, "_store", lambda *words: store)
     gone = tmp_path / "gone"
     shutil.copytree(tuned[0].parent / "first", gone)
     words = [f"--init_from.checkpoint={gone}", "--init_from.renew=[fc8]"]
@@ -384,7 +384,7 @@ def test_a_milestone_changes_the_factors_and_a_resume_keeps_them(recipe: Path, t
     start, run = network_of(read(recipe)), tmp_path / "whole"
     middle = {name: torch.empty(p.shape) for name, p in start.items()}
     checkpoint.load(checkpoint.checkpoints(run / "checkpoints")[0], {f"weight.{name}": p for name, p in middle.items()},
-                    {f"weight.{name}": tuple(p.shape) for name, p in middle.items()}, ALONE, all_of_it=False)
+                    {f"weight.{name}": tuple(p.shape) for name, p in middle.items()}, ALONE, partial=True)
     assert {name.split(".")[0] for name in middle if not torch.equal(middle[name], start[name])} == set(LAYERS) - {"conv2"}
     assert {name.split(".")[0] for name in moved(run, middle)} == set(LAYERS) - {"conv1"}
     assert {line["lr"] for line in lines(run) if line["kind"] == "step" and line["epoch"] == 1} == {1e-3}

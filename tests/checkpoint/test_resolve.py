@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from model.alexnet import AlexNet
+from pipeline.files import file_sha256
 from tests.conftest import TinySet
 from tests.helpers.checkpoints import ALONE
 from tests.helpers.trained_run import write_run
@@ -32,10 +33,11 @@ def copy(run: Path, tmp_path: Path) -> Path:
 
 def test_which_checkpoint_of_a_run(run: Path) -> None:
     paths = checkpoint.checkpoints(run / "checkpoints")
-    assert resolve(run) == resolve(run, "last") == Resolved(paths[2], "checkpoint")
-    assert resolve(run, "best") == resolve(run, default="best") == Resolved(paths[1], "checkpoint")
-    assert resolve(run, "last", default="best").path == paths[2] and resolve(paths[0]) == Resolved(paths[0], "checkpoint")
-    assert resolve(paths[0]).run == run and Resolved(run, "evaluation").run is None
+    expected = [Resolved(path, "checkpoint", file_sha256(path / "manifest.json")) for path in paths]
+    assert resolve(run) == resolve(run, "last") == expected[2]
+    assert resolve(run, "best") == resolve(run, default="best") == expected[1]
+    assert resolve(run, "last", default="best") == expected[2] and resolve(paths[0]) == expected[0]
+    assert expected[0].run == run and Resolved(run, "exported", "").run is None
     assert [source.path for source in resolve_all([paths[0], run], "best")] == paths[:2], "one of them is a run"
 
 
@@ -92,7 +94,7 @@ def test_mistakes_are_named(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--checkpoint \(=.*\) is something else; give a run folder, a checkpoint, a network "
                                          r"that train.export wrote or a saved evaluation$"):
         resolve(tmp_path, kinds=ANY, name="--checkpoint")
-    assert resolve(tmp_path / "evaluation", kinds=ANY) == Resolved(tmp_path / "evaluation", "evaluation")
+    assert resolve(tmp_path / "evaluation", kinds=ANY).kind == "evaluation"
 
 
 def test_what_a_checkpoint_says_of_itself_and_its_weights(run: Path) -> None:
@@ -104,6 +106,6 @@ def test_what_a_checkpoint_says_of_itself_and_its_weights(run: Path) -> None:
     assert torch.equal(network.conv1.weight, 4 * expected["conv1.weight"]) and torch.equal(network.fc8.weight, before)
     source.load_weights(network, config, ALONE)
     assert torch.equal(network.fc8.weight, 4 * expected["fc8.weight"])
-    assert source.layers() == tuple(config.model.layers) and len(source.sha256) == 64
+    assert source.layers() == list(config.model.layers)
     assert source.classes_sha256 == checkpoint.read_state(source.path)["classes"]
     assert source.stats().sha256 and resolve(run).sha256 != source.sha256

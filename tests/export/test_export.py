@@ -62,11 +62,15 @@ def statistics(px: int = 76) -> Stats:
     return Stats(image, image.mean((0, 1)), np.zeros(3), np.eye(3), 1, {}, "", "train")
 
 
-def logits(model: ModelConfig, tensors: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+def network_of(model: ModelConfig, tensors: dict[str, torch.Tensor]) -> AlexNet:
     network = AlexNet(model, seed=0).eval()
     network.load_state_dict(tensors)
+    return network
+
+
+def logits(model: ModelConfig, tensors: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return network(images)
+        return network_of(model, tensors)(images)
 
 
 def onnx_logits(path: Path, images: torch.Tensor, *outputs: str) -> list[torch.Tensor]:
@@ -86,8 +90,8 @@ def test_every_variant_agrees(tmp_path: Path, name: str, monkeypatch: pytest.Mon
     """What the folder gives, by three programs, against the network; and a file of another network would not."""
     model, out = VARIANTS[name], tmp_path / "out"
     tensors = tensors_of(model)
-    found = export_folder.write_folder(out, recipe(tmp_path, model), tensors, statistics(), About("Drawn."), onnx=True,
-                                       softmax=True)
+    found = export_folder.write_folder(out, recipe(tmp_path, model), network_of(model, tensors), statistics(), About("Drawn."),
+                                       onnx=True, softmax=True)
     assert found is not None and found.safetensors == 0 and found.onnx is not None
     images = 20 * torch.randn(2, 3, 67, 67, generator=torch.Generator().manual_seed(8))
     expected = logits(model, tensors, images)
@@ -128,7 +132,8 @@ def test_the_checks_see_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monkey
 
     def tried() -> str:
         with pytest.raises(RuntimeError) as caught:
-            export_folder.write_folder(tmp_path / "out", config, tensors, statistics(), About("Drawn."), onnx=True)
+            export_folder.write_folder(tmp_path / "out", config, network_of(PAPER, tensors), statistics(), About("Drawn."),
+                                       onnx=True)
         assert [path.name for path in tmp_path.iterdir()] == ["small.yaml"], "nothing is left"
         return str(caught.value)
 
@@ -152,7 +157,7 @@ def test_the_checks_see_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_failed_write_leaves_nothing_and_nothing_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, out = recipe(tmp_path), tmp_path / "deep" / "out"
-    arguments = (config, tensors_of(PAPER), statistics(), About("Drawn."))
+    arguments = (config, network_of(PAPER, tensors_of(PAPER)), statistics(), About("Drawn."))
     (out.parent / ".out.host.1.0123abcd.tmp").mkdir(parents=True)  # left by a process that was killed
 
     def full(*_: object) -> None:
@@ -171,14 +176,14 @@ def test_a_failed_write_leaves_nothing_and_nothing_is_replaced(tmp_path: Path, m
     assert before.keys() == {"model.safetensors", "config.yaml", "stats.npz", "README.md", "manifest.json"}
     bad = {**tensors_of(PAPER), "conv1.bias": torch.full((8,), float("inf"))}
     with pytest.raises(ValueError, match=r"conv1.bias \(=NaN or infinite\) must be finite; the weights are damaged"):
-        export_folder.write_folder(tmp_path / "bad", config, bad, statistics(), About("Drawn."))
+        export_folder.write_folder(tmp_path / "bad", config, network_of(PAPER, bad), statistics(), About("Drawn."))
 
 
 def test_damage_and_other_files_are_named(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     out, tensors = tmp_path / "out", tensors_of(PAPER)
-    export_folder.write_folder(out, recipe(tmp_path), tensors, statistics(), About("Drawn."))
+    export_folder.write_folder(out, recipe(tmp_path), network_of(PAPER, tensors), statistics(), About("Drawn."))
     (out / "README.md").write_text("edited: the card is the reader's", encoding="utf-8")
     model, read = weights.load_safetensors(out)
     assert model == PAPER and read.keys() == tensors.keys() and all(torch.equal(read[name], tensors[name]) for name in tensors)

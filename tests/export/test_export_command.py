@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.alexnet import canonical_shapes
+from model.alexnet import AlexNet, canonical_shapes
 from pipeline.files import file_sha256
 from pipeline.index.sample_index import SampleIndex
 from pipeline.stats import Stats
@@ -63,7 +63,7 @@ def test_command_exports_a_run(tiny_set: TinySet, trained: Path, tmp_path: Path)
     stored = {name: torch.empty(shape) for name, shape in canonical_shapes(config.model).items()}
     checkpoint.load(last, {f"weight.{name}": tensor for name, tensor in stored.items()},
                     {f"weight.{name}": tuple(tensor.shape) for name, tensor in stored.items()},
-                    ALONE, all_of_it=False)
+                    ALONE, partial=True)
     assert all(torch.equal(tensor, stored[name]) for name, tensor in network.state_dict().items())
     lines = (out / "classes.txt").read_text(encoding="utf-8").splitlines()
     assert lines == [f"{entry.wnid} {entry.words}" for entry in index.classes] and len(lines) == 6
@@ -131,9 +131,10 @@ def test_float64_weights_become_float32(trained: Path, tmp_path: Path) -> None:
 
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     path = checkpoint.save(tmp_path, "step-000000001", tensors, shapes, state, attach, ALONE)
-    read = resolve(path).weights()
-    assert all(tensor.dtype == torch.float32 and torch.equal(tensor, tensors[f"weight.{name}"].float())
-               for name, tensor in read.items())
+    network = AlexNet(model, seed=0)
+    resolve(path).load_weights(network, config, ALONE)
+    for name, tensor in network.named_parameters():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, tensors[f"weight.{name}"].float())
 
 
 def test_mistakes_are_named(tiny_set: TinySet, trained: Path, tmp_path: Path) -> None:

@@ -258,7 +258,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]], topology: Topology,
-         *, all_of_it: bool = True) -> None:
+         *, partial: bool = False) -> None:
     """Fill this process's tensors in place from a checkpoint written by any number of processes.
 
     Args:
@@ -266,12 +266,12 @@ def load(path: Path, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, S
         tensors: this process's part of each tensor.
         shapes: canonical shape of each.
         topology: of this process.
-        all_of_it: the checkpoint must hold no other tensors than these.
+        partial: the checkpoint may hold other tensors too.
 
     Raises:
         ValueError: names or shapes differ from those in the checkpoint; both are printed.
     """
-    check_shapes(stored_shapes(path), {name: tuple(shapes[name]) for name in tensors}, path, exact=all_of_it)
+    check_shapes(stored_shapes(path), {name: tuple(shapes[name]) for name in tensors}, path, exact=not partial)
     with _one_line_error(f"checkpoint (={path}) could not be read: "):
         dcp.load(_distributed(tensors, shapes, topology), storage_reader=dcp.FileSystemReader(path), no_dist=topology.is_single)
 

@@ -6,9 +6,9 @@ B images of a batch, S side of the resized image, c side of the crop, D neurons 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Optional, Sequence
+from typing import Iterator, Optional, Sequence
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from pipeline.loading.eval_loader import EvalLoader, square_loader
 from pipeline.stats import Stats
 from train import build
 from train.checkpoint.resolve import Resolved
-from train.config import Config, ParallelConfig
+from train.config import Config
 from train.parallel.topology import Topology, process_group
 
 
@@ -101,28 +101,20 @@ def load_trained(source: Resolved, *, index: str | Path | None = None, archives:
 
     Args:
         source: from `resolve`.
-        index: of the images (default: the run's).
-        archives: folder to look for them in (default: the run's).
-        device: auto, cpu or cuda (default: the run's).
-        batch: images at once (default: the run's).
+        index, archives, device, batch: see `Resolved.inference_config`.
 
     Raises:
         ValueError: the index has other classes than the network; started as several processes.
     """
-    config = source.config()
-    given: dict[str, Any] = {"archives": None if archives is None else str(archives), "device": device, "test_batch": batch}
-    machine = replace(config.machine, **{name: value for name, value in given.items() if value is not None})
-    config = replace(config, machine=machine, parallel=ParallelConfig(towers=1),
-                     data=replace(config.data, index=str(index or config.data.images), packed=""))
+    config = source.inference_config(index, archives, device, batch)
+    machine = config.machine
     with process_group(towers=config.model.towers, parallel=config.parallel, device=machine.device, timeout_s=machine.timeout_s,
                        silence_s=machine.silence_s) as process:
         if not process.is_single:
             raise ValueError(f"processes (={process.world_size}) must be one; start it without torchrun")
         build.settle(config, process)
         images = build.index(config)
-        if build.classes_sha256(images) != source.classes_sha256:
-            raise ValueError(f"index (={config.data.index}) has other classes, or another order of them, than the one the "
-                             "network was trained on; give an index of the same classes")
+        source.check_classes(images)
         network = build.network(config, process)
         source.load_weights(network, config, process)
         yield TrainedNetwork(source, config, images, source.stats(), network.eval(), process)

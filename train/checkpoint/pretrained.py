@@ -22,11 +22,14 @@ class Origin:
     Attributes:
         source: what it is, verified; None when the recipe names none, or, before a resume, which does not need it, when it is
             gone or damaged.
-        sha256: SHA-256 (hex) of its manifest; empty without one.
     """
 
     source: Optional[Resolved] = None
-    sha256: str = ""
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 (hex) of its manifest; empty without one."""
+        return self.source.sha256 if self.source is not None else ""
 
     @classmethod
     def of(cls, config: Config, resume: bool, warn: Callable[[str], None]) -> Origin:
@@ -38,13 +41,12 @@ class Origin:
         if not config.init_from.checkpoint:
             return cls()
         try:
-            source = resolve(Path(config.init_from.checkpoint), default="best", kinds=("checkpoint", "exported"),
-                             name="init_from.checkpoint", warn=warn)
+            return cls(resolve(Path(config.init_from.checkpoint), default="best", kinds=("checkpoint", "exported"),
+                               name="init_from.checkpoint", warn=warn))
         except (ValueError, DamagedCheckpoint):
             if not resume:
                 raise
             return cls()
-        return cls(source, source.sha256)
 
     def take(self, network: AlexNet, config: Config, where: Topology, index: SampleIndex) -> str:
         """Give the network these weights, but for the layers that `init_from.renew` names. Returns a message that says what was

@@ -19,7 +19,7 @@ from pipeline.index.devkit import read_devkit
 from pipeline.index.sample_index import SampleIndex
 from train import build
 from train.checkpoint.resolve import Resolved, resolve_all, warn_on_stderr
-from train.config import Config, ParallelConfig
+from train.config import Config
 from train.console import Console
 from train.evaluate import predictions
 from train.evaluate.ensemble import check_compatible
@@ -74,25 +74,12 @@ def run(args: argparse.Namespace) -> None:
 
 def _plan(weights: Resolved, args: argparse.Namespace) -> Plan:
     """The recipe of a checkpoint or exported network as the command line changes it, and the images to test on."""
-    config = weights.config()
-    changes = {"archives": args.archives, "test_batch": args.batch, "device": args.device}
-    machine = replace(config.machine, **{name: value for name, value in changes.items() if value is not None})
-    if weights.kind == "exported" and not args.index and not Path(config.data.images).exists():
-        raise ValueError(f"index (={config.data.images}) that {weights.path} was trained on is not here, of its place only the "
-                         "name was exported; give it with --index")
-    config = replace(config, machine=machine, parallel=ParallelConfig(towers=1),
-                     data=replace(config.data, index=args.index or config.data.images, packed=""))
+    config = weights.inference_config(args.index, args.archives, args.device, args.batch)
     split = args.split or config.data.test_split
     index = _index(config, split, args.submission is not None)
-    classes = build.classes_sha256(index)
-    if (trained := weights.classes_sha256) is None:
-        warn_on_stderr(f"weights (={weights.path}) do not say which classes theirs are; they are taken to be those of "
-                       f"{index.path}, in its order")
-    elif classes != trained:
-        raise ValueError(f"index (={config.data.images}) has other classes, or another order of them, than the one "
-                         "the network was trained on; give an index of the same classes")
+    weights.check_classes(index)
     return Plan(weights, config, split, index, Key(
-        weights.sha256, index.split_sha256(split), classes, len(index.ids(split)), config.model.classes,
+        weights.sha256, index.split_sha256(split), build.classes_sha256(index), len(index.ids(split)), config.model.classes,
         args.views or config.train.test_views, config.machine.precision))
 
 

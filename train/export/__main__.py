@@ -19,6 +19,7 @@ from train.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, leave
 
 if TYPE_CHECKING:  # --help needs none of it
     from pipeline.index.sample_index import ClassInfo
+    from train.checkpoint.resolve import Resolved
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -38,25 +39,21 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def class_names(folder: str, sha256: str, required: bool) -> tuple[Sequence[ClassInfo], str]:
+def class_names(source: Resolved, folder: str, required: bool) -> tuple[Sequence[ClassInfo], str]:
     """Classes of an index in order, when they are those the network was trained on; else none, and the reason.
 
     Args:
         folder: of the index.
-        sha256: hash of the classes in the checkpoint.
         required: raise the reason instead: the user named this index.
 
     Raises:
         ValueError: it is required, and is no index, or one of other classes.
     """
     from pipeline.index.sample_index import SampleIndex
-    from train.build import classes_sha256
 
     try:
         index = SampleIndex.load(folder)
-        if classes_sha256(index) != sha256:
-            raise ValueError(f"index (={folder}) has other classes, or another order of them, than the one the network was "
-                             "trained on; give an index of the same classes")
+        source.check_classes(index)
         return index.classes, ""
     except ValueError as error:
         if required:
@@ -66,21 +63,23 @@ def class_names(folder: str, sha256: str, required: bool) -> tuple[Sequence[Clas
 
 def export(args: argparse.Namespace) -> None:
     """Find the checkpoint, write the folder, print what was written."""
+    from model.alexnet import AlexNet, parameter_count
     from train.checkpoint.resolve import resolve
     from train.export import safetensors_io
     from train.export.folder import NOISE_IMAGES, write_folder
     from train.export.model_card import describe
+    from train.parallel.topology import Topology
 
     source = resolve(args.checkpoint, args.which, default="best")
-    config, sha256 = source.config(), source.classes_sha256
-    assert sha256 is not None, "every checkpoint has it"
-    classes, problem = class_names(args.index or config.data.images, sha256, args.index is not None)
-    tensors = source.weights()
-    check = write_folder(args.out, config, tensors, source.stats(), describe(source, len(classes), args.licence), classes=classes,
+    config = source.config()
+    classes, problem = class_names(source, args.index or config.data.images, args.index is not None)
+    network = AlexNet(config.model, seed=0)
+    source.load_weights(network, config, Topology.single())
+    check = write_folder(args.out, config, network, source.stats(), describe(source, len(classes), args.licence), classes=classes,
                          onnx=args.onnx, softmax=args.softmax, check=args.check,
-                         hashes={"classes_sha256": sha256, "checkpoint_sha256": source.sha256})
+                         hashes={"classes_sha256": str(source.classes_sha256), "checkpoint_sha256": source.sha256})
     files = sorted(args.out.iterdir())
-    print(f"{args.out}: {sum(tensor.numel() for tensor in tensors.values()):,} parameters, "
+    print(f"{args.out}: {parameter_count(config.model):,} parameters, "
           f"{sum(path.stat().st_size for path in files):,} bytes in {', '.join(path.name for path in files)}")
     if check is not None:
         onnx = "" if check.onnx is None else f", {safetensors_io.ONNX} {check.onnx:.3g}"

@@ -33,7 +33,7 @@ class Check:
     largest: float
 
 
-def write_folder(out: Path, config: Config, tensors: Mapping[str, torch.Tensor], stats: Stats, about: About, *,
+def write_folder(out: Path, config: Config, network: AlexNet, stats: Stats, about: About, *,
                  classes: Sequence[ClassInfo] = (), hashes: Mapping[str, str] = {}, onnx: bool = False, softmax: bool = False,
                  check: bool = True) -> Optional[Check]:
     """Write a network that anyone can load; train/export/safetensors_io.py lists the files.
@@ -41,7 +41,7 @@ def write_folder(out: Path, config: Config, tensors: Mapping[str, torch.Tensor],
     Args:
         out: the folder, which must not exist yet.
         config: the recipe.
-        tensors: canonical name → float32 on the CPU.
+        network: all of it, float32 on the CPU.
         stats: whose mean is subtracted from images.
         about: for the model card.
         classes: in the order of the outputs; empty when not known.
@@ -50,13 +50,14 @@ def write_folder(out: Path, config: Config, tensors: Mapping[str, torch.Tensor],
         check: compare the logits of what was written with the network's.
 
     Raises:
-        ValueError: the folder exists; or weights that are not this network's, or not finite.
+        ValueError: the folder exists, or a weight is not finite.
         RuntimeError: a library is missing, or the check failed; nothing is left then.
     """
     if os.path.lexists(out):
         raise ValueError(f"--out (={out}) exists already; give a folder that does not")
     config = weights.without_machine(config)
     hashes = {**hashes, "stats_sha256": stats.sha256}
+    tensors = {name: parameter.detach() for name, parameter in network.named_parameters()}
     outputs = () if not onnx else ("logits", "probabilities") if softmax else ("logits",)
     out.parent.mkdir(parents=True, exist_ok=True)
     remove_dead(out.parent, out.name)
@@ -72,11 +73,11 @@ def write_folder(out: Path, config: Config, tensors: Mapping[str, torch.Tensor],
             (folder / weights.ONNX).write_bytes(packed)
         (folder / weights.CARD).write_text(card(out.name, config, about, outputs), encoding="utf-8")
         weights.write_manifest(folder)
-        return compare(folder, config, tensors, outputs) if check else None
+        return compare(folder, network, outputs) if check else None
 
 
-def compare(folder: Path, config: Config, tensors: Mapping[str, torch.Tensor], outputs: Sequence[str]) -> Check:
-    """Read a folder back and compare its logits on noise with those of the network that has `tensors`.
+def compare(folder: Path, network: AlexNet, outputs: Sequence[str]) -> Check:
+    """Read a folder back and compare its logits on noise with those of the network.
 
     Args:
         outputs: of model.onnx; empty when there is none.
@@ -84,12 +85,10 @@ def compare(folder: Path, config: Config, tensors: Mapping[str, torch.Tensor], o
     Raises:
         RuntimeError: they differ, or onnxruntime is not installed.
     """
-    network = AlexNet(config.model, seed=0).eval()
-    network.load_state_dict(dict(tensors))
-    shape = (NOISE_IMAGES, 3, config.model.input_px, config.model.input_px)
+    shape = (NOISE_IMAGES, 3, network.config.input_px, network.config.input_px)
     images = NOISE_STD * torch.randn(shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        expected = network(images)
+        expected = network.eval()(images)
         loaded = weights.from_pretrained(folder)(images)
     largest = float(expected.abs().max())
     difference = _difference(loaded, expected, largest, weights.WEIGHTS)

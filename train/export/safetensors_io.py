@@ -14,11 +14,12 @@ Needs the extra `export` (safetensors). Whoever has only safetensors and torch r
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Iterator, Mapping
 
 import torch
 
@@ -60,7 +61,7 @@ def load_safetensors(path: str | Path) -> tuple[ModelConfig, dict[str, torch.Ten
         ValueError: no such file, not made by this program, of another format, or with other tensors than its network has.
         DamagedCheckpoint: the folder's manifest says other sizes or hashes.
     """
-    file = _file(Path(path))
+    file = _file(path)
     config, tensors = read_model(file), read_weights(file)
     _check(tensors, config, str(file))
     return config, tensors
@@ -68,7 +69,7 @@ def load_safetensors(path: str | Path) -> tuple[ModelConfig, dict[str, torch.Ten
 
 def read_model(path: str | Path) -> ModelConfig:
     """The network of a file that `pack` made, from its metadata. Raises as `load_safetensors`."""
-    file = _file(Path(path))
+    file = _file(path)
     metadata = read_metadata(file)
     if metadata.get("alexnet_dali_format") != str(FORMAT):
         raise ValueError(f"weights (={file}) have format {metadata.get('alexnet_dali_format', 'none')}, not {FORMAT}; give a "
@@ -81,27 +82,19 @@ def read_model(path: str | Path) -> ModelConfig:
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """Tensors of a safetensors file, or of an exported folder: name → as stored, on the CPU. A folder is checked first.
+    """Tensors of a safetensors file, or of an exported folder: name → as stored, on the CPU. A folder is verified first.
 
     Raises:
         ValueError: no such file, or no safetensors. DamagedCheckpoint: the folder's manifest says other sizes or hashes.
     """
-    file = _file(Path(path))
-    try:
-        tensors: dict[str, torch.Tensor] = _safetensors("torch").load_file(file)
-    except _safetensors().SafetensorError as error:
-        raise ValueError(f"weights (={file}) are no safetensors file ({error}); give one that train.export wrote") from None
-    return tensors
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The metadata of a safetensors file or of an exported folder. Raises ValueError as `read_weights`."""
-    file = _file(Path(path))
-    try:
-        with _safetensors().safe_open(file, framework="pt") as opened:
-            return dict(opened.metadata() or {})
-    except _safetensors().SafetensorError as error:
-        raise ValueError(f"weights (={file}) are no safetensors file ({error}); give one that train.export wrote") from None
+    """The metadata of a safetensors file or of an exported folder. Raises as `read_weights`."""
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
 
 
 def from_pretrained(folder: str | Path) -> AlexNet:
@@ -120,11 +113,6 @@ def _model_config(values: Mapping[str, Any]) -> ModelConfig:
     if lrn is not None:  # files of version 0.1 say across: false; windows never cross towers now
         lrn = LrnConfig(**{key: value for key, value in lrn.items() if (key, value) != ("across", False)})
     return ModelConfig(**{**values, "lrn": lrn, "pool": PoolConfig(**values["pool"])})
-
-
-def is_exported(folder: Path) -> bool:
-    """Whether a folder is one that train.export wrote, not a checkpoint; nothing of it is believed yet."""
-    return (folder / WEIGHTS).is_file()
 
 
 def write_manifest(folder: Path) -> None:
@@ -149,8 +137,9 @@ def _relative(path: str) -> str:
     return Path(path).name if Path(path).is_absolute() else path
 
 
-def _file(path: Path) -> Path:
+def _file(path: str | Path) -> Path:
     """The safetensors file of a path: itself, or that of a folder, which is compared with its manifest if it has one."""
+    path = Path(path)
     if path.is_dir():
         if (path / MANIFEST).exists():
             verify(path)
@@ -158,6 +147,18 @@ def _file(path: Path) -> Path:
     if not path.is_file():
         raise ValueError(f"weights (={path}) are not there; give a folder that train.export wrote, or its {WEIGHTS}")
     return path
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    """A safetensors file, open."""
+    file = _file(path)
+    safetensors = _safetensors()
+    try:
+        with safetensors.safe_open(file, framework="pt") as opened:
+            yield opened
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"weights (={file}) are no safetensors file ({error}); give one that train.export wrote") from None
 
 
 def _check(tensors: Mapping[str, torch.Tensor], config: ModelConfig, what: str) -> None:

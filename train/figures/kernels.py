@@ -83,7 +83,7 @@ def conv1(checkpoint: Path) -> tuple[np.ndarray, int]:
     towers = int(load_yaml((checkpoint / checkpoints.CONFIG).read_text(encoding="utf-8"))["model"]["towers"])
     weights = {WEIGHT: torch.empty(shape)}
     alone = Topology.single()
-    checkpoints.load(checkpoint, weights, {WEIGHT: shape}, alone, all_of_it=False)
+    checkpoints.load(checkpoint, weights, {WEIGHT: shape}, alone, partial=True)
     return weights[WEIGHT].numpy(), towers
 
 
