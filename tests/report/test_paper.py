@@ -60,7 +60,6 @@ def test_one_change_is_recognised_at_its_size(key: str, change: Callable[[dict[s
     lambda config: config["model"].update(pool={"px": 3, "stride": 3, "more": 1}) or config["model"].update(activation="tanh"),
     lambda config: config["model"].update(pool={"px": 5, "stride": 2}), layers(conv3=None, conv4=None), layers(conv1=None),
     lambda config: config["model"]["lrn"].update(k=1.0), lambda config: config["model"]["lrn"].update(alpha=1e-3),
-    lambda config: config["model"]["lrn"].update(across=True),
     layers(conv3={"sees": "own"}), layers(conv2={"px": 3}), layers(conv4={"lrn": "after"}),
     lambda config: config.update(init_from={"checkpoint": "runs/other"}), lambda config: config["model"].pop("layers")])
 def test_other_changes_are_none_of_the_papers(change: Callable[[dict[str, Any]], object]) -> None:

@@ -12,11 +12,9 @@ import pytest
 
 from tests.helpers.reports import Page, checked, recipe, report, small, write_run
 from train.report import paper
-from train.report.compare import Difference, Ensemble, ablations, difference, sooner
-from train.report.facts import Run
+from train.report.compare import Difference, Ensemble, ablations, difference, five, relu_speedup
 from train.report.groups import Stat, group, stat
-from train.report.runs import read_run
-from train.report.tables import _five
+from train.report.runs import Run, read_run
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +34,9 @@ def test_seeds_are_one_row_with_mean_and_deviation(tmp_path: Path, base: dict[st
     # Mean 43, deviations −3, −1, 4: sd = sqrt(26 / 2).
     assert (first["recipe"], first["seeds"], first["epochs"]) == ("full", "3", "3")
     assert first["test top-1 error, %"] == f"43.00 ± {math.sqrt(13):.2f}" == "43.00 ± 3.61"
-    assert first["test top-5 error, %"] == "21.50 ± 1.80" and first["test"] == "val, 10 views"
+    assert first["test top-5 error, %"] == "21.50 ± 1.80" and first["test"] == "val, 10 crops"
     assert (first["validation top-1 error, %"], first["images/s"]) == ("50.00 ± 0.00", "100 ± 0")
-    assert (first["waiting, % of time"], first["training, minutes"]) == ("4.0 ± 0.0", "3.0 ± 0.0")
+    assert (first["data wait, % of time"], first["training, minutes"]) == ("4.0 ± 0.0", "3.0 ± 0.0")
     assert (second["recipe"], second["seeds"], second["test top-1 error, %"]) == ("other", "1", "40.00")
 
 
@@ -182,14 +180,13 @@ def test_an_average_on_other_images_is_not_the_papers(tmp_path: Path) -> None:
     config = recipe("alexnet_ilsvrc2012")
     run = read_run(write_run(tmp_path / "net", config, errors=(0.6,) * 90, images=50_000, train=1_281_167))
     one, = group([run])
-    five, row = Stat(0.3, None, 1), next(row for row in paper.ROWS if row.key == paper.FIVE)
+    error, row = Stat(0.3, None, 1), next(row for row in paper.ROWS if row.key == paper.FIVE)
 
-    def cells(images: int, views: int, members: int) -> list[str]:
-        less = Difference(-0.01, None)
-        return _five(row, [Ensemble(one, members, "val", images, views, five, five, less, less)])
+    def ensemble(images: int, views: int, members: int) -> Ensemble:
+        return Ensemble(one, members, "val", images, views, error, error, Difference(-0.01, None), Difference(-0.01, None))
 
-    assert cells(50_000, 10, 5) == ["30.00", "30.00", "net"]
-    assert cells(20_000, 10, 5) == cells(50_000, 1, 5) == cells(50_000, 10, 4) == ["–"] * 3
+    same = ensemble(50_000, 10, 5)
+    assert five(row, [ensemble(20_000, 10, 5), ensemble(50_000, 1, 5), same, ensemble(50_000, 10, 4)]) == [same]
 
 
 def test_what_a_change_does_not_ask_for_is_named() -> None:
@@ -215,7 +212,7 @@ def test_figure_1_compares_the_quickest_of_each_activation(tmp_path: Path, base:
     # Training errors are 0.1 more: 0.45, 0.30, 0.20 fall below 0.25 half-way through the third epoch.
     runs = [made("relu", "relu", 0.1, (0.35, 0.2, 0.1)), made("slow", "relu", 0.01, (0.4, 0.4, 0.4)),
             made("tanh", "tanh", 0.1, (0.4,) * 9 + (0.14,)), made("worse", "tanh", 0.5, (0.4,) * 12)]
-    pair = sooner(group([read_run(run) for run in runs]))
+    pair = relu_speedup(group([read_run(run) for run in runs]))
     assert pair is not None and (pair.relu.name, pair.tanh.name) == ("relu", "tanh")
     assert pair.relu_epochs is not None and pair.relu_epochs.mean == pytest.approx(2.5)
     row, = checked(report(tmp_path / "r.html", *runs)[0]).rows("ReLU against tanh")
@@ -223,7 +220,7 @@ def test_figure_1_compares_the_quickest_of_each_activation(tmp_path: Path, base:
     assert float(row["ours"]) == pytest.approx((9 + 0.25 / 0.26) / 2.5, abs=0.05)
     row, = checked(report(tmp_path / "r.html", runs[1], runs[3])[0]).rows("ReLU against tanh")
     assert (row["ours"], row["ReLU, epochs"]) == ("–", "not reached")
-    assert sooner(group([read_run(runs[0])])) is None
+    assert relu_speedup(group([read_run(runs[0])])) is None
     stuck = copy.deepcopy(config)
     stuck["model"]["activation"], stuck["optimizer"]["lr"] = "relu", 0.1
     runs.append(write_run(tmp_path / "relu-2", stuck, 2, errors=(0.9,) * 3, test=None, **cifar))

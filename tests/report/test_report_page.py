@@ -176,7 +176,7 @@ def test_the_page_shows_all_there_is(tmp_path: Path, base: dict[str, Any]) -> No
     found = checked(page)
     assert page.count('<svg class="chart"') == 3 and "data:image/png;base64,iVBORw0KGgpyZXN0" in page and "a=b" in found.text
     for shown in ("c" * 40, "i" * 64, "s" * 64, "f" * 64, "validation_split: val", "cpu", "2027-01-15 08:00 UTC",
-                  "training top-1", "learning rate", "waiting, % of time", "decode"):
+                  "training top-1", "learning rate", "data wait, % of time", "decode"):
         assert shown in found.text, shown
     assert "prefers-color-scheme:dark" in page and "#0072b2" not in page[page.index("<body>"):], "charts have the page's colours"
     facts = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
@@ -210,7 +210,7 @@ def test_real_runs_with_kernels_and_their_average(tmp_path: Path, tiny_set: Tiny
     assert page.count('alt="8 kernels of conv1" src="data:image/png;base64,iVBORw0KGgo') == 1
     assert f"tiny, seed {1 if 'tiny, seed 1, step' in found.text else 2}, step-" in found.text and "tower a above" in found.text
     plain, averaged = found.rows(f"Results on index (6 classes, {tiny_set.train} training images)")
-    assert plain["recipe"] == "tiny" and averaged["recipe"] == "tiny, 2 networks averaged" and averaged["test"] == "val, 10 views"
+    assert plain["recipe"] == "tiny" and averaged["recipe"] == "tiny, 2 networks averaged" and averaged["test"] == "val, 10 crops"
     one, problems = ensembles(group([read_run(run) for run in trained]))
     assert not problems and one[0].members == 2 and averaged["test top-1 error, %"] == f"{100 * one[0].top1.mean:.2f}"
     rows = {row["change"]: row for row in found.rows("Changes to the network")}

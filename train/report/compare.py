@@ -1,20 +1,24 @@
-"""Results held against others: against the paper's, where they are its experiment on its data; against the full network's on the
-same data, as a difference with its 95% interval (Welch's, over seeds); and averages of networks against single ones.
+"""Results compared: with the paper's, where they are its experiment on its data; with the full network's on the same data, as a
+difference with its 95% interval (Welch's, over seeds); averages of networks with single ones; ReLU with tanh (figure 1).
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from train.report import paper
+from scipy.special import stdtrit
+
 from train.config import differences
-from train.report.facts import Run, Test
-from train.report.groups import Group, Stat, images, stat
-from train.report.runs import EVALUATIONS
+from train.evaluate import ensemble, predictions
+from train.report import paper
+from train.report.groups import FIGURES, Group, Stat, precision, stat
+from train.report.runs import EVALUATIONS, Run, Test
 
 
 @dataclass(frozen=True)
@@ -36,51 +40,42 @@ def difference(ours: Sequence[float | None], full: Sequence[float | None]) -> Di
     parts = one.sd ** 2 / one.n, other.sd ** 2 / other.n
     if not sum(parts):
         return Difference(mean, 0.0)
-    from scipy.special import stdtrit
-
     freedom = sum(parts) ** 2 / (parts[0] ** 2 / (one.n - 1) + parts[1] ** 2 / (other.n - 1))
     return Difference(mean, float(stdtrit(freedom, 0.975)) * math.sqrt(sum(parts)))
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """A changed network against the full one on the same images.
-
-    Attributes:
-        group, full: both results.
-        change: what the paper says of the change.
-        top1, top5: differences of the test's errors, shares.
-        also: other keys in which the recipes differ, `key: full's -> its`; then the difference is not the change's alone.
-    """
+    """A changed network against the full one on the same images: differences of the test's errors."""
 
     group: Group
     full: Group
     change: paper.Change
     top1: Difference | None
     top5: Difference | None
-    also: tuple[str, ...]
+    also: tuple[str, ...]  # other keys that differ, `key: full's -> its`; then the difference is not the change's alone
 
 
 def ablations(groups: Sequence[Group]) -> list[Ablation]:
     """Every group that is a change of the paper's, against the full network that it differs least from."""
     found = []
     for one in groups:
-        change = paper.CHANGES.get(one.experiment)
-        rivals = [(_also(one, full, change), full) for full in groups
-                  if full.experiment == paper.FULL and images(full.runs[0]) == images(one.runs[0])] if change else []
-        if change and rivals:
-            also, full = min(rivals, key=lambda rival: (len(rival[0]), -len(rival[1].counted)))
-            top1, top5 = (difference(one.values(name), full.values(name)) for name in ("test_top1", "test_top5"))
-            found.append(Ablation(one, full, change, top1, top5, also))
+        if change := paper.CHANGES.get(one.experiment):
+            rivals = [(_also(one, full, change), full) for full in groups
+                      if full.experiment == paper.FULL and full.images == one.images]
+            if rivals:
+                also, full = min(rivals, key=lambda rival: (len(rival[0]), -len(rival[1].counted)))
+                top1, top5 = (difference(one.values(name), full.values(name)) for name in ("test_top1", "test_top5"))
+                found.append(Ablation(one, full, change, top1, top5, also))
     return found
 
 
 def _also(one: Group, full: Group, change: paper.Change) -> tuple[str, ...]:
     """Keys that differ without the change asking for it."""
-    precision = [str(group.config.get("machine", {}).get("precision", "fp32")) for group in (full, one)]
-    return tuple(line for line in differences(one.config, full.config)
-                 if not line.startswith(("train.seed:", *change.touches))) \
-        + ((f"machine.precision: {precision[0]} -> {precision[1]}",) if precision[0] != precision[1] else ())
+    keys = [line for line in differences(one.config, full.config) if not line.startswith(("train.seed:", *change.touches))]
+    if precision(full.config) != precision(one.config):
+        keys.append(f"machine.precision: {precision(full.config)} -> {precision(one.config)}")
+    return tuple(keys)
 
 
 def matches(row: paper.Row, groups: Sequence[Group]) -> list[Group]:
@@ -90,33 +85,36 @@ def matches(row: paper.Row, groups: Sequence[Group]) -> list[Group]:
             if key and one.data_set == row.data and one.experiment == key and paper.paper_size(one.config, key)]
 
 
+def beside(row: paper.Row, groups: Sequence[Group]) -> list[tuple[Group, list[Test]]]:
+    """What stands beside a row of the paper's: matching groups, and their tests with ten crops."""
+    return [(one, [test for run in one.counted if (test := ten_crops(run, row))]) for one in matches(row, groups)]
+
+
+def five(row: paper.Row, ensembles: Sequence[Ensemble]) -> list[Ensemble]:
+    """What stands beside the paper's average of five: averages of five full networks on the same images, with ten crops."""
+    return [one for one in ensembles if (one.members, one.images, one.views) == (5, paper.DATA_SETS[row.data].test, 10)
+            and matches(row, [one.group])]
+
+
 def ten_crops(run: Run, row: paper.Row) -> Test | None:
-    """A run's test as the paper tests: ten views of every image of the row's split; None when there is none.
+    """A run's test as the paper tests: ten crops of every image of the row's split; None when there is none.
 
     The one at the end of training, or a saved evaluation of the last or the best checkpoint.
     """
-    wanted = paper.DATA_SETS[row.data].test
-    return next((test for test in run.tests if test.views == 10 and wanted in (None, test.images)
-                 and (not test.source or test in _saved(run))), None)
+    images, saved = paper.DATA_SETS[row.data].test, _saved(run)
+    return next((test for test in run.tests if test.views == 10 and images in (None, test.images)
+                 and (not test.source or test in saved)), None)
 
 
 def _saved(run: Run) -> list[Test]:
     """Saved evaluations of a run's last or best checkpoint."""
-    told = {point.manifest for point in (*run.checkpoints[-1:], run.best) if point}
-    return [test for test in run.tests if test.source and test.checkpoint in told]
+    manifests = {saved.manifest for saved in (*run.checkpoints[-1:], run.best) if saved}
+    return [test for test in run.tests if test.source and test.checkpoint in manifests]
 
 
 @dataclass(frozen=True)
 class Ensemble:
-    """The mean of the probabilities of a group's networks (paper §6), one a seed.
-
-    Attributes:
-        group: whose.
-        members: how many.
-        split, images, views: on what they were tested, and how.
-        top1, top5: its errors, shares, of one average.
-        less_top1, less_top5: how far they lie from the mean of its members' errors.
-    """
+    """A test of the mean of the probabilities of a group's networks (paper §6), one a seed."""
 
     group: Group
     members: int
@@ -125,7 +123,7 @@ class Ensemble:
     views: int
     top1: Stat
     top5: Stat
-    less_top1: Difference
+    less_top1: Difference  # from the mean of its members' errors
     less_top5: Difference
 
 
@@ -134,30 +132,27 @@ def ensembles(groups: Sequence[Group]) -> tuple[list[Ensemble], list[str]]:
     found, problems = [], []
     for one in groups:
         saved = [(run, {(test.views, test.split): test for test in _saved(run)}) for run in one.counted]
-        ways = collections.Counter(way for _, tests in saved for way in tests)
-        way, count = max(ways.items(), key=lambda item: (item[1], item[0]), default=((0, ""), 0))
+        counts = collections.Counter(key for _, tests in saved for key in tests)
+        (views, split), count = max(counts.items(), key=lambda item: (item[1], item[0]), default=((0, ""), 0))
         if count < 2:
             continue
-        members = [(run, tests[way]) for run, tests in saved if way in tests]
-        from train.evaluate.ensemble import check_compatible, ensemble_result
-        from train.evaluate.predictions import load
-
+        members = [(run, tests[views, split]) for run, tests in saved if (views, split) in tests]
         try:
-            loaded = [load(run.folder / EVALUATIONS / test.source) for run, test in members]
-            check_compatible(loaded)
-            score = ensemble_result(loaded).score
+            loaded = [predictions.load(run.folder / EVALUATIONS / test.source) for run, test in members]
+            ensemble.check_compatible(loaded)
+            score = ensemble.ensemble_result(loaded).score
         except (ValueError, RuntimeError, OSError) as error:
             problems.append(f"{one.name}: its networks cannot be averaged ({str(error).partition(';')[0]})")
             continue
         less = [Difference(whole - sum(getattr(test, name) for _, test in members) / len(members), None)
                 for name, whole in (("top1", score.top1), ("top5", score.top5))]
-        found.append(Ensemble(one, len(members), way[1], score.images, way[0], Stat(score.top1, None, 1),
+        found.append(Ensemble(one, len(members), split, score.images, views, Stat(score.top1, None, 1),
                               Stat(score.top5, None, 1), less[0], less[1]))
     return found, problems
 
 
 @dataclass(frozen=True)
-class Sooner:
+class Speedup:
     """Figure 1: epochs until the training error falls to paper.TRAINING_ERROR, with ReLU and with tanh, over the runs that reach
     it; None: none does."""
 
@@ -167,11 +162,11 @@ class Sooner:
     tanh_epochs: Stat | None
 
 
-def sooner(groups: Sequence[Group]) -> Sooner | None:
+def relu_speedup(groups: Sequence[Group]) -> Speedup | None:
     """The quickest pair on CIFAR-10 that differs in nothing but the activation and the rates (§3.1 chooses them for each)."""
     def epochs(one: Group) -> float:
-        found = stat(reached(run) for run in one.counted)
-        return found.mean if found and found.n == len(one.counted) else math.inf
+        mean = stat(epochs_to_error(run) for run in one.counted)
+        return mean.mean if mean and mean.n == len(one.counted) else math.inf
 
     on_cifar = [one for one in groups if one.data_set == "cifar10"]
     pairs = [(relu, tanh) for relu, tanh in itertools.permutations(sorted(on_cifar, key=epochs), 2)
@@ -181,10 +176,10 @@ def sooner(groups: Sequence[Group]) -> Sooner | None:
     if not pairs:
         return None
     relu, tanh = min(pairs, key=lambda pair: (epochs(pair[0]), epochs(pair[1])))
-    return Sooner(relu, tanh, *(stat(reached(run) for run in one.counted) for one in (relu, tanh)))
+    return Speedup(relu, tanh, *(stat(epochs_to_error(run) for run in one.counted) for one in (relu, tanh)))
 
 
-def reached(run: Run, error: float = paper.TRAINING_ERROR) -> float | None:
+def epochs_to_error(run: Run, error: float = paper.TRAINING_ERROR) -> float | None:
     """Epochs until the training error is this low, between two epochs by a straight line; None when it never is."""
     before: tuple[float, float] | None = None
     for epoch in run.epochs:
@@ -196,3 +191,44 @@ def reached(run: Run, error: float = paper.TRAINING_ERROR) -> float | None:
             return before[0] + (epoch.epoch + 1 - before[0]) * (before[1] - error) / (before[1] - epoch.error)
         before = epoch.epoch + 1, epoch.error
     return None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Results and all that is compared with them."""
+
+    groups: list[Group]
+    ensembles: list[Ensemble]
+    ablations: list[Ablation]
+    speedup: Speedup | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as plain values: errors and data wait as shares, the paper's as percent, as in its tables."""
+        def plain(value: Any) -> Any:
+            return None if value is None else dataclasses.asdict(value)
+
+        return {
+            "results": [{"name": one.name, "runs": [run.name for run in one.runs], "seeds": [run.seed for run in one.counted],
+                         "experiment": one.experiment or None, "departs": one.departs, "data": one.data,
+                         "data_set": one.data_set or None, **{name: plain(one.stat(name)) for name in FIGURES}}
+                        for one in self.groups],
+            "averaged": [{"name": one.group.name, "members": one.members, "split": one.split, "views": one.views,
+                          **{name: getattr(one, name).mean for name in ("top1", "top5", "less_top1", "less_top5")}}
+                         for one in self.ensembles],
+            "paper": [{**dataclasses.asdict(row), "ours": [
+                {"name": one.name, **{name: plain(stat(getattr(test, name) for test in tests)) for name in ("top1", "top5")}}
+                for one, tests in beside(row, self.groups) if row.key != paper.FIVE]} for row in paper.ROWS],
+            "changes": [{"experiment": one.group.experiment, "name": one.group.name, "full": one.full.name,
+                         "paper_top1": one.change.top1, "paper_top5": one.change.top5, "top1": plain(one.top1),
+                         "top5": plain(one.top5), "also": list(one.also)} for one in self.ablations],
+            "figure1": self.speedup and {"relu": self.speedup.relu.name, "tanh": self.speedup.tanh.name,
+                                         "relu_epochs": plain(self.speedup.relu_epochs),
+                                         "tanh_epochs": plain(self.speedup.tanh_epochs)},
+            "runs": [{**dataclasses.asdict(run), "folder": str(run.folder), "state": run.state}
+                     for one in self.groups for run in one.runs]}
+
+
+def compare(groups: list[Group]) -> tuple[Comparison, list[str]]:
+    """Everything about these groups, and which of them could not be averaged."""
+    averages, problems = ensembles(groups)
+    return Comparison(groups, averages, ablations(groups), relu_speedup(groups)), problems

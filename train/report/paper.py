@@ -15,19 +15,12 @@ FULL, FIVE = "full", "five"
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set of the paper.
-
-    Attributes:
-        title: for people.
-        classes: how many.
-        train: training images, before unreadable ones are excluded; None where the paper does not say it exactly.
-        test: images of the split that the errors are counted on; None likewise.
-    """
+    """A data set of the paper; None where the paper does not say it exactly."""
 
     title: str
     classes: int
-    train: int | None
-    test: int | None
+    train: int | None  # images, before unreadable ones are excluded
+    test: int | None  # images of the split that the errors are counted on
 
 
 DATA_SETS = {
@@ -41,24 +34,15 @@ _EXCLUDED = 0.002  # share of the training images that may be missing, as unread
 
 @dataclass(frozen=True)
 class Row:
-    """A result of the paper.
+    """A result of the paper: errors in percent, None where it has none."""
 
-    Attributes:
-        key: which experiment, a name of `experiment`; FIVE, the mean of five of FULL; "" for what is not looked for.
-        what: in words.
-        data: key of DATA_SETS, or "".
-        on: data set and split, in words.
-        top1, top5: errors in percent; None where the paper has none.
-        source: section of the paper, and run of the release.
-    """
-
-    key: str
+    key: str  # a name of `experiment`; FIVE, the mean of five of FULL; "" for what is not looked for
     what: str
-    data: str
-    on: str
+    data: str  # key of DATA_SETS, or ""
+    on: str  # data set and split, in words
     top1: float | None
     top5: float | None
-    source: str
+    source: str  # section of the paper, and run of the release
 
 
 ROWS = (
@@ -81,20 +65,13 @@ ROWS = (
 
 @dataclass(frozen=True)
 class Change:
-    """What one change to the network does to its errors, as the paper (or the release) reports it.
-
-    Attributes:
-        what: the change, in words.
-        top1, top5: percentage points more error than the full network; "" where not reported.
-        source: section of the paper, and run of the release.
-        touches: beginnings of the keys of a recipe that the change is made with.
-    """
+    """What one change to the network does to its errors, as the paper (or the release) reports it."""
 
     what: str
-    top1: str
+    top1: str  # percentage points more error than the full network; "" where not reported
     top5: str
-    source: str
-    touches: tuple[str, ...]
+    source: str  # section of the paper, and run of the release
+    touches: tuple[str, ...]  # beginnings of the keys of a recipe that the change is made with
 
 
 # By name of `experiment`. Those without figures are common departures that the paper gives no figure for.
@@ -106,19 +83,19 @@ CHANGES = {
                         ("model.towers", "model.layers.")),
     "apart": Change("towers meet only at the softmax layer", "+1.17", "+1.12", "release 150",
                     ("model.layers.conv3.sees", "model.layers.fc6.", "model.layers.fc7.sees")),
-    "no_lighting": Change("no lighting noise", "over +1", "", "§4.1", ("data.lighting",)),
+    "no_lighting": Change("no PCA colour jitter (lighting)", "over +1", "", "§4.1", ("data.lighting",)),
     "no_layer": Change("a middle layer removed", "about +2", "", "§7", ("model.layers.",)),
     FIVE: Change("5 networks averaged", "−2.56", "−1.81", "§6, table 2", ()),
     "no_full": Change("a fully connected layer removed", "", "", "§7 speaks of convolutions only", ("model.layers.",)),
     "no_dropout": Change("no dropout", "", "", "§4.2, “substantial overfitting”", ("model.dropout",)),
-    "no_mirror": Change("no reflections", "", "", "§4.1", ("data.mirror",)),
+    "no_mirror": Change("no horizontal flips", "", "", "§4.1", ("data.mirror",)),
     "tanh": Change("tanh in place of ReLU", "", "", "§3.1, figure 1", ("model.activation",)),
 }
 # Figure 1: a network of four layers on CIFAR-10, without regularisation; epochs to 25% training error, tanh over ReLU.
 SOONER, TRAINING_ERROR = "about 6", 0.25
 
 # The paper's layers (§3.5, figure 2), without their sizes.
-_PLACES: dict[str, dict[str, Any]] = {
+_LAYERS: dict[str, dict[str, Any]] = {
     "conv1": {"px": 11, "stride": 4, "pad": 0, "lrn": "after", "pool": True},
     "conv2": {"px": 5, "stride": 1, "pad": 2, "lrn": "after", "pool": True, "sees": "own"},
     "conv3": {"px": 3, "stride": 1, "pad": 1, "lrn": "none", "pool": False, "sees": "both"},
@@ -132,7 +109,7 @@ _VARIANT_SIZES = {"one_tower": {"conv1": 48, "conv2": 128, "conv3": 192, "conv4"
 # Six convolutions (release 146): which departures together are which experiment.
 _SIX = {frozenset({"with conv6"}): "six_conv", frozenset({"with conv6", "starts from trained weights"}): "six_conv_fine_tuned",
         frozenset({"with conv6", "with fc9"}): "six_conv_linear"}
-_UNSAID = {"stride": 1, "pad": 0, "lrn": "none", "pool": False, "dropout": False, "linear": False}
+_DEFAULTS = {"stride": 1, "pad": 0, "lrn": "none", "pool": False, "dropout": False, "linear": False}
 
 
 def data_set(classes: int | None, train: tuple[int, int] | None, test: int | None) -> str:
@@ -173,7 +150,7 @@ def fine_tuned(config: Mapping[str, Any]) -> bool:
 
 def paper_size(config: Mapping[str, Any], key: str) -> bool:
     """Whether a config of this experiment has the paper's numbers of kernels and neurons, its crop and the paper's strength of
-    dropout and of lighting noise, where it has them."""
+    dropout and PCA colour jitter, where it has them."""
     sizes = _SIZES | _VARIANT_SIZES.get(key, {})
     layers = config["model"]["layers"]
     data, dropout = config["data"], config["model"]["dropout"]
@@ -186,49 +163,33 @@ def paper_size(config: Mapping[str, Any], key: str) -> bool:
 def _departures(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name of the experiment or "", in words) for each way in which a config is not the paper's."""
     model, data = config["model"], config["data"]
+    lrn, pool = model["lrn"], (model["pool"]["px"], model["pool"]["stride"])
+    # Constants of the paper, or of the release, which divides alpha by n.
+    usual_lrn = lrn is None or (lrn["k"], lrn["n"], lrn["beta"]) == (2, 5, 0.75) and lrn["alpha"] in (1e-4, 2e-5)
     layers = {name: layer for name, layer in model["layers"].items() if layer is not None}
-    found: list[tuple[str, str]] = []
-    missing = [name for name in _PLACES if name not in layers]
+    missing = [name for name in _LAYERS if name not in layers]
     kinds = {**dict.fromkeys(("conv2", "conv3", "conv4", "conv5"), "no_layer"), **dict.fromkeys(("fc6", "fc7"), "no_full")}
-    found += [(kinds.get(name, "") if len(missing) == 1 else "", f"without {name}") for name in missing]
-    found += [("", f"with {name}") for name in layers if name not in _PLACES]
-    one_tower = model["towers"] == 1
-    if one_tower:
-        found.append(("one_tower", "one tower"))
-    if fine_tuned(config):
-        found.append(("", "starts from trained weights"))
-    if model["lrn"] is None:
-        found.append(("no_lrn", "no LRN"))
-    elif not _papers_lrn(model["lrn"]):
-        found.append(("", "LRN " + ", ".join(f"{key}: {value}" for key, value in model["lrn"].items())))
-    if model["pool"]["px"] == model["pool"]["stride"]:
-        found.append(("plain_pool", f"pooling {model['pool']['px']}×{model['pool']['px']}, stride {model['pool']['stride']}"))
-    elif (model["pool"]["px"], model["pool"]["stride"]) != (3, 2):
-        found.append(("", f"pooling {model['pool']['px']}×{model['pool']['px']}, stride {model['pool']['stride']}"))
-    if model["activation"] != "relu":
-        found.append(("tanh" if model["activation"] == "tanh" else "", str(model["activation"])))
-    if not model["dropout"]:
-        found.append(("no_dropout", "no dropout"))
-    if not data["lighting"]:
-        found.append(("no_lighting", "no lighting noise"))
-    if not data["mirror"]:
-        found.append(("no_mirror", "no reflections"))
+    found = [(kinds.get(name, "") if len(missing) == 1 else "", f"without {name}") for name in missing]
+    found += [("", f"with {name}") for name in layers if name not in _LAYERS]
+    found += [(key, words) for differs, key, words in (
+        (model["towers"] == 1, "one_tower", "one tower"), (fine_tuned(config), "", "starts from trained weights"),
+        (lrn is None, "no_lrn", "no LRN"),
+        (not usual_lrn, "", "LRN " + ", ".join(f"{key}: {value}" for key, value in (lrn or {}).items())),
+        (pool != (3, 2), "plain_pool" if pool[0] == pool[1] else "", f"pooling {pool[0]}×{pool[0]}, stride {pool[1]}"),
+        (model["activation"] != "relu", "tanh" if model["activation"] == "tanh" else "", str(model["activation"])),
+        (not model["dropout"], "no_dropout", "no dropout"), (not data["lighting"], "no_lighting", "no PCA colour jitter"),
+        (not data["mirror"], "no_mirror", "no horizontal flips")) if differs]
     if not missing:  # neighbours of a layer that was taken away take over its pooling, normalisation and sight
-        found += _places(layers, one_tower, bool(model["lrn"]))
+        found += _layer_departures(layers, ignored=("sees",) * (model["towers"] == 1) + ("lrn",) * (lrn is None))
     return found
 
 
-def _papers_lrn(lrn: Mapping[str, Any]) -> bool:
-    """Whether these constants are the paper's, or the release's, which divides alpha by n."""
-    return (lrn["k"], lrn["n"], lrn["beta"]) == (2, 5, 0.75) and lrn["alpha"] in (1e-4, 2e-5) and not lrn.get("across")
-
-
-def _places(layers: Mapping[str, Mapping[str, Any]], one_tower: bool, normalised: bool) -> list[tuple[str, str]]:
+def _layer_departures(layers: Mapping[str, Mapping[str, Any]], ignored: tuple[str, ...]) -> list[tuple[str, str]]:
     """Departures of single layers."""
-    changed = {f"{name}.{key}": layer.get(key, _UNSAID.get(key, "both" if name.startswith("fc") else "own"))
-               for name, layer in layers.items() for key, value in _PLACES.get(name, {}).items()
-               if layer.get(key, _UNSAID.get(key, "both" if name.startswith("fc") else "own")) != value
-               and not (one_tower and key == "sees") and not (key == "lrn" and not normalised)}
+    changed: dict[str, Any] = {}
+    for name, keys in _LAYERS.items():
+        layer = {**_DEFAULTS, "sees": "both" if name.startswith("fc") else "own", **layers[name]}
+        changed |= {f"{name}.{key}": layer[key] for key, value in keys.items() if layer[key] != value and key not in ignored}
     if changed == {f"{name}.sees": "own" for name in ("conv3", "fc6", "fc7")}:
         return [("apart", "towers meet only at the softmax layer")]
     if changed == {"conv1.lrn": "before"}:  # as the release ran it; the paper's figures are this network's

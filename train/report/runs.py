@@ -1,94 +1,210 @@
-"""Run folders into facts: read leniently, believed only where that is safe.
+"""Read run folders into `Run`s for reports and model cards, leniently.
 
 A run may be half done, killed in the middle of a line, or older than this program. What cannot be read is left out and named in
-`Run.problems`; only a folder that is no run at all is refused.
+`Run.problems`; only a folder that is no run at all is refused. Errors and data wait are shares here, never percent.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator, Mapping
 
 import yaml
 
+from pipeline.files import file_sha256
+from train.checkpoint import checkpoint
+from train.evaluate import ensemble, predictions
+from train.evaluate.metrics import Score
 from train.recipe import load_yaml
-from train.report.facts import Checkpoint, Epoch, Run, Step, Test
+from train.report import paper
 from train.run_folder import CHECKPOINTS, CONFIG, METRICS, VERSIONS
 
-EVALUATIONS = "evaluations"  # folder of a run's saved tests
-POINTS = 400  # of a curve by step: more cannot be seen
+EVALUATIONS = "evaluations"  # folder of a run's saved evaluations
+CURVE_POINTS = 400  # of a curve by step: more cannot be seen
+MOST_PROBLEMS = 6
 
 
 class NoRun(ValueError):
     """A folder that is not one of a run."""
 
 
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch; None where it is not recorded, or not finite. `waited_for` divides `waited` by stage of the loader."""
+
+    epoch: int
+    lr: float | None
+    loss: float | None
+    error: float | None
+    top1: float | None
+    top5: float | None
+    images_per_s: float | None
+    waited: float | None
+    waited_for: dict[str, float]
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """A recorded step: its number, learning rate, loss."""
+
+    step: int
+    lr: float | None
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class Test:
+    """A test of the network: at the end of training, or a saved evaluation. Of the latter `source` names its folder, and
+    `checkpoint` is the SHA-256 of the manifest of the checkpoint."""
+
+    split: str
+    views: int
+    images: int
+    top1: float
+    top5: float
+    loss: float | None
+    source: str = ""
+    checkpoint: str = ""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint: folder name, step, validation error (None when not validated), SHA-256 of its manifest."""
+
+    name: str
+    step: int | None
+    validation_error: float | None
+    manifest: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that is known of a run."""
+
+    folder: Path
+    name: str
+    config: Mapping[str, Any]  # config.yaml as plain values
+    starts: tuple[Mapping[str, Any], ...] = ()  # lines of versions.jsonl, oldest first
+    epochs: tuple[Epoch, ...] = ()
+    steps: tuple[Step, ...] = ()  # thinned out
+    last_step: int = -1  # the last one recorded, -1 for none
+    tests: tuple[Test, ...] = ()  # at the end of training, then saved evaluations
+    checkpoints: tuple[Checkpoint, ...] = ()  # oldest first
+    train_images: tuple[int, int] | None = None  # least and most it can have; equal where a checkpoint records it
+    validation_images: int | None = None
+    images_sha256: str = ""  # of the training images, "" unknown
+    when: tuple[float, float] | None = None  # seconds since 1970 of the first and last line
+    problems: tuple[str, ...] = ()  # what could not be read, or is not finite
+
+    @property
+    def seed(self) -> int:
+        """Its seed."""
+        return int(self.config["train"]["seed"])
+
+    @property
+    def planned_epochs(self) -> int:
+        """Epochs of its recipe."""
+        return int(self.config["train"]["epochs"])
+
+    @property
+    def test(self) -> Test | None:
+        """The test at the end of training; None before."""
+        return next((test for test in self.tests if not test.source), None)
+
+    @property
+    def at_chance(self) -> bool:
+        """Whether the test at the end is no better than guessing: then its distance from others means nothing."""
+        test, classes = self.test, self.config["model"].get("classes")
+        return bool(test and isinstance(classes, int) and classes > 0
+                    and Score(test.images, round(test.top1 * test.images), 0, 0.0, classes).at_chance)
+
+    @property
+    def state(self) -> str:
+        """How far it is, in words."""
+        if self.test:
+            return "tested"
+        if len(self.epochs) >= self.planned_epochs:
+            return "trained, not tested"
+        if self.epochs:
+            return f"not finished: {len(self.epochs)} of {self.planned_epochs} epochs"
+        return "in its first epoch" if self.last_step >= 0 else "no epoch yet"
+
+    @property
+    def data_set(self) -> str:
+        """Key of the paper's data set that it was trained and tested on, "" for another."""
+        data = self.config["data"]
+        same_split = data.get("validation_split") == data.get("test_split")
+        tested = self.test.images if self.test else self.validation_images if same_split else None
+        return paper.data_set(self.config["model"].get("classes"), self.train_images, tested)
+
+    @property
+    def best(self) -> Checkpoint | None:
+        """The checkpoint with the lowest validation error, or the newest when none was validated."""
+        rated = [(saved.validation_error, saved.name, saved) for saved in self.checkpoints if saved.validation_error is not None]
+        return min(rated)[2] if rated else self.checkpoints[-1] if self.checkpoints else None
+
+    def start(self, key: str) -> Any:
+        """What its last start recorded under `key`, None where it did not."""
+        return self.starts[-1].get(key) if self.starts else None
+
+
 def read_run(folder: Path) -> Run:
-    """The facts of a run folder.
+    """Read a run folder.
 
     Raises:
         NoRun: it has no config.yaml that is one of a run, or is a checkpoint or an exported network.
     """
     if not folder.is_dir():
         raise NoRun(f"run (={folder}) is not a folder; name run folders, such as runs/tiny100")
-    if (folder / "manifest.json").is_file():  # both have a config.yaml too
+    if (folder / checkpoint.MANIFEST).is_file():  # both have a config.yaml too
         raise NoRun(f"run (={folder}) is a checkpoint or an exported network; name run folders, such as runs/tiny100")
     config = _config(folder / CONFIG)
     problems: list[str] = []
-    starts = tuple(_lines(folder / VERSIONS, problems))
-    read = _Read()
-    for line in _lines(folder / METRICS, problems):
-        read.take(line)
-    points, loader = _checkpoints(folder / CHECKPOINTS)
-    count = _whole(loader.get("samples"))
-    images = (count, count) if count else read.train_images(_whole(config["train"].get("batch")))
-    tests = [*([read.test] if read.test else []), *_evaluations(folder / EVALUATIONS, problems)]
-    epochs = tuple(read.epochs[number] for number in sorted(read.epochs))
-    return Run(folder, folder.resolve().name, config, starts, epochs, tuple(read.steps[::-(-len(read.steps) // POINTS) or 1]),
-               read.steps[-1].step if read.steps else -1, tuple(tests), points, images, read.validation_images,
-               str(loader.get("images") or ""), read.when, tuple(_few(problems + read.problems)))
-
-
-class _Read:
-    """Lines of metrics.jsonl, gathered."""
-
-    def __init__(self) -> None:
-        self.epochs: dict[int, Epoch] = {}
-        self.steps: list[Step] = []
-        self.test: Test | None = None
-        self.validation_images: int | None = None
-        self.when: tuple[float, float] | None = None
-        self.problems: list[str] = []
-        self._ends: dict[int, int] = {}  # epoch → steps done at its end
-
-    def take(self, line: Mapping[str, Any]) -> None:
-        """One line; kinds and keys of another version are passed over."""
-        kind, step, number = line.get("kind"), _whole(line.get("step")), _whole(line.get("epoch"))
+    not_finite: list[str] = []
+    starts = tuple(_json_lines(folder / VERSIONS, problems))
+    epochs: dict[int, Epoch] = {}
+    steps_done: dict[int, int] = {}  # at the end of an epoch
+    steps: list[Step] = []
+    test = validation_images = when = None
+    for line in _json_lines(folder / METRICS, problems):
+        kind, step, epoch = line.get("kind"), _whole(line.get("step")), _whole(line.get("epoch"))
         if (time := _number(line.get("time"))) is not None:
-            self.when = (self.when or (time, time))[0], time
+            when = (when or (time, time))[0], time
         if kind == "step" and step is not None:
-            self.steps.append(Step(step, _number(line.get("lr")), _number(line.get("loss"))))
-            self.problems += _not_finite(line, f"step {step}")
-        elif kind == "epoch" and number is not None:
-            self.epochs[number] = _epoch(number, line)
-            self.problems += _not_finite(line, f"epoch {number}")
+            steps.append(Step(step, _number(line.get("lr")), _number(line.get("loss"))))
+            not_finite += _not_finite(line, f"step {step}")
+        elif kind == "epoch" and epoch is not None:
+            epochs[epoch] = _epoch(epoch, line)
+            not_finite += _not_finite(line, f"epoch {epoch}")
             if step is not None:
-                self._ends[number] = step
+                steps_done[epoch] = step
             if isinstance(line.get("validation"), dict):
-                self.validation_images = _whole(line["validation"].get("images"))
-        elif kind == "test" and (test := _test(line)) is not None:
-            self.test = test
+                validation_images = _whole(line["validation"].get("images"))
+        elif kind == "test":
+            test = _test(line) or test
+    checkpoints, loader = _checkpoints(folder / CHECKPOINTS)
+    samples = _whole(loader.get("samples"))
+    train_images = (samples, samples) if samples else _train_images(_whole(config["train"].get("batch")), steps_done)
+    tests = [*([test] if test else []), *_evaluations(folder / EVALUATIONS, problems)]
+    problems += not_finite
+    if len(problems) > MOST_PROBLEMS:
+        problems[MOST_PROBLEMS:] = [f"and {len(problems) - MOST_PROBLEMS} more"]
+    return Run(folder, folder.resolve().name, config, starts, tuple(epochs[number] for number in sorted(epochs)),
+               tuple(steps[::-(-len(steps) // CURVE_POINTS) or 1]), steps[-1].step if steps else -1, tuple(tests), checkpoints,
+               train_images, validation_images, str(loader.get("images") or ""), when, tuple(problems))
 
-    def train_images(self, batch: int | None) -> tuple[int, int] | None:
-        """Least and most training images with which these epochs end at these steps: each with the batch of its last image."""
-        if not batch or not self._ends:
-            return None
-        least = max((step - 1) * batch // (epoch + 1) + 1 for epoch, step in self._ends.items())
-        most = min(step * batch // (epoch + 1) for epoch, step in self._ends.items())
-        return (least, most) if least <= most else None
+
+def _train_images(batch: int | None, steps_done: Mapping[int, int]) -> tuple[int, int] | None:
+    """Least and most training images with which these epochs end after so many steps: each with the batch of its last image."""
+    if not batch or not steps_done:
+        return None
+    least = max((step - 1) * batch // (epoch + 1) + 1 for epoch, step in steps_done.items())
+    most = min(step * batch // (epoch + 1) for epoch, step in steps_done.items())
+    return (least, most) if least <= most else None
 
 
 def _config(path: Path) -> Mapping[str, Any]:
@@ -107,8 +223,8 @@ def _config(path: Path) -> Mapping[str, Any]:
     return config
 
 
-def _lines(path: Path, problems: list[str]) -> Iterator[Mapping[str, Any]]:
-    """JSON objects of a file of lines; what is none is counted in `problems`."""
+def _json_lines(path: Path, problems: list[str]) -> Iterator[Mapping[str, Any]]:
+    """JSON objects of a file of lines; other lines are counted in `problems`."""
     bad: list[int] = []
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
@@ -130,18 +246,16 @@ def _lines(path: Path, problems: list[str]) -> Iterator[Mapping[str, Any]]:
 
 
 def _epoch(number: int, line: Mapping[str, Any]) -> Epoch:
-    score, causes = line.get("validation"), line.get("waited_for")
-    score = score if isinstance(score, dict) else {}
-    shares = {str(cause): _number(share) for cause, share in (causes if isinstance(causes, dict) else {}).items()}
+    score, stages = (value if isinstance(value, dict) else {} for value in (line.get("validation"), line.get("waited_for")))
+    shares = {str(stage): share for stage, value in stages.items() if (share := _number(value)) is not None}
     return Epoch(number, _number(line.get("lr")), _number(line.get("loss")), _number(line.get("error")),
                  _number(score.get("top1")), _number(score.get("top5")), _number(line.get("images_per_s")),
-                 _number(line.get("waited")), {cause: share for cause, share in shares.items() if share is not None},
-                 _number(line.get("seconds")))
+                 _number(line.get("waited")), shares, _number(line.get("seconds")))
 
 
 def _test(line: Mapping[str, Any]) -> Test | None:
-    """A test that was counted; None when a count is missing."""
-    images, views = _whole(line.get("images")), _whole(line.get("views"))
+    """The test at the end of training; None when a count is missing."""
+    views, images = _whole(line.get("views")), _whole(line.get("images"))
     top1, top5 = _number(line.get("top1")), _number(line.get("top5"))
     if not images or views is None or top1 is None or top5 is None:
         return None
@@ -149,55 +263,39 @@ def _test(line: Mapping[str, Any]) -> Test | None:
 
 
 def _checkpoints(root: Path) -> tuple[tuple[Checkpoint, ...], Mapping[str, Any]]:
-    """The checkpoints of a run, and what the newest says of its training images."""
+    """The checkpoints of a run, and what the newest records of its training images."""
     found: list[Checkpoint] = []
     loader: Mapping[str, Any] = {}
-    for path in sorted(root.glob("step-*")) if root.is_dir() else []:
-        state, manifest = _json(path / "state.json"), path / "manifest.json"
-        if not state or not manifest.is_file():
-            continue
-        found.append(Checkpoint(path.name, _whole(state.get("step")), _number(state.get("validation_error")), _sha256(manifest)))
+    for path in checkpoint.checkpoints(root):
+        try:
+            state, manifest = checkpoint.read_state(path), file_sha256(path / checkpoint.MANIFEST)
+        except (OSError, ValueError, RecursionError, AttributeError):
+            continue  # damaged: named when its kernels are wanted
+        found.append(Checkpoint(path.name, _whole(state.get("step")), _number(state.get("validation_error")), manifest))
         loader = state["loader"] if isinstance(state.get("loader"), dict) else loader
     return tuple(found), loader
 
 
 def _evaluations(root: Path, problems: list[str]) -> list[Test]:
-    """Saved tests (train/evaluate/predictions.py), checked against their hashes; one that is not whole is a problem."""
+    """Saved evaluations, compared with their hashes; one that is not whole is a problem."""
     found = []
     for path in sorted(root.iterdir()) if root.is_dir() else []:
-        from train.evaluate.ensemble import member_result
-        from train.evaluate.predictions import load
-
         try:
-            saved = load(path)
+            saved = predictions.load(path)
         except (ValueError, RuntimeError, OSError) as error:
             problems.append(str(error).partition(";")[0])
             continue
         if saved.labelled:
-            score = member_result(saved).score
+            score = ensemble.member_result(saved).score
             found.append(Test(saved.split, saved.key.views, score.images, score.top1, score.top5, score.loss, path.name,
                               saved.key.checkpoint))
     return found
-
-
-def _json(path: Path) -> Mapping[str, Any]:
-    """A JSON object; empty when there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _not_finite(line: Mapping[str, Any], where: str) -> list[str]:
     """Names of figures that are NaN or infinite."""
     return [f"{key} is not finite at {where}" for key, value in line.items()
             if isinstance(value, float) and not math.isfinite(value)]
-
-
-def _few(problems: list[str], most: int = 6) -> list[str]:
-    """At most so many, and how many more there are."""
-    return problems if len(problems) <= most else [*problems[:most], f"and {len(problems) - most} more"]
 
 
 def _number(value: object) -> float | None:
@@ -208,7 +306,3 @@ def _number(value: object) -> float | None:
 def _whole(value: object) -> int | None:
     """A whole number, None for anything else."""
     return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
