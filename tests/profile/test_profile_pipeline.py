@@ -25,7 +25,7 @@ SHORT = ["--seconds", "0.02", "--repeats", "1"]
 
 def profile(**more: Any) -> Profile:
     stages = tuple(Figures(name, (rate, rate * 1.2), (cpu,), 2, size) for name, rate, cpu, size in (
-        ("order", 9e4, 0.01, 0.0), ("read", 8e4, 0.01, 1e5), ("decode", 900, 1.0, 1e5), ("normalize", 9e3, 0.1, 0.0)))
+        ("crc", 9e4, 0.01, 0.0), ("read", 8e4, 0.01, 1e5), ("decode", 900, 1.0, 1e5), ("normalize", 9e3, 0.1, 0.0)))
     whole = Figures("loader", (700.0, 800.0), (1.2,), 2, 0.0, (60.0, 70.0, 80.0, 99.0), 0.99,
                     {"read": 0.0, "decode": 0.9, "normalize": 0.1, "copy": 0.0},
                     tuple((number / 10, number % 3) for number in range(200)), (300.0, 400.0, 450.0))
@@ -45,7 +45,7 @@ def test_a_whole_profile(tiny_set: TinySet, tmp_path: Path, capsys: pytest.Captu
                   "together:", "verdict:", "advice, to paste into the recipe:"):
         assert words in said.out
     found = json.loads(out["json"].read_text())
-    assert [stage["name"] for stage in found["stages"]] == ["order", "read", "crc", "decode", "resize", "normalize", "hand-over"]
+    assert [stage["name"] for stage in found["stages"]] == ["read", "crc", "decode", "normalize", "hand-over"]
     assert [stage["name"] for stage in found["cumulative"]] == ["read", "crc", "decode", "normalize"]
     assert found["cpu_ms"]["remainder"] == pytest.approx(found["cpu_ms"]["loader"] - found["cpu_ms"]["stages"])
     assert found["need"] > 0 and found["met"] == pytest.approx(found["together"]["rate"] / found["need"])

@@ -1,10 +1,8 @@
 """Stages measured on a real loader: the same pixels, figures that add up, and a verdict that names what was slowed."""
-import itertools
 import time
 import zlib
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +13,15 @@ from tools.profile import stages
 from tools.profile.cold import Dropped, drop, measure_cold
 from pipeline.decoding.normalize import Normalizer
 from pipeline.config import DataConfig, LoaderConfig
-from tools.profile.cutoff import cut_off, read_alone
-from pipeline.decoding.dali import Graph
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.batch import Batch, LoaderContext
 from pipeline.loading.train_loader import TrainLoader
 from pipeline.reading.source import ArchiveSource
-from pipeline.decoding.resize import Resizer
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats
 from tools.profile.sweep import Point, axes, sweep
 from pipeline.tiers import train_loader
-from tools.profile.measure import measure, rss_mb
+from tools.profile.measure import Workload, measure, rss_mb
 from tools.profile.verdict import NETWORK, Measured, Setup, Verdict, verdict
 from tests.helpers.small_set import encode, photographs, picture, write_set
 
@@ -50,8 +45,8 @@ def measured(small: tuple[SampleIndex, Stats], consume: Callable[[Batch], None] 
              seconds: float = 0.1, repeats: int = 1) -> Measured:
     with ExitStack() as closers:
         loader = closers.enter_context(opened(small))
-        works = stages.alone(loader, closers)
-        fed = [stages.fed(loader, consume)] if consume else []
+        works, _ = stages.workloads(loader, lambda machine: opened(small, machine), closers)
+        fed = [stages.end_to_end(loader, consume, "together")] if consume else []
         figures = measure([*works, stages.end_to_end(loader), *fed], seconds, repeats)
     return Measured(tuple(figures[work.name] for work in works), figures["loader"], need, figures.get("together"))
 
@@ -87,7 +82,7 @@ def test_too_few_threads_are_named(tmp_path: Path) -> None:
     # Large enough that decoding, not handing over, is what one thread cannot do faster; small ones are a matter of luck.
     index = write_set(tmp_path, [encode(picture(number, 700, 900)) for number in range(BATCH)])
     found = judged((index, compute(index, "train", 76)))
-    assert found.limit in ("decode", "resize") and "threads: 8" in found.advice_yaml
+    assert found.limit in ("decode", "normalize") and "threads: 8" in found.advice_yaml
 
 
 def test_slow_normalizing_is_named(small: tuple[SampleIndex, Stats], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,44 +110,43 @@ def test_a_slow_network_is_named(small: tuple[SampleIndex, Stats]) -> None:
 
 # The stages themselves
 
-def test_the_halves_of_the_graph_are_the_graph(small: tuple[SampleIndex, Stats]) -> None:
-    with opened(small) as loader:
-        ready = stages.make_ready(loader)
-        graph = loader.chain.graph  # type: ignore[attr-defined]
-        assert graph.resample
-        with closing(Resizer(67, 2)) as resizer:
-            for images, plan, pixels in zip(ready.decoded, ready.plans, ready.pixels):
-                assert (resizer(images, plan.regions) == pixels).all()
-        with closing(Graph(itertools.cycle(ready.plans), replace(graph, decode_only=True))) as decode:
-            for images in ready.decoded:
-                assert decode.collect().tolist() == [list(image.shape) for image in images]
+def stage_workloads(small: tuple[SampleIndex, Stats], machine: LoaderConfig, closers: ExitStack,
+                    tier: str = "archives") -> tuple[TrainLoader, list[Workload], list[Workload]]:
+    loader = closers.enter_context(opened(small, machine, tier=tier))
+    loader.fill()
+    return loader, *stages.workloads(loader, lambda changed: opened(small, changed, tier=tier), closers)
 
 
 def test_stages_add_up(small: tuple[SampleIndex, Stats]) -> None:
     found = measured(small, seconds=0.15, repeats=3)
-    assert [stage.name for stage in found.stages] == ["order", "read", "crc", "decode", "resize", "normalize", "hand-over"]
+    assert [stage.name for stage in found.stages] == ["read", "crc", "decode", "normalize", "hand-over"]
     # A tenth on a quiet machine with photographs (docs/results); here 40 small pictures on a machine that does other things.
     assert abs(found.remainder_ms) < 0.5 * found.loader.cpu
     assert found.loader.waited > 0.5 and sum(found.loader.causes.values()) == pytest.approx(1)
 
 
 def test_stages_of_a_loader_that_checks_nothing_and_reads_in_its_own_thread(small: tuple[SampleIndex, Stats]) -> None:
-    machine = LoaderConfig(threads=1, read_threads=0, check_crc=False)
     with ExitStack() as closers:
-        loader = closers.enter_context(opened(small, machine))
-        works = stages.alone(loader, closers)
-        assert [work.name for work in works] == ["order", "read", "decode", "resize", "normalize", "hand-over"]
-        assert next(works[1].batches) == BATCH
+        _, alone, cut = stage_workloads(small, LoaderConfig(threads=1, read_threads=0, check_crc=False), closers)
+        assert [stage.name for stage in alone] == ["read", "decode", "normalize", "hand-over"]
+        assert [stage.name for stage in cut] == ["up to decode", "up to normalize"]
+        assert all(next(stage.batches) == BATCH for stage in (*alone, *cut) for _ in range(6))
+
+
+def test_ready_made_inputs_are_normalized_to_the_loaders_batches(small: tuple[SampleIndex, Stats]) -> None:
+    with opened(small) as loader, closing(loader.chain.normalizer()) as normalizer:  # type: ignore[attr-defined]
+        inputs = stages.ready(loader)
+        assert len(inputs) == len(loader) == 4 and all(view.flags.owndata for view in inputs[0][0].encoded)
+        for (plan, pixels), batch in zip(inputs, loader):
+            assert (normalizer.begin(pixels, plan.augmentation)() == batch.images).all()
+        assert stages.image_bytes(loader) == pytest.approx(float(np.mean(small[0].samples["size"])))
 
 
 def test_cut_off_after_each_stage(small: tuple[SampleIndex, Stats]) -> None:
     with ExitStack() as closers:
-        names = ["order", "read", "crc", "decode", "resize", "normalize", "hand-over"]
-        works = cut_off(lambda machine: opened(small, machine), MACHINE, names, closers)
-        assert [work.name for work in works] == ["read", "crc", "decode", "normalize"]
-        assert all(next(work.batches) == BATCH for work in works for _ in range(6))
-        (reading,) = read_alone(lambda machine: opened(small, machine), MACHINE, closers)
-        assert [next(reading.batches) for _ in range(6)] == [BATCH] * 6
+        _, alone, cut = stage_workloads(small, MACHINE, closers)
+        assert [stage.name for stage in cut] == ["up to crc", "up to decode", "up to normalize"]
+        assert all(next(stage.batches) == BATCH for stage in (*alone, *cut) for _ in range(6))
 
 
 def test_an_undecodable_picture_is_replaced_in_the_stages_too(tmp_path: Path) -> None:
@@ -160,29 +154,23 @@ def test_an_undecodable_picture_is_replaced_in_the_stages_too(tmp_path: Path) ->
     blobs[3] = blobs[3][:len(blobs[3]) // 4]
     index = write_set(tmp_path, blobs)
     machine = LoaderConfig(threads=1, quarantine_budget=0.1)
-    stats = compute(index, "train", 76, machine=machine)
     with ExitStack() as closers:
-        loader = closers.enter_context(opened((index, stats), machine))
-        works = stages.alone(loader, closers)
-        assert all(next(work.batches) == BATCH for work in works for _ in range(4))
+        _, alone, cut = stage_workloads((index, compute(index, "train", 76, machine=machine)), machine, closers)
+        assert all(next(stage.batches) == BATCH for stage in (*alone, *cut) for _ in range(4))
 
 
 def test_resident(small: tuple[SampleIndex, Stats], tmp_path: Path) -> None:
-    machine = LoaderConfig(threads=1, resident_folder=str(tmp_path))
     with ExitStack() as closers:
-        loader = closers.enter_context(opened(small, machine, tier="resident"))
-        loader.fill()
-        works = stages.alone(loader, closers)
-        assert [work.name for work in works] == ["order", "normalize", "hand-over"]
-        assert measure([*works, stages.end_to_end(loader)], 0.02, 1)["loader"].rate > 0
-        assert cut_off(lambda machine: opened(small, machine, tier="resident"), machine, ["normalize"], closers) == []
+        loader, alone, cut = stage_workloads(small, LoaderConfig(threads=1, resident_folder=str(tmp_path)), closers, "resident")
+        assert [stage.name for stage in alone] == ["normalize", "hand-over"] and cut == []
+        assert measure([*alone, stages.end_to_end(loader)], 0.02, 1)["loader"].rate > 0
 
 
 # Turns, cold files, the sweep
 
 def test_depths_and_latencies_of_the_whole_loader(small: tuple[SampleIndex, Stats]) -> None:
     with opened(small) as loader:
-        fed = measure([stages.fed(loader, lambda batch: time.sleep(0.02))], 0.1, 2)["together"]
+        fed = measure([stages.end_to_end(loader, lambda batch: time.sleep(0.02))], 0.1, 2)["loader"]
     assert fed.depth and max(ready for _, ready in fed.depth) <= MACHINE.queue and fed.depth == tuple(sorted(fed.depth))
     assert len(fed.rates) == 2 and fed.rate > 0 and fed.rss_mb[2] >= fed.rss_mb[0] > 0 and rss_mb() > 10
 
@@ -212,10 +200,3 @@ def test_sweep_keeps_the_best(small: tuple[SampleIndex, Stats]) -> None:
     assert [name for name, _ in tried] == ["threads", "prefetch", "read_threads", "batch", "hw_decoder_load"]
     assert dict(tried)["batch"] == [32, 64, 100]
     assert dict(axes(MACHINE, 64, 8, False, 200))["threads"] == [1, 4, 8]
-
-
-def test_ready_inputs_are_our_own_memory(small: tuple[SampleIndex, Stats]) -> None:
-    with opened(small) as loader:
-        ready = stages.make_ready(loader)
-        assert len(ready.plans) == len(loader) == 4 and all(view.flags.owndata for view in ready.plans[0].encoded)
-        assert stages.image_bytes(loader) == pytest.approx(float(np.mean(small[0].samples["size"])))

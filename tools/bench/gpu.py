@@ -80,7 +80,7 @@ def decoder(args: argparse.Namespace) -> Iterator[tuple[str, Spread]]:
     from pipeline.parallel import cores
     from pipeline.stats import Stats
     from pipeline.tiers import train_loader
-    from tools.profile.stages import make_ready
+    from tools.profile.stages import ready
     from train.recipe import parse
 
     data = parse(["--config", str(args.config)]).config.data
@@ -89,7 +89,7 @@ def decoder(args: argparse.Namespace) -> Iterator[tuple[str, Spread]]:
     stats = Stats.for_index(index, data.square_px, "train")
     tier = "archives" if index.packed is None else "packed"
     with train_loader(tier, index, "train", data.pixels(), batch, 0, stats, machine=machine, device_id=0) as loader:
-        plans, settings = make_ready(loader).plans, loader.context.graph(loader.context.ids, batch, data.crop_px)
+        plans, settings = [plan for plan, _ in ready(loader)], loader.context.graph(loader.context.ids, batch, data.crop_px)
     for load in LOADS:
         changed = replace(settings, machine=replace(machine, hw_decoder_load=load), decode_only=True)
         with closing(Graph(itertools.cycle(plans), changed)) as graph:

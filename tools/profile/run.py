@@ -31,12 +31,11 @@ from pipeline.stats import Stats, stats_path
 from pipeline.tiers import check as check_tier, train_loader
 from tools.profile import stages
 from tools.profile.cold import measure_cold
-from tools.profile.cutoff import cut_off, read_alone
 from tools.profile.measure import Figures, Workload, machine_cpu_s, measure, rss_mb
 from tools.profile.network import NetworkStep
 from tools.profile.report import Profile
 from tools.profile.sweep import axes, sweep
-from tools.profile.verdict import STAGES, Measured, Setup, verdict
+from tools.profile.verdict import Measured, Setup, verdict
 from train.build import loader_config
 from train.config import Config
 from train.parallel.topology import Topology, process_group
@@ -173,22 +172,19 @@ def _warm(args: argparse.Namespace, what: Subject, ranks: Topology) -> _Warm:
 def _interleaved(args: argparse.Namespace, what: Subject, ranks: Topology, loader: TrainLoader,
                  closers: ExitStack) -> tuple[Measured, tuple[Figures, ...]]:
     """Stages, loader and consumer, and the loader cut off after each stage."""
-    streamed = what.tier == "streamed"
-    alone = sorted([*(read_alone(what.loader, what.machine, closers) if streamed else []),
-                    *stages.alone(loader, closers, streamed)], key=lambda stage: STAGES.index(stage.name))
-    names = [stage.name for stage in alone]
-    cut = [replace(stage, name=f"up to {stage.name}") for stage in cut_off(what.loader, what.machine, names, closers)]
+    alone, cut = stages.workloads(loader, what.loader, closers)
     workloads = [*alone, *cut, stages.end_to_end(loader)]
     if args.model:
         assert what.config is not None
         network = NetworkStep(what.config, ranks)
-        workloads += [Workload("network", network.synthetic(what.batch), 2), stages.fed(loader, network)]
+        workloads += [Workload("network", network.synthetic(what.batch), 2), stages.end_to_end(loader, network, "together")]
     elif args.need:
-        workloads.append(stages.fed(loader, _Pace(args.need)))
+        workloads.append(stages.end_to_end(loader, _Pace(args.need), "together"))
     figures = measure(workloads, args.seconds, args.repeats)
-    measured = Measured(tuple(figures[name] for name in names), figures["loader"],
+    measured = Measured(tuple(figures[stage.name] for stage in alone), figures["loader"],
                         figures["network"].rate if args.model else args.need, figures.get("together"), args.model)
-    return measured, tuple(replace(figures[stage.name], name=stage.name.removeprefix("up to ")) for stage in cut)
+    cumulative = [replace(figures[stage.name], name=stage.name.removeprefix("up to ")) for stage in cut]
+    return measured, tuple([figures["read"], *cumulative] if cut else [])
 
 
 class _Pace:

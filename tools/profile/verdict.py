@@ -13,12 +13,10 @@ from pipeline.monitor import cause_of, remedies
 from pipeline.resident.capacity import NETWORK_BYTES, RAM_SHARE
 from tools.profile.measure import Figures
 
-STAGES = ("order", "read", "crc", "decode", "resize", "normalize", "copy", "hand-over")    # in the order of a batch's way
+STAGES = ("read", "crc", "decode", "normalize", "copy", "hand-over")    # in the order of a batch's way
 NETWORK = "network"
-# The stages in which the loader may be when its monitor names a state.
-_CPU = {"read": ("order", "read", "crc"), "decode": ("decode",), "normalize": ("resize", "normalize"),
-        "copy": ("copy", "hand-over")}
-_GPU = {**_CPU, "decode": ("decode", "resize"), "normalize": ("normalize",)}    # there DALI resizes
+# The stages in which the loader may be when its monitor names one.
+_WITHIN = {"read": ("read", "crc"), "decode": ("decode",), "normalize": ("normalize",), "copy": ("copy", "hand-over")}
 _DOING = {"read": "waited for bytes", "decode": "waited for decoded pixels", "normalize": "was resizing and normalizing pixels",
           "copy": "was handing over"}
 _STALL = 0.05       # share of the loop's time below which a stall is not worth a word
@@ -142,7 +140,7 @@ def verdict(measured: Measured, setup: Setup) -> Verdict:
     if not measured.stages:
         raise ValueError("stages (=none) must have been measured; profile at least one")
     if _loader_limits(measured):
-        name, evidence = limiting(measured, setup.gpu)
+        name, evidence = limiting(measured)
         sentence, advice = _sentence(measured, setup, name, evidence), _advise(measured, setup, name)
     else:
         name, sentence, advice = NETWORK, _network_sentence(measured, setup), _network_advice(measured, setup)
@@ -161,15 +159,15 @@ def _loader_limits(measured: Measured) -> bool:
     return measured.together.waited > _STALL or measured.loader.rate < 0.9 * measured.need
 
 
-def limiting(measured: Measured, gpu: bool = False) -> tuple[str, str]:
+def limiting(measured: Measured) -> tuple[str, str]:
     """(stage, evidence): the stage that limits the loader, and what named it: a state of the monitor, "own" when the loader was
     seldom waited for, or "alone" for the rates of the stages."""
     loader = measured.loader
     if loader.waited < 0.5:  # asked without pause, yet seldom waiting: the time goes where batches change hands
-        return _slowest(measured, _CPU["copy"]) or _slowest(measured, STAGES), "own"
+        return _slowest(measured, _WITHIN["copy"]) or _slowest(measured, STAGES), "own"
     if loader.causes:
         state = cause_of(loader.causes)
-        if name := _slowest(measured, (_GPU if gpu else _CPU)[state]):
+        if name := _slowest(measured, _WITHIN[state]):
             return name, state
     return _slowest(measured, STAGES), "alone"
 
@@ -244,7 +242,7 @@ def _network_advice(measured: Measured, setup: Setup) -> _Advice:
 
 def _advise(measured: Measured, setup: Setup, name: str) -> _Advice:
     advice, settings = _Advice(), setup.settings
-    state = next(state for state, names in (_GPU if setup.gpu else _CPU).items() if name in names)
+    state = next(state for state, names in _WITHIN.items() if name in names)
     chosen = remedies(setup.tier, state)
     free = busy(measured, setup) + setup.others <= _BUSY and settings.threads < setup.cores
     if "threads" in chosen and free:
@@ -262,8 +260,7 @@ def _advise(measured: Measured, setup: Setup, name: str) -> _Advice:
         advice.machine.append(f"queue: 4    # p99 of a batch is {p99 / p50:.1f}× its median; more batches ready even that out")
     if name == "hand-over":
         advice.remarks.append("no setting lifts this: it is the consumer's own thread that takes batches over")
-    lower = name in ("read", "crc", "decode", "resize")     # what another tier has less of
-    if "packed" in chosen and lower:
+    if "packed" in chosen:
         advice.data.append(f"tier: packed    # {setup.square_px}-px JPEGs: fewer bytes to read and to decode, nothing to resize")
         advice.data.append("packed: FOLDER    # python tools/pack_shards.py INDEX FOLDER")
     if name == "read" and setup.tier == "packed" and setup.spinning:
@@ -271,7 +268,7 @@ def _advise(measured: Measured, setup: Setup, name: str) -> _Advice:
     if setup.tier == "resident":
         if name == "copy" and settings.resident_memory == "ram" and setup.resident_fit() == ("rgb", "gpu"):
             advice.machine.append("resident_memory: gpu    # then nothing is copied to the device")
-    elif "resident" in chosen and lower or name == "copy" and setup.gpu_bytes:
+    elif "resident" in chosen or name == "copy" and setup.gpu_bytes:
         _advise_resident(advice, setup)
     return advice
 
