@@ -9,9 +9,9 @@ from typing import Any, Sequence
 import pytest
 from PIL import Image
 
+from tests.helpers.figures import show
 from tests.helpers.recipes import TEXT
-from tools.show import figure1
-from tools.show.figure1 import Curve, facts, read_curve, read_groups
+from tools.show.figure1 import Curve, read_curve, read_groups, summary
 
 SLOW = (0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 
@@ -33,7 +33,7 @@ def write(runs: Path, name: str, lr: float, errors: Sequence[float], cut: str = 
 
 
 def command(runs: Path, capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> tuple[str, str]:
-    assert figure1.main(["--runs", str(runs), *words]) == code
+    assert show("figure1", "--runs", runs, *words) == code
     said = capsys.readouterr()
     return said.out, said.err
 
@@ -84,8 +84,8 @@ def test_the_best_of_each_group_comes_first(study: Path) -> None:
     assert [found.lr for found in read_groups(study, 0.05)["relu"]] == [0.1, 0.01, 9], "none gets there: the lowest"
 
 
-def test_the_facts(study: Path) -> None:
-    found: dict[str, Any] = facts(read_groups(study, 0.25), 0.25)
+def test_the_summary(study: Path) -> None:
+    found: dict[str, Any] = summary(read_groups(study, 0.25), 0.25)
     assert found["ratio"] == pytest.approx(5.5 / 2.5) and found["at_least"] is None and found["target"] == 0.25
     assert found["best"]["relu"] == {"run": "relu-s1-lr0.1", "lr": 0.1, "epochs": pytest.approx(2.5), "minutes": 2.0,
                                      "errors": [0.6, 0.3, 0.2, 0.1]}
@@ -105,7 +105,7 @@ def test_the_facts(study: Path) -> None:
 ])
 def test_ratio_and_at_least(relu: tuple[float, ...], tanh: tuple[float, ...], ratio: float | None,
                             at_least: float | None) -> None:
-    found = facts({"relu": [curve(*relu)], "tanh": [curve(*tanh)]}, 0.25)
+    found = summary({"relu": [curve(*relu)], "tanh": [curve(*tanh)]}, 0.25)
     for key, value in (("ratio", ratio), ("at_least", at_least)):
         assert found[key] == (None if value is None else pytest.approx(value)), key
 
@@ -130,7 +130,7 @@ def test_text(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_json_is_one_object(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = command(study, capsys, "--json")
     assert out.count("\n") == 1
-    assert json.loads(out) == json.loads(json.dumps(facts(read_groups(study, 0.25), 0.25)))
+    assert json.loads(out) == json.loads(json.dumps(summary(read_groups(study, 0.25), 0.25)))
 
 
 @pytest.mark.parametrize("target", ["25", "0", "1", "nan", "-0.1"])
@@ -157,5 +157,3 @@ def test_the_picture(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         pixels = {colour for _, colour in picture.convert("RGB").getcolors(10 ** 6)}
         assert picture.format == "PNG" and min(picture.size) > 500
     assert (0x00, 0x72, 0xb2) in pixels and (0xd5, 0x5e, 0x00) in pixels
-    _, err = command(study, capsys, "--out", str(tmp_path / "figure1.what"), code=2)
-    assert "what" in err and "Traceback" not in err

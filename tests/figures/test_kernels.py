@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from tests.conftest import TinySet
+from tests.helpers.figures import show
 from tests.helpers.trained_run import write_run
-from tools.show import kernels as show_kernels
-from train.figures.kernels import captioned, chroma_lines, chroma_share, conv1, png, sheet, tower_chroma
+from train.figures.kernels import captioned_png, chroma_lines, chroma_share, conv1, png, sheet, stretch, tower_chroma
 
 RANDOM = np.random.default_rng(0)
 PATTERN = RANDOM.standard_normal((5, 5))
@@ -78,7 +78,7 @@ def test_towers_that_differ_and_towers_that_do_not() -> None:
 @pytest.mark.parametrize("wide", [120, 712])
 def test_a_caption_leaves_the_picture_as_it_is(tmp_path: Path, wide: int) -> None:
     picture = RANDOM.integers(0, 256, (40, wide, 3)) / 255
-    (tmp_path / "a.png").write_bytes(captioned(picture, ["tower a: 48 kernels, chroma 12% of a kernel's energy", "p"]))
+    (tmp_path / "a.png").write_bytes(captioned_png(picture, ["tower a: 48 kernels, chroma 12% of a kernel's energy", "p"]))
     with Image.open(tmp_path / "a.png") as drawn:
         pixels = np.asarray(drawn.convert("RGB"))
     np.testing.assert_array_equal(pixels[:40, :wide], np.round(picture * 255))
@@ -91,7 +91,7 @@ def test_a_caption_leaves_the_picture_as_it_is(tmp_path: Path, wide: int) -> Non
 def test_the_command_prints_and_draws(tiny_set: TinySet, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path, tiny_set)
     words = ["--run", str(run), "--out", str(tmp_path / "new/k.png")]
-    assert show_kernels.main(words) == 0
+    assert show("kernels", *words) == 0
     out = capsys.readouterr().out.splitlines()
     kernels, towers = conv1(run / "checkpoints/step-000000000")
     found, chance = tower_chroma(kernels, towers)
@@ -99,7 +99,28 @@ def test_the_command_prints_and_draws(tiny_set: TinySet, tmp_path: Path, capsys:
     with Image.open(tmp_path / "new/k.png") as drawn:
         alone = np.asarray(Image.open(io.BytesIO(png(sheet(kernels, towers)))).convert("RGB"))
         np.testing.assert_array_equal(np.asarray(drawn.convert("RGB"))[:alone.shape[0], :alone.shape[1]], alone)
-    assert show_kernels.main([*words, "--json"]) == 0
+    assert show("kernels", *words, "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert told["kernels"] == 8 and told["p"] == chance
     assert [entry["mean"] for entry in told["towers"]] == [entry.mean for entry in found]
+
+
+def test_kernels_are_stretched_one_by_one_and_laid_out_by_tower() -> None:
+    kernels = np.random.default_rng(0).normal(size=(96, 3, 11, 11)) * np.arange(1, 97)[:, None, None, None]
+    kernels[5] = 0.25
+    pictures = stretch(kernels)
+    assert pictures.shape == (96, 11, 11, 3)
+    others = np.delete(pictures, 5, 0)
+    assert (others.min(axis=(1, 2, 3)) == 0).all() and (others.max(axis=(1, 2, 3)) == 1).all()
+    assert (pictures[5] == 0.5).all()
+    assert pictures[7].argmax() == kernels[7].transpose(1, 2, 0).argmax()
+    board = sheet(kernels, 2, scale=1)
+    # 16 in a row, three rows a tower (figure 3 of the paper), a gap of 3 between towers
+    assert board.shape == (6 * 15 + 4 + 3, 16 * 15 + 4, 3)
+    np.testing.assert_array_equal(board[4:15, 4:15], pictures[0])
+    np.testing.assert_array_equal(board[3 * 15 + 3 + 4:3 * 15 + 3 + 15, 15 + 4:15 + 15], pictures[49])
+
+
+def test_kernels_of_no_checkpoint_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert show("kernels", "--checkpoint", tmp_path / "no", "--out", tmp_path / "k.png") == 2
+    assert "does not exist; give a run folder or a checkpoint" in capsys.readouterr().err

@@ -15,9 +15,9 @@ from PIL import Image
 
 from pipeline.index.sample_index import SampleIndex
 from tests.conftest import TinySet
-from tests.figures.test_similar import check_apart
+from tests.helpers.figures import check_apart, show
 from tests.helpers.trained_run import write_run
-from tools.show import top5 as show_top5
+from tools.show import top5
 from train.checkpoint.load_trained import class_name, load_trained
 from train.checkpoint.resolve import resolve
 
@@ -34,10 +34,10 @@ def test_probabilities_are_those_of_a_test(run: Path, tiny_set: TinySet, views: 
 
     with load_trained(resolve(run)) as trained:
         ids = trained.index.ids("val")
-        found = show_top5.probabilities(trained, "val", ids, views)
+        found = top5.probabilities(trained, "val", ids, views)
         with trained.loader(trained.index, "val") as loader:
             score = evaluate(trained.network, loader, views, build.autocast(trained.config, trained.topology))
-        some = show_top5.probabilities(trained, "val", ids[[7, 3]], views)
+        some = top5.probabilities(trained, "val", ids[[7, 3]], views)
     assert score is not None and found.shape == (24, 6) and np.allclose(found.sum(1), 1)
     labels = SampleIndex.load(tiny_set.index).samples["label"][ids]
     assert (found.argmax(1) != labels).sum() == score.top1_errors and 0 < score.top1_errors < 24
@@ -52,7 +52,7 @@ def sheet() -> Figure:
     """Of seven images: the right label first, third, seventh, unknown …"""
     found = np.tile(np.array([0.4, 0.25, 0.15, 0.1, 0.06, 0.03, 0.01]), (7, 1))
     labels = np.array([0, 2, 6, -1, 1, 4, 3])
-    return show_top5.draw(np.zeros((7, 9, 9, 3), np.uint8), found, labels, WORDS, "a long title of a sheet " * 12)
+    return top5.draw(np.zeros((7, 9, 9, 3), np.uint8), found, labels, WORDS, "a long title of a sheet " * 12).figure
 
 
 def test_words_neither_overlap_nor_leave_the_sheet() -> None:
@@ -72,32 +72,32 @@ def test_bars_are_the_most_probable_and_the_right_one_has_another_colour() -> No
     below = [text.get_text() for text in figure.texts]
     for place, right in enumerate([0, 2, None, None, 1, 4, 3]):
         drawn = [patch for patch in bars[place].patches
-                 if isinstance(patch, Rectangle) and to_hex(patch.get_facecolor()) != show_top5.TRACK]
+                 if isinstance(patch, Rectangle) and to_hex(patch.get_facecolor()) != top5.TRACK]
         assert [patch.get_width() for patch in drawn] == [0.4, 0.25, 0.15, 0.1, 0.06]
         colours = [to_hex(patch.get_facecolor()) for patch in drawn]
-        assert [row for row, colour in enumerate(colours) if colour == show_top5.RIGHT] == ([] if right is None else [right])
+        assert [row for row, colour in enumerate(colours) if colour == top5.RIGHT] == ([] if right is None else [right])
         assert [text.get_text() for text in bars[place].texts[::2]] == WORDS[:5]
         assert [text.get_text() for text in bars[place].texts[1::2]] == ["40%", "25%", "15%", "10%", "6%"]
-    assert {"tab (place 7)", "label unknown", "crab"} <= set(below)
+    assert {"tab (rank 7)", "label unknown", "crab"} <= set(below)
 
 
 def test_the_command_writes_a_png(run: Path, tiny_set: TinySet, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new/top5.png"
     words = ["--run", str(run), "--which", "best", "--out", str(out)]
-    assert show_top5.main([*words, "--images", "3", "--seed", "2"]) == 0
+    assert show("top5", *words, "--images", "3", "--seed", "2") == 0
     with Image.open(out) as picture:
         assert picture.format == "PNG" and picture.size[0] > 900
     said = capsys.readouterr().out
     assert said.startswith(f"3 images in {out}; the right label is the first of ")
     first = out.read_bytes()
-    assert show_top5.main([*words, "--images", "3", "--seed", "2"]) == 0 and out.read_bytes() == first, "a seed gives a sheet"
-    assert show_top5.main([*words, "--images", "3", "--seed", "3"]) == 0 and out.read_bytes() != first
+    assert show("top5", *words, "--images", "3", "--seed", "2") == 0 and out.read_bytes() == first, "a seed gives a sheet"
+    assert show("top5", *words, "--images", "3", "--seed", "3") == 0 and out.read_bytes() != first
     index = SampleIndex.load(tiny_set.index)
     with load_trained(resolve(run, "best")) as trained:
         ids = index.ids("val")[[1, 0]]
-        found = show_top5.probabilities(trained, "val", ids, 1)
+        found = top5.probabilities(trained, "val", ids, 1)
     capsys.readouterr()
-    assert show_top5.main([*words, "--ids", *map(str, ids), "--views", "1"]) == 0
+    assert show("top5", *words, "--ids", *ids, "--views", "1") == 0
     right = (found.argmax(1) == index.samples["label"][ids]).sum()
     assert f"2 images in {out}; the right label is the first of {right}, among five of " in capsys.readouterr().out
     assert class_name(index.classes, 0) in {"red ball", "blue ball", "red box", "blue box"}
@@ -111,12 +111,12 @@ def test_the_command_writes_a_png(run: Path, tiny_set: TinySet, tmp_path: Path, 
     (["--split", "no"], "split (=no) is not in the index")])
 def test_bad_arguments_are_one_line_and_exit_2(run: Path, words: list[str], message: str, tmp_path: Path,
                                                capsys: pytest.CaptureFixture[str]) -> None:
-    assert show_top5.main(["--run", str(run), "--out", str(tmp_path / "a.png"), *words]) == 2
+    assert show("top5", "--run", run, "--out", tmp_path / "a.png", *words) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and error.startswith("error: ")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert show_top5.main(["--run", str(tmp_path / "no"), "--out", str(tmp_path / "a.png")]) == 2
+    assert show("top5", "--run", tmp_path / "no", "--out", tmp_path / "a.png") == 2
     assert "no) does not exist; give a run folder or a checkpoint" in capsys.readouterr().err

@@ -142,7 +142,7 @@ def run(out: Path, data: Path | None, recipe: Path, extra: list[str], console: C
         console.print(f"{len(ids)} unreadable training file(s) replaced by others, listed in {quarantine}", soft_wrap=True)
     times = ", ".join(f"{title} {seconds:.0f} s" for title, seconds in demo.seconds.items())
     console.print(f"time: {sum(demo.seconds.values()):.0f} s ({times})\nrun folder: {folder}\nits first kernels: python "
-                  f"tools/show/kernels.py --run {folder} --out kernels.png", highlight=False, soft_wrap=True)
+                  f"-m tools.show kernels --run {folder} --out kernels.png", highlight=False, soft_wrap=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,23 +1,19 @@
 """Figure 1 of the paper: training error by epoch, ReLU against tanh, each at the rate that trains fastest.
 
-    python tools/run_study.py train/recipes/studies/figure1.yaml
-    python tools/show/figure1.py --runs runs/figure1 --out figure1.png [--json]
-
-Of each group of runs (relu-…, tanh-…) the one is shown whose training error comes down to 25% first; where none does, the one
-that comes lowest. The training error is the mean over an epoch's steps while training goes on, as the authors' code has it; where
-it crosses 25% between two epochs is interpolated. Runs that diverged within their first epoch are listed, not drawn. Exit code 0,
-or 2 with a message.
+Of each group of runs (relu-…, tanh-…) the one is shown whose training error comes down to the target (25%) first; where none
+does, the one that comes lowest. The training error is the mean over an epoch's steps during training, as in the authors' code;
+where it crosses the target between two epochs is interpolated. Runs that diverged within their first epoch are listed, not drawn.
 """
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tools.study import lines
+from train.recipe import load
 
 GROUPS = ("relu", "tanh")
 
@@ -39,10 +35,8 @@ class Curve:
         """
         for epoch, error in enumerate(self.errors, start=1):
             if error <= target:
-                if epoch == 1:
-                    return 1.0
                 before = self.errors[epoch - 2]
-                return epoch - 1 + (before - target) / (before - error)
+                return 1.0 if epoch == 1 else epoch - 1 + (before - target) / (before - error)
         return None
 
     @property
@@ -53,9 +47,6 @@ class Curve:
 
 def read_curve(folder: Path) -> Curve:
     """The curve of a run folder, without any error when it has no whole epoch (it diverged, or has just begun)."""
-    from tools.study import lines
-    from train.recipe import load
-
     epochs = lines(folder, "epoch")
     return Curve(folder.name, load(folder / "config.yaml").optimizer.lr, tuple(epoch["error"] for epoch in epochs),
                  sum(epoch["seconds"] for epoch in epochs) / 60)
@@ -67,17 +58,17 @@ def read_groups(runs: Path, target: float) -> dict[str, list[Curve]]:
     Raises:
         ValueError: a group has none with an epoch.
     """
-    found: dict[str, list[Curve]] = {}
+    groups: dict[str, list[Curve]] = {}
     for group in GROUPS:
         curves = [read_curve(path.parent) for path in sorted(runs.glob(f"{group}-*/config.yaml"))]
         if not any(curve.errors for curve in curves):
             raise ValueError(f"runs (={runs}) hold no {group}-… with a whole epoch; run train/recipes/studies/figure1.yaml first")
-        found[group] = sorted(curves, key=lambda curve: (curve.epochs_to(target) or float("inf"), curve.lowest))
-    return found
+        groups[group] = sorted(curves, key=lambda curve: (curve.epochs_to(target) or float("inf"), curve.lowest))
+    return groups
 
 
-def facts(groups: dict[str, list[Curve]], target: float) -> dict[str, object]:
-    """What the figure says, as plain values. `at_least` stands in for `ratio` where no tanh came down to the target."""
+def summary(groups: dict[str, list[Curve]], target: float) -> dict[str, Any]:
+    """The figure's numbers as plain values. `at_least` stands in for `ratio` where no tanh came down to the target."""
     best = {group: curves[0] for group, curves in groups.items()}
     epochs = {group: curve.epochs_to(target) for group, curve in best.items()}
     relu, tanh = epochs["relu"], epochs["tanh"]
@@ -92,49 +83,43 @@ def facts(groups: dict[str, list[Curve]], target: float) -> dict[str, object]:
 
 
 def draw(groups: dict[str, list[Curve]], target: float, out: Path) -> None:
-    """The figure as a PNG: the best of each group strong (solid and dashed, as in the paper), the others of the search faint."""
-    from train.figures.kernels import need_matplotlib
+    """Write the figure: the best of each group strong (solid and dashed, as in the paper), the others of the search faint."""
+    from tools.show.sheet import Figure, save  # needs matplotlib
 
-    need_matplotlib()
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), dpi=130)
+    figure = Figure(figsize=(7, 4.5), dpi=130, layout="tight")
+    axes = figure.add_subplot()
     for group, colour, style, word in zip(GROUPS, ("#0072b2", "#d55e00"), ("-", "--"), ("ReLU", "tanh")):
-        for place, curve in reversed([entry for entry in enumerate(groups[group]) if entry[1].errors]):
-            epochs = range(1, len(curve.errors) + 1)
-            axes.plot(epochs, [100 * error for error in curve.errors], style, color=colour, linewidth=2 if place == 0 else 1,
-                      alpha=1 if place == 0 else 0.35, label=f"{word}, learning rate {curve.lr:g}" if place == 0 else None,
+        best, *others = [curve for curve in groups[group] if curve.errors]
+        for curve in [*reversed(others), best]:
+            axes.plot(range(1, len(curve.errors) + 1), [100 * error for error in curve.errors], style, color=colour,
+                      linewidth=2 if curve is best else 1, alpha=1 if curve is best else 0.35,
+                      label=f"{word}, learning rate {curve.lr:g}" if curve is best else None,
                       marker="." if len(curve.errors) == 1 else None)  # a line of one point cannot be seen
-        if reached := groups[group][0].epochs_to(target):
+        if reached := best.epochs_to(target):
             axes.plot([reached], [100 * target], "o", color=colour)
             axes.annotate(f"{reached:.1f}", (reached, 100 * target), textcoords="offset points", xytext=(5, 6), color=colour)
     axes.axhline(100 * target, color="0.5", linewidth=0.8, linestyle=":")
-    highest = max(max(curve.errors, default=0.0) for group in GROUPS for curve in groups[group])
-    axes.set(xlabel="epochs", ylabel="training error, %", ylim=(0, max(80, 102 * highest)))
+    drawn = [curve for group in GROUPS for curve in groups[group] if curve.errors]
+    axes.set(xlabel="epochs", ylabel="training error, %", ylim=(0, max(80, 102 * max(max(curve.errors) for curve in drawn))))
     axes.set_xlim(left=0)
-    if any(curve.errors for group in GROUPS for curve in groups[group][1:]):
+    if len(drawn) > len(GROUPS):
         axes.plot([], [], color="0.5", linewidth=1, alpha=0.5, label="other rates tried")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out)
-    pyplot.close(figure)
+    save(figure, out)
 
 
-def run(asked: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Read, draw, print. Raises ValueError; RuntimeError without matplotlib."""
-    target = asked.target
+    target = args.target
     if not 0 < target < 1:
         raise ValueError(f"--target (={target}) must be a share between 0 and 1; 0.25 is the paper's")
-    groups = read_groups(asked.runs, target)
-    found = facts(groups, target)
-    if asked.out is not None:
-        draw(groups, target, asked.out)
-    if asked.json:
-        print(json.dumps(found))
+    groups = read_groups(args.runs, target)
+    numbers = summary(groups, target)
+    if args.out is not None:
+        draw(groups, target, args.out)
+    if args.json:
+        print(json.dumps(numbers))
         return
     for group in GROUPS:
         for curve in groups[group]:
@@ -143,23 +128,7 @@ def run(asked: argparse.Namespace) -> None:
                 "no whole epoch: it diverged, or has just begun" if not curve.errors else
                 (f"{reached:5.1f} epochs to {target:.0%}" if reached else f"never at {target:.0%}, lowest {curve.lowest:.1%}")
                 + f", {len(curve.errors)} epochs in {curve.minutes:.1f} minutes"))
-    if found["ratio"]:
-        print(f"ReLU gets there {found['ratio']:.1f} times sooner (paper: about 6)")
-    elif found["at_least"]:
-        print(f"ReLU gets there more than {found['at_least']:.1f} times sooner: tanh had not when it stopped (paper: about 6)")
-
-
-def main(arguments: Optional[list[str]] = None) -> int:
-    """The command. Returns its exit code."""
-    parser = argparse.ArgumentParser(prog="figure1.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, required=True, metavar="DIR", help="folder of run folders relu-… and tanh-…")
-    parser.add_argument("--out", type=Path, metavar="PNG", help="where to draw the figure")
-    parser.add_argument("--target", type=float, default=0.25, help="training error to reach, a share (default 0.25)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    asked = parser.parse_args(arguments)
-    from tools.cli import guarded
-    return guarded(lambda: run(asked))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    if numbers["ratio"]:
+        print(f"ReLU gets there {numbers['ratio']:.1f} times sooner (paper: about 6)")
+    elif numbers["at_least"]:
+        print(f"ReLU gets there more than {numbers['at_least']:.1f} times sooner: tanh had not when it stopped (paper: about 6)")

@@ -1,233 +1,153 @@
 """Images that the network finds alike (paper figure 4, right): nearest neighbours at its last hidden layer.
 
-    python tools/show/similar.py build --run runs/NAME --split train --out features/NAME
-    python tools/show/similar.py query --features features/NAME --count 5 --out similar.png
-    python tools/show/similar.py query --features features/NAME --images photo.jpg --out similar.html
-    python tools/show/similar.py query --features features/NAME --evaluate 1000
-
 `build` writes the features of every image of a split. `query` finds the images nearest to others by Euclidean distance, exactly,
-and beside them, for contrast, those whose pixels are nearest. Says of both how many are of the query's class.
+and beside them, for contrast, those whose pixels are nearest; and counts of both how many are of the query's class.
 """
 from __future__ import annotations
 
 import argparse
 import contextlib
 import json
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Iterator
+from typing import Any, Iterator
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeRemainingColumn
 
-if TYPE_CHECKING:
-    from tools.show.similar_sheet import Row
-    from train.figures.features import Features
-    from train.figures.neighbours import Nearest
-    from train.figures.similar import Queries
-    from train.checkpoint.load_trained import TrainedNetwork
+from pipeline.files import atomic_write
+from tools.show.similar_page import Picture, Row, page
+from train.checkpoint.load_trained import TrainedNetwork, class_name, load_trained
+from train.checkpoint.resolve import resolve
+from train.figures import features as feature_folder
+from train.figures.features import Features, Progress
+from train.figures.kernels import need_matplotlib
+from train.figures.neighbours import NearestNeighbours
+from train.figures.similar import (Queries, centre_crops, chance_precision, nearest_by_features, nearest_by_pixels, precision,
+                                   queries_from_files, queries_from_index, random_ids, splits_of)
 
 MOST = 40  # queries of a sheet
 
 
-def build(asked: argparse.Namespace) -> None:
-    """Write features. Raises ValueError or RuntimeError."""
-    from train.figures.features import build as write
-    from train.checkpoint.load_trained import load_trained
-    from train.checkpoint.resolve import resolve
-
-    source = resolve(asked.run or asked.checkpoint, asked.which)
-    with load_trained(source, index=asked.index, archives=asked.archives, device=asked.device, batch=asked.batch) as trained, \
-            _bar("features") as progress:
-        made = write(trained, asked.split or trained.config.data.train_split, asked.out, force=asked.force, progress=progress)
-    count, width = made.rows.shape
-    print(f"{count} images of split {made.source.split}, {width} features each at {made.source.layer}, in {asked.out}"
-          + (f"; {len(made.skipped)} could not be read" if made.skipped else ""))
+def run(args: argparse.Namespace) -> None:
+    """Build features or query them. Raises ValueError or RuntimeError."""
+    {"build": build, "query": query}[args.step](args)
 
 
-def query(asked: argparse.Namespace) -> None:
-    """Find neighbours, draw them, count them. Raises ValueError or RuntimeError."""
-    from train.figures.features import Features
-    from train.checkpoint.load_trained import load_trained
-    from train.checkpoint.resolve import resolve
+def build(args: argparse.Namespace) -> None:
+    """Write the features of a split."""
+    with load_trained(resolve(args.run or args.checkpoint, args.which), index=args.index, archives=args.archives,
+                      device=args.device, batch=args.batch) as trained, _bar("features") as progress:
+        features = feature_folder.build(trained, args.split or trained.config.data.train_split, args.out, force=args.force,
+                                        progress=progress)
+    count, width = features.rows.shape
+    print(f"{count} images of split {features.source.split}, {width} features each at {features.source.layer}, in {args.out}"
+          + (f"; {len(features.skipped)} could not be read" if features.skipped else ""))
 
-    _check(asked)
-    features = Features.load(asked.features)
-    source = resolve(asked.run or asked.checkpoint or Path(features.source.checkpoint), asked.which)
-    with load_trained(source, index=asked.index or features.source.index, archives=asked.archives, device=asked.device,
-                      batch=asked.batch) as trained:
+
+def query(args: argparse.Namespace) -> None:
+    """Find neighbours, draw them, count them."""
+    _check(args)
+    features = Features.load(args.features)
+    with load_trained(resolve(args.run or args.checkpoint or Path(features.source.checkpoint), args.which),
+                      index=args.index or features.source.index, archives=args.archives, device=args.device,
+                      batch=args.batch) as trained:
         features.check(trained)
         trained.index.check_archives(features.source.split)
-        queries = _queries(asked, trained)
-        found = _search(asked, trained, features, queries)
-        if asked.out is not None:
-            _draw(asked, trained, features, queries, found)
-        _tell(asked, trained, features, queries, found)
+        queries = _queries(args, trained)
+        with _bar(f"search at {features.source.layer}") as progress:
+            found = {features.source.layer: nearest_by_features(trained, features, queries, args.neighbours, progress)}
+        if not args.no_pixels:
+            with _bar("search by pixels") as progress:
+                found["pixels"] = nearest_by_pixels(trained, features, queries, args.neighbours, progress)
+        if args.out is not None:
+            _draw(args, trained, features, queries, found)
+        _print(args, trained, features, queries, found)
 
 
 @contextlib.contextmanager
-def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr while something is done: told of images done, and in all."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+def _bar(what: str) -> Iterator[Progress]:
+    """A bar on stderr: a function to be called with images done, and in all."""
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Bar(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True,
+             disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _check(asked: argparse.Namespace) -> None:
-    """Raise ValueError on options that do not go together."""
-    if (asked.out is None) != (asked.evaluate is not None):
-        raise ValueError(f"--out (={asked.out}) names the sheet, and --evaluate (={asked.evaluate}) counts without one; give one "
+def _check(args: argparse.Namespace) -> None:
+    """Raise ValueError on options that do not go together; RuntimeError without matplotlib, where it is needed."""
+    if (args.out is None) != (args.evaluate is not None):
+        raise ValueError(f"--out (={args.out}) names the sheet, and --evaluate (={args.evaluate}) counts without one; give one "
                          "of them")
-    if asked.out is not None and asked.out.suffix.lower() not in (".png", ".html"):
-        raise ValueError(f"--out (={asked.out}) must end in .png or .html; correct it")
-    if asked.out is not None and asked.out.suffix.lower() == ".png":
-        from train.figures.kernels import need_matplotlib
+    if args.out is not None and args.out.suffix.lower() not in (".png", ".html"):
+        raise ValueError(f"--out (={args.out}) must end in .png or .html; correct it")
+    if args.out is not None and args.out.suffix.lower() == ".png":
         need_matplotlib()
-    queries = len(asked.images or asked.ids or ()) or asked.count
-    if asked.evaluate is None and not 1 <= queries <= MOST:
+    queries = len(args.images or args.ids or ()) or args.count
+    if args.evaluate is None and not 1 <= queries <= MOST:
         raise ValueError(f"queries (={queries}) must lie in 1..{MOST}; larger sheets cannot be read, --evaluate draws none")
 
 
-def _queries(asked: argparse.Namespace, trained: TrainedNetwork) -> Queries:
-    import numpy as np
-
-    from train.figures.similar import from_files, from_index, pick, split_of
-
-    if asked.images:
-        return from_files(trained, asked.images)
-    index, split = trained.index, asked.split or trained.config.data.test_split
-    if asked.ids:
-        ids, splits = np.array(asked.ids, np.int64), split_of(index, asked.ids)
+def _queries(args: argparse.Namespace, trained: TrainedNetwork) -> Queries:
+    if args.images:
+        return queries_from_files(trained, args.images)
+    index, split = trained.index, args.split or trained.config.data.test_split
+    if args.ids:
+        ids, splits = np.array(args.ids, np.int64), splits_of(index, args.ids)
     else:
-        ids, splits = pick(index, split, asked.count if asked.evaluate is None else asked.evaluate, asked.seed), [split]
+        ids, splits = random_ids(index, split, args.count if args.evaluate is None else args.evaluate, args.seed), [split]
     for used in set(splits):
         index.check_archives(used)
-    return from_index(trained, ids)
+    return queries_from_index(trained, ids)
 
 
-def _search(asked: argparse.Namespace, trained: TrainedNetwork, features: Features, queries: Queries) -> dict[str, Nearest]:
-    """Neighbours by layer, then by pixels."""
-    from train.figures.similar import by_features, by_pixels
-
-    with _bar(f"search at {features.source.layer}") as progress:
-        found = {features.source.layer: by_features(trained, features, queries, asked.neighbours, progress)}
-    if not asked.no_pixels:
-        with _bar("search by pixels") as progress:
-            found["pixels"] = by_pixels(trained, features, queries, asked.neighbours, progress)
-    return found
-
-
-def _draw(asked: argparse.Namespace, trained: TrainedNetwork, features: Features, queries: Queries,
-          found: dict[str, Nearest]) -> None:
+def _draw(args: argparse.Namespace, trained: TrainedNetwork, features: Features, queries: Queries,
+          found: dict[str, NearestNeighbours]) -> None:
     """Write the sheet."""
-    import numpy as np
-
-    from pipeline.files import atomic_write
-    from tools.show import similar_sheet as sheet
-    from train.figures.similar import crops_of
-    from train.checkpoint.load_trained import class_name
-
     index, split = trained.index, features.source.split
     wanted = np.unique(np.concatenate([nearest.ids.ravel() for nearest in found.values()]))
-    crops = dict(zip(wanted.tolist(), crops_of(trained, index, split, wanted)))
+    crops = dict(zip(wanted.tolist(), centre_crops(trained, index, split, wanted)))
 
-    def near(label: int, id: int) -> sheet.Shown:
-        other = int(index.samples["label"][id])
-        same = None if min(label, other) < 0 else label == other
-        return sheet.Shown(crops[id], class_name(index.classes, other), same, f"{split} {id}")
+    def neighbour(id: int, label: int) -> Picture:
+        own = int(index.samples["label"][id])
+        return Picture(crops[id], class_name(index.classes, own), None if min(label, own) < 0 else label == own, f"{split} {id}")
 
-    rows: list[Row] = []
-    for place, name in enumerate(queries.names):
-        label = int(queries.labels[place])
-        kinds = [(kind, [near(label, id) for id in nearest.ids[place].tolist()]) for kind, nearest in found.items()]
-        words = class_name(index.classes, label) if label >= 0 else name
-        rows.append(sheet.Row(sheet.Shown(queries.crops[place], words, None, name), kinds))
-    chosen = "given" if asked.images or asked.ids else f"drawn at random (seed {asked.seed})"
+    rows = []
+    for number, (name, label) in enumerate(zip(queries.names, queries.labels.tolist())):
+        word = class_name(index.classes, label) if label >= 0 else name
+        rows.append(Row(Picture(queries.crops[number], word, None, name), {
+            kind: [neighbour(id, label) for id in nearest.ids[number].tolist()] for kind, nearest in found.items()}))
+    chosen = "given" if args.images or args.ids else f"drawn at random (seed {args.seed})"
     title = (f"{len(rows)} {'query' if len(rows) == 1 else 'queries'}, {chosen}, and the nearest of {len(features.ids)} images "
              f"of split {split}, by {' and by '.join(found)}; {trained.source.path}")
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(asked.out) as file:
-        if asked.out.suffix.lower() == ".html":
-            file.write(sheet.html(rows, title).encode())
-        else:
-            sheet.draw(rows, title).savefig(file, format="png", metadata={"Software": None})
+    if args.out.suffix.lower() == ".html":
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(args.out) as file:
+            file.write(page(rows, title).encode())
+    else:
+        from tools.show import similar_sheet  # needs matplotlib
+
+        similar_sheet.draw(rows, title).save(args.out)
 
 
-def _tell(asked: argparse.Namespace, trained: TrainedNetwork, features: Features, queries: Queries,
-          found: dict[str, Nearest]) -> None:
+def _print(args: argparse.Namespace, trained: TrainedNetwork, features: Features, queries: Queries,
+           found: dict[str, NearestNeighbours]) -> None:
     """Print how many neighbours are of the query's class, where that is known."""
-    from train.figures.similar import agreeing, chance
-
-    labelled = bool((queries.labels >= 0).all())
-    if not labelled and asked.evaluate is None:
-        if asked.json:
-            print(json.dumps({"queries": len(queries.names), "images": len(features.ids), "neighbours": asked.neighbours}))
-        else:
-            print(f"{len(queries.names)} queries in {asked.out}")
-        return
-    rates = {kind: agreeing(trained.index, queries, nearest) for kind, nearest in found.items()}
-    random = chance(trained.index, features, queries)
-    if asked.json:
-        values: dict[str, Any] = {kind: {"precision": mean, "standard_error": error if error == error else None}
-                                  for kind, (mean, error) in rates.items()}
-        print(json.dumps({"queries": len(queries.names), "images": len(features.ids), "neighbours": asked.neighbours, **values,
-                          "chance": random}))
-        return
-    print(f"{len(queries.names)} queries, {asked.neighbours} nearest of {len(features.ids)} images of split "
-          f"{features.source.split}" + (f", in {asked.out}" if asked.out else ""))
-    for kind, (mean, error) in rates.items():
-        spread = f" ± {196 * error:.1f} (95% interval, over queries)" if error == error else ""
-        print(f"of the query's class by {kind}: {100 * mean:.1f}%{spread}")
-    print(f"of the query's class by chance: {100 * random:.1f}%")
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="similar.py",
-                                     description="Nearest neighbours of images at the network's last hidden layer.")
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    making = verbs.add_parser("build", help="write the features of a split's images")
-    which = making.add_mutually_exclusive_group(required=True)
-    making.add_argument("--split", help="images to search (default: the recipe's training split)")
-    making.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
-    making.add_argument("--force", action="store_true", help="replace the features in that folder")
-    asking = verbs.add_parser("query", help="find the images nearest to others")
-    asking.add_argument("--features", type=Path, required=True, metavar="DIR", help="folder that build wrote")
-    whose = asking.add_mutually_exclusive_group()
-    whose.add_argument("--images", type=Path, nargs="+", metavar="FILE", help="image files, from anywhere")
-    whose.add_argument("--ids", type=int, nargs="+", metavar="ID", help="samples of the index")
-    whose.add_argument("--count", type=int, default=5, metavar="N",
-                       help="so many of a split, drawn at random (default %(default)s)")
-    whose.add_argument("--evaluate", type=int, metavar="N", help="so many of a split, counted without a sheet")
-    asking.add_argument("--split", help="to draw from (default: the recipe's test split)")
-    asking.add_argument("--seed", type=int, default=0, help="of the drawing (default %(default)s)")
-    asking.add_argument("--neighbours", type=int, default=6, metavar="K", help="of each query (default %(default)s)")
-    asking.add_argument("--no-pixels", action="store_true", help="leave out the search by pixels, which decodes every image")
-    asking.add_argument("--out", type=Path, metavar="PNG|HTML", help="the sheet")
-    asking.add_argument("--json", action="store_true", help="print one JSON object")
-    where = asking.add_mutually_exclusive_group()
-    for verb, group in (making, which), (asking, where):
-        group.add_argument("--run", type=Path, metavar="DIR", help="run folder" + (
-            "" if verb is making else " (default: the checkpoint that the features are of)"))
-        group.add_argument("--checkpoint", type=Path, metavar="DIR", help="checkpoint folder")
-        verb.add_argument("--which", choices=("best", "last"), help="of the run's checkpoints (default last)")
-        verb.add_argument("--index", type=Path, metavar="DIR", help="index (default: the run's)")
-        verb.add_argument("--archives", type=Path, metavar="DIR", help="folder of the archives when they have moved")
-        verb.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to compute (default: the run's)")
-        verb.add_argument("--batch", type=int, metavar="B", help="images at once (default: the run's)")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns its exit code: 0, or 2 with a message on stderr."""
-    asked = parse(arguments)
-    from tools.cli import guarded
-    return guarded(lambda: {"build": build, "query": query}[asked.verb](asked))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    report: dict[str, Any] = {"queries": len(queries.names), "images": len(features.ids), "neighbours": args.neighbours}
+    lines = [f"{len(queries.names)} queries, {args.neighbours} nearest of {len(features.ids)} images of split "
+             f"{features.source.split}" + (f", in {args.out}" if args.out else "")]
+    if (queries.labels >= 0).all():
+        labels = trained.index.samples["label"].astype(np.int64)
+        for kind, nearest in found.items():
+            mean, error = precision(queries.labels, labels[nearest.ids])
+            known = error == error  # of one query there is none
+            report[kind] = {"precision": mean, "standard_error": error if known else None}
+            lines.append(f"of the query's class by {kind}: {100 * mean:.1f}%"
+                         + (f" ± {196 * error:.1f} (95% interval, over queries)" if known else ""))
+        report["chance"] = chance_precision(trained.index, features, queries)
+        lines.append(f"of the query's class by chance: {100 * report['chance']:.1f}%")
+    elif args.evaluate is not None:
+        raise ValueError(f"queries (={queries.names[int(np.argmin(queries.labels))]} …) must have labels to agree with; take "
+                         "them from a split with ground truth")
+    print(json.dumps(report) if args.json else "\n".join(lines))

@@ -93,7 +93,7 @@ def predict(network: nn.Module, loader: EvalLoader, crops: int, autocast: Callab
         with torch.no_grad():  # not inference_mode: what a layer keeps from here must serve training too
             for batch, images in _rounds(loader, stop, topology, labelled):
                 if batch is not None:
-                    probabilities = _probabilities(network, loader, batch, crops, autocast, topology)
+                    probabilities = average_softmax(network, loader, batch, crops, autocast, topology)
                     packed, halves = image_rows(batch.ids, batch.labels, probabilities)
                     rows.append((packed, halves if keep else halves[:0]))
                 done, rounds = done + images, rounds + 1
@@ -165,8 +165,8 @@ def _first_failure(failure: Optional[Exception], loader: EvalLoader, topology: O
     return SampleError(loader.index, *sample) if sample else RuntimeError(f"process {rank} could not test its images: {text}")
 
 
-def _probabilities(network: nn.Module, loader: EvalLoader, batch: Batch, crops: int,
-                   autocast: Callable[[], ContextManager[Any]], topology: Optional[Topology]) -> torch.Tensor:
+def average_softmax(network: nn.Module, loader: EvalLoader, batch: Batch, crops: int,
+                    autocast: Callable[[], ContextManager[Any]], topology: Optional[Topology] = None) -> torch.Tensor:
     """(B, K) float64: the softmax of a batch, averaged over the crops."""
     images = batch.images
     if halves := getattr(network, "halves_images", False):  # each process of the pair gives half of an even number

@@ -1,5 +1,5 @@
-"""Images and their nearest neighbours (paper figure 4, right): by what the network's last hidden layer makes of them, and, for
-contrast, by their pixels, which "are often semantically different" however near.
+"""Images and their nearest neighbours (paper figure 4, right): by the network's last hidden layer, and, for contrast, by their
+pixels, which "are often semantically different" however near.
 
 Q queries, k neighbours, N images that are searched, D features, c side of a crop.
 """
@@ -9,19 +9,18 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, Sequence
+from typing import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from pipeline.index.sample_index import SampleIndex
 from pipeline.index.folders import LOOSE_SPLIT, index_of_files
+from pipeline.index.sample_index import SampleIndex
 from pipeline.reading.quarantine import SampleError
-from train.figures.features import Features
-from train.figures.neighbours import Nearest, agreement
 from train.checkpoint.load_trained import TrainedNetwork
+from train.figures.features import Features, Progress
+from train.figures.neighbours import NearestNeighbours
 
 _BLOCK = 512  # crops compared at once
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Queries:
     features: np.ndarray
 
 
-def pick(index: SampleIndex, split: str, count: int, seed: int) -> np.ndarray:
+def random_ids(index: SampleIndex, split: str, count: int, seed: int) -> np.ndarray:
     """(count,) ids of a split, drawn by `seed`, ascending. Raises ValueError when it has not so many."""
     ids = index.ids(split)
     if not 1 <= count <= len(ids):
@@ -51,98 +50,106 @@ def pick(index: SampleIndex, split: str, count: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(ids, count, replace=False))
 
 
-def split_of(index: SampleIndex, ids: Sequence[int]) -> list[str]:
+def splits_of(index: SampleIndex, ids: Sequence[int]) -> list[str]:
     """Split of each id. Raises ValueError on one that is not there, or excluded, and on one that is given twice."""
-    for place, id in enumerate(ids):
+    for number, id in enumerate(ids):
         if index.row(id)["excluded"]:
             raise ValueError(f"id (={id}) of {index.path} is excluded, so it is in no batch; give another")
-        if id in ids[:place]:
+        if id in ids[:number]:
             raise ValueError(f"id (={id}) is given twice; give it once")
     return [index.split_names[int(index.row(id)["split"])] for id in ids]
 
 
-def from_index(trained: TrainedNetwork, ids: np.ndarray) -> Queries:
-    """Images of the index that is searched."""
+def queries_from_index(trained: TrainedNetwork, ids: np.ndarray) -> Queries:
+    """Queries of images of the index that is searched, valid ids."""
     index = trained.index
-    splits = split_of(index, ids.tolist()) if len(ids) < 1000 else [index.split_names[s] for s in index.samples["split"][ids]]
-    crops, features = _seen(trained, index, splits[0], ids)
+    splits = [index.split_names[split] for split in index.samples["split"][ids]]
+    crops, features = _crops_and_features(trained, index, splits[0], ids)
     return Queries([f"{split} {id}" for split, id in zip(splits, ids)], ids, index.samples["label"][ids].astype(np.int64), crops,
                    features)
 
 
-def from_files(trained: TrainedNetwork, files: Sequence[Path]) -> Queries:
-    """Image files from anywhere. Raises ValueError naming one that cannot be read."""
+def queries_from_files(trained: TrainedNetwork, files: Sequence[Path]) -> Queries:
+    """Queries of image files from anywhere. Raises ValueError naming one that cannot be read."""
     with tempfile.TemporaryDirectory() as scratch:
         index = index_of_files(files, Path(scratch))
         try:
-            crops, features = _seen(trained, index, LOOSE_SPLIT, index.ids(LOOSE_SPLIT))
+            crops, features = _crops_and_features(trained, index, LOOSE_SPLIT, index.ids(LOOSE_SPLIT))
         except SampleError as error:
             raise ValueError(f"image (={files[error.id]}) cannot be decoded: {error.reason}; give another") from None
-    nothing = np.full(len(files), -1)
+    unknown = np.full(len(files), -1)
     names = [file.name.encode("utf-8", "replace").decode() for file in files]  # a name need not be text
-    return Queries(names, nothing, nothing, crops, features)
+    return Queries(names, unknown, unknown, crops, features)
 
 
-def _seen(trained: TrainedNetwork, index: SampleIndex, split: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Crops and features of images, in the order of `ids`."""
+def _crops_and_features(trained: TrainedNetwork, index: SampleIndex, split: str,
+                        ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of images, in the order of `ids`."""
     with trained.loader(index, split, ids) as loader:
         features = np.concatenate([rows for _, rows in trained.features(loader)])
-    return crops_of(trained, index, split, ids), features
+    return centre_crops(trained, index, split, ids), features
 
 
-def crops_of(trained: TrainedNetwork, index: SampleIndex, split: str, ids: np.ndarray) -> np.ndarray:
-    """(N, c, c, 3) uint8 centre crops, in the order of `ids`."""
+def centre_crops(trained: TrainedNetwork, index: SampleIndex, split: str, ids: np.ndarray) -> np.ndarray:
+    """(N, c, c, 3) uint8, in the order of `ids`."""
     with trained.loader(index, split, ids, pixels=True) as loader:
         return np.concatenate([crops.cpu().numpy() for _, crops in trained.crops(loader)])
 
 
-def by_features(trained: TrainedNetwork, features: Features, queries: Queries, count: int, progress: Progress) -> Nearest:
-    """The `count` nearest of the images of `features`, by these."""
+def nearest_by_features(trained: TrainedNetwork, features: Features, queries: Queries, count: int,
+                        progress: Progress) -> NearestNeighbours:
+    """The `count` nearest of the images of `features`, by these. Raises ValueError when they are not so many."""
     return _nearest(trained, features, queries, queries.features, count, features.blocks(), progress)
 
 
-def by_pixels(trained: TrainedNetwork, features: Features, queries: Queries, count: int, progress: Progress) -> Nearest:
+def nearest_by_pixels(trained: TrainedNetwork, features: Features, queries: Queries, count: int,
+                      progress: Progress) -> NearestNeighbours:
     """The `count` nearest of the same images, by the pixels of their centre crops, which are decoded once and not kept."""
     with trained.loader(trained.index, features.source.split, features.ids, pixels=True) as loader:
         rows = ((ids, crops.flatten(1).cpu().numpy()) for ids, crops in trained.crops(loader))
-        return _nearest(trained, features, queries, queries.crops.reshape(len(queries.crops), -1), count, _joined(rows), progress)
+        pixels = queries.crops.reshape(len(queries.crops), -1)
+        return _nearest(trained, features, queries, pixels, count, _joined(rows), progress)
 
 
-def _nearest(trained: TrainedNetwork, features: Features, queries: Queries, mine: np.ndarray, count: int,
-             blocks: Iterable[tuple[np.ndarray, np.ndarray]], progress: Progress) -> Nearest:
+def _nearest(trained: TrainedNetwork, features: Features, queries: Queries, of_queries: np.ndarray, count: int,
+             blocks: Iterable[tuple[np.ndarray, np.ndarray]], progress: Progress) -> NearestNeighbours:
     total = len(features.ids)
     if not 1 <= count < total:
         raise ValueError(f"neighbours (={count}) must lie in 1..{total - 1}, for {features.path} has {total} images; the paper "
                          "shows 6")
-    found, done = Nearest(mine, count, queries.ids, trained.topology.device), 0
+    nearest, done = NearestNeighbours(of_queries, count, queries.ids, trained.topology.device), 0
     for ids, rows in blocks:
-        found.add(ids, rows)
+        nearest.add(ids, rows)
         done += len(ids)
         progress(done, total)
-    return found
+    return nearest
 
 
-def _joined(blocks: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _joined(batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Batches joined to blocks that make a product of matrices worth while."""
-    held: list[tuple[np.ndarray, np.ndarray]] = []
-    for block in blocks:
-        held.append(block)
-        if sum(len(ids) for ids, _ in held) >= _BLOCK:
-            yield np.concatenate([ids for ids, _ in held]), np.concatenate([rows for _, rows in held])
-            held = []
-    if held:
-        yield np.concatenate([ids for ids, _ in held]), np.concatenate([rows for _, rows in held])
+    waiting: list[tuple[np.ndarray, np.ndarray]] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(len(ids) for ids, _ in waiting) >= _BLOCK:
+            yield np.concatenate([ids for ids, _ in waiting]), np.concatenate([rows for _, rows in waiting])
+            waiting = []
+    if waiting:
+        yield np.concatenate([ids for ids, _ in waiting]), np.concatenate([rows for _, rows in waiting])
 
 
-def agreeing(index: SampleIndex, queries: Queries, nearest: Nearest) -> tuple[float, float]:
-    """Precision at k and its standard error, see `agreement`. Raises ValueError on queries without a label."""
-    if (queries.labels < 0).any():
-        raise ValueError(f"queries (={queries.names[int(np.argmin(queries.labels))]} …) must have labels to agree with; take "
-                         "them from a split with ground truth")
-    return agreement(queries.labels, index.samples["label"][nearest.ids].astype(np.int64))
+def precision(labels: np.ndarray, neighbours: np.ndarray) -> tuple[float, float]:
+    """Precision at k: the mean share of a query's neighbours that are of its class, and the standard error of that mean (NaN for
+    one query).
+
+    Args:
+        labels: (Q,) of the queries.
+        neighbours: (Q, k) labels of their neighbours.
+    """
+    shares = (neighbours == labels[:, None]).mean(1)
+    return float(shares.mean()), float(shares.std(ddof=1) / np.sqrt(len(shares))) if len(shares) > 1 else float("nan")
 
 
-def chance(index: SampleIndex, features: Features, queries: Queries) -> float:
+def chance_precision(index: SampleIndex, features: Features, queries: Queries) -> float:
     """Precision of neighbours drawn at random: the mean share of a query's class among all other images."""
     labels = index.samples["label"][features.ids]
     counts = np.bincount(labels[labels >= 0], minlength=len(index.classes))
