@@ -1,4 +1,4 @@
-"""What a person sees: a live line in a terminal, plain lines elsewhere, one table row an epoch. One process speaks."""
+"""Console output of a run: a live line in a terminal, plain lines elsewhere, one table row per epoch. Only one process prints."""
 
 from __future__ import annotations
 
@@ -6,81 +6,71 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import IO, Callable, Optional
+from typing import IO, Any, Callable, Optional
 
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from pipeline.monitor import STAGES, Waits, cause_of
+from pipeline.monitor import RECORDED, STAGES, Monitor, Waits, cause_of
+from train.evaluate.metrics import Score
 
-_WINDOW = 50  # steps over which the rates are taken
-
-
-@dataclass(frozen=True)
-class Row:
-    """One epoch in the table; errors are shares, `lr` the rate it was trained with."""
-
-    epoch: int
-    epochs: int
-    loss: float
-    error: float
-    validation_top1: float
-    validation_top5: float
-    lr: float
-    images_per_s: float
-    waited: float
-    seconds: float
+RECENT_STEPS = 50  # over which the displayed throughput is taken
 
 
 @dataclass(frozen=True)
-class Pace:
-    """Images per second, the share of the time the network waited for the loader, and what for (shares of the time too)."""
+class Throughput:
+    """Images per second, the share of the time spent waiting for data, and its division by cause (one of STAGES)."""
 
     images_per_s: float
     waited: float
     causes: dict[str, float]
 
+    def __str__(self) -> str:
+        cause = f" ({cause_of(self.causes)})" if self.waited >= 0.005 else ""
+        return f"{self.images_per_s:.1f} img/s data wait {self.waited:.1%}{cause}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Rounded, for a line of metrics.jsonl."""
+        return {"images_per_s": round(self.images_per_s, 2), "waited": round(self.waited, 4),
+                "waited_for": {RECORDED[cause]: round(share, 4) for cause, share in self.causes.items()}}
+
+
+class ThroughputMeter:
+    """Throughput of training steps, over the recent ones and over all.
+
+    Args:
+        monitor: the loader's, whose waits are counted.
+        now: clock in seconds.
+    """
+
+    def __init__(self, monitor: Monitor, now: Callable[[], float] = time.perf_counter) -> None:
+        self._monitor, self._now = monitor, now
+        self._start = (now(), 0, monitor.waits)
+        self._ends = deque([self._start], maxlen=RECENT_STEPS + 1)  # of steps: time, images and waits so far
+
+    def add(self, images: int) -> None:
+        """A step of so many images has ended."""
+        self._ends.append((self._now(), self._ends[-1][1] + images, self._monitor.waits))
+
+    def recent(self) -> Throughput:
+        """Throughput of the last steps."""
+        return _throughput(self._ends[0], self._ends[-1])
+
+    def overall(self) -> Throughput:
+        """Throughput of all steps."""
+        return _throughput(self._start, self._ends[-1])
+
     @property
-    def why(self) -> str:
-        """What the waiting is for, as "(decode)"; empty when there is hardly any."""
-        return f" ({cause_of(self.causes)})" if self.waited >= 0.005 else ""
+    def seconds(self) -> float:
+        """Time from the start to the end of the last step."""
+        return self._ends[-1][0] - self._start[0]
 
 
-class Rates:
-    """The pace over the last steps and over all."""
-
-    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
-        self._now = now
-        self._last = self._start = now()
-        self._steps: deque[tuple[int, Waits, float]] = deque(maxlen=_WINDOW)
-        self._images, self._waits = 0, Waits()
-
-    def add(self, images: int, waits: Waits) -> None:
-        """A step is done: it had so many images, and its batch was waited for so long."""
-        now = self._now()
-        self._steps.append((images, waits, now - self._last))
-        self._last = now
-        self._images += images
-        self._waits = self._waits.plus(waits)
-
-    def recent(self) -> Pace:
-        """That of the last steps."""
-        waits = Waits()
-        for step in self._steps:
-            waits = waits.plus(step[1])
-        return _pace(sum(step[0] for step in self._steps), waits, sum(step[2] for step in self._steps))
-
-    def overall(self) -> tuple[Pace, float]:
-        """That since the start, and how many seconds that is ago."""
-        spent = self._last - self._start
-        return _pace(self._images, self._waits, spent), spent
-
-
-def _pace(images: int, waits: Waits, spent: float) -> Pace:
-    spent = max(spent, 1e-9)
-    return Pace(images / spent, min(1.0, waits.seconds / spent),
-                {cause: min(1.0, getattr(waits, cause) / spent) for cause in STAGES})
+def _throughput(start: tuple[float, int, Waits], end: tuple[float, int, Waits]) -> Throughput:
+    seconds, waits = max(end[0] - start[0], 1e-9), end[2].since(start[2])
+    return Throughput((end[1] - start[1]) / seconds, min(1.0, waits.seconds / seconds),
+                      {stage: min(1.0, getattr(waits, stage) / seconds) for stage in STAGES})
 
 
 def duration(seconds: float) -> str:
@@ -91,30 +81,29 @@ def duration(seconds: float) -> str:
 
 
 class Console:
-    """The one voice of a run.
+    """Everything a run prints on stdout.
 
     Args:
-        speaks: false in all processes but the main one, which print nothing but warnings of their own failure.
+        enabled: false in all processes but the main one, which print nothing.
         log_s: seconds between two plain lines.
-        stream: where to print; its being a terminal decides between live and plain.
+        stream: output; whether it is a terminal decides between live and plain.
     """
 
-    def __init__(self, speaks: bool, log_s: float, stream: Optional[IO[str]] = None) -> None:
-        stream = stream or sys.stdout
-        self._speaks, self._log_s, self._stream = speaks, log_s, stream
+    def __init__(self, enabled: bool, log_s: float, stream: Optional[IO[str]] = None) -> None:
+        self._enabled, self._log_s, self._stream = enabled, log_s, stream or sys.stdout
         self._live: Optional[Progress] = None
         self._task: Optional[TaskID] = None
-        self._said = -float("inf")
-        self._header = False
-        self._terminal = Terminal(file=stream, highlight=False)
-        if speaks and self._terminal.is_terminal:
+        self._last_line_s = -float("inf")
+        self._has_header = False
+        terminal = Terminal(file=self._stream, highlight=False)
+        if enabled and terminal.is_terminal:
             self._live = Progress(TextColumn("{task.description}"), BarColumn(bar_width=24),
                                   TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[figures]}"),
-                                  console=self._terminal, transient=True)
+                                  console=terminal, transient=True)
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """A line, above the live one."""
-        if not self._speaks:
+        if not self._enabled:
             return
         if self._live is not None:
             self._live.console.print(Text(text))
@@ -122,58 +111,53 @@ class Console:
             print(text, file=self._stream, flush=True)
 
     def warn(self, text: str) -> None:
-        """A line nobody should miss."""
-        self.say(f"WARNING: {text}")
+        """A line with WARNING before it."""
+        self.print(f"WARNING: {text}")
 
-    def step(self, epoch: int, epochs: int, done: int, total: int, step: int, loss: float, error: float,
-             rates: Rates, left_s: float) -> None:
-        """A training step is done: `done` of `total` of its epoch; loss and error are means over the epoch so far."""
-        if not self._due():
-            return
-        pace = rates.recent()
-        figures = (f"loss {loss:.4f} error {error:.1%} {pace.images_per_s:.1f} img/s waiting {pace.waited:.1%}{pace.why} "
-                   f"left {duration(left_s)}")
-        self._show(f"epoch {epoch + 1}/{epochs}", done, total, figures, f"step {step}")
+    def step(self, epoch: str, step: int, done: int, total: int, loss: float, error: float, throughput: Throughput,
+             left_s: float) -> None:
+        """Progress of an epoch (`1/90`) after a training step; loss and error are means over the epoch so far."""
+        if self._is_due():
+            self._show(f"epoch {epoch}", f"step {step}", done, total,
+                       f"loss {loss:.4f} error {error:.1%} {throughput} left {duration(left_s)}")
 
-    def testing(self, what: str) -> Callable[[int, int], None]:
-        """A function to tell of images tested, done and in all."""
-        def told(done: int, total: int) -> None:
-            if self._due():
-                self._show(what, done, total, "images", "")
-        self._said = time.monotonic()  # a short test needs no line
-        return told
+    def testing(self, title: str) -> Callable[[int, int], None]:
+        """A function that shows the progress of a test, given images done and in all."""
+        def show(done: int, total: int) -> None:
+            if self._is_due():
+                self._show(title, "", done, total, "images")
+        self._last_line_s = time.monotonic()  # a short test needs no line
+        return show
 
-    def row(self, row: Row) -> None:
-        """A line of the table, under its header."""
-        if not self._header:
-            self._header = True
-            self.say(" epoch   loss   error  val top-1  val top-5      lr    img/s  waiting     time")
-        self.say(f"{row.epoch + 1:3d}/{row.epochs:<3d} {row.loss:6.4f} {row.error:6.2%} {row.validation_top1:9.2%} "
-                 f"{row.validation_top5:10.2%} {row.lr:8.2g} {row.images_per_s:7.1f} {row.waited:7.1%} "
-                 f"{duration(row.seconds):>9}")
+    def epoch(self, epoch: str, loss: float, error: float, validation: Score, lr: float, throughput: Throughput,
+              seconds: float) -> None:
+        """A table row of an epoch (`1/90`), under its header; errors are shares, `lr` is the rate it was trained with."""
+        if not self._has_header:
+            self._has_header = True
+            self.print(" epoch   loss   error  val top-1  val top-5      lr    img/s  data wait     time")
+        self.print(f"{epoch:>7} {loss:6.4f} {error:6.2%} {validation.top1:9.2%} {validation.top5:10.2%} {lr:8.2g} "
+                   f"{throughput.images_per_s:7.1f} {throughput.waited:9.1%} {duration(seconds):>9}")
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Remove the live line."""
         if self._live is not None:
             self._live.stop()
             self._live = None
 
-    def _due(self) -> bool:
-        """Whether to show figures now: in a terminal rich decides, elsewhere every log_s."""
-        if not self._speaks:
+    def _is_due(self) -> bool:
+        """Whether to show progress now: in a terminal always (rich limits the rate), elsewhere every log_s."""
+        if not self._enabled or self._live is not None:
+            return self._enabled
+        if time.monotonic() - self._last_line_s < self._log_s:
             return False
-        if self._live is not None:
-            return True
-        if time.monotonic() - self._said < self._log_s:
-            return False
-        self._said = time.monotonic()
+        self._last_line_s = time.monotonic()
         return True
 
-    def _show(self, what: str, done: int, total: int, figures: str, where: str) -> None:
+    def _show(self, title: str, position: str, done: int, total: int, figures: str) -> None:
         if self._live is None:
-            self.say(" ".join(part for part in (what, where, f"{done}/{total}", figures) if part))
+            self.print(" ".join(part for part in (title, position, f"{done}/{total}", figures) if part))
             return
         if self._task is None:
             self._live.start()
-            self._task = self._live.add_task(what, total=total, figures="")
-        self._live.update(self._task, description=what, completed=done, total=total, figures=figures)
+            self._task = self._live.add_task(title, total=total, figures="")
+        self._live.update(self._task, description=title, completed=done, total=total, figures=figures)

@@ -1,79 +1,64 @@
-"""The loop: batch, forward, backward, stop?, update, save; after each epoch: validate, schedule, save.
+"""Training loop: load a batch, step, log, save, stop; after each epoch validate, adjust the learning rate, save.
 
-Everything it computes is a function of the recipe and the step, so it can be cut at any step and go on with the same
-bits.
+Everything it computes is a function of the recipe and the step number: a run may stop after any step and resume bit-exactly.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Optional
 
-import torch
-from torch.nn import functional
-
-from model.alexnet import AlexNet
-from pipeline.loading.batch import Batch
-from pipeline.index.sample_index import SampleIndex
-from pipeline.loading.train_loader import TrainLoader
 from pipeline.reading.quarantine import SampleError
 from pipeline.sampling.sampler import first_step
-from pipeline.loading.eval_loader import EvalLoader
-from pipeline.monitor import RECORDED
-from pipeline.stats import Stats
 from train import build
+from train.build import Loaders
 from train.checkpoint import checkpoint
+from train.checkpoint.async_saver import AsyncSaver
 from train.config import Config
-from train.console import Console, Pace, Rates, Row
-from train.parallel.failure import enter_phase
-from train.parallel.topology import Topology
+from train.console import Console, ThroughputMeter
 from train.evaluate.metrics import Score
 from train.evaluate.predict import evaluate
-from train.parallel.pair_loader import Fed
 from train.feeding import Feeding
-from train.parallel.gradients import Gradients
-from train.optimizer import PaperSGD, Schedule, set_lr
-from train.recipe import dump, load
-from train.run_folder import CHECKPOINTS, Metrics, check_sources
-from train.checkpoint.async_saver import AsyncSaver
+from train.parallel.failure import enter_phase
+from train.parallel.pair_loader import Fed
+from train.parallel.topology import Topology
+from train.recipe import dump
+from train.run_folder import CHECKPOINTS, METRICS, Metrics, check_same_recipe, check_sources
+from train.step import StepResult, TrainStep
 
-_AGAIN_S = 1.0  # a second Ctrl-C sooner than this is the same one, passed on by torchrun
-
-
-class NotFinite(RuntimeError):
-    """The loss or a gradient is NaN or infinite; the update was not made."""
+SAME_SIGNAL_S = 1.0  # a second Ctrl-C sooner than this is the first one, passed on by torchrun
 
 
-class Stop:
-    """Whether somebody asked to stop (SIGTERM or Ctrl-C). A second Ctrl-C kills."""
+class StopRequest:
+    """Whether SIGTERM or Ctrl-C asked to save and stop. A second Ctrl-C kills."""
 
     def __init__(self) -> None:
-        self.wanted = False
+        self.received = False
         self._since = 0.0
 
     def listen(self) -> None:
-        """Take the signals over."""
+        """Install the signal handlers."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._hear)
+            signal.signal(number, self.handle)
 
-    def _hear(self, number: int, frame: Optional[FrameType]) -> None:
+    def handle(self, number: int, frame: Optional[FrameType]) -> None:
+        """The signal handler."""
         now = time.monotonic()
-        if self.wanted and number == signal.SIGINT and now - self._since > _AGAIN_S:
+        if self.received and number == signal.SIGINT and now - self._since > SAME_SIGNAL_S:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
-        if not self.wanted:
-            self.wanted, self._since = True, now
+        if not self.received:
+            self.received, self._since = True, now
 
 
 @dataclass
 class Progress:
-    """How far the epoch is: its number, and sums over its steps so far."""
+    """The current epoch, from 0, and sums over its steps so far."""
 
     epoch: int = 0
     images: int = 0
@@ -81,7 +66,7 @@ class Progress:
     loss: float = 0.0
 
     def add(self, images: int, errors: int, loss: float) -> None:
-        """A batch of so many images, so many of them wrong, with this mean loss."""
+        """Count a batch; `loss` is its mean."""
         self.images, self.errors, self.loss = self.images + images, self.errors + errors, self.loss + loss * images
 
     def means(self) -> tuple[float, float]:
@@ -89,245 +74,188 @@ class Progress:
         return self.loss / max(1, self.images), self.errors / max(1, self.images)
 
 
-@dataclass
-class Job:
-    """All parts of a run. Built by train/main.py."""
+class Trainer:
+    """Trains, validates and tests a network; saves the state of its run and restores it. Close it at the end.
 
-    config: Config
-    where: Topology
-    folder: Path
-    index: SampleIndex
-    stats: Stats
-    network: AlexNet
-    gradients: Gradients
-    optimizer: PaperSGD
-    schedule: Schedule
-    loader: TrainLoader | Fed
-    tests: dict[str, EvalLoader]  # of the splits that are tested
-    metrics: Metrics
-    console: Console
-    stop: Stop
-    saver: AsyncSaver
-    origin: str = ""  # hash of the checkpoint whose weights training began with; empty: random ones
-    progress: Progress = field(default_factory=Progress)
-    feeding: Feeding = field(default_factory=Feeding)
+    Args:
+        train_step: the network with its optimizer and schedule.
+        loaders: the images.
+        folder: run folder, which this run has claimed.
+        stop: looked at between steps.
+        initial_weights: SHA-256 of the checkpoint whose weights training begins with; empty for random ones.
+    """
 
-    @property
-    def root(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.folder / CHECKPOINTS
+    def __init__(self, config: Config, topology: Topology, train_step: TrainStep, loaders: Loaders, folder: Path,
+                 console: Console, stop: StopRequest, initial_weights: str) -> None:
+        self._config, self._topology, self._train_step, self._loaders = config, topology, train_step, loaders
+        self._console, self._stop, self.initial_weights = console, stop, initial_weights
+        self._checkpoints = folder / CHECKPOINTS
+        self._metrics = Metrics(folder / METRICS, topology.is_main)
+        self._saver = AsyncSaver(self._checkpoints, topology, config.machine.keep_last, config.machine.timeout_s)
+        self._progress, self._feeding = Progress(), Feeding()
 
     @property
     def steps(self) -> int:
         """Steps of the whole run."""
-        return first_step(self.config.train.epochs, len(self.index.ids(self.config.data.train_split)),
-                          self.config.train.batch)
+        images = len(self._loaders.index.ids(self._config.data.train_split))
+        return first_step(self._config.train.epochs, images, self._config.train.batch)
 
+    def train(self) -> bool:
+        """Train until the last epoch is validated; False when stopped, and saved, before."""
+        while self._progress.epoch < self._config.train.epochs:
+            throughput = ThroughputMeter(self._loaders.train.monitor)
+            score = self._validate() if self._train_epoch(throughput) else None
+            if score is None:
+                self._save()
+                break
+            self._finish_epoch(score, throughput)
+        self._saver.wait()
+        if summary := self._feeding.sentence(self._config.machine, self._loaders.train.threads,
+                                             self._topology.device.type == "cuda", self._config.data.tier,
+                                             swaps=isinstance(self._loaders.train, Fed)):
+            self._console.print(summary)
+        return self._progress.epoch == self._config.train.epochs
 
-def train(job: Job) -> bool:
-    """Train until the last epoch is validated; False when stopped (and saved) before."""
-    while job.progress.epoch < job.config.train.epochs:
-        rates = Rates()
-        if job.loader.epoch == job.progress.epoch:
-            with job.feeding.watch(job.loader.monitor):
-                finished = train_epoch(job, rates)
-            if not finished:
-                save(job)
-                return False
+    def _train_epoch(self, throughput: ThroughputMeter) -> bool:
+        """Train the rest of the current epoch: none of it after a resume into its validation. False when asked to stop."""
+        loader, progress, machine = self._loaders.train, self._progress, self._config.machine
+        if loader.epoch > progress.epoch:
+            return True
+        self._train_step.network.train()
+        enter_phase("load", loader.step)
+        with self._feeding.watch(loader.monitor):
+            for batch in loader:
+                self._feeding.arrived(loader.monitor)
+                result = self._train_step(batch, progress.epoch, lambda: (self._stop.received, self._saver.failed))
+                stop, save_failed = result.flags
+                if save_failed:
+                    self._saver.wait()  # raises, in all processes
+                progress.add(self._config.train.batch, result.errors, result.loss)
+                throughput.add(self._config.train.batch)
+                self._log(batch.step, result, throughput)
+                if stop or loader.step == machine.stop_after:
+                    return False
+                if self._is_due(machine.checkpoint_steps) and loader.epoch == progress.epoch:  # else after the validation
+                    self._save()
+                enter_phase("load", loader.step)
+        return True
+
+    def _is_due(self, steps: int) -> bool:
+        """Whether something that happens every so many steps (0 for never) happens after the last one."""
+        return steps > 0 and self._loaders.train.step % steps == 0
+
+    def _log(self, step: int, result: StepResult, throughput: ThroughputMeter) -> None:
+        """Write a step to metrics.jsonl and the console."""
+        train, recent = self._config.train, throughput.recent()
+        if self._is_due(self._config.machine.metrics_steps):
+            self._metrics.write("step", step=step, epoch=self._progress.epoch, lr=result.lr, loss=result.loss,
+                                error=result.errors / train.batch, **recent.as_dict())
+        left_s = (self.steps - step - 1) * train.batch / recent.images_per_s
+        self._console.step(f"{self._progress.epoch + 1}/{train.epochs}", step, self._progress.images // train.batch,
+                           len(self._loaders.train), *self._progress.means(), recent, left_s)
+
+    def _validate(self) -> Optional[Score]:
+        """The validation score; None when stopped."""
         try:
-            score = test(job, job.config.data.validation_split, job.config.train.validate_views, "validation")
-        except SampleError:  # in every process alike, whichever met it. The epoch is not lost: --resume goes on here
-            save(job)
+            return self._evaluate(self._config.data.validation_split, self._config.train.validate_views, "validation")
+        except SampleError:  # raised in all processes. The epoch is not lost: a resume begins here
+            self._save()
             raise
-        if score is None:
-            save(job)
+
+    def _evaluate(self, split: str, views: int, title: str) -> Optional[Score]:
+        enter_phase("test", max(0, self._loaders.train.step - 1))  # of the step that is done: the next one's phases come later
+        loader = self._loaders.tests[split]
+        try:
+            return evaluate(self._train_step.network, loader, views, self._train_step.autocast, stop=lambda: self._stop.received,
+                            progress=self._console.testing(title), topology=self._topology)
+        finally:
+            loader.close()  # frees its threads and decoder; it can be used again
+
+    def _finish_epoch(self, score: Score, throughput: ThroughputMeter) -> None:
+        """After an epoch's validation: log, adjust the learning rate, go to the next epoch, save if it is due."""
+        epoch, epochs, step = self._progress.epoch, self._config.train.epochs, self._loaders.train.step
+        schedule, overall, (loss, error) = self._train_step.schedule, throughput.overall(), self._progress.means()
+        lr = schedule.lr(step - 1, epoch)  # the optimizer has not been given it after a resume into a validation
+        self._metrics.write("epoch", epoch=epoch, step=step, lr=lr, loss=loss, error=error, **overall.as_dict(),
+                            seconds=round(throughput.seconds, 2), validation=score.as_dict())
+        self._console.epoch(f"{epoch + 1}/{epochs}", loss, error, score, lr, overall, throughput.seconds)
+        if schedule.epoch_done(score.top1):
+            self._console.print(f"validation error no longer improves: learning rate {schedule.lr(step, epoch + 1):g}")
+        self._progress = Progress(epoch + 1)
+        machine = self._config.machine
+        if epoch + 1 == epochs or (epoch + 1) % machine.checkpoint_epochs == 0 or self._is_due(machine.checkpoint_steps):
+            self._save(score)
+
+    def test(self) -> Optional[Score]:
+        """Test the trained network; None when stopped."""
+        data, views = self._config.data, self._config.train.test_views
+        score = self._evaluate(data.test_split, views, "test")
+        if score is not None:
+            self._metrics.write("test", split=data.test_split, views=views, step=self._loaders.train.step, **score.as_dict())
+        return score
+
+    def _save(self, score: Optional[Score] = None) -> None:
+        """Start a checkpoint of this moment; `score` when it is the end of a validated epoch."""
+        loader = self._loaders.train
+        enter_phase("save", max(0, loader.step - 1))
+        state = {"step": loader.step, "progress": asdict(self._progress), "loader": loader.state_dict(),
+                 "schedule": self._train_step.schedule.state_dict(), "metrics_bytes": self._metrics.length(),
+                 "fingerprint": self._config.fingerprint(), "sources": self._sources(),
+                 "classes": build.classes_sha256(self._loaders.index), "validation_error": score.top1 if score else None}
+
+        def attach(folder: Path) -> None:
+            self._metrics.sync()  # the lines a checkpoint counts are on disk before it is
+            (folder / checkpoint.CONFIG).write_text(dump(self._config), encoding="utf-8")
+            self._loaders.stats.save(folder / checkpoint.STATS)
+
+        name = checkpoint.checkpoint_name(loader.step, self._progress.epoch if score else None)
+        self._saver.save(name, *self._train_step.tensors(), state, attach)
+
+    def restore(self) -> bool:
+        """Resume from the newest good checkpoint, renaming damaged ones that are newer; False when there is none yet.
+
+        Raises:
+            ValueError: it is of another recipe, index or network.
+            checkpoint.DamagedCheckpoint: all are damaged.
+        """
+        newest = checkpoint.newest_good(self._checkpoints, self._console.warn) if self._topology.is_main else None
+        name = self._topology.broadcast_object(newest.name if newest else "")
+        if not name:
+            self._console.warn(f"{self._checkpoints} has no checkpoint yet; starting from step 0")
+            self._metrics.truncate(0)
             return False
-        finish_epoch(job, score, rates)
-    return True
+        path = self._checkpoints / name
+        check_same_recipe(self._config, path / checkpoint.CONFIG)
+        state = checkpoint.read_state(path)
+        self._check_sources({"initial weights": "", **state["sources"]})
+        checkpoint.load(path, *self._train_step.tensors(), self._topology)
+        self._loaders.train.load_state_dict(state["loader"])
+        self._train_step.schedule.load_state_dict(state["schedule"])
+        self._progress = Progress(**state["progress"])
+        self._metrics.truncate(state["metrics_bytes"])
+        if self._topology.is_main:
+            checkpoint.set_aside(self._checkpoints, path, self._console.warn)
+        self._console.print(f"resuming from {path} at step {state['step']}")
+        return True
 
+    def _check_sources(self, stored: dict[str, str]) -> None:
+        """Raise ValueError when images, statistics or initial weights are not those of the checkpoint."""
+        named, weights = self._config.init_from.checkpoint, stored["initial weights"]
+        if weights and self.initial_weights not in ("", weights) and (Path(named) / CHECKPOINTS).is_dir():
+            self._console.warn(f"init_from.checkpoint (={named}) has another best checkpoint by now than the one this run began "
+                               "with, which it no longer needs")
+            self.initial_weights = weights
+        self.initial_weights = self.initial_weights or weights  # the checkpoint they came from may be gone by now
+        check_sources(stored, self._sources())
 
-def train_epoch(job: Job, rates: Rates) -> bool:
-    """The rest of the current epoch, step by step; False when it was stopped between two steps.
+    def _sources(self) -> dict[str, Any]:
+        """Hashes of what a run's results come from, besides its recipe."""
+        return {"training images": self._loaders.index.split_sha256(self._config.data.train_split),
+                "stats": self._loaders.stats.sha256, "initial weights": self.initial_weights}
 
-    Raises:
-        NotFinite: before the update, naming step and learning rate.
-    """
-    machine, progress = job.config.machine, job.progress
-    size = job.config.train.batch
-    total = len(job.loader)
-    first = job.loader.step - progress.images // size
-    job.network.train()
-    enter_phase("load", job.loader.step)
-    batches = iter(job.loader)
-    waits = job.loader.monitor.waits
-    while (batch := next(batches, None)) is not None:
-        job.feeding.arrived(job.loader.monitor)
-        lr = job.schedule.lr(batch.step, progress.epoch)
-        set_lr(job.optimizer, lr, job.schedule.layer_rates(progress.epoch))
-
-        loss, wrong, norm = gradient(job, batch)
-        own_loss, own_norm, errors = torch.stack([loss, norm, wrong]).tolist()
-        finite = math.isfinite(own_loss) and math.isfinite(own_norm)
-        value, errors, broken, stop, unsaved = job.where.all_reduce_sum([own_loss, errors, not finite, job.stop.wanted,
-                                                                         job.saver.failed])
-        value, errors = value / job.where.tower_ranks, errors / job.where.tower_ranks  # both towers of a pair have them
-        if broken:
-            raise NotFinite(culprit(job, own_loss, own_norm, batch.step, lr))
-        if unsaved:
-            job.saver.wait()  # raises, in all processes
-        enter_phase("update", batch.step)
-        job.optimizer.step()
-
-        progress.add(size, int(errors), value)
-        before, waits = waits, job.loader.monitor.waits
-        rates.add(size, waits.since(before))
-        done, pace = job.loader.step, rates.recent()
-        if done % machine.metrics_steps == 0:
-            job.metrics.write("step", step=batch.step, epoch=progress.epoch, lr=lr, loss=value,
-                              error=errors / size, **paced(pace))
-        left_s = (job.steps - done) * size / pace.images_per_s
-        job.console.step(progress.epoch, job.config.train.epochs, done - first, total, batch.step, *progress.means(),
-                         rates, left_s)
-        if stop or done == machine.stop_after:
-            return False
-        if machine.checkpoint_steps and done % machine.checkpoint_steps == 0 and job.loader.epoch == progress.epoch:
-            save(job)
-        enter_phase("load", done)
-    return True
-
-
-def gradient(job: Job, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Forward and backward of one batch, in pieces. The gradients are then those of the global batch's mean loss.
-
-    Returns:
-        This process's share of the mean loss, how many of its images are wrong, and the norm of its gradient: scalars.
-    """
-    parallel, size = job.config.parallel, job.config.train.batch
-    autocast = build.autocast(job.config, job.where)
-    row = job.where.data_rank * len(batch.labels)  # of the global batch
-    loss = torch.zeros((), device=job.where.device)
-    wrong = torch.zeros((), device=job.where.device)
-    job.optimizer.zero_grad(set_to_none=True)
-    images, labels = batch.images.tensor_split(parallel.accumulate), batch.labels.tensor_split(parallel.accumulate)
-    for piece, (seen, right) in enumerate(zip(images, labels)):
-        enter_phase("forward", batch.step)
-        with autocast():
-            logits = job.network(seen, step=batch.step, rows=(row, size))
-        part = functional.cross_entropy(logits, right, reduction="sum") / size
-        enter_phase("backward", batch.step)
-        job.gradients.begin(last=piece == parallel.accumulate - 1)
-        part.backward()
-        row += len(right)
-        loss = loss + part.detach()
-        wrong += (logits.detach().argmax(1) != right).sum()
-    return loss, wrong, job.gradients.finish()
-
-
-def culprit(job: Job, loss: float, norm: float, step: int, lr: float) -> str:
-    """What is not finite, and in which process: all of them ask together."""
-    for rank, (its_loss, its_norm) in enumerate(job.where.gather_objects((loss, norm))):
-        found = f"loss (={its_loss})" if not math.isfinite(its_loss) else f"norm of the gradient (={its_norm})"
-        if not (math.isfinite(its_loss) and math.isfinite(its_norm)):
-            break
-    whose = "" if job.where.is_single else f" of process {rank}"
-    return (f"{found}{whose} at step {step} with learning rate {lr:g} is not finite; the update was not made: lower optimizer.lr "
-            "and give another --machine.name")
-
-
-def test(job: Job, split: str, views: int, what: str) -> Optional[Score]:
-    """Test the network on a split; None when stopped meanwhile."""
-    enter_phase("test", max(0, job.loader.step - 1))  # of the step that is done: the next one's phases come later
-    loader = job.tests[split]
-    try:
-        return evaluate(job.network, loader, views, build.autocast(job.config, job.where),
-                        stop=lambda: job.stop.wanted, progress=job.console.testing(what), topology=job.where)
-    finally:
-        loader.close()  # its threads and decoder; it is used again
-
-
-def paced(pace: Pace) -> dict[str, Any]:
-    """What metrics.jsonl says of a pace: `waited` is the share of the time, `waited_for` divides it by cause."""
-    return {"images_per_s": round(pace.images_per_s, 2), "waited": round(pace.waited, 4),
-            "waited_for": {RECORDED[cause]: round(share, 4) for cause, share in pace.causes.items()}}
-
-
-def finish_epoch(job: Job, score: Score, rates: Rates) -> None:
-    """An epoch is trained and validated: note it, move the schedule, go to the next, save."""
-    epoch, epochs, (loss, error) = job.progress.epoch, job.config.train.epochs, job.progress.means()
-    pace, seconds = rates.overall()
-    lr = job.schedule.lr(job.loader.step - 1, epoch)  # the optimizer's is the start's when resumed into a validation
-    job.metrics.write("epoch", epoch=epoch, step=job.loader.step, lr=lr, loss=loss, error=error,
-                      **paced(pace), seconds=round(seconds, 2), validation=score.as_dict())
-    job.console.row(Row(epoch, epochs, loss, error, score.top1, score.top5, lr, pace.images_per_s, pace.waited, seconds))
-    if job.schedule.epoch_done(score.top1):
-        lr = job.schedule.lr(job.loader.step, epoch + 1)
-        job.console.say(f"validation error no longer improves: learning rate {lr:g}")
-    job.progress = Progress(epoch + 1)
-    machine, step = job.config.machine, job.loader.step
-    if epoch + 1 == epochs or (epoch + 1) % machine.checkpoint_epochs == 0 or (
-            machine.checkpoint_steps and step % machine.checkpoint_steps == 0):  # which train_epoch leaves to the epoch's end
-        save(job, score)
-
-
-def save(job: Job, score: Optional[Score] = None) -> None:
-    """A checkpoint of this moment; with a score when it is the end of a validated epoch."""
-    enter_phase("save", max(0, job.loader.step - 1))
-    tensors, shapes = build.parameters(job.network, job.config, job.optimizer)
-    state = {"step": job.loader.step, "progress": asdict(job.progress), "loader": job.loader.state_dict(),
-             "schedule": job.schedule.state_dict(), "metrics_bytes": job.metrics.length(),
-             "fingerprint": job.config.fingerprint(), "sources": sources(job),
-             "classes": build.classes_sha256(job.index), "validation_error": score.top1 if score else None}
-
-    def attach(folder: Path) -> None:
-        job.metrics.sync()  # a checkpoint is not there before the lines it counts
-        (folder / checkpoint.CONFIG).write_text(dump(job.config), encoding="utf-8")
-        job.stats.save(folder / checkpoint.STATS)
-
-    name = checkpoint.checkpoint_name(job.loader.step, job.progress.epoch if score else None)
-    job.saver.save(name, tensors, shapes, state, attach)
-
-
-def restore(job: Job) -> bool:
-    """Go on from the newest good checkpoint; False, and from the start, saying so, when there is none yet. Newer ones, which are
-    damaged, are set aside.
-
-    Raises:
-        ValueError: it is of another recipe, index or network.
-        checkpoint.DamagedCheckpoint: all are damaged.
-    """
-    chosen = checkpoint.newest_good(job.root, job.console.warn) if job.where.is_main else None
-    name = job.where.broadcast_object(chosen.name if chosen else "")
-    if not name:
-        job.console.warn(f"{job.root} has no checkpoint yet; starting from step 0")
-        job.metrics.cut(0)
-        return False
-    path = job.root / name
-    state = checkpoint.read_state(path)
-    theirs = load(path / checkpoint.CONFIG).fingerprint()  # not the one noted then: settings may have come since, with defaults
-    if theirs != job.config.fingerprint():
-        raise ValueError(f"fingerprint (={job.config.fingerprint()[:16]}…) is not that of {path} (={theirs[:16]}…); resume with "
-                         "the same recipe, or give another --machine.name")
-    began = {"initial weights": "", **state["sources"]}
-    named, weights = job.config.init_from.checkpoint, began["initial weights"]
-    if weights and job.origin not in ("", weights) and (Path(named) / CHECKPOINTS).is_dir():
-        job.console.warn(f"init_from.checkpoint (={named}) has another best checkpoint by now than the one this run began with, "
-                         "which it no longer needs")
-        job.origin = weights
-    job.origin = job.origin or weights  # the checkpoint they come from may be gone by now
-    check_sources(began, sources(job))
-    tensors, shapes = build.parameters(job.network, job.config, job.optimizer)
-    checkpoint.load(path, tensors, shapes, job.where)
-    job.loader.load_state_dict(state["loader"])
-    job.schedule.load_state_dict(state["schedule"])
-    job.progress = Progress(**state["progress"])
-    job.metrics.cut(state["metrics_bytes"])
-    if job.where.is_main:
-        checkpoint.set_aside(job.root, path, job.console.warn)
-    job.console.say(f"resuming from {path} at step {state['step']}")
-    return True
-
-
-def sources(job: Job) -> dict[str, Any]:
-    """Hashes of what the pixels, and the first weights, come from."""
-    return {"training images": job.index.split_sha256(job.config.data.train_split), "stats": job.stats.sha256,
-            "initial weights": job.origin}
+    def close(self) -> None:
+        """Wait for the checkpoint under way and close metrics.jsonl."""
+        try:
+            self._saver.close()
+        finally:
+            self._metrics.close()

@@ -1,7 +1,7 @@
-"""The folder of a run: what was asked (config.yaml), with what (versions.jsonl), what came of it (metrics.jsonl).
+"""Run folder: config.yaml (the resolved recipe), versions.jsonl (one line per start), metrics.jsonl, checkpoints/.
 
-metrics.jsonl has one JSON object per line. A checkpoint notes its length, and a resume cuts it back to that, so no step
-stands there twice.
+metrics.jsonl has one JSON object per line. A checkpoint records its length, and a resume truncates it to that, so that no step
+appears twice.
 """
 
 from __future__ import annotations
@@ -17,70 +17,76 @@ import time
 from pathlib import Path
 from typing import Any, Iterator, Mapping
 
+from pipeline.files import atomic_write
 from train.config import Config, differences
 from train.recipe import dump, load, load_yaml
 
 CONFIG, VERSIONS, METRICS, CHECKPOINTS = "config.yaml", "versions.jsonl", "metrics.jsonl", "checkpoints"
+QUARANTINE = "quarantine.jsonl"
 
 
 class Metrics:
-    """Lines of metrics.jsonl.
+    """Writer of metrics.jsonl.
 
     Args:
         path: the file.
-        writes: only the main process does.
+        enabled: false in all processes but the main one, which write nothing.
+
+    Raises:
+        RuntimeError: from every method, when the file cannot be written.
     """
 
-    def __init__(self, path: Path, writes: bool) -> None:
+    def __init__(self, path: Path, enabled: bool) -> None:
         self._path = path
-        self.file = path.open("ab") if writes else None
+        self._file = path.open("ab") if enabled else None
 
     def write(self, kind: str, **values: Any) -> None:
-        """One line: {"kind": …, "time": seconds since 1970, …}."""
-        if self.file is not None:
+        """Append a line: {"kind": …, "time": seconds since 1970, …}."""
+        if self._file is not None:
             line = json.dumps({"kind": kind, "time": round(time.time(), 3), **values}, allow_nan=False)
-            with self._named():
-                self.file.write(line.encode() + b"\n")
+            with self._explained():
+                self._file.write(line.encode() + b"\n")
 
     def length(self) -> int:
-        """Bytes of the file, with all that was written to it."""
-        if self.file is None:
+        """Size in bytes, with everything written so far."""
+        if self._file is None:
             return 0
-        with self._named():
-            self.file.flush()
-        return self.file.tell()
+        with self._explained():
+            self._file.flush()
+        return self._file.tell()
 
     def sync(self) -> None:
-        """Everything onto the disk."""
-        if self.file is not None:
-            with self._named():
-                self.file.flush()
-                os.fsync(self.file.fileno())
+        """fsync."""
+        if self._file is not None:
+            with self._explained():
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
+    def truncate(self, length: int) -> None:
+        """Drop everything after this many bytes."""
+        if self._file is not None:
+            with self._explained():
+                self._file.flush()
+                self._file.truncate(min(length, self._file.seek(0, os.SEEK_END)))
+                self._file.seek(0, os.SEEK_END)
+
+    def close(self) -> None:
+        """fsync and close."""
+        if self._file is not None:
+            self.sync()
+            self._file.close()
 
     @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
+    def _explained(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise RuntimeError(f"metrics file (={self._path}) could not be written ({error.strerror}); mend this, then go on "
+            raise RuntimeError(f"metrics file (={self._path}) could not be written ({error.strerror}); mend this, then resume "
                                "with --resume") from error
 
-    def cut(self, length: int) -> None:
-        """Forget what was written after the file had this length."""
-        if self.file is not None:
-            self.file.flush()
-            self.file.truncate(min(length, self.file.seek(0, os.SEEK_END)))
-            self.file.seek(0, os.SEEK_END)
 
-    def close(self) -> None:
-        """Write what is left."""
-        if self.file is not None:
-            self.sync()
-            self.file.close()
-
-
-def run_folder(config: Config, recipe: Path | None) -> Path:
-    """Where a run lies: machine.runs / machine.name, or the recipe's name.
+def folder_of(config: Config, recipe: Path | None) -> Path:
+    """The folder of a run: machine.runs / machine.name, or the recipe's name.
 
     Raises:
         ValueError: neither gives a name.
@@ -93,64 +99,58 @@ def run_folder(config: Config, recipe: Path | None) -> Path:
 
 
 def claim(folder: Path, config: Config, resume: bool) -> None:
-    """Make the folder of a new run, or check that the one to resume is a run of the same recipe. Main process only.
+    """Create the folder of a new run, or check that the one to resume has the same recipe. Main process only.
 
     Raises:
-        ValueError: it holds a run already, or none to resume, or one of another recipe (both fingerprints printed).
+        ValueError: it holds a run already, or none to resume, or one of another recipe.
     """
     settled = folder / CONFIG
-    if not resume:
-        if settled.exists():
-            raise ValueError(f"run folder (={folder}) already holds a run; go on with --resume, or give another "
-                             "--machine.name")
-        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{CONFIG}.partial"
-        partial.write_text(dump(config), encoding="utf-8")
-        partial.rename(settled)
+    if resume:
+        if not settled.exists():
+            raise ValueError(f"run folder (={folder}) holds no run to resume; start it without --resume")
+        check_same_recipe(config, settled)
         return
-    if not settled.exists():
-        raise ValueError(f"run folder (={folder}) holds no run to resume; start it without --resume")
-    check_same(config, load(settled), load_yaml(settled.read_text(encoding="utf-8")), str(settled))
+    if settled.exists():
+        raise ValueError(f"run folder (={folder}) already holds a run; resume it with --resume, or give another --machine.name")
+    (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    with atomic_write(settled) as file:
+        file.write(dump(config).encode())
 
 
-def check_same(config: Config, stored: Config, stored_values: Mapping[str, Any], where: str) -> None:
-    """Raise ValueError with both fingerprints and the keys that differ, when the recipe is not the one of the run."""
-    ours, theirs = config.fingerprint(), stored.fingerprint()
+def check_same_recipe(config: Config, path: Path) -> None:
+    """Raise ValueError with both fingerprints and the keys that differ, when the config stored in `path` is of another recipe."""
+    # Fingerprints are computed anew: settings may have been added since, with defaults.
+    ours, theirs = config.fingerprint(), load(path).fingerprint()
     if ours != theirs:
-        changed = "; ".join(differences(config.as_dict(), dict(stored_values)))
-        raise ValueError(f"fingerprint (={ours[:16]}…) is not that of {where} (={theirs[:16]}…): {changed}; resume "
+        changed = "; ".join(differences(config.as_dict(), load_yaml(path.read_text(encoding="utf-8"))))
+        raise ValueError(f"fingerprint (={ours[:16]}…) is not that of {path} (={theirs[:16]}…): {changed}; resume "
                          "with the same recipe, or give another --machine.name")
 
 
-def check_sources(stored: Mapping[str, Any], ours: Mapping[str, str]) -> None:
-    """Raise ValueError when index or stats are not those the run was started with; both hashes are printed."""
-    for name, digest in ours.items():
-        if stored[name] != digest:
-            mine, theirs = (f"{found[:16]}…" if found else "random" for found in (digest, stored[name]))
-            raise ValueError(f"{name} (={mine}) is not the one of this run (={theirs}); resume with the same "
+def check_sources(stored: Mapping[str, str], ours: Mapping[str, str]) -> None:
+    """Raise ValueError with both hashes when images, statistics or initial weights are not those the run began with."""
+    for name, sha256 in ours.items():
+        if stored[name] != sha256:
+            new, old = (f"{digest[:16]}…" if digest else "random" for digest in (sha256, stored[name]))
+            raise ValueError(f"{name} (={new}) is not the one of this run (={old}); resume with the same "
                              f"{'init_from.checkpoint' if name == 'initial weights' else 'index'}, or start another run with "
                              "--machine.name")
 
 
-def note_start(folder: Path, **facts: Any) -> None:
-    """Append a line to versions.jsonl: this start's versions, git state, command and facts. Main process only."""
+def record_start(folder: Path, **facts: Any) -> None:
+    """Append a line to versions.jsonl: versions, git state and command of this start, and `facts`. Main process only."""
     line = {"time": round(time.time(), 3), "command": sys.argv, "python": platform.python_version(),
-            **{name: _version(name) for name in ("torch", "numpy")}, "dali": _dali(), "git": _git(), **facts}
+            "torch": _version("torch"), "numpy": _version("numpy"),
+            "dali": _version("nvidia-dali-cuda120") or _version("nvidia-dali-cuda130"), "git": _git(), **facts}
     with (folder / VERSIONS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
-def _version(name: str) -> str | None:
+def _version(package: str) -> str | None:
     try:
-        return importlib.metadata.version(name)
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _dali() -> str | None:
-    """DALI's version, whichever CUDA flavour is installed."""
-    return next((version for name in ("nvidia-dali-cuda120", "nvidia-dali-cuda130") if (version := _version(name))),
-                None)
 
 
 def _git() -> dict[str, Any] | None:

@@ -305,7 +305,7 @@ def test_a_restart_by_torchrun_needs_the_checkpoint_no_more(recipe: Path, tuned:
             here(recipe, tmp_path, *words, "--machine.checkpoint_steps=1", code=code)
     shutil.rmtree(gone)
     out, _ = here(recipe, tmp_path, *words)
-    assert "restarted by torchrun: going on as with --resume" in out and "at step 4\n" in out and "start anew" not in out
+    assert "restarted by torchrun: resuming as with --resume" in out and "at step 4\n" in out and "start anew" not in out
     same(tuned[0], tmp_path / "small")
     for path in checkpoint.checkpoints(tmp_path / "small" / "checkpoints"):
         shutil.rmtree(path)

@@ -52,12 +52,12 @@ def test_a_restart_goes_on_with_its_own_run_only(tiny_set: TinySet, tmp_path: Pa
         _, err = here(recipe, tmp_path, "--machine.checkpoint_steps=1", code=4)
     assert "error: the machine is broken on purpose" in err
     out, _ = here(recipe, tmp_path, "--machine.stop_after=5", code=75)
-    assert "restarted by torchrun: going on as with --resume" in out and "at step 3\n" in out
+    assert "restarted by torchrun: resuming as with --resume" in out and "at step 3\n" in out
     out, _ = here(recipe, tmp_path, "--machine.stop_after=5", code=75)  # what was asked to stop stays stopped
     assert out == "not started again by torchrun's --max-restarts: the run has ended with exit code 75\n"
     store = distributed.dist.HashStore()
     _, err = here(recipe, tmp_path, code=2)
-    assert "already holds a run; go on with --resume" in err
+    assert "already holds a run; resume it with --resume" in err
     assert "the run has ended with exit code 2" in here(recipe, tmp_path, "--machine.name=other", code=2)[0], "nor a mistake"
 
 

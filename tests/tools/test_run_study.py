@@ -408,7 +408,7 @@ def test_ctrl_c_saves_a_kill_loses_little_and_the_same_command_goes_on(tiny_set:
     assert not alive(child)
     saved = step(run)
     log = run.with_name("a-s1.log")
-    assert f"stopped and saved at step {saved}; go on with --resume" in log.read_text(encoding="utf-8") and 2 <= saved < 38
+    assert f"stopped and saved at step {saved}; resume with --resume" in log.read_text(encoding="utf-8") and 2 <= saved < 38
 
     with launched(*words) as tool:  # killed itself: its run goes on alone, and nobody may begin it a second time meanwhile
         until(lambda: step(run) >= saved + 2, tool)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 import time
+from unittest.mock import Mock
 
 import pytest
 
-from pipeline.monitor import Waits
-from train.console import Console, Pace, Rates, Row, duration
+from pipeline.monitor import Monitor, Waits
+from train.console import Console, Throughput, ThroughputMeter, duration
+from train.evaluate.metrics import Score
 
-ROW = Row(epoch=2, epochs=90, loss=3.21, error=0.5, validation_top1=0.456, validation_top5=0.2, lr=0.01, images_per_s=34.5,
-          waited=0.03, seconds=3723)
+VALIDATION = Score(images=1000, top1_errors=456, top5_errors=200, loss=1.0, classes=10)
 
 
 class Terminal(io.StringIO):
@@ -19,29 +20,32 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_rates_by_hand() -> None:
-    clock = iter([0.0, 1.0, 3.0])
-    rates = Rates(now=lambda: next(clock))
-    rates.add(10, Waits(0.5, read=0.1, decode=0.4, batches=1))
-    assert rates.recent() == Pace(10.0, 0.5, {"read": 0.1, "decode": 0.4, "colour": 0.0, "copy": 0.0})
-    rates.add(20, Waits(0.1, read=0.1, batches=1))
-    pace, seconds = rates.overall()
-    assert rates.recent() == pace and seconds == 3.0 and pace.images_per_s == 10.0
-    assert pace.waited == pytest.approx(0.2) and pace.causes["decode"] == pytest.approx(0.4 / 3)
-    assert pace.why == " (decode)"
+def test_throughput_by_hand() -> None:
+    clock, monitor = iter([0.0, 1.0, 3.0]), Mock(waits=Waits())
+    throughput = ThroughputMeter(monitor, now=lambda: next(clock))
+    monitor.waits = Waits(0.5, read=0.1, decode=0.4, batches=1)
+    throughput.add(10)
+    assert throughput.recent() == Throughput(10.0, 0.5, {"read": 0.1, "decode": 0.4, "normalize": 0.0, "copy": 0.0})
+    monitor.waits = Waits(0.6, read=0.2, decode=0.4, batches=2)
+    throughput.add(20)
+    overall = throughput.overall()
+    assert throughput.recent() == overall and throughput.seconds == 3.0 and overall.images_per_s == 10.0
+    assert overall.waited == pytest.approx(0.2) and overall.causes["decode"] == pytest.approx(0.4 / 3)
+    assert str(overall) == "10.0 img/s data wait 20.0% (decode)"
 
 
 def test_hardly_any_waiting_has_no_cause() -> None:
-    assert Pace(10.0, 0.004, {"read": 0.004, "decode": 0.0, "colour": 0.0, "copy": 0.0}).why == ""
+    waits = {"read": 0.004, "decode": 0.0, "normalize": 0.0, "copy": 0.0}
+    assert str(Throughput(10.0, 0.004, waits)) == "10.0 img/s data wait 0.4%"
 
 
-def test_recent_rates_forget_the_start() -> None:
+def test_recent_throughput_forgets_the_start() -> None:
     now = [0.0]
-    rates = Rates(now=lambda: now[0])
+    throughput = ThroughputMeter(Monitor(), now=lambda: now[0])
     for step in range(60):
         now[0] += 10.0 if step < 10 else 1.0
-        rates.add(8, Waits())
-    assert rates.recent().images_per_s == 8.0 and rates.overall()[0].images_per_s < 4
+        throughput.add(8)
+    assert throughput.recent().images_per_s == 8.0 and throughput.overall().images_per_s < 4
 
 
 @pytest.mark.parametrize("seconds, text", [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3723, "1:02:03")])
@@ -50,24 +54,29 @@ def test_duration(seconds: float, text: str) -> None:
 
 
 def steps(console: Console, count: int) -> None:
-    rates = Rates()
+    throughput = ThroughputMeter(Monitor())
     for step in range(count):
-        rates.add(8, Waits())
-        console.step(2, 90, step + 1, count, 700 + step, 3.2, 0.5, rates, 3723)
+        throughput.add(8)
+        console.step("3/90", 700 + step, step + 1, count, 3.2, 0.5, throughput.recent(), 3723)
+
+
+def row(console: Console) -> None:
+    console.epoch("3/90", 3.21, 0.5, VALIDATION, 0.01, Throughput(34.5, 0.03, {}), 3723)
 
 
 def test_plain_lines_come_every_so_often_and_rows_under_one_header() -> None:
     stream = io.StringIO()
     console = Console(True, 1e9, stream)
     steps(console, 50)
-    console.row(ROW)
-    console.row(ROW)
+    row(console)
+    row(console)
     console.warn("odd")
     console.close()
     lines = stream.getvalue().splitlines()
     assert len(lines) == 5 and lines[0].startswith("epoch 3/90 step 700 1/50 loss 3.2000 error 50.0%")
-    assert lines[0].endswith("left 1:02:03") and "waiting 0.0% left" in lines[0] and "\x1b" not in stream.getvalue()
-    assert lines[1].split() == ["epoch", "loss", "error", "val", "top-1", "val", "top-5", "lr", "img/s", "waiting", "time"]
+    assert lines[0].endswith("left 1:02:03") and "data wait 0.0% left" in lines[0] and "\x1b" not in stream.getvalue()
+    assert lines[1].split() == ["epoch", "loss", "error", "val", "top-1", "val", "top-5", "lr", "img/s", "data", "wait",
+                                "time"]
     assert lines[2].split() == ["3/90", "3.2100", "50.00%", "45.60%", "20.00%", "0.01", "34.5", "3.0%", "1:02:03"]
     assert lines[4] == "WARNING: odd"
     often = io.StringIO()
@@ -90,8 +99,8 @@ def test_terminal_has_a_live_line() -> None:
     console = Console(True, 1e9, stream)
     steps(console, 5)
     console.testing("validation")(20, 100)
-    console.say("[not markup]")
-    console.row(ROW)
+    console.print("[not markup]")
+    row(console)
     console.close()
     text = stream.getvalue()
     assert "\x1b[" in text and "epoch 3/90" in text and "[not markup]" in text and "45.60%" in text
@@ -101,8 +110,8 @@ def test_other_processes_are_silent() -> None:
     stream = Terminal()
     console = Console(False, 1e-9, stream)
     steps(console, 5)
-    console.row(ROW)
-    console.say("hello")
+    row(console)
+    console.print("hello")
     console.warn("odd")
     console.testing("test")(1, 2)
     console.close()

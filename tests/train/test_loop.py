@@ -76,7 +76,7 @@ def test_losses_are_those_on_record(trained: Path) -> None:
     assert len(golden) == 12 and found == pytest.approx(golden, rel=2e-3)
 
 
-@pytest.mark.parametrize("precision, layout", [("bf16", "false"), ("fp32", "true"), ("bf16", "true"), ("fp32", "false")])
+@pytest.mark.parametrize("precision, layout", [("bf16", "true"), ("fp32", "false")])
 def test_precision_and_layout_reach_the_network(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str,
                                                 layout: str) -> None:
     seen: set[tuple[bool, torch.dtype, bool]] = set()
@@ -95,8 +95,16 @@ def test_precision_and_layout_reach_the_network(recipe: Path, tmp_path: Path, mo
     assert seen == {(True, dtype, layout == "true"), (False, dtype, layout == "true")}
 
 
+@pytest.fixture(scope="module")
+def stopped(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("runs")
+    here(recipe, runs, *SCHEDULE, "--machine.stop_after=5", code=75)
+    return runs / "small"
+
+
 @pytest.mark.parametrize("what", ["loss", "norm of the gradient"])
-def test_what_is_not_finite_changes_no_weight(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+def test_what_is_not_finite_changes_no_weight(recipe: Path, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                              what: str) -> None:
     """At step 5: the weights in memory are still those of the last checkpoint, and those of a run that stopped there."""
     networks: list[AlexNet] = []
 
@@ -117,8 +125,8 @@ def test_what_is_not_finite_changes_no_weight(recipe: Path, tmp_path: Path, monk
         watch(patch, look)
         _, err = here(recipe, tmp_path, *SCHEDULE, "--machine.checkpoint_steps=1", "--machine.name=spoilt", code=3)
     assert f"error: {what} (=nan) at step 5 with learning rate 0.01 is not finite; the update was not made: lower" in err
-    here(recipe, tmp_path, *SCHEDULE, "--machine.stop_after=5", code=75)
-    before, kept = weights(tmp_path / "small"), weights(tmp_path / "spoilt")
+    assert "Traceback" not in err
+    before, kept = weights(stopped), weights(tmp_path / "spoilt")
     for name, parameter in networks[0].named_parameters():
         assert torch.equal(kept[f"weight.{name}"], before[f"weight.{name}"]), name
         assert torch.equal(parameter.detach(), before[f"weight.{name}"]), name

@@ -1,21 +1,25 @@
 """Every recipe: its network, its rates and its data, by hand, against the row of the paper it stands for; one step of it."""
+import contextlib
+import dataclasses
+import functools
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.helpers.small_set import photographs, write_set
-from torch.nn import functional
 
 from model.alexnet import parameter_count, paper, shapes
 from model.config import LrnConfig, PoolConfig
 from pipeline.compute_stats import compute
+from tests.helpers.small_set import photographs, write_set
 from tools.study import read_study
 from train import build
 from train.config import Config
+from train.optimizer import Schedule
 from train.parallel.topology import Topology
-from train.optimizer import Schedule, build_optimizer, set_lr
 from train.recipe import load, parse
+from train.step import TrainStep
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "train" / "recipes"
@@ -58,6 +62,7 @@ PARAMETERS = {
 }
 
 
+@functools.cache
 def recipe(name: str) -> Config:
     return load(FOLDER / f"{name}.yaml")
 
@@ -75,7 +80,7 @@ def changed(name: str, base: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_parameters(path: Path) -> None:
-    assert parameter_count(load(path).model) == PARAMETERS[path.stem]
+    assert parameter_count(recipe(path.stem).model) == PARAMETERS[path.stem]
     assert PARAMETERS["alexnet_ilsvrc2012"] == 60_965_224
 
 
@@ -84,6 +89,7 @@ def test_the_header_says_how_it_is_run(path: Path) -> None:
     header = path.read_text(encoding="utf-8").split("\n\n")[0]
     assert f"python -m train.main --config train/recipes/{path.name}" in header
     assert all(len(line) <= 130 for line in path.read_text(encoding="utf-8").splitlines())
+    assert "paper §" in header and "ata" in header and "ime" in header
     if not path.stem.endswith("tanh"):
         assert "Data" in header and ("Expected" in header or "Measured" in header) and "ime:" in header
 
@@ -192,7 +198,7 @@ def test_fine_tuning_of_tiny50_has_half_of_the_rates_of_training_from_scratch() 
 
 def test_pooling_and_normalisation_of_every_paper_recipe() -> None:
     for path in RECIPES:
-        config = load(path)
+        config = recipe(path.stem)
         if path.stem.startswith(("ilsvrc", "alexnet", "fall")):
             assert config.model.pool == (PoolConfig(2, 2) if path.stem == "ilsvrc2012_no_overlap" else PoolConfig(3, 2))
             assert config.model.dropout == (0 if path.stem == "ilsvrc2012_no_dropout" else 0.5)
@@ -215,27 +221,30 @@ def test_every_study_can_be_read(path: Path, tmp_path: Path) -> None:
     assert members == {"ilsvrc2012_ensembles": {"five": 5, "seven": 7}, "tiny100_ablations": {"five": 5}}.get(path.stem, {})
 
 
+def narrowed(config: Config) -> Config:
+    """A recipe with about a sixteenth of its kernels and neurons, and ten classes at most: the same layers, a thousandth of the
+    work. (Their gradients are as small, so that float32 would round them away.)"""
+    layers = {name: dataclasses.replace(layer, **{key: 2 * max(1, count // 32)}) if count else layer
+              for name, layer in config.model.layers.items()
+              for key in ["kernels" if name.startswith("conv") else "neurons"] for count in [getattr(layer, key)]}
+    model = dataclasses.replace(config.model, layers=layers, classes=min(10, config.model.classes))
+    return dataclasses.replace(config, model=model)
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_one_step(path: Path, tmp_path: Path) -> None:
     """On pictures of a few classes, from their files to an update that moves every weight."""
     index = write_set(tmp_path, photographs(4), classes=2)
-    config = parse(["--config", str(path), f"--data.index={index.path}", "--train.batch=2", "--machine.device=cpu",
-                    "--machine.threads=1"]).config
+    config = narrowed(parse(["--config", str(path), f"--data.index={index.path}", "--train.batch=2", "--machine.device=cpu",
+                             "--machine.threads=1", "--machine.precision=fp64"]).config)
     alone = Topology.single()
     stats = compute(index, "train", config.data.square_px)
-    network = build.network(config, alone)
-    schedule = Schedule(config.schedule, config.optimizer, config.train.batch)
-    optimizer = build_optimizer(network, config.optimizer, schedule.layers)
-    before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
-    loader = build.train_loader(config, alone, index, stats, tmp_path / "quarantine.jsonl")
-    try:
+    step = TrainStep(config, alone)
+    before = {name: parameter.detach().clone() for name, parameter in step.network.named_parameters()}
+    with contextlib.closing(build.train_loader(config, alone, index, stats, tmp_path / "quarantine.jsonl")) as loader:
         batch = next(loader)
-        loss = functional.cross_entropy(network(batch.images, step=0), batch.labels)
-        loss.backward()  # type: ignore[no-untyped-call]
-        set_lr(optimizer, schedule.lr(0, 0), schedule.layer_rates(0))
-        optimizer.step()
-    finally:
-        loader.close()
-    assert loss.isfinite() and batch.images.shape == (2, 3, config.model.input_px, config.model.input_px)
-    for name, parameter in network.named_parameters():
+        result = step(batch, 0)
+    assert batch.images.shape == (2, 3, config.model.input_px, config.model.input_px)
+    assert math.isfinite(result.loss) and 0 <= result.errors <= 2
+    for name, parameter in step.network.named_parameters():
         assert parameter.isfinite().all() and not torch.equal(parameter, before[name]), f"{name} has not moved"

@@ -25,7 +25,7 @@ def recipe(tmp_path: Path) -> Path:
 
 def test_a_gpu_computes_in_full_precision_and_with_exact_repeats(recipe: Path, tmp_path: Path,
                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `settle` asks of torch; no GPU is touched."""
+    """What `configure_torch` asks of torch; no GPU is touched."""
     asked: list[bool] = []
     monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
@@ -36,9 +36,9 @@ def test_a_gpu_computes_in_full_precision_and_with_exact_repeats(recipe: Path, t
     flags = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     try:
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
-        build.settle(load_with(recipe, tmp_path, "machine:", "machine:\n  precision: bf16\n  deterministic: false"), gpu)
+        build.configure_torch(load_with(recipe, tmp_path, "machine:", "machine:\n  precision: bf16\n  deterministic: false"), gpu)
         assert torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32
-        build.settle(load(recipe), gpu)
+        build.configure_torch(load(recipe), gpu)
         assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
         assert asked == [False, True]
     finally:
@@ -70,7 +70,7 @@ def test_too_little_memory_is_a_failure_of_the_machine(recipe: Path, tmp_path: P
                                                        text: str) -> None:
     def fail(*args: Any) -> None:
         raise MemoryError(*([text] if text else []))
-    monkeypatch.setattr(build, "settle", fail)
+    monkeypatch.setattr(build, "configure_torch", fail)
     _, err = here(recipe, tmp_path, code=4)
     assert err == (f"error: memory (={text or 'used up'}) does not suffice; lower train.batch, machine.test_batch or "
                    "machine.prefetch\n")

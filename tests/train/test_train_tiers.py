@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import shutil
 from pathlib import Path
+from typing import Callable
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from tests.conftest import TinySet
 from tests.helpers.recipes import write_recipe
 from tests.helpers.runs import here, pair, same, weights
+from tests.helpers.small_set import photographs, write_set
 from tools import pack_shards
 
 
@@ -32,49 +34,47 @@ def recipe(tiny_set: TinySet, packed: Path, tmp_path_factory: pytest.TempPathFac
 
 
 def options(tier: str, tmp_path: Path) -> list[str]:
-    resident = ["--data.tier=resident", f"--machine.resident_folder={tmp_path / 'resident'}"]
     return {"archives": [], "packed": ["--data.tier=packed"],
             "streamed": ["--data.tier=streamed", "--data.window=16", "--data.lanes=2"],
-            "resident": resident, "yuv420": [*resident, "--data.resident=yuv420"]}[tier]
+            "resident": ["--data.tier=resident", f"--machine.resident_folder={tmp_path / 'resident'}"]}[tier]
 
 
-@pytest.mark.parametrize("tier", ["packed", "streamed", "resident", "yuv420"])
-def test_a_run_stopped_anywhere_goes_on_with_the_same_bits(recipe: Path, tmp_path: Path, tier: str) -> None:
-    here(recipe, tmp_path, "--machine.name=whole", *options(tier, tmp_path))
-    here(recipe, tmp_path, "--machine.name=cut", "--machine.stop_after=7", *options(tier, tmp_path), code=75)
+@pytest.fixture(scope="module")
+def whole(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The run folder of an undisturbed run of a tier."""
+    @functools.cache
+    def run(tier: str) -> Path:
+        folder = tmp_path_factory.mktemp(tier)
+        out, _ = here(recipe, folder, *options(tier, folder))
+        assert "the network waited" in out
+        return folder / "small"
+    return run
+
+
+@pytest.mark.parametrize("tier", ["packed", "streamed", "resident"])
+def test_a_run_stopped_anywhere_resumes_with_the_same_bits(recipe: Path, whole: Callable[[str], Path], tmp_path: Path,
+                                                           tier: str) -> None:
+    here(recipe, tmp_path, "--machine.stop_after=7", *options(tier, tmp_path), code=75)
     shutil.rmtree(tmp_path / "resident", ignore_errors=True)  # the first run has filled it; this one fills it from step 7 on
-    out, _ = here(recipe, tmp_path, "--machine.name=cut", "--resume", *options(tier, tmp_path))
+    out, _ = here(recipe, tmp_path, "--resume", *options(tier, tmp_path))
     assert "at step 7" in out
-    same(tmp_path / "whole", tmp_path / "cut")
+    same(whole(tier), tmp_path / "small")
 
 
-def test_resident_rgb_trains_exactly_as_the_archives_do(recipe: Path, tmp_path: Path) -> None:
-    for name in ("archives", "resident"):
-        here(recipe, tmp_path, f"--machine.name={name}", *options(name, tmp_path))
-    one, other = (weights(tmp_path / name) for name in ("archives", "resident"))
+def test_resident_rgb_trains_exactly_as_the_archives_do(whole: Callable[[str], Path]) -> None:
+    one, other = weights(whole("archives")), weights(whole("resident"))
     for name, value in one.items():
         assert torch.equal(value, other[name]), name
 
 
 @pytest.mark.parametrize("memory", ["ram", "gpu"])
-def test_two_processes_with_resident_images_train_as_one(recipe: Path, tmp_path: Path, memory: str) -> None:
-    """`gpu` without one: the squares are shared out between the two processes, whose crops they exchange."""
-    more = [*options("resident", tmp_path), f"--machine.resident_memory={memory}"]
-    here(recipe, tmp_path, "--machine.name=one", *more)
-    pair(recipe, tmp_path, "--machine.name=two", *more)
-    one, other = (weights(tmp_path / name) for name in ("one", "two"))
+def test_two_processes_with_resident_images_train_as_one(recipe: Path, whole: Callable[[str], Path], tmp_path: Path,
+                                                         memory: str) -> None:
+    """`gpu` without one: the images are divided between the two processes, which exchange their crops."""
+    pair(recipe, tmp_path, *options("resident", tmp_path), f"--machine.resident_memory={memory}")
+    one, other = weights(whole("resident")), weights(tmp_path / "small")
     for name, value in one.items():
         assert torch.allclose(value, other[name], rtol=1e-4, atol=1e-5), name  # towers add up in another order
-
-
-def test_what_was_waited_for_is_told(recipe: Path, tmp_path: Path) -> None:
-    out, _ = here(recipe, tmp_path, "--train.epochs=1")
-    assert "the network waited" in out
-    lines = [json.loads(line) for line in (tmp_path / "small" / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        if line["kind"] in ("step", "epoch"):
-            assert set(line["waited_for"]) == {"read", "decode", "colour", "copy"}
-            assert all(0 <= share <= 1 for share in line["waited_for"].values()) and 0 <= line["waited"] <= 1
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -106,7 +106,6 @@ def test_a_tier_that_cannot_be_is_explained(recipe: Path, packed: Path, tiny_set
 
 
 def test_packed_images_of_another_set_are_refused(recipe: Path, tmp_path: Path) -> None:
-    from tests.helpers.small_set import photographs, write_set
     other = write_set(tmp_path / "other", photographs(30))
     _, err = here(recipe, tmp_path, f"--data.index={other.path}", "--data.tier=packed", code=2)
     assert f"must hold the images of data.index (={other.path}), and its split train was packed from others" in err

@@ -22,7 +22,7 @@ class NetworkStep:
     """The network, stepped. Called with a batch it makes one step and returns when the device is done with it."""
 
     def __init__(self, config: Config, topology: Topology) -> None:
-        build.settle(config, topology)
+        build.configure_torch(config, topology)
         self._config, self._topology = config, topology
         self._network = build.network(config, topology)
         self._network.train()

@@ -112,7 +112,7 @@ def load_trained(source: Resolved, *, index: str | Path | None = None, archives:
                        silence_s=machine.silence_s) as process:
         if not process.is_single:
             raise ValueError(f"processes (={process.world_size}) must be one; start it without torchrun")
-        build.settle(config, process)
+        build.configure_torch(config, process)
         images = build.index(config)
         source.check_classes(images)
         network = build.network(config, process)

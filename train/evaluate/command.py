@@ -96,7 +96,7 @@ def _index(config: Config, split: str, may_lack_labels: bool) -> SampleIndex:
 
 def _evaluation(plan: Plan, args: argparse.Namespace, topology: Topology) -> Optional[Evaluation]:
     """The evaluation of one network, saved or made now; None in all processes but the main one, which alone reads and writes."""
-    build.settle(plan.config, topology)
+    build.configure_torch(plan.config, topology)
     path: Optional[Path] = None
     saved: Optional[Evaluation] = None
     if topology.is_main and not args.no_save:

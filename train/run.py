@@ -1,0 +1,121 @@
+"""One run, called by train/main.py: build its parts, resume or begin, train, test; under torchrun resume after a restart."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from pipeline.stats import Stats
+from train import build, run_folder
+from train.checkpoint.pretrained import Origin
+from train.config import Config
+from train.console import Console
+from train.evaluate.metrics import CHANCE
+from train.exit_codes import DONE, MISTAKE, STOPPED
+from train.loop import StopRequest, Trainer
+from train.parallel.failure import reported
+from train.parallel.topology import Topology
+from train.recipe import Request
+from train.step import TrainStep
+
+
+ENDED = "ended"  # key in torchrun's store: the exit code of a run that must not be restarted
+
+
+def run(request: Request, topology: Topology) -> int:
+    """Train and test as requested, unless a start before has ended the run for good: torchrun (`--max-restarts`) restarts
+    processes after any exit code but 0. Returns the exit code."""
+    if topology.store.check([ENDED]):
+        code = int(topology.store.get(ENDED))
+        if topology.is_main:
+            print(f"not started again by torchrun's --max-restarts: the run has ended with exit code {code}")
+        return code
+    try:
+        code = train_and_test(request, topology)
+    except ValueError:
+        _record_end(topology, MISTAKE)
+        raise
+    if code == STOPPED:
+        _record_end(topology, code)
+    return code
+
+
+def _record_end(topology: Topology, code: int) -> None:
+    with contextlib.suppress(RuntimeError):  # torchrun has gone: nobody restarts
+        topology.store.set(ENDED, str(code))
+
+
+def train_and_test(request: Request, topology: Topology) -> int:
+    """Build the parts of a run, resume or begin it, train, test. Returns the exit code."""
+    config, stop = request.config, StopRequest()
+    stop.listen()
+    build.configure_torch(config, topology)
+    folder = run_folder.folder_of(config, request.recipe)
+    restarted = not request.resume and is_restarted(folder, topology)
+    resume = request.resume or restarted
+    with contextlib.ExitStack() as stack:
+        console = stack.enter_context(contextlib.closing(Console(topology.is_main, config.machine.log_s)))
+        index = build.index(config, config.data.train_split, config.data.validation_split, config.data.test_split)
+        stats = Stats.for_index(index, config.data.square_px, config.data.train_split)
+        train_step = TrainStep(config, topology)
+        origin = Origin.of(config, resume, console.warn)
+        weights = "" if resume else origin.take(train_step.network, config, topology, index)
+        loaders = stack.enter_context(contextlib.closing(
+            build.loaders(config, topology, index, stats, folder / run_folder.QUARANTINE)))
+        claim(folder, config, resume, topology)
+        trainer = stack.enter_context(contextlib.closing(
+            Trainer(config, topology, train_step, loaders, folder, console, stop, origin.sha256)))
+        stack.enter_context(reported())
+        if restarted:
+            console.print("restarted by torchrun: resuming as with --resume")
+        if resume and not trainer.restore():
+            weights = origin.take(train_step.network, config, topology, index)
+        if resume and 0 < config.machine.stop_after <= loaders.train.step:
+            raise ValueError(f"machine.stop_after (={config.machine.stop_after}) must lie after step {loaders.train.step}, where "
+                             "this run stands: it counts from the start of training; raise it or leave it out")
+        if topology.is_main:
+            run_folder.record_start(folder, resumed_at=loaders.train.step, processes=topology.world_size,
+                                    device=str(topology.device), index=index.sha256, stats=stats.sha256,
+                                    fingerprint=config.fingerprint(), machine=config.as_dict()["machine"],
+                                    initial_weights=trainer.initial_weights)
+        console.print(f"{folder}: {len(index.ids(config.data.train_split))} images of {len(index.classes)} classes, "
+                      f"{config.train.epochs} epochs, {trainer.steps} steps of {config.train.batch}, on {topology.device}")
+        for message in filter(None, (weights, loaders.train.note)):
+            console.print(message)
+        if config.model.classes > len(index.classes):
+            console.warn(f"model.classes (={config.model.classes}) is more than the {len(index.classes)} of the index; the "
+                         "others have no images")
+        score = trainer.test() if trainer.train() else None
+        if score is None:
+            console.print(f"stopped and saved at step {loaders.train.step}; resume with --resume")
+            return STOPPED
+        console.print(f"test ({config.data.test_split}, {score.images} images, {config.train.test_views} views): top-1 "
+                      f"error {score.top1:.2%} ({score.top1_errors}), top-5 error {score.top5:.2%} ({score.top5_errors})")
+        if score.at_chance:
+            console.warn(CHANCE)
+        return DONE
+
+
+def is_restarted(folder: Path, topology: Topology) -> bool:
+    """Whether torchrun has restarted the processes of a run that began with this folder: then it resumes by itself."""
+    restarted: bool = topology.broadcast_object(
+        topology.is_main and (folder / run_folder.CONFIG).exists() and topology.store.check([_key(folder)]))
+    return restarted
+
+
+def claim(folder: Path, config: Config, resume: bool, topology: Topology) -> None:
+    """`run_folder.claim` in the main process, and a note in torchrun's store for `is_restarted`. Its error is raised in all."""
+    error = ""
+    if topology.is_main:
+        if not (folder / run_folder.CONFIG).exists():  # else it is resumed, or somebody else's
+            topology.store.set(_key(folder), "")
+        try:
+            run_folder.claim(folder, config, resume)
+        except ValueError as refused:
+            error = str(refused)
+    if error := topology.broadcast_object(error):
+        raise ValueError(error)
+
+
+def _key(folder: Path) -> str:
+    return f"began {folder.resolve()}"
