@@ -113,9 +113,8 @@ def _pack(args: argparse.Namespace) -> None:
     for note in notes:
         print(note)
     for split, measured in (packed.packed or {})["measured"].items():
-        print(f"{split}: {measured['images']:,} images in shards of up to {plan.shard_images:,}, "
-              f"{measured['bytes'] / 1e3:.1f} kB each; PSNR {measured['psnr_mean']:.2f} dB mean, "
-              f"{measured['psnr_min']:.2f} least (of {measured['measured']})")
+        print(f"{split}: {measured['images']:,} images in shards of up to {plan.shard_images:,}, {measured['bytes'] / 1e3:.1f} "
+              f"kB each; PSNR {measured['psnr_mean']:.2f} dB mean, {measured['psnr_min']:.2f} least (of {measured['measured']})")
     print(f"{packed.path}: verified, SHA-256 {packed.sha256[:16]}; `data.packed: {packed.path}` in a recipe")
 
 

@@ -12,7 +12,6 @@ from typing import Any, Callable
 
 import numpy as np
 
-from pipeline.index.devkit import check_count
 from pipeline.index.sample_index import SPLITS, Archive, ClassInfo, label_of
 from pipeline.index.scan import CHUNK, DUPLICATE, Oddity, Part, Task, base_names, is_last_of_its_name, joined, scan
 from pipeline.index.tar import ArchiveError, Member, fingerprint, open_tar, refuse_compressed_inner, walk
@@ -151,7 +150,9 @@ class Builder:
         part = self.flat_tar(path, split)
         if not len(part.rows):
             raise ArchiveError(f"archive (={path}) holds no images; give the {split} archive")
-        check_count(split, len(part.rows), labels, path)
+        if labels is not None and len(labels) != len(part.rows):
+            raise ValueError(f"{split} archive (={path}) has {len(part.rows)} images but the ground truth {len(labels)} lines; "
+                             f"give the whole archive and the ground truth that belongs to it")
         rows = base_names(part, path)
         part = part.take(np.array([rows[base] for base in sorted(rows)]))
         if labels is not None:
@@ -182,8 +183,7 @@ class Builder:
             self.parts[split].rows["split"] = code
         whole = joined(self.parts[split] for split in splits)
         if not len(whole.rows):
-            raise ValueError(f"archives (={', '.join(str(a.path) for a in self.archives)}) hold no images; "
-                             f"nothing was written")
+            raise ValueError(f"archives (={', '.join(str(a.path) for a in self.archives)}) hold no images; nothing was written")
         oddities: list[dict[str, Any]] = []
         first = 0
         for split in splits:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy.io import loadmat
 
 from pipeline.index.sample_index import ClassInfo, label_of
 
@@ -50,21 +51,19 @@ def _devkit_files(path: Path) -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in sorted(path.rglob("*")) if file.name.endswith(wanted)}
     if not path.is_file():
         raise ValueError(f"devkit (={path}) does not exist; give the ILSVRC devkit, as .tar.gz or as a folder")
-    found: dict[str, bytes] = {}
+    files: dict[str, bytes] = {}
     try:
         with tarfile.open(path) as archive:
             for member in archive:
                 file = archive.extractfile(member) if member.isreg() and member.name.endswith(wanted) else None
                 if file is not None and member.size <= _MAX_DEVKIT_BYTES:
-                    found[Path(member.name).name] = file.read()
+                    files[Path(member.name).name] = file.read()
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise ValueError(f"devkit (={path}) cannot be read ({error}); fetch it again") from None
-    return found
+    return files
 
 
 def _read_meta(data: bytes, path: Path) -> tuple[list[ClassInfo], np.ndarray, dict[str, int]]:
-    from scipy.io import loadmat  # lazily: 0.3 s
-
     try:
         synsets = np.atleast_1d(loadmat(io.BytesIO(data), squeeze_me=True)["synsets"])
         fields = synsets.dtype.names or ()
@@ -90,21 +89,13 @@ def _read_meta(data: bytes, path: Path) -> tuple[list[ClassInfo], np.ndarray, di
     return classes, label_of_id, counts
 
 
-def ground_truth(text: bytes, label_of_id: np.ndarray, what: str) -> np.ndarray:
+def ground_truth(text: bytes, label_of_id: np.ndarray, source: str) -> np.ndarray:
     """Labels (N,) int32 of a ground-truth file: one ILSVRC ID a line. Raises ValueError naming the line."""
     labels = []
     for number, line in enumerate(text.removesuffix(b"\n").split(b"\n"), 1):
         value = line.strip()
         if not value.isdigit() or int(value) >= len(label_of_id) or label_of_id[int(value)] < 0:
-            raise ValueError(f"ground truth (={value.decode('ascii', 'replace')!r}) in line {number} of {what} is not "
-                             f"the ID of a class (they go up to {len(label_of_id) - 1}); give the file that belongs to "
-                             f"this devkit")
+            raise ValueError(f"ground truth (={value.decode('ascii', 'replace')!r}) in line {number} of {source} is not the ID "
+                             f"of a class (they go up to {len(label_of_id) - 1}); give the file that belongs to this devkit")
         labels.append(label_of_id[int(value)])
     return np.array(labels, np.int32)
-
-
-def check_count(split: str, images: int, labels: np.ndarray | None, archive: Path) -> None:
-    """Raises ValueError when a ground truth does not have one line per image."""
-    if labels is not None and len(labels) != images:
-        raise ValueError(f"{split} archive (={archive}) has {images} images but the ground truth {len(labels)} lines; "
-                         f"give the whole archive and the ground truth that belongs to it")

@@ -65,8 +65,7 @@ def split_and_class(name: str) -> tuple[str | None, str]:
         if split is not None:
             return split, folders[i + 1]
     if not folders or folders[-1] in (".", ""):
-        raise ValueError(f"image (={name}) lies in no class folder; arrange images as <class>/<image> or "
-                         f"train/<class>/<image>")
+        raise ValueError(f"image (={name}) lies in no class folder; arrange images as <class>/<image> or train/<class>/<image>")
     return None, folders[-1]
 
 

@@ -23,8 +23,7 @@ def build_ilsvrc(builder: Builder, *, train: Path | None = None, val: Path | Non
         raise ValueError(f"archives (=none) for preset {builder.preset} are missing; give --train, --val or --test")
     kit = read_devkit(devkit) if devkit is not None else None
     if test_truth is not None and (kit is None or test is None):
-        raise ValueError(f"test ground truth (={test_truth}) needs the test archive and the devkit; "
-                         f"give --test and --devkit too")
+        raise ValueError(f"test ground truth (={test_truth}) needs the test archive and the devkit; give --test and --devkit too")
     if kit is not None:
         builder.classes = kit.classes
     patches = None

@@ -149,19 +149,19 @@ def walk(source: ByteWindow, start: int = 0, end: int | None = None, inside: str
             _check_end(source, position, end, archive)
             return
         _check_sum(block, position, archive, position == start)
-        where = f"of {archive} at offset {position}"
+        context = f"of {archive} at offset {position}"
         data = position + BLOCK
         type_byte = block[156:157]
         size = _number(block[124:136], position, archive)
         if type_byte in b"LKxgX":
             extensions += 1
             if size > MAX_EXTENSION_BYTES or extensions > MAX_EXTENSIONS:
-                raise _damaged(f"extended header (={type_byte.decode()!r}, {size} bytes, number {extensions}) {where} exceeds "
+                raise _damaged(f"extended header (={type_byte.decode()!r}, {size} bytes, number {extensions}) {context} exceeds "
                                f"{MAX_EXTENSION_BYTES} bytes or {MAX_EXTENSIONS} in a row")
             _check_fits("extended header", type_byte.decode(), data, size, end, archive)
-            name, new_size = _read_extension(type_byte, source.at(data, size), where)
+            name, new_size = _read_extension(type_byte, source.at(data, size), context)
             if name is not None and long_name is not None:
-                raise _damaged(f"member (={name}) {where} has two long names")
+                raise _damaged(f"member (={name}) {context} has two long names")
             long_name = name if name is not None else long_name
             long_size = new_size if new_size is not None else long_size
             position = data + _padded(size)
@@ -173,16 +173,16 @@ def walk(source: ByteWindow, start: int = 0, end: int | None = None, inside: str
         size = long_size if long_size is not None else size
         kind = _KINDS.get(type_byte)
         if not name or "\0" in name:
-            raise _damaged(f"member (={name!r}) {where} has no usable name")
+            raise _damaged(f"member (={name!r}) {context} has no usable name")
         if kind is None:
             problem = {b"S": "is sparse (its holes are not stored)", b"M": "continues another volume"}.get(
                 type_byte, f"has the unknown type {type_byte!r}")
-            raise ArchiveError(f"member (={name}) {where} {problem}, so its bytes do not lie in one piece; extract the archive "
+            raise ArchiveError(f"member (={name}) {context} {problem}, so its bytes do not lie in one piece; extract the archive "
                                "and index the folder")
         if kind == "file" and name.endswith("/"):  # v7 has no type for folders
             kind = "directory"
         if kind != "file" and size:
-            raise _damaged(f"member (={name}) {where} is a {kind} of {size} bytes, which must be 0")
+            raise _damaged(f"member (={name}) {context} is a {kind} of {size} bytes, which must be 0")
         _check_fits("member", name, data, size, end, archive)
         if kind != "label":
             yield Member(name[2:] if name.startswith("./") and len(name) > 2 else name, kind, data, size, first)
@@ -253,7 +253,7 @@ def _check_end(source: ByteWindow, position: int, end: int, archive: str) -> Non
                            f"{MAX_ZERO_TAIL}: an unfinished download; fetch it again")
 
 
-def _read_extension(type_byte: bytes, payload: bytes, where: str) -> tuple[str | None, int | None]:
+def _read_extension(type_byte: bytes, payload: bytes, context: str) -> tuple[str | None, int | None]:
     """Name and size that an extension header gives to the next member: GNU (L), or PAX records `<length> <key>=<value>\\n`."""
     if type_byte == b"K":  # the target of a long link: links are not followed
         return None, None
@@ -268,18 +268,18 @@ def _read_extension(type_byte: bytes, payload: bytes, where: str) -> tuple[str |
         record = payload[len(digits) + 1:length]
         key, equals, value = record.partition(b"=")
         if length < len(digits) + 4 or length > len(payload) or not equals or record[-1:] != b"\n":
-            raise _damaged(f"PAX record (={payload[:32]!r}) {where} is malformed")
+            raise _damaged(f"PAX record (={payload[:32]!r}) {context} is malformed")
         value = value[:-1]
         is_global = type_byte == b"g"
         if key.startswith(b"GNU.sparse") or (is_global and key in (b"path", b"size")):
             described = "a path or size for all members" if is_global else "a sparse file"
-            raise ArchiveError(f"PAX record (={key.decode('ascii', 'replace')}) {where} describes {described}, which cannot be "
+            raise ArchiveError(f"PAX record (={key.decode('ascii', 'replace')}) {context} describes {described}, which cannot be "
                                "indexed in place; extract the archive and index the folder")
         if key == b"path":
             name = value.decode("utf-8", "surrogateescape")
         elif key == b"size":
             if not value.isdigit() or len(value) > 19:
-                raise _damaged(f"PAX size (={value!r}) {where} is not a number from 0 up")
+                raise _damaged(f"PAX size (={value!r}) {context} is not a number from 0 up")
             size = int(value)
         payload = payload[length:]
     return name, size

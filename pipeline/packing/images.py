@@ -5,6 +5,7 @@ H row, W column of an image.
 
 from __future__ import annotations
 
+import math
 from typing import Iterator
 
 import numpy as np
@@ -93,15 +94,14 @@ def psnr(error: int, pixels: int) -> float:
     return float(min(10 * np.log10(255 ** 2 * 3 * pixels / max(error, 1e-9)), 100.0))
 
 
-def allowed(index: SampleIndex, split: str, budget: float) -> int:
-    """How many samples of a split may be unreadable, for the share `budget`."""
-    return int(np.ceil(budget * len(index.ids(split))))
-
-
-def check_budget(index: SampleIndex, split: str, skipped: dict[int, str], most: int) -> None:
-    """Raises RuntimeError when more than `most` samples of a split are unreadable."""
+def check_budget(index: SampleIndex, split: str, skipped: dict[int, str], budget: float) -> None:
+    """Raises RuntimeError when a larger share than `budget` of a split's samples is unreadable."""
+    if not skipped:
+        return
+    entry = index.header["splits"][index.split_names.index(split)]
+    most = math.ceil(budget * (entry["count"] - entry["excluded"]))
     if len(skipped) > most:
         id, why = next(iter(skipped.items()))
         raise RuntimeError(f"unreadable samples of {split} (={len(skipped)}) must not exceed the budget (={most}); one of "
                            f"them: {index.safe_name(id)} {why}; look with `python tools/build_index.py verify {index.path} "
-                           "--scrub`, and raise --budget to go on without them")
+                           "--scrub`, and raise --budget to leave them out")

@@ -20,7 +20,7 @@ import numpy as np
 from pipeline.files import atomic_write, final_name, is_temporary, remove_dead
 from pipeline.index.sample_index import SampleIndex
 from pipeline.index.tar import BLOCK
-from pipeline.packing.images import allowed, check_budget, decoded, encode, encoder
+from pipeline.packing.images import check_budget, decoded, encode, encoder
 from pipeline.packing.packed_index import copy_stats, load_packed, write_packed_index
 from pipeline.packing.plan import PackOptions, Piece, Plan, order, pieces
 from pipeline.packing.shard import Shard, ShardTask, check_shard, finished, write_shard
@@ -51,21 +51,20 @@ def prepare(index: SampleIndex, out: Path, options: PackOptions, *, splits: Sequ
         index.check_archives(split)
         if not len(index.ids(split)):
             raise ValueError(f"split (={split}) of {index.path} must have samples; it has none, see build_index.py info")
-    path = out / PLAN
+    path, shard_bytes = out / PLAN, 0 if shard_images else shard_bytes
     if not path.exists():
         image_bytes = _estimate(index, splits[0], options, budget)
-        plan = Plan(options, source, encoder(), 0 if shard_images else shard_bytes,
-                    shard_images or max(1, shard_bytes // image_bytes), image_bytes)
+        plan = Plan(options, source, encoder(), shard_bytes, shard_images or max(1, shard_bytes // image_bytes), image_bytes)
         _check_space(index, out, plan)
         out.mkdir(parents=True, exist_ok=True)
         with atomic_write(path, keep=True) as file:  # another rank may have been quicker
             file.write(json.dumps(asdict(plan), indent=1).encode() + b"\n")
     plan = Plan.load(path)
-    new = Plan(options, source, encoder(), 0 if shard_images else shard_bytes, shard_images or plan.shard_images,
-               plan.image_bytes)
-    if new != plan:
-        raise ValueError(f"packing plan (={path}) was made with {plan.differences(new)}; give the same options and index to "
-                         "go on with it, or another OUT")
+    differences = plan.differences(Plan(options, source, encoder(), shard_bytes, shard_images or plan.shard_images,
+                                        plan.image_bytes))
+    if differences:
+        raise ValueError(f"packing plan (={path}) was made with {differences}; give the same options and index to resume it, or "
+                         "another OUT")
     remove_dead(out)
     _check_space(index, out, plan)
     return plan
@@ -100,7 +99,7 @@ def _estimate(index: SampleIndex, split: str, options: PackOptions, budget: floa
     """Bytes of an image in a shard, headers included: the mean of the first ones in the random order."""
     ids, skipped = order(index.ids(split), options.seed)[:_ESTIMATED], dict[int, str]()
     sizes = [len(encode(pixels, options)) for _, pixels in decoded(index, split, ids, options, 1, skipped)]
-    check_budget(index, split, skipped, allowed(index, split, budget))
+    check_budget(index, split, skipped, budget)
     return int(np.mean([-(-size // BLOCK) * BLOCK for size in sizes])) + 3 * BLOCK
 
 
@@ -129,7 +128,7 @@ def write(index: SampleIndex, out: Path, plan: Plan, *, jobs: int = 1, rank: int
     unfinished = set(missing(index, out, plan))
     share = [piece for i, piece in enumerate(pieces(index, plan)) if i % world == rank and piece in unfinished]
     threads = max(1, jobs // max(1, len(share)))  # few shards: more threads for each
-    tasks = [ShardTask(index, out, plan, piece, threads, allowed(index, piece.split, budget)) for piece in share]
+    tasks = [ShardTask(index, out, plan, piece, threads, budget) for piece in share]
     if share:
         progress.expect("packing", sum(map(len, share)) * plan.image_bytes)
     skipped: dict[str, dict[int, str]] = {split: {} for split in plan.source}
@@ -139,7 +138,7 @@ def write(index: SampleIndex, out: Path, plan: Plan, *, jobs: int = 1, rank: int
             split = task.piece.split
             written += len(shard.rows)
             skipped[split] |= shard.skipped
-            check_budget(index, split, skipped[split], task.allowed)
+            check_budget(index, split, skipped[split], budget)
     return written
 
 
@@ -192,7 +191,7 @@ def complete(index: SampleIndex, out: Path, plan: Plan, *, jobs: int = 1, budget
     for split in plan.source:
         of_split = [shard for piece, shard in shards.items() if piece.split == split]
         unreadable = {id: why for shard in of_split for id, why in shard.skipped.items()}
-        check_budget(index, split, unreadable, allowed(index, split, budget))
+        check_budget(index, split, unreadable, budget)
         ids = np.sort(np.concatenate([np.array(list(unreadable), np.int64), *(shard.rows["id"] for shard in of_split)]))
         if not np.array_equal(ids, index.ids(split)):
             raise RuntimeError(f"packed samples of {split} (={len(ids)}) must be the {len(index.ids(split))} of the index, "

@@ -89,19 +89,17 @@ class Plan:
                              "give another OUT") from None
 
     def differences(self, other: "Plan") -> str:
-        """What differs between two plans, as options of the command; "" when nothing does."""
-        before, after = asdict(self.options), asdict(other.options)
-        parts = [f"--{key.replace('_', '-')} {before[key]}, not {after[key]}" for key in before if before[key] != after[key]]
-        if list(self.source) != list(other.source):
-            parts.append(f"--split {' '.join(self.source)}, not {' '.join(other.source)}")
-        parts += [f"other images of {split} (SHA-256 {sha256[:12]}, not {other.source[split][:12]})"
-                  for split, sha256 in self.source.items() if other.source.get(split, sha256) != sha256]
-        if (self.shard_bytes, self.shard_images) != (other.shard_bytes, other.shard_images):
-            parts.append(", not ".join(f"--shard-mb {plan.shard_bytes / 1e6:g}" if plan.shard_bytes else
-                                       f"--shard-images {plan.shard_images}" for plan in (self, other)))
-        if self.encoder != other.encoder:
-            parts.append(f"{self.encoder}, not {other.encoder}")
-        return "; ".join(parts)
+        """What differs between two plans, for the user; "" when nothing does."""
+        before, after = self.describe(), other.describe()
+        return "; ".join(f"{name} {value}, not {after[name]}" for name, value in before.items()
+                         if after.get(name, value) != value)
+
+    def describe(self) -> dict[str, str]:
+        """All but the estimate in the words of the command's options."""
+        by = f"--shard-mb {self.shard_bytes / 1e6:g}" if self.shard_bytes else f"--shard-images {self.shard_images}"
+        return {**{f"--{name.replace('_', '-')}": str(value) for name, value in asdict(self.options).items()},
+                "--split": " ".join(self.source), "shards by": by, "encoder": self.encoder,
+                **{f"images of {split}": sha256[:12] for split, sha256 in self.source.items()}}
 
 
 @dataclass(frozen=True)

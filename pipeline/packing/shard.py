@@ -110,22 +110,17 @@ class TarWriter:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """A shard to write: the work of one process.
-
-    Attributes:
-        threads: of the decoder.
-        allowed: how many samples may be unreadable.
-    """
+    """A shard to write: the work of one process. `threads`: of the decoder; `budget`: largest share of unreadable samples."""
     index: SampleIndex
     out: Path
     plan: Plan
     piece: Piece
     threads: int
-    allowed: int
+    budget: float
 
 
 def write_shard(task: ShardTask) -> Shard:
-    """Write a tar, then its sidecar. Raises RuntimeError when more samples are unreadable than allowed; OSError of the disk."""
+    """Write a tar, then its sidecar. Raises RuntimeError when too many samples are unreadable; OSError of the disk."""
     index, options, split = task.index, task.plan.options, task.piece.split
     tar, ids = task.out / f"{task.piece.name}.tar", order(index.ids(split), options.seed)
     measured, rows = measured_ids(ids), []
@@ -134,7 +129,7 @@ def write_shard(task: ShardTask) -> Shard:
     with atomic_write(tar) as file:
         writer = TarWriter(file)
         for id, pixels in decoded(index, split, ids[task.piece.first:task.piece.stop], options, task.threads, skipped):
-            check_budget(index, split, skipped, task.allowed)
+            check_budget(index, split, skipped, task.budget)
             jpeg, key = encode(pixels, options), key_of(index, id)
             offset, label = writer.add(f"{key}.jpg", jpeg), int(index.samples["label"][id])
             if label >= 0:
@@ -142,7 +137,7 @@ def write_shard(task: ShardTask) -> Shard:
             rows.append((id, offset, len(jpeg), zlib.crc32(jpeg), pixels.shape[1], pixels.shape[0]))
             if id in measured:
                 errors[id] = squared_error(pixels, jpeg)
-        check_budget(index, split, skipped, task.allowed)
+        check_budget(index, split, skipped, task.budget)
         sha256 = writer.end()
     shard = Shard(task.plan.sha256, writer.size, sha256, np.array(rows, ROW), dict(sorted(skipped.items())), errors)
     shard.save(tar.with_suffix(".json"))
