@@ -143,8 +143,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class MachineConfig(LoaderConfig):
-    """Device, threads, folders, checkpoints and logging. Changes no result, up to rounding; a resume may change any of it, but is
-    bit-exact only with the same values.
+    """Device, threads, folders, checkpoints and logging. Changes no result, up to rounding.
 
     Attributes:
         device: auto takes a GPU when there is one.
@@ -158,16 +157,13 @@ class MachineConfig(LoaderConfig):
         runs: folder of run folders.
         name: name of the run folder; empty: the recipe's file name.
         checkpoint_steps: steps between two checkpoints, besides those at ends of epochs; 0 for none.
-        checkpoint_epochs: epochs between two checkpoints at their ends, of which the best is kept; the last epoch always has one.
-            Raise it when an epoch is shorter than writing a checkpoint.
+        checkpoint_epochs: epochs between two checkpoints at their ends, of which the best is kept; the last epoch has one.
         keep_last: checkpoints kept besides the best one.
-        stop_after: stop (and save, exit code 75) after this many steps, counted from the start of training and not from a resume;
-            0 for never.
+        stop_after: stop (and save, exit code 75) after this many steps since the start of training; 0 for never.
         metrics_steps: steps between two lines of metrics.jsonl.
         test_batch: batch size of validation and test.
-        timeout_s: longest time of a step, a test batch or a save in seconds; then every thread's stack is printed and the run
-            ends.
-        silence_s: seconds without a sign of life from another process after which it counts as dead and the run ends.
+        timeout_s: seconds without progress after which the run ends, with the stacks of all threads.
+        silence_s: seconds without progress after which a stopped (SIGSTOP) process of the same machine is killed.
         log_s: seconds between two lines when the output is no terminal.
     """
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -27,7 +27,7 @@ MODE = "strict_yaml"
 PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, ten times faster, where it is installed
 
 
-class StrictLoader(PARSER):  # type: ignore[misc]
+class StrictLoader(PARSER):
     """YAML loader with floats in every usual notation, and without repeated keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:

@@ -46,27 +46,22 @@ class Metrics:
             line = json.dumps({"kind": kind, "time": round(time.time(), 3), **values}, allow_nan=False)
             with self._explained():
                 self._file.write(line.encode() + b"\n")
+                self._file.flush()
 
     def length(self) -> int:
-        """Size in bytes, with everything written so far."""
-        if self._file is None:
-            return 0
-        with self._explained():
-            self._file.flush()
-        return self._file.tell()
+        """Size in bytes."""
+        return 0 if self._file is None else self._file.tell()
 
     def sync(self) -> None:
         """fsync."""
         if self._file is not None:
             with self._explained():
-                self._file.flush()
                 os.fsync(self._file.fileno())
 
     def truncate(self, length: int) -> None:
         """Drop everything after this many bytes."""
         if self._file is not None:
             with self._explained():
-                self._file.flush()
                 self._file.truncate(min(length, self._file.seek(0, os.SEEK_END)))
                 self._file.seek(0, os.SEEK_END)
 
@@ -86,11 +81,7 @@ class Metrics:
 
 
 def folder_of(config: Config, recipe: Path | None) -> Path:
-    """The folder of a run: machine.runs / machine.name, or the recipe's name.
-
-    Raises:
-        ValueError: neither gives a name.
-    """
+    """The folder of a run: machine.runs / machine.name, or the recipe's name; ValueError when neither gives a name."""
     name = config.machine.name or (recipe.stem if recipe else "")
     if not name or "/" in name:
         raise ValueError(f"machine.name (={config.machine.name}) must name a folder of {config.machine.runs}; "
