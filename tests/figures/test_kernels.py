@@ -13,7 +13,7 @@ from PIL import Image
 from tests.conftest import TinySet
 from tests.helpers.figures import show
 from tests.helpers.trained_run import write_run
-from train.figures.kernels import captioned_png, chroma_lines, chroma_share, conv1, png, sheet, stretch, tower_chroma
+from train.figures.kernels import chroma_lines, chroma_share, conv1, png, sheet, stretch, tower_chroma
 
 RANDOM = np.random.default_rng(0)
 PATTERN = RANDOM.standard_normal((5, 5))
@@ -78,7 +78,7 @@ def test_towers_that_differ_and_towers_that_do_not() -> None:
 @pytest.mark.parametrize("wide", [120, 712])
 def test_a_caption_leaves_the_picture_as_it_is(tmp_path: Path, wide: int) -> None:
     picture = RANDOM.integers(0, 256, (40, wide, 3)) / 255
-    (tmp_path / "a.png").write_bytes(captioned_png(picture, ["tower a: 48 kernels, chroma 12% of a kernel's energy", "p"]))
+    (tmp_path / "a.png").write_bytes(png(picture, ["tower a: 48 kernels, chroma 12% of a kernel's energy", "p"]))
     with Image.open(tmp_path / "a.png") as drawn:
         pixels = np.asarray(drawn.convert("RGB"))
     np.testing.assert_array_equal(pixels[:40, :wide], np.round(picture * 255))

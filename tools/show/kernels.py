@@ -7,7 +7,7 @@ import json
 
 from pipeline.files import atomic_write
 from train.checkpoint.resolve import resolve
-from train.figures.kernels import captioned_png, chroma_lines, conv1, sheet, tower_chroma
+from train.figures.kernels import chroma_lines, conv1, png, sheet, tower_chroma
 
 
 def run(args: argparse.Namespace) -> None:
@@ -16,7 +16,7 @@ def run(args: argparse.Namespace) -> None:
     kernels, towers = conv1(path)
     chroma, p = tower_chroma(kernels, towers)
     lines = chroma_lines(chroma, p)
-    picture = captioned_png(sheet(kernels, towers), lines)
+    picture = png(sheet(kernels, towers), lines)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(args.out) as file:
         file.write(picture)

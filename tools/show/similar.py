@@ -23,8 +23,8 @@ from train.figures import features as feature_folder
 from train.figures.features import Features, Progress
 from train.figures.kernels import need_matplotlib
 from train.figures.neighbours import NearestNeighbours
-from train.figures.similar import (Queries, centre_crops, chance_precision, nearest_by_features, nearest_by_pixels, precision,
-                                   queries_from_files, queries_from_index, random_ids, splits_of)
+from train.figures.similar import (Queries, centre_crops, chance_precision, precision, queries_from_files, queries_from_index,
+                                   random_ids, search, splits_of)
 
 MOST = 40  # queries of a sheet
 
@@ -55,11 +55,10 @@ def query(args: argparse.Namespace) -> None:
         features.check(trained)
         trained.index.check_archives(features.source.split)
         queries = _queries(args, trained)
-        with _bar(f"search at {features.source.layer}") as progress:
-            found = {features.source.layer: nearest_by_features(trained, features, queries, args.neighbours, progress)}
-        if not args.no_pixels:
-            with _bar("search by pixels") as progress:
-                found["pixels"] = nearest_by_pixels(trained, features, queries, args.neighbours, progress)
+        found = {}
+        for kind in [features.source.layer] + ["pixels"] * (not args.no_pixels):
+            with _bar(f"search by {kind}") as progress:
+                found[kind] = search(trained, features, queries, args.neighbours, kind == "pixels", progress)
         if args.out is not None:
             _draw(args, trained, features, queries, found)
         _print(args, trained, features, queries, found)

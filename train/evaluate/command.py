@@ -109,7 +109,9 @@ def _evaluation(plan: Plan, args: argparse.Namespace, topology: Topology) -> Opt
     with contextlib.ExitStack() as stack:
         append: Take = lambda rows, probabilities: in_memory.append(probabilities)
         if path is not None:
-            made = {"device": _device_name(topology.device), "torch": torch.__version__, "batch": plan.config.machine.test_batch}
+            device = (torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda"
+                      else f"cpu {torch.backends.cpu.get_cpu_capability()}")
+            made = {"device": device, "torch": torch.__version__, "batch": plan.config.machine.test_batch}
             try:
                 append = stack.enter_context(predictions.writing(path, plan.key, {**about, "made": made}))
             except predictions.NotSaved as error:
@@ -141,20 +143,12 @@ def _folder(plan: Plan, save: Optional[Path]) -> Path:
 
 def _predict(plan: Plan, topology: Topology, take: Take) -> None:
     """Load the network and show it all images."""
-    config, index = plan.config, plan.index
+    config = plan.config
     network = build.network(config, topology)
     plan.weights.load_weights(network, config, topology)
-    loader = build.test_loader(config, topology, index, plan.weights.stats(), plan.split)
+    loader = build.test_loader(config, topology, plan.index, plan.weights.stats(), plan.split)
     console = Console(topology.is_main, config.machine.log_s, sys.stderr)
     show = console.testing(f"testing {plan.weights.path.name}")
-    labelled = bool((index.samples["label"][index.ids(plan.split)] >= 0).all())
     with contextlib.closing(console), contextlib.closing(loader):
         predict(network, loader, plan.key.views, build.autocast(config, topology), take,
-                progress=lambda done: show(done, plan.key.images), topology=topology, labelled=labelled)
-
-
-def _device_name(device: torch.device) -> str:
-    """Kind of a processor, as far as results depend on it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+                progress=lambda done: show(done, plan.key.images), topology=topology)

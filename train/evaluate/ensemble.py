@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Iterator, Protocol, Sequence
+from typing import Any, Iterator, Sequence
 
 import numpy as np
 
 from train.evaluate.metrics import Score, bootstrap_interval, label_losses, label_ranks, score
-from train.evaluate.predictions import SCALE, Evaluation, Key, short
+from train.evaluate.predictions import SCALE, Evaluation, short
 
 _ROWS = 1024  # images averaged at once
 
@@ -73,18 +73,9 @@ def _sums(members: Sequence[Evaluation]) -> Iterator[tuple[slice, np.ndarray]]:
         yield rows, np.sum([member.probabilities[rows].astype(np.float64) for member in members], axis=0) / SCALE
 
 
-class Member(Protocol):
-    """A network that was tested or is to be."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def key(self) -> Key: ...
-
-
-def check_compatible(members: Sequence[Member]) -> None:
-    """Raise ValueError unless all are of the same images and classes, each of another network or other crops."""
+def check_compatible(members: Sequence[Any]) -> None:
+    """Raise ValueError unless all (each has `name` and `key`) are of the same images and classes, and no two of one network and
+    number of crops."""
     first = members[0]
     rules = (("test_images", "test images", "give the same --index and --split for all"),
              ("classes", "classes", "the outputs of the two mean different things"),

@@ -20,6 +20,7 @@ from train.evaluate.predictions import IMAGE, SCALE
 from train.parallel.failure import enter_phase
 from train.parallel.topology import Topology
 
+Autocast = Callable[[], ContextManager[Any]]
 Take = Callable[[np.ndarray, np.ndarray], None]
 _ROUNDS = 32  # batches of a process between two exchanges of results
 
@@ -28,10 +29,10 @@ class _Stopped(Exception):
     """Somebody asked to stop."""
 
 
-def evaluate(network: nn.Module, loader: EvalLoader, crops: int, autocast: Callable[[], ContextManager[Any]],
-             stop: Callable[[], bool] = lambda: False, progress: Callable[[int, int], None] = lambda done, total: None,
-             topology: Optional[Topology] = None) -> Optional[Score]:
-    """Test a network on every image of a split. Arguments and errors as for `predict`.
+def evaluate(network: nn.Module, loader: EvalLoader, crops: int, autocast: Autocast, stop: Callable[[], bool] = lambda: False,
+             progress: Callable[[int, int], None] = lambda done, total: None,
+             topology: Topology = Topology.single()) -> Optional[Score]:
+    """Test a network on every image of a split. Arguments and errors as for `predict`; ValueError for an image without a label.
 
     Returns:
         The same score in all processes, equal to the bit for any number of data ranks; None when somebody asked to stop.
@@ -48,6 +49,9 @@ def evaluate(network: nn.Module, loader: EvalLoader, crops: int, autocast: Calla
                    topology=topology, keep=False):
         return None
     images = check_complete(parts, loader.index, loader.split)
+    if (images["label"] < 0).any():
+        raise ValueError(f"split (={loader.split}) of {loader.index.path} has images without a label; choose a split with ground "
+                         "truth")
     return score(images["place"], images["probability"], classes)
 
 
@@ -60,9 +64,9 @@ def check_complete(parts: list[np.ndarray], index: SampleIndex, split: str) -> n
     return images
 
 
-def predict(network: nn.Module, loader: EvalLoader, crops: int, autocast: Callable[[], ContextManager[Any]], take: Take, *,
+def predict(network: nn.Module, loader: EvalLoader, crops: int, autocast: Autocast, take: Take, *,
             stop: Callable[[], bool] = lambda: False, progress: Callable[[int], None] = lambda done: None,
-            topology: Optional[Topology] = None, labelled: bool = True, keep: bool = True) -> bool:
+            topology: Topology = Topology.single(), keep: bool = True) -> bool:
     """Show a network the loader's images. All processes call it together.
 
     Args:
@@ -73,8 +77,7 @@ def predict(network: nn.Module, loader: EvalLoader, crops: int, autocast: Callab
         take: called in every process with the rows of all processes, ordered by id: (M,) IMAGE and (M, K) float16.
         stop: asked before each batch; when true in any process, the test is given up in all.
         progress: called with the number of images done, by all processes.
-        topology: this process among others; None for one process.
-        labelled: an image without a label is an error.
+        topology: this process among others.
         keep: hand on the probabilities; else (0, K) of them.
 
     Returns:
@@ -82,22 +85,21 @@ def predict(network: nn.Module, loader: EvalLoader, crops: int, autocast: Callab
 
     Raises:
         SampleError: an image cannot be read; in all processes, whichever met it.
-        ValueError: an image has no label (or, in the other processes, RuntimeError, as with all that loading fails of).
-        RuntimeError: a probability is not finite. What `take` raises.
+        RuntimeError: a probability is not finite.
     """
-    done, rounds = 0, 0
+    done = 0
     rows: list[tuple[np.ndarray, np.ndarray]] = []
     training = network.training
     network.eval()
     try:
         with torch.no_grad():  # not inference_mode: what a layer keeps from here must serve training too
-            for batch, images in _rounds(loader, stop, topology, labelled):
+            for number, (batch, images) in enumerate(_rounds(loader, stop, topology), 1):
                 if batch is not None:
                     probabilities = average_softmax(network, loader, batch, crops, autocast, topology)
                     packed, halves = image_rows(batch.ids, batch.labels, probabilities)
                     rows.append((packed, halves if keep else halves[:0]))
-                done, rounds = done + images, rounds + 1
-                if rounds % _ROUNDS == 0:
+                done += images
+                if number % _ROUNDS == 0:
                     _exchange(rows, take, topology)
                 progress(done)
                 enter_phase("test")
@@ -109,12 +111,9 @@ def predict(network: nn.Module, loader: EvalLoader, crops: int, autocast: Callab
     return True
 
 
-def _exchange(rows: list[tuple[np.ndarray, np.ndarray]], take: Take, topology: Optional[Topology]) -> None:
+def _exchange(rows: list[tuple[np.ndarray, np.ndarray]], take: Take, topology: Topology) -> None:
     """Call `take` with the rows of all processes, and empty the list."""
-    if topology is not None and topology.data_ranks > 1:
-        of_ranks = topology.gather_objects(rows)[::topology.tower_ranks]  # both towers of a pair have the same
-    else:
-        of_ranks = [rows]
+    of_ranks = topology.gather_objects(rows)[::topology.tower_ranks]  # both towers of a pair have the same
     if joined := [part for of_rank in of_ranks for part in of_rank]:
         images, probabilities = (np.concatenate(parts) for parts in zip(*joined))
         order = np.argsort(images["id"], kind="stable")
@@ -122,55 +121,35 @@ def _exchange(rows: list[tuple[np.ndarray, np.ndarray]], take: Take, topology: O
     rows.clear()
 
 
-def _rounds(loader: EvalLoader, stop: Callable[[], bool], topology: Optional[Topology],
-            labelled: bool) -> Iterator[tuple[Optional[Batch], int]]:
-    """This process's batches, None when it has no more, with the images of this round in all processes.
+def _rounds(loader: EvalLoader, stop: Callable[[], bool], topology: Topology) -> Iterator[tuple[Optional[Batch], int]]:
+    """This process's batches, None when it has no more, with the number of images of this round in all processes.
 
     Processes have different numbers of batches, and a tower must not run without the other. So each round begins with an
-    exchange: how many images each has, and whether any has failed or was asked to stop. A failure of one that the others did
-    not know of would leave them waiting for ever.
+    exchange: how many images each has, and whether any met an unreadable one (training saves then, in all) or was asked to stop.
     """
     batches = iter(loader)
     while True:
-        batch, failure = None, None
+        batch, unreadable = None, None
         try:
             batch = next(batches, None)
-            if labelled and batch is not None and int(batch.labels.min()) < 0:
-                raise ValueError(f"split (={loader.split}) of {loader.index.path} has images without a label; choose a split "
-                                 "with ground truth")
-        except Exception as error:
-            failure = error
-        flags = [len(batch.ids) if batch is not None else 0, failure is not None, stop()]
-        images, failed, stopped = topology.all_reduce_sum(flags) if topology is not None else flags
+        except SampleError as error:
+            unreadable = (error.id, error.reason)
+        images, failed, stopped = topology.all_reduce_sum([
+            len(batch.ids) if batch is not None else 0, unreadable is not None, stop()])
         if failed:
-            raise _first_failure(failure, loader, topology)
+            raise SampleError(loader.index, *next(filter(None, topology.gather_objects(unreadable))))
         if images == 0:
             return
         if stopped:
             raise _Stopped
-        yield batch, int(images) // (topology.tower_ranks if topology is not None else 1)
+        yield batch, int(images) // topology.tower_ranks
 
 
-def _first_failure(failure: Optional[Exception], loader: EvalLoader, topology: Optional[Topology]) -> Exception:
-    """The failure that all processes raise: that of the lowest rank that has one."""
-    if topology is None or topology.is_single:
-        assert failure is not None
-        return failure
-    sample = (failure.id, failure.reason) if isinstance(failure, SampleError) else None
-    failures = topology.gather_objects((str(failure) or type(failure).__name__, sample) if failure is not None else None)
-    rank = next(rank for rank, entry in enumerate(failures) if entry is not None)
-    if rank == topology.global_rank and failure is not None:
-        return failure
-    text, sample = failures[rank]
-    return SampleError(loader.index, *sample) if sample else RuntimeError(f"process {rank} could not test its images: {text}")
-
-
-def average_softmax(network: nn.Module, loader: EvalLoader, batch: Batch, crops: int,
-                    autocast: Callable[[], ContextManager[Any]], topology: Optional[Topology] = None) -> torch.Tensor:
+def average_softmax(network: nn.Module, loader: EvalLoader, batch: Batch, crops: int, autocast: Autocast,
+                    topology: Topology = Topology.single()) -> torch.Tensor:
     """(B, K) float64: the softmax of a batch, averaged over the crops."""
     images = batch.images
     if halves := getattr(network, "halves_images", False):  # each process of the pair gives half of an even number
-        assert topology is not None
         images = torch.cat([images, images[-1:]]) if len(images) % 2 else images
         images = images.chunk(2)[topology.tower_rank]
     total = torch.zeros(())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Sequence
 
 import numpy as np
 import torch
@@ -78,18 +79,8 @@ def sheet(kernels: np.ndarray, towers: int, scale: int = 5) -> np.ndarray:
     return board
 
 
-def png(picture: np.ndarray) -> bytes:
-    """A picture (H, W, 3) in [0, 1] as the bytes of a PNG. Raises RuntimeError without matplotlib."""
-    need_matplotlib()
-    from matplotlib.image import imsave
-
-    buffer = io.BytesIO()
-    imsave(buffer, picture, format="png")
-    return buffer.getvalue()
-
-
-def captioned_png(picture: np.ndarray, lines: list[str]) -> bytes:
-    """A picture (H, W, 3) in [0, 1] over lines of text, as the bytes of a PNG. Raises RuntimeError without matplotlib."""
+def png(picture: np.ndarray, lines: Sequence[str] = ()) -> bytes:
+    """A picture (H, W, 3) in [0, 1], over lines of text, as the bytes of a PNG. Raises RuntimeError without matplotlib."""
     need_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -98,8 +89,8 @@ def captioned_png(picture: np.ndarray, lines: list[str]) -> bytes:
     figure = Figure(dpi=_DPI, facecolor="white")
     renderer = FigureCanvasAgg(figure).get_renderer()
     texts = [figure.text(0, 0, line, fontsize=_FONT_PT, va="top") for line in lines]
-    text_px = int(max(text.get_window_extent(renderer).width for text in texts)) + 2 * _EDGE_PX
-    caption_px = line_px * len(lines) + _EDGE_PX
+    text_px = max((int(text.get_window_extent(renderer).width) + 2 * _EDGE_PX for text in texts), default=0)
+    caption_px = line_px * len(lines) + _EDGE_PX if lines else 0
     width, height = max(picture.shape[1], text_px), picture.shape[0] + caption_px  # a small network's sheet is narrow
     figure.set_size_inches(width / _DPI, height / _DPI)
     figure.figimage(picture, 0, caption_px)

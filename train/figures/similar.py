@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable, Iterator, Sequence
+from typing import Iterator, Sequence
 
 import numpy as np
 
@@ -96,45 +96,33 @@ def centre_crops(trained: TrainedNetwork, index: SampleIndex, split: str, ids: n
         return np.concatenate([crops.cpu().numpy() for _, crops in trained.crops(loader)])
 
 
-def nearest_by_features(trained: TrainedNetwork, features: Features, queries: Queries, count: int,
-                        progress: Progress) -> NearestNeighbours:
-    """The `count` nearest of the images of `features`, by these. Raises ValueError when they are not so many."""
-    return _nearest(trained, features, queries, queries.features, count, features.blocks(), progress)
-
-
-def nearest_by_pixels(trained: TrainedNetwork, features: Features, queries: Queries, count: int,
-                      progress: Progress) -> NearestNeighbours:
-    """The `count` nearest of the same images, by the pixels of their centre crops, which are decoded once and not kept."""
-    with trained.loader(trained.index, features.source.split, features.ids, pixels=True) as loader:
-        rows = ((ids, crops.flatten(1).cpu().numpy()) for ids, crops in trained.crops(loader))
-        pixels = queries.crops.reshape(len(queries.crops), -1)
-        return _nearest(trained, features, queries, pixels, count, _joined(rows), progress)
-
-
-def _nearest(trained: TrainedNetwork, features: Features, queries: Queries, of_queries: np.ndarray, count: int,
-             blocks: Iterable[tuple[np.ndarray, np.ndarray]], progress: Progress) -> NearestNeighbours:
-    total = len(features.ids)
+def search(trained: TrainedNetwork, features: Features, queries: Queries, count: int, by_pixels: bool,
+           progress: Progress) -> NearestNeighbours:
+    """The `count` nearest of the images of `features`: by these, or by the pixels of their centre crops, which are decoded once
+    and not kept. Raises ValueError when there are not so many."""
+    total, done = len(features.ids), 0
     if not 1 <= count < total:
         raise ValueError(f"neighbours (={count}) must lie in 1..{total - 1}, for {features.path} has {total} images; the paper "
                          "shows 6")
-    nearest, done = NearestNeighbours(of_queries, count, queries.ids, trained.topology.device), 0
-    for ids, rows in blocks:
+    of_queries = queries.crops.reshape(len(queries.crops), -1) if by_pixels else queries.features
+    nearest = NearestNeighbours(of_queries, count, queries.ids, trained.topology.device)
+    for ids, rows in _pixels(trained, features) if by_pixels else features.blocks():
         nearest.add(ids, rows)
         done += len(ids)
         progress(done, total)
     return nearest
 
 
-def _joined(batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Batches joined to blocks that make a product of matrices worth while."""
-    waiting: list[tuple[np.ndarray, np.ndarray]] = []
-    for batch in batches:
-        waiting.append(batch)
-        if sum(len(ids) for ids, _ in waiting) >= _BLOCK:
-            yield np.concatenate([ids for ids, _ in waiting]), np.concatenate([rows for _, rows in waiting])
-            waiting = []
-    if waiting:
-        yield np.concatenate([ids for ids, _ in waiting]), np.concatenate([rows for _, rows in waiting])
+def _pixels(trained: TrainedNetwork, features: Features) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(ids, rows) of all, in blocks that make a product of matrices worth while."""
+    ids, rows = [], []
+    with trained.loader(trained.index, features.source.split, features.ids, pixels=True) as loader:
+        for batch_ids, crops in trained.crops(loader):
+            ids.append(batch_ids)
+            rows.append(crops.flatten(1).cpu().numpy())
+            if sum(map(len, ids)) >= _BLOCK or batch_ids[-1] == features.ids[-1]:
+                yield np.concatenate(ids), np.concatenate(rows)
+                ids, rows = [], []
 
 
 def precision(labels: np.ndarray, neighbours: np.ndarray) -> tuple[float, float]:
