@@ -17,6 +17,30 @@ def speaks() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def exit_code(work: Callable[[], None], memory_advice: str) -> int:
+    """Do the work of a command; returns its exit code, after one line on stderr when it failed.
+
+    Args:
+        memory_advice: what to do when memory does not suffice.
+    """
+    try:
+        work()
+    except ValueError as error:
+        if speaks():
+            print(f"error: {error}", file=sys.stderr)
+        return MISTAKE
+    except MemoryError as error:
+        print(f"error: memory (={str(error) or 'used up'}) does not suffice; {memory_advice}", file=sys.stderr)
+        return FAILED
+    except (RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return DONE
+
+
 def recorded(command: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
     """A command whose unexpected exceptions go into torchrun's report with their tracebacks (torch's `record`)."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:

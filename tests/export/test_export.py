@@ -28,9 +28,10 @@ from tests.helpers.recipes import write_recipe
 from train.checkpoint.checkpoint import DamagedCheckpoint
 from train.export import folder as export_folder, safetensors_io as weights
 from train.config import Config
-from train.export.model_card import About, Result, card
+from train.export.model_card import About, card
 from train.export.onnx import onnx_model
 from train.recipe import load
+from train.report.runs import Test as Result
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPER = small()
@@ -253,7 +254,7 @@ def test_the_cards_code_prepares_images_as_the_loader(tiny_set: TinySet, tmp_pat
 
 def test_what_the_card_says() -> None:
     config = load(ROOT / "train" / "recipes" / "alexnet_ilsvrc2012.yaml")
-    result = Result("val", 10, 50_000, 0.40664, 0.18208, "a saved evaluation")
+    result = Result("val", 10, 50_000, 0.40664, 0.18208, None, "a saved evaluation")
     about = About("From nowhere.", hashes={"classes": "ab12"}, results=[result], versions={"exported with torch": "2.13.0"})
     text = card("net", config, about)
     for line in (

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Sequence
 
-from train.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, leave, speaks
+from train.exit_codes import exit_code, leave
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -56,22 +56,7 @@ def main(argv: Sequence[str]) -> int:
     args = parse(argv)
     from train.evaluate import command  # here, because --help needs neither torch nor DALI
 
-    try:
-        command.run(args)
-    except ValueError as error:
-        if speaks():
-            print(f"error: {error}", file=sys.stderr)
-        return MISTAKE
-    except MemoryError as error:
-        print(f"error: memory (={str(error) or 'used up'}) does not suffice; give a smaller --batch", file=sys.stderr)
-        return FAILED
-    except (RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    return DONE
+    return exit_code(lambda: command.run(args), "give a smaller --batch")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Sequence
 
-from train.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, leave
+from train.exit_codes import exit_code, leave
 
 if TYPE_CHECKING:  # --help needs none of it
     from pipeline.index.sample_index import ClassInfo
@@ -92,21 +92,7 @@ def export(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str]) -> int:
     """The command; returns its exit code."""
     args = arguments(argv)
-    try:
-        export(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return MISTAKE
-    except MemoryError as error:
-        print(f"error: memory (={str(error) or 'used up'}) does not suffice; use a machine with more", file=sys.stderr)
-        return FAILED
-    except (RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    return DONE
+    return exit_code(lambda: export(args), "use a machine with more")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Mapping, Sequence
@@ -16,26 +16,13 @@ from typing import Any, Mapping, Sequence
 import jinja2
 
 from model.alexnet import canonical_shapes, parameter_count, shapes
-from model.config import Conv, Full, ModelConfig
 from train.checkpoint import checkpoint
 from train.checkpoint.resolve import Resolved
 from train.config import Config
-from train.report.runs import NoRun, read_run
+from train.report.runs import NoRun, Test, read_run
 
 NO_LICENCE = ("Not stated: whoever publishes these weights says under which terms. The program is Apache-2.0; training images "
               "have terms of their own.")
-
-
-@dataclass(frozen=True)
-class Result:
-    """A test of these very weights. Errors are shares."""
-
-    split: str
-    views: int
-    images: int
-    top1: float
-    top5: float
-    source: str
 
 
 @dataclass(frozen=True)
@@ -53,7 +40,7 @@ class About:
 
     origin: str
     hashes: Mapping[str, str] = field(default_factory=dict)
-    results: Sequence[Result] = ()
+    results: Sequence[Test] = ()
     classes: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)
     licence: str = NO_LICENCE
@@ -63,9 +50,11 @@ def card(name: str, config: Config, about: About, onnx: Sequence[str] = ()) -> s
     """README.md of an exported folder. `onnx`: outputs of model.onnx, if it is written."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined,
                                      trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment.filters["times"] = lambda shape: "×".join(map(str, shape))
+    model = config.model
     return environment.get_template("model_card.md.jinja").render(
-        name=name, config=config, data=config.data, model=config.model, about=about, onnx=onnx, layers=_layers(config.model),
-        parameters=parameter_count(config.model))
+        name=name, config=config, data=config.data, model=model, about=about, onnx=onnx, parameters=parameter_count(model),
+        weights=canonical_shapes(model), outputs=dict(shapes(model)), prod=math.prod)
 
 
 def describe(source: Resolved, classes: int, licence: str | None) -> About:
@@ -82,7 +71,7 @@ def describe(source: Resolved, classes: int, licence: str | None) -> About:
     return About(origin, hashes, results, classes, versions, licence or NO_LICENCE)
 
 
-def _of_run(source: Resolved, state: Mapping[str, Any], config: Config) -> tuple[list[Result], dict[str, str]]:
+def _of_run(source: Resolved, state: Mapping[str, Any], config: Config) -> tuple[list[Test], dict[str, str]]:
     """Tests of a checkpoint (the validation it was saved after, the test at the end of training when it is the last one, saved
     evaluations of it), and the versions that trained it."""
     try:
@@ -91,54 +80,21 @@ def _of_run(source: Resolved, state: Mapping[str, Any], config: Config) -> tuple
         run = None
     if run is None:
         return [], {}
-    results: list[Result] = []
     for problem in run.problems:
         print(f"warning: {problem}", file=sys.stderr)
-    done = state["progress"]["epoch"]  # epochs
-    epoch = next((epoch for epoch in run.epochs if epoch.epoch == done - 1), None)
-    if state["validation_error"] is not None and epoch is not None and run.validation_images is not None \
-            and epoch.top1 is not None and epoch.top5 is not None:
-        results.append(Result(config.data.validation_split, config.train.validate_views, run.validation_images, epoch.top1,
-                              epoch.top5, f"the validation after epoch {epoch.epoch}, counted from 0"))
-    if run.test is not None and done == config.train.epochs:
-        test = run.test
-        results.append(Result(test.split, test.views, test.images, test.top1, test.top5, "the end of training"))
-    results += [Result(test.split, test.views, test.images, test.top1, test.top5, "a saved evaluation")
-                for test in run.tests if test.checkpoint == source.sha256]
+    results: list[Test] = []
+    epochs, data = state["progress"]["epoch"], config.data
+    validation = {epoch.epoch: epoch for epoch in run.epochs}.get(epochs - 1)
+    if state["validation_error"] is not None and validation is not None and run.validation_images is not None \
+            and validation.top1 is not None and validation.top5 is not None:
+        results.append(Test(data.validation_split, config.train.validate_views, run.validation_images, validation.top1,
+                            validation.top5, None, f"the validation after epoch {validation.epoch}, counted from 0"))
+    if run.test is not None and epochs == config.train.epochs:
+        results.append(replace(run.test, source="the end of training"))
+    results += [replace(test, source="a saved evaluation") for test in run.tests if test.checkpoint == source.sha256]
     start = run.starts[-1] if run.starts else {}
     versions = {f"trained with {name}": str(start[name]) for name in ("python", "torch", "dali", "numpy") if start.get(name)}
     git = start.get("git")
     if isinstance(git, dict) and git.get("commit"):
         versions["trained by commit"] = str(git["commit"]) + (", changed" if git.get("changed") else "")
     return list(dict.fromkeys(results)), versions
-
-
-def _layers(model: ModelConfig) -> list[tuple[str, ...]]:
-    """Rows of the table of layers: name, what, sees, weight, output, parameters."""
-    outputs, weights = dict(shapes(model)), canonical_shapes(model)
-    rows: list[tuple[str, ...]] = []
-    table: dict[str, Conv | Full] = {**model.convs, **model.fulls}
-    for number, (name, layer) in enumerate(table.items()):
-        weight = weights[f"{name}.weight"]
-        output = outputs.get(f"pool{name.removeprefix('conv')}", outputs[name])
-        sees = "the image" if number == 0 else "all" if model.towers == 1 else \
-            "its own tower" if layer.sees == "own" else "both towers"
-        rows.append((name, _steps(model, name, layer), sees, _times(weight), _times(output),
-                     f"{math.prod(weight) + weight[0]:,}"))
-    return rows
-
-
-def _steps(model: ModelConfig, name: str, layer: Conv | Full) -> str:
-    activation = "ReLU" if model.activation == "relu" else model.activation
-    if isinstance(layer, Full):
-        has_dropout = layer.dropout and model.dropout and name != model.last
-        return ("linear" if name == model.last or layer.linear else activation) + (
-            f", dropout {model.dropout:g} in training" if has_dropout else "")
-    lrn = layer.lrn if model.lrn is not None else "none"
-    steps = {"none": activation, "before": f"LRN, {activation}", "after": f"{activation}, LRN"}[lrn]
-    pooling = f", max pooling {model.pool.px}×{model.pool.px}, stride {model.pool.stride}" if layer.pool else ""
-    return f"{layer.px}×{layer.px}, stride {layer.stride}, pad {layer.pad}, {steps}{pooling}"
-
-
-def _times(shape: Sequence[int]) -> str:
-    return "×".join(str(size) for size in shape)
