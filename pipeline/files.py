@@ -25,15 +25,9 @@ class LockHeld(RuntimeError):
     """A lock that another process holds; the message says which process ("process 12 on host", or "another process")."""
 
 
-def final_name(path: Path) -> str:
-    """The name that a temporary will have; "" when the file or folder is not called like a temporary of this module."""
-    match = re.fullmatch(r"\.(.+)\.[^.]*\.\d+\.[0-9a-f]{8}\.tmp", path.name)
-    return match[1] if match else ""
-
-
-def is_temporary(path: Path) -> bool:
-    """Whether a file or folder is called like a temporary of this module."""
-    return final_name(path) != ""
+def is_temporary(path: Path, name: str = "") -> bool:
+    """Whether a file or folder is called like a temporary of this module (that will become `name`)."""
+    return re.fullmatch(rf"\.{re.escape(name) or '.+'}\.[^.]*\.\d+\.[0-9a-f]{{8}}\.tmp", path.name) is not None
 
 
 @contextlib.contextmanager
@@ -82,7 +76,7 @@ def remove_dead(folder: Path, name: str = "") -> list[Path]:
     """Remove the temporaries in `folder` whose writers are dead, all or those of `name`; returns them."""
     removed = []
     for temporary in sorted(folder.iterdir()):
-        if not is_temporary(temporary) or name not in ("", final_name(temporary)):
+        if not is_temporary(temporary, name):
             continue
         with contextlib.suppress(OSError):  # gone by now, its writer lives, or the file system has no locks
             descriptor = os.open(temporary, os.O_RDONLY if temporary.is_dir() else os.O_RDWR)
@@ -189,14 +183,9 @@ def json_sha256(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def file_entry(path: Path) -> dict[str, Any]:
-    """A file's entry in a manifest: {"size": bytes, "sha256": hex}."""
-    return {"size": path.stat().st_size, "sha256": file_sha256(path)}
-
-
 def file_entries(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """File name → entry, for the "files" of a manifest."""
-    return {name: file_entry(folder / name) for name in names}
+    """File name → {"size": bytes, "sha256": hex}, for the "files" of a manifest."""
+    return {name: {"size": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)} for name in names}
 
 
 def difference(path: Path, entry: Mapping[str, Any]) -> str:

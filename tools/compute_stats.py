@@ -6,7 +6,6 @@ Interrupted, the same command resumes where it last saved. Exit codes: 0 done, 2
 """
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,12 +54,6 @@ def _compute(args: argparse.Namespace) -> None:
             print(f"{path} is there and fits (--force computes it again)")
             _print(stats, path)
             return
-    try:  # before the pass, which may take half an hour
-        with tempfile.TemporaryFile(dir=index.path):
-            pass
-    except OSError as error:
-        raise ValueError(f"index folder (={index.path}) must be writable, the statistics are stored in it "
-                         f"({error.strerror}); give yourself permission, or copy the index") from None
     machine = LoaderConfig(threads=args.threads, quarantine_budget=args.budget)
     with ProgressBar() as progress:
         stats = compute(index, args.split, args.square_px, machine=machine, device_id=args.device, progress=progress)

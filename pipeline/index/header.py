@@ -1,7 +1,11 @@
 """The header of an index, index.json: its version, hashes and checks.
 
 Besides counts, classes, archives and oddities it holds SHA-256 hashes: of each array file (`verify` checks those), and of its own
-content without the archives' paths (`read_header` checks that one: it is the identity of the data set, `SampleIndex.sha256`).
+content without the archives' paths (`read_header` checks that: it is the identity of the data set, `SampleIndex.sha256`).
+
+`packed`, in an index of packed images: how they were made (`PackOptions`), source (split → `split_sha256` of the original's) and
+measured (split → images, mean bytes, psnr_mean and psnr_min in dB). `derived`: for each subset that led here, first one first,
+SHA-256, rows and classes of the index it was taken of, the options, and the classes that had too few images.
 """
 
 from __future__ import annotations
@@ -14,13 +18,6 @@ from pipeline.files import json_sha256
 
 VERSION = 1
 MAGIC = "alexnet-sample-index"
-# `packed`, in an index of packed images. `source`: split → `split_sha256` of the original's; `measured`: split → images, bytes
-# (mean), psnr_mean, psnr_min (dB, against the pixels that were encoded).
-PACKED = {"source": dict, "square_px": int, "region": str, "quality": int, "subsampling": str, "seed": int, "shard_images": int,
-          "encoder": str, "measured": dict}
-# An entry of `derived`, one for each subset that led here, the first one first: SHA-256, rows and classes of the index it was
-# taken of, options it was taken by, names of the classes that had too few images.
-DERIVED = {"index": str, "samples": int, "classes": int, "chosen": str, "too_few": list}
 
 
 def content_sha256(header: dict[str, Any]) -> str:
@@ -49,12 +46,4 @@ def read_header(path: Path) -> dict[str, Any]:
                          f"reads; build the index again")
     if content_sha256(header) != header.get("sha256"):
         raise ValueError(f"index header (={file}) does not match its SHA-256, so it was altered; build it again")
-    packed = header.get("packed")
-    if packed is not None and not (isinstance(packed, dict) and "square_px" in packed
-                                   and all(isinstance(value, PACKED.get(key, object)) for key, value in packed.items())):
-        raise ValueError(f"index header (={file}) has a packed entry that says nothing of its images; pack them again")
-    derived = header.get("derived", [])
-    if not (isinstance(derived, list) and all(isinstance(step, dict) and all(
-            isinstance(step.get(key), kind) for key, kind in DERIVED.items()) for step in derived)):
-        raise ValueError(f"index header (={file}) has a derived entry that does not say of what; take the subset again")
     return header

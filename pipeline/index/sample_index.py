@@ -124,12 +124,12 @@ class SampleIndex:
 
     @property
     def packed(self) -> dict[str, Any] | None:
-        """How tools/pack_shards.py made these images (`pipeline.index.header.PACKED`); None when they are the originals."""
+        """How tools/pack_shards.py made these images (`pipeline.index.header`); None when they are the originals."""
         return self.header.get("packed")
 
     @property
     def derived(self) -> list[dict[str, Any]]:
-        """The subsets that led from an index of archives to this one (`pipeline.index.header.DERIVED`)."""
+        """The subsets that led from an index of archives to this one (`pipeline.index.header`)."""
         return self.header.get("derived", [])
 
     @property

@@ -52,8 +52,8 @@ def write_index(out: str | Path, samples: np.ndarray, *, classes: Sequence[Class
         samples: SAMPLE rows, sorted by split.
         oddities: {name, split, reason, kept, id or None}.
         names: names.bin for folder archives.
-        packed: `pipeline.index.header.PACKED`, for packed images; then `out` holds them already.
-        derived: `pipeline.index.header.DERIVED` of each subset that led here.
+        packed: how they were made, for packed images; then `out` holds them already.
+        derived: an entry for each subset that led here.
 
     Raises:
         ValueError: as `check_output`; the rows are not sorted by split.

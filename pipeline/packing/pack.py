@@ -7,17 +7,15 @@ reads them again, and writes the index.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-import threading
 from dataclasses import asdict
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Sequence
 
 import numpy as np
 
-from pipeline.files import atomic_write, final_name, is_temporary, remove_dead
+from pipeline.files import atomic_write, is_temporary, remove_dead
 from pipeline.index.sample_index import SampleIndex
 from pipeline.index.tar import BLOCK
 from pipeline.packing.images import check_budget, decoded, encode, encoder
@@ -133,39 +131,13 @@ def write(index: SampleIndex, out: Path, plan: Plan, *, jobs: int = 1, rank: int
         progress.expect("packing", sum(map(len, share)) * plan.image_bytes)
     skipped: dict[str, dict[int, str]] = {split: {} for split in plan.source}
     written = 0
-    with _report_bytes(out, share, progress):
-        for task, shard in zip(tasks, in_processes(write_shard, tasks, jobs), strict=True):
-            split = task.piece.split
-            written += len(shard.rows)
-            skipped[split] |= shard.skipped
-            check_budget(index, split, skipped[split], budget)
+    for task, shard in zip(tasks, in_processes(write_shard, tasks, jobs), strict=True):
+        split = task.piece.split
+        written += len(shard.rows)
+        skipped[split] |= shard.skipped
+        check_budget(index, split, skipped[split], budget)
+        progress.advance(len(shard.rows), shard.size)
     return written
-
-
-@contextlib.contextmanager
-def _report_bytes(out: Path, shards: list[Piece], progress: Progress) -> Iterator[None]:
-    """Tell `progress`, from a thread, how many bytes of these shards are on disk."""
-    names, end = {f"{piece.name}.tar" for piece in shards}, threading.Event()
-
-    def watch() -> None:
-        reported, ended = 0, False
-        while not ended:
-            ended = end.wait(0.5)
-            size = 0
-            for file in out.iterdir():
-                if names & {file.name, final_name(file)}:
-                    with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
-                        size += file.stat().st_size
-            progress.advance(0, max(0, size - reported))
-            reported = max(reported, size)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        end.set()
-        thread.join()
 
 
 def complete(index: SampleIndex, out: Path, plan: Plan, *, jobs: int = 1, budget: float = 1e-4,

@@ -5,6 +5,7 @@ What is not packed (excluded, unreadable) keeps its row, which points at the rea
 
 from __future__ import annotations
 
+import tarfile
 import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from pipeline.index.tar import fingerprint
 from pipeline.index.writer import write_index
 from pipeline.packing.images import psnr
 from pipeline.packing.plan import Piece, Plan
-from pipeline.packing.shard import ROW, Shard, TarWriter, key_of
+from pipeline.packing.shard import ROW, Shard, add_member, key_of
 from pipeline.stats import Stats, stats_path
 
 _LEFT_OUT = "left-out.tar"
@@ -66,14 +67,12 @@ def write_packed_index(index: SampleIndex, out: Path, plan: Plan, shards: dict[P
 
 def _write_left_out(index: SampleIndex, path: Path, rows: npt.NDArray[Any], skipped: dict[int, str]) -> None:
     """A tar with a text for each sample that is not packed: a row has to point somewhere, and there it says why."""
-    with atomic_write(path) as file:
-        writer = TarWriter(file)
+    with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for id in np.flatnonzero(rows["excluded"]).tolist():
             why = skipped.get(id, REASONS[rows["reason"][id]])
             text = f"not packed: sample {id} of the original index ({why})\n".encode()
-            rows["offset"][id] = writer.add(f"{key_of(index, id)}.txt", text)
+            rows["offset"][id] = add_member(tar, f"{key_of(index, id)}.txt", text)
             rows["size"][id], rows["crc32"][id] = len(text), zlib.crc32(text)
-        writer.end()
 
 
 def _measured(shards: list[Shard]) -> dict[str, float]:

@@ -7,14 +7,14 @@ that the tar is finished.
 
 from __future__ import annotations
 
-import hashlib
+import io
 import json
 import re
 import tarfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,6 @@ from pipeline.packing.images import check_budget, decoded, encode, squared_error
 from pipeline.packing.plan import Piece, Plan, measured_ids, order
 
 ROW = np.dtype([(name, np.int64) for name in ("id", "offset", "size", "crc32", "width", "height")])  # bytes; pixels
-_RECORD = 20 * BLOCK  # tar pads the archive to this
 
 
 @dataclass
@@ -82,30 +81,12 @@ def key_of(index: SampleIndex, id: int) -> str:
     return f"{id:09d}-{re.sub('[^A-Za-z0-9_-]', '_', base.rpartition('.')[0] or base)[:80]}"
 
 
-class TarWriter:
-    """Writes plain USTAR members without times and owners to a file, and hashes what it writes."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._digest, self.size = file, hashlib.sha256(), 0
-
-    def add(self, name: str, data: bytes) -> int:
-        """Append a member; returns the offset of its data."""
-        member = tarfile.TarInfo(name)
-        member.size = len(data)
-        self._write(member.tobuf(tarfile.USTAR_FORMAT))
-        offset = self.size
-        self._write(data + bytes(-len(data) % BLOCK))
-        return offset
-
-    def end(self) -> str:
-        """Write the end-of-archive mark; returns the SHA-256 (hex) of the whole."""
-        self._write(bytes(2 * BLOCK + -(self.size + 2 * BLOCK) % _RECORD))
-        return self._digest.hexdigest()
-
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._digest.update(data)
-        self.size += len(data)
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> int:
+    """Append a plain USTAR member without times and owners; returns the offset of its data."""
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+    return tar.offset - -(-len(data) // BLOCK) * BLOCK
 
 
 @dataclass(frozen=True)
@@ -122,25 +103,24 @@ class ShardTask:
 def write_shard(task: ShardTask) -> Shard:
     """Write a tar, then its sidecar. Raises RuntimeError when too many samples are unreadable; OSError of the disk."""
     index, options, split = task.index, task.plan.options, task.piece.split
-    tar, ids = task.out / f"{task.piece.name}.tar", order(index.ids(split), options.seed)
+    path, ids = task.out / f"{task.piece.name}.tar", order(index.ids(split), options.seed)
     measured, rows = measured_ids(ids), []
     skipped: dict[int, str] = {}
     errors: dict[int, int] = {}
-    with atomic_write(tar) as file:
-        writer = TarWriter(file)
+    with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for id, pixels in decoded(index, split, ids[task.piece.first:task.piece.stop], options, task.threads, skipped):
             check_budget(index, split, skipped, task.budget)
             jpeg, key = encode(pixels, options), key_of(index, id)
-            offset, label = writer.add(f"{key}.jpg", jpeg), int(index.samples["label"][id])
+            offset, label = add_member(tar, f"{key}.jpg", jpeg), int(index.samples["label"][id])
             if label >= 0:
-                writer.add(f"{key}.cls", str(label).encode())
+                add_member(tar, f"{key}.cls", str(label).encode())
             rows.append((id, offset, len(jpeg), zlib.crc32(jpeg), pixels.shape[1], pixels.shape[0]))
             if id in measured:
                 errors[id] = squared_error(pixels, jpeg)
         check_budget(index, split, skipped, task.budget)
-        sha256 = writer.end()
-    shard = Shard(task.plan.sha256, writer.size, sha256, np.array(rows, ROW), dict(sorted(skipped.items())), errors)
-    shard.save(tar.with_suffix(".json"))
+    shard = Shard(task.plan.sha256, path.stat().st_size, file_sha256(path), np.array(rows, ROW), dict(sorted(skipped.items())),
+                  errors)
+    shard.save(path.with_suffix(".json"))
     return shard
 
 

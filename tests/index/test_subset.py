@@ -373,10 +373,6 @@ def test_headers_with_and_without_derivation(source: SampleIndex, tmp_path: Path
     assert "derived" not in source.header and source.derived == []
     made = subset(source, tmp_path / "out", "--class-range", "0:2")
     assert made.header["version"] == source.header["version"] == 1
-    for bad in ("x", [3], [{}], [{**made.derived[0], "samples": "many"}]):
-        altered(made.path, {"derived": bad})
-        with pytest.raises(ValueError, match=r"index header \(=.*\) has a derived entry that does not say of what; take"):
-            SampleIndex.load(made.path)
     altered(made.path, {"derived": [{**made.derived[0], "chosen": "\x1b[2J"}]}, resign=False)
     with pytest.raises(ValueError, match="does not match its SHA-256"):
         SampleIndex.load(made.path)
