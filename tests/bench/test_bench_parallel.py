@@ -51,5 +51,5 @@ def computed_bytes(tmp_path: Path) -> int:
 
 
 def test_a_process_that_fails_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert parallel.main(small(tmp_path, "--ways", "one", "--loader")) == 2
-    assert "team one failed" in capsys.readouterr().err  # the recipe's index is nowhere
+    assert parallel.main(small(tmp_path, "--ways", "towers", "--model.towers=1")) == 2
+    assert "process 0 of team towers failed" in capsys.readouterr().err

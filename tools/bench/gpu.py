@@ -34,24 +34,18 @@ COPIED = 1 << 30
 PARTS = ("copies", "decoder", "steps")
 
 
-def rate(work: Callable[[], float], wait: Callable[[], None], seconds: float) -> float:
-    """Units a second in one turn: `work` gives how many it did, `wait` returns when the device is done with them."""
-    wait()
-    start, done = time.perf_counter(), 0.0
-    while time.perf_counter() < start + seconds:
-        done += work()
-    wait()
-    return done / (time.perf_counter() - start)
-
-
 def rates(work: Callable[[], float], args: argparse.Namespace) -> Spread:
-    """Units a second over the turns, after one call that warms up."""
-    import torch
-
+    """Units a second over the rounds; `work` gives how many it did, once the device is done with them."""
     from tools.profile.measure import spread
 
-    work()
-    return spread([rate(work, torch.cuda.synchronize, args.seconds) for _ in range(args.repeats)])
+    def turn() -> float:
+        start, done = time.perf_counter(), 0.0
+        while time.perf_counter() < start + args.seconds:
+            done += work()
+        return done / (time.perf_counter() - start)
+
+    work()  # warms up
+    return spread([turn() for _ in range(args.repeats)])
 
 
 def copies(args: argparse.Namespace) -> Iterator[tuple[str, Spread]]:
@@ -72,15 +66,13 @@ def copies(args: argparse.Namespace) -> Iterator[tuple[str, Spread]]:
 
 def decoder(args: argparse.Namespace) -> Iterator[tuple[str, Spread]]:
     """Images a second."""
-    import torch
-
     from pipeline.config import LoaderConfig
     from pipeline.decoding.dali import Graph
     from pipeline.index.sample_index import SampleIndex
     from pipeline.parallel import cores
     from pipeline.stats import Stats
     from pipeline.tiers import train_loader
-    from tools.profile.stages import ready
+    from tools.profile.stages import arrived, ready
     from train.recipe import parse
 
     data = parse(["--config", str(args.config)]).config.data
@@ -95,7 +87,7 @@ def decoder(args: argparse.Namespace) -> Iterator[tuple[str, Spread]]:
         with closing(Graph(itertools.cycle(plans), changed)) as graph:
             def decode() -> float:
                 count = len(graph.collect())
-                torch.cuda.current_stream().synchronize()
+                arrived(loader.device)
                 return count
 
             yield f"decode, hardware share {load:g}, {machine.threads} threads, img/s", rates(decode, args)

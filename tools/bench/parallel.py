@@ -1,5 +1,5 @@
 """Times ways to share a network between processes against one process:
-`python tools/bench/parallel.py [--config RECIPE] [--json FILE]`; `--loader` takes the recipe's images instead of noise.
+`python tools/bench/parallel.py [--config RECIPE] [--json FILE]`.
 
 Every way makes steps of the same global batch, one core and one thread a process; teams of processes take turns, overlap on
 and off too (`tools.bench.teams`). A ratio is of two turns of one round; of figures the median over the rounds counts, with the
@@ -91,8 +91,8 @@ def run(args: argparse.Namespace, settings: Sequence[str]) -> None:
         if not getattr(args, name) >= low:
             raise ValueError(f"--{name} (={getattr(args, name)}) must be at least {low}; leave it out for the default")
     config, chosen = read(args, settings), ways(args.ways)
-    described = about(config) | {"rounds": args.rounds, "seconds_a_turn": args.seconds, "loader": args.loader}
-    results = measure(config, chosen, args.rounds, args.seconds, args.loader)
+    described = about(config) | {"rounds": args.rounds, "seconds_a_turn": args.seconds}
+    results = measure(config, chosen, args.rounds, args.seconds)
     entries = [result.as_json(results[0]) for result in results]
     show(entries)
     if args.json is not None:
@@ -111,7 +111,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=4.0, metavar="S", help="length of a turn (4)")
     parser.add_argument("--ways", type=lambda text: text.split(","), metavar="NAMES", default=WAYS,
                         help=f"these, divided by commas, and `one` ({','.join(WAYS)}; besides: half, a tower alone)")
-    parser.add_argument("--loader", action="store_true", help="the recipe's images instead of noise")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     args, settings = parser.parse_known_args(arguments)
     return guarded(lambda: run(args, settings))

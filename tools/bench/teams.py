@@ -10,12 +10,10 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 from unittest import mock
@@ -24,12 +22,10 @@ import torch
 
 from model import tower_exchange
 from model.tower_exchange import Swap
-from pipeline.stats import Stats
 from tools.bench.workers import Workers
 from tools.profile.measure import interleave, ratio
 from tools.profile.network import NetworkStep
 from tools.scaling import traffic
-from train import build
 from train.config import Config, ParallelConfig
 from train.parallel.gradients import Gradients
 from train.parallel.topology import Topology, process_group
@@ -84,7 +80,7 @@ class RankTurn:
         steps, seconds: how many, and the wall time.
         waits: seconds of waiting, by WAITS.
         cpu_s: CPU seconds of the process.
-        carrying_s: those of its other threads, which carry bytes (and decode, where there is a loader).
+        carrying_s: those of its other threads, which carry bytes.
     """
     steps: int
     seconds: float
@@ -104,13 +100,12 @@ class Team:
     Args:
         sharing: the way.
         config: recipe; its batch is that of all processes together.
-        loader: batches are the recipe's; else noise.
 
     Raises:
         RuntimeError: a process failed; with its message.
     """
 
-    def __init__(self, sharing: Sharing, config: Config, loader: bool = False) -> None:
+    def __init__(self, sharing: Sharing, config: Config) -> None:
         count, machine = sharing.processes, replace(config.machine, torch_threads=1, threads=config.machine.threads or 1)
         train = replace(config.train, batch=config.train.batch // count if sharing.apart else config.train.batch)
         config = replace(config, machine=machine, train=train, parallel=replace(sharing.parallel, feed=config.parallel.feed))
@@ -119,7 +114,7 @@ class Team:
             port = str(free.getsockname()[1])
         variables = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = [{} if sharing.alone else variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-        self._workers = Workers(f"team {sharing.name}", member, [(sharing, rank, config, loader) for rank in range(count)],
+        self._workers = Workers(f"team {sharing.name}", member, [(sharing, rank, config) for rank in range(count)],
                                 environment)
 
     def turn(self, steps: int, overlap: bool = True) -> list[RankTurn]:
@@ -142,38 +137,27 @@ class Member:
 
 
 @contextmanager
-def member(sharing: Sharing, rank: int, config: Config, loader: bool) -> Iterator[Member]:
+def member(sharing: Sharing, rank: int, config: Config) -> Iterator[Member]:
     """Join the team and build the network."""
     if config.machine.device != "cuda":
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[rank % len(cores)]})
     with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         topology = stack.enter_context(process_group(towers=config.model.towers, device=config.machine.device,
                                                      timeout_s=config.machine.timeout_s, parallel=config.parallel))
         if sharing.half:
             stack.enter_context(mock.patch.object(tower_exchange, "Swap", _Imagined))
             stack.enter_context(mock.patch.object(Topology, "all_reduce_sum", lambda self, values: list(values)))
             topology = replace(topology, tower_ranks=2)
-        batches = _batches(config, topology, scratch) if loader else None
         steps: dict[bool, Iterator[object]] = {}
         for overlap in (True, False) if topology.world_size > 1 else (True,):
             network = NetworkStep(replace(config, parallel=replace(config.parallel, overlap=overlap)), topology)
-            steps[overlap] = network.synthetic(config.train.batch) if batches is None else map(network, batches)
+            steps[overlap] = network.synthetic(config.train.batch)
         own = Member(topology, steps)
         for owner, method, name in ((Swap, "wait", "activations"), (Gradients, "finish", "gradients"),
                                     (Topology, "all_reduce_sum", "loss")):
             stack.enter_context(mock.patch.object(owner, method, _timed(getattr(owner, method), own.waits, name)))
         yield own
-
-
-def _batches(config: Config, topology: Topology, scratch: Path) -> Iterator[Any]:
-    """The recipe's batches without end."""
-    index = build.index(config, config.data.train_split)
-    stats = Stats.for_index(index, config.data.square_px, config.data.train_split)
-    loader = build.train_loader(config, topology, index, stats, scratch / "quarantine.jsonl")
-    while True:  # an iteration is an epoch
-        yield from loader
 
 
 def _timed(method: Any, seconds: dict[str, float], name: str) -> Any:
@@ -274,11 +258,8 @@ def ways(names: Sequence[str]) -> list[Way]:
     return [Way(sharing, overlap) for sharing in chosen for overlap in ((True,) if sharing.alone else (True, False))]
 
 
-def measure(config: Config, chosen: Sequence[Way], rounds: int, seconds: float, loader: bool = False) -> list[Result]:
+def measure(config: Config, chosen: Sequence[Way], rounds: int, seconds: float) -> list[Result]:
     """Start the teams, then let the ways take turns of some seconds, interleaved.
-
-    Args:
-        loader: the recipe's images instead of noise.
 
     Raises:
         RuntimeError: a process failed.
@@ -287,7 +268,7 @@ def measure(config: Config, chosen: Sequence[Way], rounds: int, seconds: float, 
     try:
         for sharing in dict.fromkeys(way.sharing for way in chosen):
             print(f"starting {sharing.name}", file=sys.stderr, flush=True)
-            teams[sharing.name] = Team(sharing, config, loader)
+            teams[sharing.name] = Team(sharing, config)
 
         def turn_of(way: Way) -> Callable[[], list[RankTurn]]:
             team = teams[way.sharing.name]
