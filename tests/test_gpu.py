@@ -332,16 +332,18 @@ def test_the_demo_recipe_trains_on_the_gpu(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_two_gpus_share_a_run_in_every_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command's own limit, 1e-5, on losses in float32; NCCL, a GPU a process."""
+def test_two_gpus_share_a_run_in_every_way(tmp_path: Path) -> None:
+    """Losses in float32; NCCL, a GPU a process."""
+    from tests.helpers.losses import SHARINGS, SINGLE, largest_difference, losses
     from tests.helpers.recipes import write_recipe
-    from tools import same_losses
 
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs: NCCL allows one process each")
     index = write_set(tmp_path / "set", photographs(76), photographs(84)[76:], classes=6)
     compute(index, "train", 76).save(index.path / "stats-train-76.npz")
-    ways = [way.name for way in same_losses.WAYS.values() if way.processes <= torch.cuda.device_count()]
-    code = same_losses.main(["--config", str(write_recipe(tmp_path, index.path)), "--steps", "12", "--json", "--ways", *ways,
-                             "--machine.device=cuda"])
-    assert code == 0, capsys.readouterr().err
+    recipe = write_recipe(tmp_path, index.path)
+    single = losses(SINGLE, recipe, tmp_path, 12, "--machine.device=cuda")
+    for sharing in SHARINGS.values():
+        if sharing.processes <= torch.cuda.device_count():
+            shared = losses(sharing, recipe, tmp_path, 12, "--machine.device=cuda")
+            assert largest_difference(shared, single) < 1e-5, sharing

@@ -23,8 +23,7 @@ from pipeline.sampling.sampler import Ids
 from pipeline.stats import Stats
 from train.config import Config
 from train.optimizer import PaperSGD
-from train.parallel import pair_loader
-from train.parallel.pair_loader import Fed
+from train.parallel.pair_loader import PairLoader, loader_shard, pair_loader
 from train.parallel.topology import Topology
 
 
@@ -95,7 +94,8 @@ def classes_sha256(found: SampleIndex) -> str:
     return hashlib.sha256("\n".join(entry.wnid for entry in found.classes).encode()).hexdigest()
 
 
-def train_loader(config: Config, topology: Topology, found: SampleIndex, stats: Stats, quarantine: Path) -> TrainLoader | Fed:
+def train_loader(config: Config, topology: Topology, found: SampleIndex, stats: Stats,
+                 quarantine: Path) -> TrainLoader | PairLoader:
     """Training batches from the recipe's tier: this data rank's rows of each, the same in both towers.
 
     Args:
@@ -110,11 +110,11 @@ def train_loader(config: Config, topology: Topology, found: SampleIndex, stats: 
     loader = tiers.train_loader(data.tier, found, data.train_split, data.pixels(), config.train.batch, config.train.seed, stats,
                                 resident=data.resident, window=data.window, lanes=data.lanes,
                                 store=config.machine.archives if config.in_bucket else "", machine=machine,
-                                shard=pair_loader.shard(config.parallel, topology, config.train.batch),
+                                shard=loader_shard(config.parallel, topology, config.train.batch),
                                 device_id=topology.device.index,
                                 quarantine=Quarantine(budget, quarantine, process=topology.global_rank),
                                 group=topology.node_group() if in_gpu_memory else None)
-    return pair_loader.fed(loader, config.parallel, topology)
+    return pair_loader(loader, config.parallel, topology)
 
 
 def test_loader(config: Config, topology: Topology, found: SampleIndex, stats: Stats, split: str, *,
@@ -139,7 +139,7 @@ class Loaders:
 
     index: SampleIndex
     stats: Stats
-    train: TrainLoader | Fed
+    train: TrainLoader | PairLoader
     tests: dict[str, EvalLoader]
 
     def close(self) -> None:

@@ -25,7 +25,7 @@ from train.evaluate.metrics import Score
 from train.evaluate.predict import evaluate
 from train.feeding import Feeding
 from train.parallel.failure import enter_phase
-from train.parallel.pair_loader import Fed
+from train.parallel.pair_loader import PairLoader
 from train.parallel.topology import Topology
 from train.recipe import dump
 from train.run_folder import CHECKPOINTS, METRICS, Metrics, check_same_recipe, check_sources
@@ -112,7 +112,7 @@ class Trainer:
         self._saver.wait()
         if summary := self._feeding.sentence(self._config.machine, self._loaders.train.threads,
                                              self._topology.device.type == "cuda", self._config.data.tier,
-                                             swaps=isinstance(self._loaders.train, Fed)):
+                                             swaps=isinstance(self._loaders.train, PairLoader)):
             self._console.print(summary)
         return self._progress.epoch == self._config.train.epochs
 

@@ -14,7 +14,7 @@ from train import build
 from train.config import Config
 from train.optimizer import Schedule, build_optimizer, set_lr
 from train.parallel.failure import enter_phase
-from train.parallel.gradients import Gradients
+from train.parallel.gradients import GradientReducer
 from train.parallel.topology import Topology
 
 
@@ -48,7 +48,7 @@ class TrainStep:
         self.optimizer = build_optimizer(self.network, config.optimizer, self.schedule.layers, topology.group("tower"))
         self.autocast = build.autocast(config, topology)
         self._config, self._topology = config, topology
-        self._gradients = Gradients(self.network, topology, config.parallel.overlap)
+        self._gradients = GradientReducer(self.network, topology, config.parallel.overlap)
 
     def __call__(self, batch: Batch, epoch: int, flags: Callable[[], Sequence[bool]] = tuple) -> StepResult:
         """Update the network by this process's rows of a global batch. All processes call it together.

@@ -18,7 +18,7 @@ from model.alexnet import AlexNet
 from model.config import ModelConfig
 from model.tower_exchange import crossing
 from model.towers import BOTH, Tower
-from train.parallel.gradients import Gradients
+from train.parallel.gradients import GradientReducer
 from train.parallel.topology import Topology
 
 IMAGES = 2  # of a pair in the step
@@ -69,7 +69,7 @@ def _step(config: ModelConfig, scheme: str, precision: str, rank: int) -> Sent:
     topology = Topology(*ranks, rank, 2, torch.device("cpu"), mesh)
     network = AlexNet(config, seed=0, tower=BOTH if data else Tower(rank, 2, topology.group("tower")),
                       scheme="weird" if scheme == "weird" else "towers")
-    gradients = Gradients(network, topology, overlap=True)
+    gradients = GradientReducer(network, topology, overlap=True)
     images = torch.zeros(IMAGES if scheme == "towers" else IMAGES // 2, 3, config.input_px, config.input_px)
     with Hook() as hook:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):

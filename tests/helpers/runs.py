@@ -23,8 +23,14 @@ from train.parallel.topology import Topology
 
 ROOT = Path(__file__).resolve().parents[2]
 ALONE = [sys.executable, "-W", "error", "-m"]
-# The launcher itself warns about things of its own, so warnings are errors in the single process only.
-PAIR = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+
+
+def torchrun(processes: int) -> list[str]:
+    """The launcher of so many processes. It warns about things of its own, so warnings are errors in the single process only."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+
+
+PAIR = torchrun(2)
 
 
 def start(launcher: list[str], recipe: Path, runs: Path, *argv: str) -> subprocess.Popen[str]:

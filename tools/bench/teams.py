@@ -2,7 +2,7 @@
 
 Each process has one core to itself (rank r the core r modulo their number) and one thread; what carries its bytes to others
 must run on that core too. A turn's figures are of the slowest process. Waiting is measured where the product waits: for
-activations (`Swap.wait`), for all-reduces of gradients (`Gradients.finish`, which puts small ones in their places too), for
+activations (`Swap.wait`), for all-reduces of gradients (`GradientReducer.finish`, which puts small ones in their places too), for
 the loss of all ranks (`Topology.all_reduce_sum`).
 """
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tools.profile.measure import interleave, ratio
 from tools.profile.network import NetworkStep
 from tools.scaling import traffic
 from train.config import Config, ParallelConfig
-from train.parallel.gradients import Gradients
+from train.parallel.gradients import GradientReducer
 from train.parallel.topology import Topology, process_group
 
 WAITS = ("activations", "gradients", "loss")
@@ -154,7 +154,7 @@ def member(sharing: Sharing, rank: int, config: Config) -> Iterator[Member]:
             network = NetworkStep(replace(config, parallel=replace(config.parallel, overlap=overlap)), topology)
             steps[overlap] = network.synthetic(config.train.batch)
         own = Member(topology, steps)
-        for owner, method, name in ((Swap, "wait", "activations"), (Gradients, "finish", "gradients"),
+        for owner, method, name in ((Swap, "wait", "activations"), (GradientReducer, "finish", "gradients"),
                                     (Topology, "all_reduce_sum", "loss")):
             stack.enter_context(mock.patch.object(owner, method, _timed(getattr(owner, method), own.waits, name)))
         yield own

@@ -14,7 +14,7 @@ from pipeline.loading.batch import Batch
 from train import build
 from train.config import Config
 from train.optimizer import build_optimizer
-from train.parallel.gradients import Gradients
+from train.parallel.gradients import GradientReducer
 from train.parallel.topology import Topology
 
 
@@ -26,7 +26,7 @@ class NetworkStep:
         self._config, self._topology = config, topology
         self._network = build.network(config, topology)
         self._network.train()
-        self._gradients = Gradients(self._network, topology, config.parallel.overlap)
+        self._gradients = GradientReducer(self._network, topology, config.parallel.overlap)
         self._optimizer = build_optimizer(self._network, config.optimizer, towers=topology.group("tower"))
         self._autocast = build.autocast(config, topology)
         self._step = 0

@@ -1,11 +1,11 @@
-"""Sums of gradients over the processes that hold the same parameters, on their way while backward goes on.
+"""All-reduce of gradients over the processes that hold the same parameters, overlapped with the backward pass.
 
-A large gradient travels where it lies as soon as it is complete; small ones (biases, conv1) travel together. AlexNet's fully
-connected layers, 94% of the bytes, are complete first, and its convolutions, 90% of the work, come after them: nearly all of the
-way is hidden.
+A large gradient is sent as soon as it is complete; small ones (biases, conv1) are sent together. AlexNet's fully connected
+layers, 94% of the bytes, are complete first, and its convolutions, 90% of the work, come after them: nearly all communication is
+hidden.
 
 Not DistributedDataParallel: it regroups its buckets after the first step, hence adds in another order there, and a run that is
-resumed with more than two data ranks is no longer the same to the bit (4 ranks: a fifth of the entries differ).
+resumed with more than two data ranks is no longer bit-exact (4 ranks: a fifth of the entries differ).
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ import torch.distributed as dist
 from model.alexnet import AlexNet
 from train.parallel.topology import Topology
 
-ALONE_BYTES = 1 << 20  # a gradient at least so large travels alone, without being copied
+SMALL_BYTES = 1 << 20  # gradients below are copied into one tensor; others are sent where they lie
 
 
 @dataclass
 class _Bucket:
-    """Parameters whose gradients travel together in `group`."""
+    """Parameters whose gradients are sent together in `group`."""
 
     group: dist.ProcessGroup
     parameters: list[torch.nn.Parameter] = field(default_factory=list)
-    missing: int = 0
-    flat: Optional[torch.Tensor] = None  # what travels, when it is not the gradient itself
+    incomplete: int = 0
+    flat: Optional[torch.Tensor] = None  # the gradients, when there are several
     work: Optional[dist.Work] = None
 
     def send(self) -> None:
-        """All are complete: off they go."""
+        """Begin the all-reduce; all gradients must be complete."""
         grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         assert len(grads) == len(self.parameters), "backward has missed a parameter"
         if len(grads) > 1:
             self.flat = torch.cat([grad.flatten() for grad in grads], out=self.flat)
         self.work = dist.all_reduce(grads[0] if len(grads) == 1 else self.flat, group=self.group, async_op=True)
 
-    def arrive(self) -> None:
+    def receive(self) -> None:
         """Wait for the sums and put them in place."""
         assert self.work is not None
         self.work.wait()
@@ -52,16 +52,16 @@ class _Bucket:
                 parameter.grad.copy_(total.view_as(parameter.grad))
 
 
-class Gradients:
-    """Each backward between `begin` and `finish` adds to the gradients; the last one's are summed over processes.
+class GradientReducer:
+    """Sums gradients over processes. Each backward between `begin` and `finish` adds to them; those of the last one are sent.
 
     Args:
-        network: whose parameters; which of them a tower holds alone is what `network.tower_of` says.
-        where: this process. Parameters that are split between towers are summed over "data", others over all processes.
-        overlap: send each as soon as it is complete; else all of them in `finish`, with the same sums.
+        network: parameters that are split between towers are summed over "data", others over all processes.
+        topology: this process.
+        overlap: send each gradient as soon as it is complete; else all of them in `finish`, with the same sums.
     """
 
-    def __init__(self, network: AlexNet, where: Topology, overlap: bool) -> None:
+    def __init__(self, network: AlexNet, topology: Topology, overlap: bool) -> None:
         self._overlap, self._last = overlap, True
         self._parameters = list(network.parameters())
         self._norms: list[torch.Tensor] = []
@@ -70,11 +70,11 @@ class Gradients:
         small: dict[int, _Bucket] = {}
         for name, parameter in reversed(list(network.named_parameters())):  # as backward completes them
             parameter.register_post_accumulate_grad_hook(self._complete)
-            whole = network.tower_of(name).count == 1 and where.tower_ranks > 1
-            group = dist.group.WORLD if whole else where.group("data")
+            in_both_towers = network.tower_of(name).count == 1 and topology.tower_ranks > 1
+            group = dist.group.WORLD if in_both_towers else topology.group("data")
             if group is None:
                 continue
-            if parameter.numel() * parameter.element_size() >= ALONE_BYTES:
+            if parameter.numel() * parameter.element_size() >= SMALL_BYTES:
                 bucket = _Bucket(group)
                 self._buckets.append(bucket)
             else:
@@ -84,24 +84,23 @@ class Gradients:
         self._buckets += small.values()
 
     def begin(self, last: bool) -> None:
-        """Before a backward; `last` when its gradients complete the sum of this step's pieces."""
+        """Before a backward; `last` when it completes the gradients of this step."""
         self._last = last
         self._norms = []
         for bucket in self._buckets:
-            bucket.missing = len(bucket.parameters)
+            bucket.incomplete = len(bucket.parameters)
 
     def _complete(self, parameter: torch.Tensor) -> None:
-        if not self._last:
+        """Hook of each parameter: its gradient is complete."""
+        bucket = self._bucket_of.get(parameter)  # type: ignore[call-overload]
+        if not self._last or bucket is None:
             return
         assert parameter.grad is not None
-        bucket = self._bucket_of.get(parameter)  # type: ignore[call-overload]
-        if bucket is None:
-            return
         # Before it is summed, so that what is not finite is known by its process. The root of squares: the largest entry would be
         # 70 times slower to find on a CPU (no vector instructions), and a gradient whose squares overflow (1e19) is as lost.
         self._norms.append(torch.linalg.vector_norm(parameter.grad))
-        bucket.missing -= 1
-        if bucket.missing == 0 and self._overlap:
+        bucket.incomplete -= 1
+        if bucket.incomplete == 0 and self._overlap:
             bucket.send()
 
     def finish(self) -> torch.Tensor:
@@ -110,7 +109,7 @@ class Gradients:
             if bucket.work is None:
                 bucket.send()
         for bucket in self._buckets:
-            bucket.arrive()
-        alone = [parameter.grad for parameter in self._parameters
-                 if parameter not in self._bucket_of and parameter.grad is not None]  # all norms in one launch
-        return torch.linalg.vector_norm(torch.stack([*self._norms, *(torch._foreach_norm(alone) if alone else ())]))
+            bucket.receive()
+        unsent = [parameter.grad for parameter in self._parameters
+                  if parameter not in self._bucket_of and parameter.grad is not None]  # all norms in one launch
+        return torch.linalg.vector_norm(torch.stack([*self._norms, *(torch._foreach_norm(unsent) if unsent else ())]))

@@ -1,6 +1,6 @@
-"""Feeding a pair of towers: each process makes half of the pair's images, and the halves are swapped on their device.
+"""Loading for a pair of towers: each process makes half of the pair's images, and they exchange the halves on their devices.
 
-The swap of a batch is begun while the network computes the one before it. P rows of a pair's share of a batch, c side of a crop.
+The exchange of a batch is begun while the network computes the one before it. P images of a pair, c side of a crop.
 """
 
 from __future__ import annotations
@@ -22,92 +22,94 @@ from pipeline.sampling.sampler import epoch_of, first_step
 from train.config import ParallelConfig
 from train.parallel.topology import Topology
 
-_IMAGES, _TOLD = 0, 1  # tags of messages; NCCL has none, and needs none
-_PARTING_S = 2.0  # a swap that is under way when the loader is closed has both its sides, unless the other process is lost
+_IMAGES_TAG, _IDS_TAG = 0, 1  # of messages; NCCL has none, and needs none
+_CLOSE_S = 2.0  # a batch under way when the loader is closed has arrived by then, unless the other process is lost
 
 
-def shard(parallel: ParallelConfig, where: Topology, batch: int) -> tuple[int, int]:
+def loader_shard(parallel: ParallelConfig, topology: Topology, batch: int) -> tuple[int, int]:
     """(k, n): this process's loader makes rows [k·batch/n, (k+1)·batch/n) of each global batch.
 
     Raises:
         ValueError: the processes do not divide the batch.
     """
-    if parallel.accumulate > max(1, batch // where.data_ranks):
-        raise ValueError(f"parallel.accumulate (={parallel.accumulate}) must be at most the {batch // where.data_ranks} images "
-                         "that each process computes; lower it")
-    if batch % where.data_ranks:
-        whose = "pairs of processes that share" if where.tower_ranks > 1 else "processes that share"
-        raise ValueError(f"train.batch (={batch}) must be divisible by the {where.data_ranks} {whose} it; start another number "
-                         "of processes, or change the batch, and with it the run")
-    if not _halved(parallel, where):
-        return where.data_rank, where.data_ranks
-    if batch % where.world_size:
+    if parallel.accumulate > max(1, batch // topology.data_ranks):
+        raise ValueError(f"parallel.accumulate (={parallel.accumulate}) must be at most the {batch // topology.data_ranks} "
+                         "images that each process computes; lower it")
+    if batch % topology.data_ranks:
+        sharing = "pairs of processes that share" if topology.tower_ranks > 1 else "processes that share"
+        raise ValueError(f"train.batch (={batch}) must be divisible by the {topology.data_ranks} {sharing} it; start another "
+                         "number of processes, or change the batch, and with it the run")
+    if not _halved(parallel, topology):
+        return topology.data_rank, topology.data_ranks
+    if batch % topology.world_size:
         remedy = "parallel.feed: replicate" if parallel.scheme == "towers" else "parallel.scheme: towers and feed: replicate"
-        raise ValueError(f"train.batch (={batch}) must be divisible by the {where.world_size} processes, each of which makes "
+        raise ValueError(f"train.batch (={batch}) must be divisible by the {topology.world_size} processes, each of which makes "
                          f"half of a pair's images; use {remedy}, or another number of processes")
-    return where.global_rank, where.world_size
+    return topology.global_rank, topology.world_size
 
 
-def fed(loader: TrainLoader, parallel: ParallelConfig, where: Topology) -> TrainLoader | Fed:
-    """What the loop takes batches from: the loader of `shard` itself, or with the halves of a pair put together. All processes
-    must ask."""
-    if not _halved(parallel, where):
+def pair_loader(loader: TrainLoader, parallel: ParallelConfig, topology: Topology) -> TrainLoader | PairLoader:
+    """The loader of `loader_shard` itself, or, where each process makes half of a pair's images, one that joins the halves. A
+    collective call."""
+    if not _halved(parallel, topology):
         return loader
-    first = where.global_rank - where.tower_rank
+    first = topology.global_rank - topology.tower_rank
     # A group of its own: its messages must not queue with those of the layers.
-    pair = dist.new_group([first, first + 1], use_local_synchronization=True, timeout=where.timeout)
+    pair = dist.new_group([first, first + 1], use_local_synchronization=True, timeout=topology.timeout)
     assert isinstance(pair, dist.ProcessGroup)
-    return Fed(loader, pair, images=parallel.scheme == "towers")
+    return PairLoader(loader, pair, exchange_images=parallel.scheme == "towers")
 
 
-def _halved(parallel: ParallelConfig, where: Topology) -> bool:
-    return where.tower_ranks == 2 and (parallel.feed == "split" or parallel.scheme == "weird")
+def _halved(parallel: ParallelConfig, topology: Topology) -> bool:
+    return topology.tower_ranks == 2 and (parallel.feed == "split" or parallel.scheme == "weird")
 
 
 @dataclass(frozen=True)
-class _Swap:
-    """A batch on its way.
+class _Exchange:
+    """A batch whose other half is under way.
 
     Attributes:
         half: what this process has made; kept, as it is being sent.
-        images: (P, 3, c, c) with the other half on its way into it; the own half where only that is wanted.
-        told: (2, 2, P/2) int64 on the CPU: ids and epochs of each process's half.
+        images: (P, 3, c, c), or this process's half where only that is wanted.
+        ids_epochs: (2, 2, P/2) int64 on the CPU: of each process's half, ids and epochs.
         works: what to wait for.
     """
 
     half: Batch
     images: torch.Tensor
-    told: torch.Tensor
+    ids_epochs: torch.Tensor
     works: list[dist.Work]
 
 
-class Fed(Iterator[Batch]):
-    """The batches of a pair's whole share, the same in both processes and the same as one of them would make alone.
+class PairLoader(Iterator[Batch]):
+    """The batches of a pair, the same in both processes and the same as one process alone would make.
 
     Used as `TrainLoader` is: each `for` gives the rest of an epoch. Close it after use.
 
     Args:
         loader: makes this process's half, rows in the order of the ranks of `pair`.
         pair: the two processes, a group for this alone.
-        images: whether images are swapped; if not they stay halves, and labels, ids and epochs are of the whole share.
+        exchange_images: if not, images stay halves, while labels, ids and epochs are of the pair.
     """
 
-    def __init__(self, loader: TrainLoader, pair: dist.ProcessGroup, *, images: bool = True) -> None:
-        self.loader, self._pair, self._swapped, self._rank = loader, pair, images, dist.get_rank(pair)
+    def __init__(self, loader: TrainLoader, pair: dist.ProcessGroup, *, exchange_images: bool = True) -> None:
+        self.loader, self._pair, self._exchange_images, self._rank = loader, pair, exchange_images, dist.get_rank(pair)
         start = loader.state_dict()
-        self._batch, self._samples = int(start["batch"]), int(start["samples"])
-        self._ahead: _Swap | Exception | None = None  # of the next step: its batch, or why there is none
-        self._step = int(start["step"])
-        self._end = first_step(self.epoch + 1, self._samples, self._batch)
+        self._batch, self._samples, self._step = int(start["batch"]), int(start["samples"]), int(start["step"])
+        self._next: _Exchange | Exception | None = None  # the next step's batch, or why there is none
+        self._end = self._first_step(self.epoch + 1)
+
+    def _first_step(self, epoch: int) -> int:
+        return first_step(epoch, self._samples, self._batch)
 
     @property
     def monitor(self) -> Monitor:
-        """The loader's; what the swap is waited for counts as copying."""
+        """The loader's; waiting for the exchange counts as copying."""
         return self.loader.monitor
 
     @property
     def note(self) -> str:
-        """What a person should know before it begins; mostly nothing."""
+        """As `TrainLoader.note`."""
         return self.loader.note
 
     @property
@@ -127,56 +129,54 @@ class Fed(Iterator[Batch]):
 
     def __len__(self) -> int:
         """Batches of the current epoch, consumed ones included."""
-        return (first_step(self.epoch + 1, self._samples, self._batch)
-                - first_step(self.epoch, self._samples, self._batch))
+        return self._first_step(self.epoch + 1) - self._first_step(self.epoch)
 
     def __iter__(self) -> Self:
-        self._end = first_step(self.epoch + 1, self._samples, self._batch)
+        self._end = self._first_step(self.epoch + 1)
         return self
 
     def __next__(self) -> Batch:
         if self._step >= self._end:
             raise StopIteration
-        swap, self._ahead = self._ahead or self._begin(), None
-        if isinstance(swap, Exception):
-            raise swap
-        batch = self._whole(swap)
+        exchange, self._next = self._next or self._begin(), None
+        if isinstance(exchange, Exception):
+            raise exchange
+        batch = self._finish(exchange)
         self._step += 1
         if self._step < self._end:
             try:
-                self._ahead = self._begin()
-            except Exception as failure:  # told when its batch is asked for: this one is good
-                self._ahead = failure
+                self._next = self._begin()
+            except Exception as error:  # raised for the next batch: this one is good
+                self._next = error
         return batch
 
-    def _begin(self) -> _Swap:
-        """Take the loader's next half and send it on its way."""
+    def _begin(self) -> _Exchange:
+        """Take the loader's next half and begin to send it."""
         half = next(iter(self.loader))
-        share, rank = len(half.ids), self._rank
-        told = torch.empty(2, 2, share, dtype=torch.int64)
-        told[rank, 0], told[rank, 1] = torch.from_numpy(half.ids), torch.from_numpy(half.epochs)
-        works = self._exchange(told[rank], told[1 - rank], _TOLD)
-        if not self._swapped:
-            return _Swap(half, half.images, told, works)
-        own = half.images.contiguous()
-        images = own.new_empty(2, *own.shape)
-        works += self._exchange(own, images[1 - rank], _IMAGES)
-        images[rank] = own
-        return _Swap(half, images.flatten(0, 1), told, works)
+        ids_epochs = torch.empty(2, 2, len(half.ids), dtype=torch.int64)
+        ids_epochs[self._rank, 0], ids_epochs[self._rank, 1] = torch.from_numpy(half.ids), torch.from_numpy(half.epochs)
+        works = self._send_receive(ids_epochs, _IDS_TAG)
+        if not self._exchange_images:
+            return _Exchange(half, half.images, ids_epochs, works)
+        images = half.images.new_empty(2, *half.images.shape)
+        images[self._rank] = half.images
+        works += self._send_receive(images, _IMAGES_TAG)
+        return _Exchange(half, images.flatten(0, 1), ids_epochs, works)
 
-    def _exchange(self, own: torch.Tensor, other: torch.Tensor, tag: int) -> list[dist.Work]:
+    def _send_receive(self, halves: torch.Tensor, tag: int) -> list[dist.Work]:
+        """Send row `rank` of `halves` to the other process, and receive the other row from it."""
         peer = 1 - self._rank
-        return dist.batch_isend_irecv([dist.P2POp(dist.isend, own, group=self._pair, tag=tag, group_peer=peer),
-                                       dist.P2POp(dist.irecv, other, group=self._pair, tag=tag, group_peer=peer)])
+        return dist.batch_isend_irecv([dist.P2POp(dist.isend, halves[self._rank], group=self._pair, tag=tag, group_peer=peer),
+                                       dist.P2POp(dist.irecv, halves[peer], group=self._pair, tag=tag, group_peer=peer)])
 
-    def _whole(self, swap: _Swap) -> Batch:
+    def _finish(self, exchange: _Exchange) -> Batch:
         """Wait for the other half (on a GPU: make the device's stream wait)."""
-        device = swap.images.device
-        with self.monitor.copying(swap.half.step, torch.cuda.current_stream(device) if device.type == "cuda" else None):
-            for work in swap.works:
+        device, step = exchange.images.device, exchange.half.step
+        with self.monitor.copying(step, torch.cuda.current_stream(device) if device.type == "cuda" else None):
+            for work in exchange.works:
                 work.wait()
-        ids, epochs = swap.told.transpose(0, 1).flatten(1).numpy()
-        return Batch(swap.images, self.loader.labels(ids), ids, epochs, swap.half.step)
+        ids, epochs = exchange.ids_epochs.transpose(0, 1).flatten(1).numpy()
+        return Batch(exchange.images, self.loader.labels(ids), ids, epochs, step)
 
     def state_dict(self) -> dict[str, int | str]:
         """The loader's, of the batches consumed here: the same for any number of processes."""
@@ -187,15 +187,15 @@ class Fed(Iterator[Batch]):
         self.close()
         self.loader.load_state_dict(state)
         self._step = self.loader.step
-        self._end = first_step(self.epoch + 1, self._samples, self._batch)
+        self._end = self._first_step(self.epoch + 1)
 
     def close(self) -> None:
         """Free threads and buffers. It can be used again, by both processes; it starts where it was."""
-        swap, self._ahead = self._ahead, None
-        if isinstance(swap, _Swap):
-            with contextlib.suppress(RuntimeError):  # of a process that is lost, others speak
-                for work in swap.works:
-                    work.wait(datetime.timedelta(seconds=_PARTING_S))
+        exchange, self._next = self._next, None
+        if isinstance(exchange, _Exchange):
+            with contextlib.suppress(RuntimeError):  # a lost process is reported by training's own collectives
+                for work in exchange.works:
+                    work.wait(datetime.timedelta(seconds=_CLOSE_S))
         self.loader.close()
         if self.loader.step != self._step:
             self.loader.load_state_dict(self.state_dict())

@@ -24,6 +24,7 @@ from train.parallel import failure
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 POLL_S = 0.05
+LATER_S = 10.0  # a collective gives up so much later than the monitor, which names the cause
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,9 @@ class Topology:
         if self.is_single:
             return None
         firsts = self.gather_objects(self.global_rank - self.local_rank)
-        own: Optional[dist.ProcessGroup] = None
-        for first in sorted(set(firsts)):  # every process must take part in making every group
-            group = dist.new_group([rank for rank, other in enumerate(firsts) if other == first], timeout=self.timeout)
-            own = group if first == self.global_rank - self.local_rank else own
-        return own
+        nodes = [[rank for rank, other in enumerate(firsts) if other == first] for first in sorted(set(firsts))]
+        group: dist.ProcessGroup = dist.new_subgroups_by_enumeration(nodes, timeout=self.timeout)[0]
+        return group
 
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         """Sums over all processes, in float64."""
@@ -146,7 +145,7 @@ def process_group(*, towers: int, device: str, timeout_s: float, silence_s: floa
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts; deterministic cuBLAS asks for it
         torch.cuda.set_device(chosen)
     with failure.monitored(rank, world_size, timeout_s, silence_s):
-        store, timeout, mesh = _store(rank, world_size, timeout_s), datetime.timedelta(seconds=timeout_s), None
+        store, timeout, mesh = _store(rank, world_size, timeout_s), datetime.timedelta(seconds=timeout_s + LATER_S), None
         try:
             if world_size > 1:
                 mesh = _mesh(chosen, store, rank, coordinates[1], coordinates[3], timeout)

@@ -23,10 +23,10 @@ from pipeline.stats import Stats, stats_path
 from tests.helpers.packed_set import write_packed
 from tests.helpers.small_set import encode, photographs, picture, write_set
 from tests.resident.test_resident import digest
-from train.parallel import pair_loader as feed
 from train.config import ParallelConfig
+from train.parallel import pair_loader as module
 from train.parallel.topology import Topology
-from train.parallel.pair_loader import Fed
+from train.parallel.pair_loader import PairLoader, loader_shard, pair_loader
 
 DATA = DataConfig(region="square", square_px=76, crop_px=67, mirror=True, lighting=0.1, mean="image")
 COUNT, BATCH, STEPS = 46, 8, 14  # epochs end after 6, 12 and 18 steps
@@ -48,7 +48,7 @@ def make(folder: Path, tier: str, memory: str, shard: tuple[int, int], **options
                               window=14, lanes=4, quarantine=Quarantine(2), **options)
 
 
-def take(loader: TrainLoader | Fed, steps: int) -> list[Batch]:
+def take(loader: TrainLoader | PairLoader, steps: int) -> list[Batch]:
     """So many batches, across epochs."""
     found: list[Batch] = []
     while len(found) < steps:
@@ -81,19 +81,19 @@ def found(rank: int, folder: Path) -> dict[Any, Any]:
     for tier, memory, way in WAYS:
         parallel = {"split": SPLIT, "replicate": REPLICATE}[way]
         group = dist.new_group() if memory == "gpu" else None
-        loader = make(folder, tier, memory, feed.shard(parallel, where, BATCH), group=group)
-        with feed.fed(loader, parallel, where) as batches:
+        loader = make(folder, tier, memory, loader_shard(parallel, where, BATCH), group=group)
+        with pair_loader(loader, parallel, where) as batches:
             first = take(batches, 4)
             batches.close()  # a swap, or an exchange of squares, is under way
             assert (batches.step, batches.epoch, len(batches)) == (4, 0, 6)
             kept[tier, memory, way] = digest(first + take(batches, STEPS - 4)), batches.state_dict()
-    weird = make(folder, "archives", "ram", feed.shard(WEIRD, where, BATCH))
-    with feed.fed(weird, WEIRD, where) as batches:
+    weird = make(folder, "archives", "ram", loader_shard(WEIRD, where, BATCH))
+    with pair_loader(weird, WEIRD, where) as batches:
         kept["weird"] = take(batches, 7)
 
-    loader = make(folder, "archives", "ram", feed.shard(SPLIT, where, BATCH))
-    with feed.fed(loader, SPLIT, where) as batches:
-        assert isinstance(batches, Fed) and batches.threads == 1 and batches.note == ""
+    loader = make(folder, "archives", "ram", loader_shard(SPLIT, where, BATCH))
+    with pair_loader(loader, SPLIT, where) as batches:
+        assert isinstance(batches, PairLoader) and batches.threads == 1 and batches.note == ""
         assert [(batch.step, batches.step, batches.epoch) for batch in batches] == [(n, n + 1, n // 5) for n in range(6)]
         batches.load_state_dict({**batches.state_dict(), "step": 9})
         kept["resumed"] = digest(take(batches, STEPS - 9))
@@ -107,7 +107,7 @@ def found(rank: int, folder: Path) -> dict[Any, Any]:
             with pytest.raises(RuntimeError, match="the disk is gone"):
                 next(batches)
             assert batches.step == 2
-        feed._PARTING_S, start = 0.3, time.monotonic()
+        module._CLOSE_S, start = 0.3, time.monotonic()
     assert time.monotonic() - start < 3
     return kept
 
@@ -146,14 +146,14 @@ def test_two_pairs_are_fed_what_two_processes_make(folder: Path) -> None:
 
 
 def test_who_makes_which_rows() -> None:
-    assert [feed.shard(SPLIT, place(rank), 8) for rank in (0, 3)] == [(0, 4), (3, 4)]
-    assert [feed.shard(REPLICATE, place(rank), 8) for rank in (0, 3)] == [(0, 2), (1, 2)]
-    assert [feed.shard(SPLIT, place(rank, 1), 8) for rank in (0, 3)] == [(0, 4), (3, 4)]
+    assert [loader_shard(SPLIT, place(rank), 8) for rank in (0, 3)] == [(0, 4), (3, 4)]
+    assert [loader_shard(REPLICATE, place(rank), 8) for rank in (0, 3)] == [(0, 2), (1, 2)]
+    assert [loader_shard(SPLIT, place(rank, 1), 8) for rank in (0, 3)] == [(0, 4), (3, 4)]
     for parallel in (WEIRD, dataclasses.replace(WEIRD, feed="replicate")):
-        assert feed.shard(parallel, place(2), 8) == (2, 4)
-    assert feed.shard(REPLICATE, place(1), 6) == (0, 2)
+        assert loader_shard(parallel, place(2), 8) == (2, 4)
+    assert loader_shard(REPLICATE, place(1), 6) == (0, 2)
     for parallel, batch, message in ((SPLIT, 6, "the 4 processes, each of which makes half .*; use parallel.feed: replicate"),
                                      (WEIRD, 6, "the 4 processes, .*; use parallel.scheme: towers and feed: replicate"),
                                      (REPLICATE, 7, "the 2 pairs of processes that share it; start")):
         with pytest.raises(ValueError, match=rf"train.batch \(={batch}\) must be divisible by {message}"):
-            feed.shard(parallel, place(1), batch)
+            loader_shard(parallel, place(1), batch)
