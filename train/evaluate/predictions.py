@@ -12,12 +12,11 @@ come from changes a bit. N images in the order of the split's ids, K outputs of 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Iterator, Mapping, Optional
+from typing import Any, Callable, Iterator, Mapping, Optional
 
 import numpy as np
 
@@ -148,12 +147,7 @@ def load(path: Path) -> Evaluation:
 
 
 def find(base: Path, key: Key, warn: Callable[[str], None]) -> tuple[Path, Optional[Evaluation]]:
-    """Find the evaluation of a key at `base`, or beside it at `base`-2, …
-
-    Args:
-        base: a folder that need not exist.
-        key: what is to be tested.
-        warn: called for each folder that is passed over: of another key, or damaged.
+    """Find the evaluation of a key at `base`, or beside it at `base`-2, …; `warn` is called for each that is passed over.
 
     Returns:
         Its folder and the evaluation; or the first folder that is free for it, and None.
@@ -162,10 +156,8 @@ def find(base: Path, key: Key, warn: Callable[[str], None]) -> tuple[Path, Optio
         ValueError: a folder is of another format.
         OSError: a folder cannot be read.
     """
-    for number in itertools.count(1):
-        path = base if number == 1 else base.with_name(f"{base.name}-{number}")
-        if not path.exists() or path.is_dir() and not any(path.iterdir()):
-            return path, None
+    path, number = base, 1
+    while path.exists() and not (path.is_dir() and not any(path.iterdir())):
         try:
             evaluation = load(path)
             if evaluation.key == key:
@@ -173,24 +165,18 @@ def find(base: Path, key: Key, warn: Callable[[str], None]) -> tuple[Path, Optio
             problem = f"evaluation (={path}) is of another test: {key.differences(evaluation.key)}"
         except DamagedEvaluation as error:
             problem = str(error).partition(";")[0]
-        warn(f"{problem}; this test goes to {base.name}-{number + 1}")
-    raise AssertionError("unreachable")
+        number += 1
+        path = base.with_name(f"{base.name}-{number}")
+        warn(f"{problem}; this test goes to {path.name}")
+    return path, None
 
 
 @contextlib.contextmanager
 def writing(path: Path, key: Key, about: Mapping[str, Any]) -> Iterator[Callable[[np.ndarray, np.ndarray], None]]:
     """Write an evaluation to `path`, which exists when the `with` has ended without an exception, and not before.
 
-    Args:
-        path: from `find`.
-        key: what is tested.
-        about: more for its manifest: `checkpoint`, `split`, `index`, and how it is made.
-
-    Returns:
-        A function that appends rows: (M,) IMAGE and (M, K) float16.
-
-    Raises:
-        NotSaved: it cannot be written; a full disk says so at the beginning.
+    Yields a function that appends rows: (M,) IMAGE and (M, K) float16. `about` is what else its manifest says. Raises NotSaved; a
+    full disk says so at the beginning.
     """
     with contextlib.ExitStack() as stack:
         with _says_not_saved(path):
@@ -198,8 +184,11 @@ def writing(path: Path, key: Key, about: Mapping[str, Any]) -> Iterator[Callable
             remove_dead(path.parent)
             folder = stack.enter_context(atomic_folder(path))
             files = [stack.enter_context(open(folder / name, "xb")) for name in (IMAGES, PROBABILITIES)]
-            _begin(files[0], IMAGE, (key.images,))
-            _begin(files[1], np.dtype(np.float16), (key.images, key.outputs))
+            for file, dtype, shape in zip(files, (IMAGE, np.dtype(np.float16)), ((key.images,), (key.images, key.outputs))):
+                np.lib.format.write_array_header_1_0(file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False,
+                                                            "shape": shape})
+                file.flush()
+                os.posix_fallocate(file.fileno(), file.tell(), math.prod(shape) * dtype.itemsize)
 
         def append(images: np.ndarray, probabilities: np.ndarray) -> None:
             with _says_not_saved(path):
@@ -213,14 +202,6 @@ def writing(path: Path, key: Key, about: Mapping[str, Any]) -> Iterator[Callable
             write_json(folder / MANIFEST, {"format": FORMAT, **about, "facts": asdict(key),
                                            "files": file_entries(folder, (IMAGES, PROBABILITIES))})
             stack.close()
-
-
-def _begin(file: BinaryIO, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
-    """Write the header of a .npy file and reserve the room of its values."""
-    np.lib.format.write_array_header_1_0(file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False,
-                                                "shape": shape})
-    file.flush()
-    os.posix_fallocate(file.fileno(), file.tell(), math.prod(shape) * dtype.itemsize)
 
 
 @contextlib.contextmanager

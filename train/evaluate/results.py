@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from typing import Any, Sequence
 
@@ -49,19 +50,13 @@ def print_results(members: Sequence[Evaluation], args: argparse.Namespace) -> No
         _submit(members, args)
         report["submission"] = str(args.submission)
     print(json.dumps(report) if args.json else "\n".join(_lines(members, report)))
-    for name, other in equal_members(members):
-        warn_on_stderr(f"members {name} and {other} gave the same probabilities to the bit; if they are one network, give it "
-                       "once")
+    for one, other in itertools.combinations(members, 2):  # `check_compatible` has refused the same checkpoint only
+        if one.key.views == other.key.views and np.array_equal(one.probabilities, other.probabilities):
+            warn_on_stderr(f"members {one.name} and {other.name} gave the same probabilities to the bit; if they are one network,"
+                           " give it once")
     for name, result in zip([member.name for member in members] + ["ensemble"], results):
         if result.score.at_chance:
             warn_on_stderr(CHANCE if len(members) == 1 else f"{name}: {CHANCE}")
-
-
-def equal_members(members: Sequence[Evaluation]) -> list[tuple[str, str]]:
-    """Names of members, by pairs, whose probabilities are the same to the bit: copies, or one network trained or exported twice.
-    `check_compatible` refuses the same checkpoint only."""
-    return [(one.name, other.name) for number, other in enumerate(members) for one in members[:number]
-            if one.key.views == other.key.views and np.array_equal(one.probabilities, other.probabilities)]
 
 
 def _numbers(result: Result) -> dict[str, Any]:

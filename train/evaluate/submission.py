@@ -1,5 +1,5 @@
-"""A file of predictions as the ILSVRC challenges want it: a line for each image of a split in the order of the images' names, on
-it the IDs of the five most probable classes, best first."""
+"""Challenge submissions: a line for each image of a split in the order of the images' names, on it the ILSVRC IDs of the five
+most probable classes, best first."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def challenge_ids(index: SampleIndex, devkit: Path) -> np.ndarray:
     return np.array([id_of[entry.wnid] for entry in index.classes])
 
 
-def check_numbering(index: SampleIndex, split: str, tell: Callable[[str], None]) -> None:
-    """Compare the places of a split's images with the numbers in their names, as `ILSVRC2012_test_00000001.JPEG` has one.
+def check_numbering(index: SampleIndex, split: str, warn: Callable[[str], None]) -> None:
+    """Compare the positions of a split's images with the numbers in their names, as `ILSVRC2012_test_00000001.JPEG` has one.
 
     Two names suffice: they are in order, all different, so when the first is number 1 and the last number N, none is missing.
 
@@ -38,33 +38,28 @@ def check_numbering(index: SampleIndex, split: str, tell: Callable[[str], None])
         ValueError: an image is missing, or names have no numbers; the lines would belong to other images.
     """
     rows = index.split_rows(split)
-    for place, id in (1, rows.start), (rows.stop - rows.start, rows.stop - 1):
+    for number, id in (1, rows.start), (rows.stop - rows.start, rows.stop - 1):
         name = index.safe_name(id)
         if name == "?":
-            tell(f"the numbers in the names of split {split} could not be compared with the lines, as its archive is not there")
+            warn(f"the numbers in the names of split {split} could not be compared with the lines, as its archive is not there")
             return
-        found = re.search(r"(\d+)\.[^./]*$", name)
-        if not found or int(found.group(1)) != place:
-            raise ValueError(f"image (={name}) must have number {place} in its name, as the challenge's images have, for that is "
-                             f"its place in split {split} of {index.path}; index the whole archive as it was published")
+        in_name = re.search(r"(\d+)\.[^./]*$", name)
+        if not in_name or int(in_name.group(1)) != number:
+            raise ValueError(f"image (={name}) must have number {number} in its name, as the challenge's images have, for that "
+                             f"is its place in split {split} of {index.path}; index the whole archive as it was published")
 
 
 def write(path: Path, index: SampleIndex, split: str, images: np.ndarray, best: np.ndarray, ids: np.ndarray,
-          tell: Callable[[str], None]) -> None:
-    """Write the file, whole or not at all. Excluded images were not tested; their lines, which must be there, are guesses.
+          warn: Callable[[str], None]) -> None:
+    """Write the file atomically: the (N, 5) `best` classes of the (N,) tested `images`, as `challenge_ids`.
 
-    Args:
-        path: the file.
-        images: (N,) sample ids that were tested.
-        best: (N, 5) classes.
-        ids: (K,) of `challenge_ids`.
-        tell: told of guesses.
+    Excluded images were not tested; their lines, which must be there, are guesses, of which `warn` is told.
     """
     rows = index.split_rows(split)
     lines = np.tile(np.sort(ids)[:best.shape[1]], (rows.stop - rows.start, 1))
     lines[images - rows.start] = ids[best]
     if guesses := len(lines) - len(images):
-        tell(f"{guesses} images of split {split} are excluded from {index.path}; their lines of {path} are guesses")
+        warn(f"{guesses} images of split {split} are excluded from {index.path}; their lines of {path} are guesses")
     try:
         with atomic_write(path) as file:
             file.write("".join(" ".join(map(str, line)) + "\n" for line in lines.tolist()).encode())

@@ -126,7 +126,7 @@ def build(trained: TrainedNetwork, split: str, out: Path, *, force: bool = False
                 raise ValueError(f"split (={split}) of {trained.index.path} has no image that can be read; run build_index.py "
                                  "verify")
             file.seek(0)
-            _write_header(file, done, rows.shape[1])
+            _write_header(file, done, rows.shape[1])  # of the same length
         np.save(folder / IDS, np.concatenate(ids), allow_pickle=False)
         manifest = {"format": FORMAT, "source": asdict(source), "images": done,
                     "skipped": {str(id): reason for id, reason in sorted(loader.skipped.items())},
@@ -138,7 +138,6 @@ def build(trained: TrainedNetwork, split: str, out: Path, *, force: bool = False
 
 
 def _write_header(file: BinaryIO, rows: int, width: int) -> None:
-    """Write the header of a .npy file, which has the same length for any number of rows."""
     np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (rows, width)})
 
 
