@@ -24,7 +24,7 @@ from pipeline.config import LoaderConfig
 from pipeline.loading.batch import Batch
 from pipeline.sampling.augment import lighting_shift
 from pipeline.tiers import train_loader
-from tools.bench.crops import Crop, Cropper, Normalize, crop_opencv, crop_pil, crop_spdl, crop_torch, decode
+from tools.bench.crops import Crop, Cropper, Normalize, crop_opencv, crop_pil, crop_torch, decode
 from tools.bench.workers import NotAvailable
 from tools.bench.workload import CROP_PX, DATA, Augmented, Parameters, Photographs, Pixels, Running, Task, need
 
@@ -106,34 +106,18 @@ class CropDataset:
         return torch.from_numpy(crops), torch.tensor(ids), torch.from_numpy(parameters)
 
 
-class ItemDataset(CropDataset):
-    """The same as one first writes it: an image at a time, floats, collated by torch."""
-
-    __getitems__ = None     # type: ignore[assignment]   # torch then asks for items one by one
-
-    def __getitem__(self, id: int) -> tuple[Any, ...]:
-        parameters = self.draws(1)[0]
-        if not hasattr(self, "normalize"):
-            self.normalize = Normalize(self.cropper.photographs, 0)
-        out = torch.empty(3, CROP_PX, CROP_PX)
-        self.normalize.image(out, self.cropper(id, int(parameters[0]), int(parameters[1])), parameters.tolist())
-        return out, id, parameters
-
-
 def unchanged(batch: Any) -> Any:
     """A collate function, and a description, that leaves a batch alone."""
     return batch
 
 
-def dataloader(kind: str, crop: Crop | None, task: Task, *, items: bool = False) -> Running:
-    """torch's DataLoader with worker processes; `items`: floats of single images, else uint8 of batches."""
+def dataloader(kind: str, crop: Crop | None, task: Task) -> Running:
+    """torch's DataLoader with worker processes, which send uint8 batches."""
     cropper = Cropper(Photographs(task, kind), crop)
     cropper.open()
-    loader: Any = DataLoader(ItemDataset(cropper) if items else CropDataset(cropper),      # type: ignore[arg-type]
-                             batch_sampler=Endless(cropper.photographs.ids, task.batch), num_workers=task.workers,
-                             collate_fn=None if items else unchanged, multiprocessing_context="spawn")
-    finish = Augmented if items else Normalize(cropper.photographs).batch
-    return Running((finish(images, np.asarray(ids), np.asarray(parameters)) for images, ids, parameters in loader), unchanged)
+    loader: Any = DataLoader(CropDataset(cropper), batch_sampler=Endless(cropper.photographs.ids, task.batch),  # type: ignore
+                             num_workers=task.workers, collate_fn=unchanged, multiprocessing_context="spawn")
+    return Running(itertools.starmap(Normalize(cropper.photographs).batch, loader), unchanged)
 
 
 class ShardCrop:
@@ -167,11 +151,6 @@ def webdataset(kind: str, crop: Crop, task: Task) -> Running:
 def spdl(kind: str, crop: Crop | None, task: Task) -> Running:
     """spdl's pipeline: threads of one process, each making whole batches, so that nothing crosses processes."""
     builder = need("spdl.pipeline").PipelineBuilder()
-    if crop is crop_spdl:
-        try:
-            need("spdl.io.utils").get_ffmpeg_versions()
-        except RuntimeError as error:       # its library is loaded at the first use
-            raise NotAvailable(f"spdl.io cannot be loaded: it needs FFmpeg's shared libraries ({str(error)[:60]}…)") from None
     one_thread()
     cropper = Cropper(Photographs(task, kind), crop)
     cropper.open()
@@ -251,19 +230,15 @@ CONTENDERS = {contender.name: contender for contender in (
               partial(dataloader, "original", crop_torch)),
     Contender("webdataset", "webdataset + simplejpeg, torch's resize", "original", "peer",
               partial(webdataset, "original", crop_torch)),
-    Contender("spdl", "spdl, its own decoder", "original", "peer", partial(spdl, "original", crop_spdl), 3.0),
     Contender("spdl_torch", "spdl + simplejpeg, torch's resize", "original", "peer", partial(spdl, "original", crop_torch)),
     Contender("decode", _DECODE, "original", "limit", partial(whole_decode, "original")),
     Contender("packed", "ours, tier packed", "packed", "ours", partial(ours, "packed")),
     Contender("streamed", "ours, tier streamed", "packed", "ours", partial(ours, "streamed")),
     Contender("packed_dataloader", "DataLoader + simplejpeg", "packed", "peer", partial(dataloader, "packed", crop_torch)),
     Contender("packed_webdataset", "webdataset + simplejpeg", "packed", "peer", partial(webdataset, "packed", crop_torch)),
-    Contender("packed_spdl", "spdl, its own decoder", "packed", "peer", partial(spdl, "packed", crop_spdl), 3.0),
     Contender("packed_spdl_simplejpeg", "spdl + simplejpeg", "packed", "peer", partial(spdl, "packed", crop_torch)),
     Contender("packed_decode", _DECODE, "packed", "limit", partial(whole_decode, "packed")),
     Contender("resident", "ours, tier resident", "decoded", "ours", partial(ours, "resident")),
-    Contender("memmap_items", "memory map + DataLoader, float images", "decoded", "peer",
-              partial(dataloader, "original", None, items=True)),
     Contender("memmap", "memory map + DataLoader, uint8 batches", "decoded", "peer", partial(dataloader, "original", None)),
     Contender("memmap_spdl", "memory map + spdl's threads", "decoded", "peer", partial(spdl, "original", None)),
 )}

@@ -64,21 +64,6 @@ def crop_torch(data: Any, top: int, left: int) -> Pixels:
     return pixels[_slices(width, height, top, left)]
 
 
-def crop_spdl(data: Any, top: int, left: int) -> Pixels:
-    """spdl's own decoder, FFmpeg: decode, scale and crop in one filter graph."""
-    sio, content = need("spdl.io"), bytes(data)
-    try:
-        height, width = simplejpeg.decode_jpeg_header(content)[:2]
-    except ValueError:      # one in thousands is CMYK or a PNG
-        return crop_torch(data, top, left)
-    size = resized_size((width, height))
-    rows, columns = _slices(*size, top, left)
-    scale = "" if size == (width, height) else f"scale=w={size[0]}:h={size[1]}:flags=bilinear,"
-    chain = f"{scale}crop=w={CROP_PX}:h={CROP_PX}:x={columns.start}:y={rows.start}:exact=1,format=pix_fmts=rgb24"
-    pixels: Pixels = sio.to_numpy(sio.load_image(content, filter_desc=chain))
-    return pixels
-
-
 class Cropper:
     """(id, top, left) → crop: bytes through a crop function, or (None) a slice of resized images. Travels to workers."""
 

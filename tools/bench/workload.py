@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib
 import io
 import os
-import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -164,13 +163,10 @@ class Photographs:
         for part, path in enumerate(paths):
             if path.exists():
                 continue
-            with tarfile.open(path.with_suffix(".tmp"), "w", format=tarfile.USTAR_FORMAT) as tar:
+            with need("webdataset").TarWriter(str(path.with_suffix(".tmp"))) as tar:
                 for id in self.ids[part::2].tolist():
-                    label = str(self.index.samples["label"][id]).encode()
-                    for suffix, content in (("jpg", self.read(id).tobytes()), ("cls", label)):
-                        member = tarfile.TarInfo(f"{id:08d}.{suffix}")
-                        member.size = len(content)
-                        tar.addfile(member, io.BytesIO(content))
+                    label = str(self.index.samples["label"][id])
+                    tar.write({"__key__": f"{id:08d}", "jpg": self.read(id).tobytes(), "cls": label})
             os.replace(path.with_suffix(".tmp"), path)
         return [str(path) for path in paths]
 
