@@ -21,9 +21,9 @@ from train.checkpoint import checkpoint
 from train.checkpoint.async_saver import AsyncSaver
 from train.config import Config
 from train.console import Console, ThroughputMeter
+from train.data_wait import DataWait
 from train.evaluate.metrics import Score
 from train.evaluate.predict import evaluate
-from train.feeding import Feeding
 from train.parallel.failure import enter_phase
 from train.parallel.pair_loader import PairLoader
 from train.parallel.topology import Topology
@@ -92,7 +92,7 @@ class Trainer:
         self._checkpoints = folder / CHECKPOINTS
         self._metrics = Metrics(folder / METRICS, topology.is_main)
         self._saver = AsyncSaver(self._checkpoints, topology, config.machine.keep_last, config.machine.timeout_s)
-        self._progress, self._feeding = Progress(), Feeding()
+        self._progress, self._data_wait = Progress(), DataWait()
 
     @property
     def steps(self) -> int:
@@ -110,9 +110,9 @@ class Trainer:
                 break
             self._finish_epoch(score, throughput)
         self._saver.wait()
-        if summary := self._feeding.sentence(self._config.machine, self._loaders.train.threads,
-                                             self._topology.device.type == "cuda", self._config.data.tier,
-                                             swaps=isinstance(self._loaders.train, PairLoader)):
+        loader, on_gpu = self._loaders.train, self._topology.device.type == "cuda"
+        if summary := self._data_wait.summary(self._config.machine, loader.threads, on_gpu, self._config.data.tier,
+                                              swaps=isinstance(loader, PairLoader)):
             self._console.print(summary)
         return self._progress.epoch == self._config.train.epochs
 
@@ -123,9 +123,9 @@ class Trainer:
             return True
         self._train_step.network.train()
         enter_phase("load", loader.step)
-        with self._feeding.watch(loader.monitor):
+        with self._data_wait.measured(loader.monitor):
             for batch in loader:
-                self._feeding.arrived(loader.monitor)
+                self._data_wait.batch_arrived(loader.monitor)
                 result = self._train_step(batch, progress.epoch, lambda: (self._stop.received, self._saver.failed))
                 stop, save_failed = result.flags
                 if save_failed:

@@ -1,4 +1,4 @@
-"""Head-room from busy threads, and the sentence at the end of a run."""
+"""Headroom from busy threads, and the line on data wait at the end of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.config import DataConfig, LoaderConfig
 from pipeline.monitor import Headroom, Usage, Waits, headroom
 from pipeline.compute_stats import compute
 from pipeline.tiers import train_loader
-from train.feeding import Feeding
+from train.data_wait import DataWait
 
 MACHINE = LoaderConfig(read_threads=2)
 
@@ -26,34 +26,34 @@ def test_headroom_by_hand() -> None:
     assert Usage(time=1.0).plus(later, used) == Usage(time=21.0, read=1.0, decode=0.0, making=1.5)
 
 
-def test_the_sentence_says_who_waited() -> None:
+def test_the_summary_by_hand() -> None:
     used = Usage(time=100.0, read=1.0, decode=20.0, making=2.0)
-    fed = Feeding(Waits(0.5, decode=0.5, batches=50), used)
-    assert fed.sentence(MACHINE, 2, False) == ("the loader waited for the network, 10.0× head-room (decode is its busiest "
-                                               "part); the network waited 0.5% of the time")
-    assert fed.sentence(MACHINE, 2, True) == "the loader waited for the network; the network waited 0.5% of the time"
-    starved = Feeding(Waits(40.0, read=28.0, decode=8.0, batches=50), used)
-    assert starved.sentence(MACHINE, 2, False).startswith(
-        "the network waited for the loader 40.0% of the time (of that read 70%, decode 20%, other 10%): put the images on faster "
+    fed = DataWait(Waits(0.5, decode=0.5, batches=50), used)
+    assert fed.summary(MACHINE, 2, False) == ("data wait: 0.5% of the time; the loader has 10.0× headroom (decode is its "
+                                              "busiest part)")
+    assert fed.summary(MACHINE, 2, True) == "data wait: 0.5% of the time"
+    starved = DataWait(Waits(40.0, read=28.0, decode=8.0, batches=50), used)
+    assert starved.summary(MACHINE, 2, False).startswith(
+        "data wait: 40.0% of the time (of that read 70%, decode 20%, other 10%): put the images on faster "
         "storage or raise machine.read_threads; or write packed shards once")
-    assert "raise data.lanes" in starved.sentence(MACHINE, 2, False, "streamed")
+    assert "raise data.lanes" in starved.summary(MACHINE, 2, False, "streamed")
     for tier, better in (("archives", "data.tier: packed"), ("packed", "data.tier: resident"), ("resident", "the first epoch")):
-        told = Feeding(Waits(40.0, decode=40.0, batches=50), used).sentence(MACHINE, 2, False, tier)
+        told = DataWait(Waits(40.0, decode=40.0, batches=50), used).summary(MACHINE, 2, False, tier)
         assert better in told and f"data.tier: {tier}" not in told
-    late = Feeding(Waits(40.0, copy=40.0, batches=50), used)
-    assert "raise machine.queue" in late.sentence(MACHINE, 2, False)
-    assert "try --parallel.feed=replicate" in late.sentence(MACHINE, 2, False, swaps=True)
-    assert Feeding().sentence(MACHINE, 2, False) == ""
+    late = DataWait(Waits(40.0, copy=40.0, batches=50), used)
+    assert "raise machine.queue" in late.summary(MACHINE, 2, False)
+    assert "try --parallel.feed=replicate" in late.summary(MACHINE, 2, False, swaps=True)
+    assert DataWait().summary(MACHINE, 2, False) == ""
 
 
 def test_the_first_batch_of_a_run_is_the_loaders_start(tmp_path: Path) -> None:
     index = write_set(tmp_path, photographs(12))
-    data, watched = DataConfig("square", 76, 67, True, 0.1, "channel"), Feeding()
+    data, watched = DataConfig("square", 76, 67, True, 0.1, "channel"), DataWait()
     with train_loader("archives", index, "train", data, 4, 1, compute(index, "train", 76)) as loader:
         for _ in range(2):
-            with watched.watch(loader.monitor):
+            with watched.measured(loader.monitor):
                 for _ in loader:
-                    watched.arrived(loader.monitor)
+                    watched.batch_arrived(loader.monitor)
         assert watched.waits.batches == 5 and watched.waits.seconds < loader.monitor.waits.seconds
 
 
@@ -61,15 +61,15 @@ def test_the_first_batch_of_a_run_is_the_loaders_start(tmp_path: Path) -> None:
 def test_dalis_threads_are_found_and_their_work_counted(tmp_path: Path, threads: int) -> None:
     index = write_set(tmp_path, photographs(12))
     data = DataConfig("square", 76, 67, True, 0.1, "channel")
-    machine, watched = LoaderConfig(threads=threads, read_threads=1), Feeding()
+    machine, watched = LoaderConfig(threads=threads, read_threads=1), DataWait()
     with train_loader("archives", index, "train", data, 4, 1, compute(index, "train", 76), machine=machine) as loader:
         for _ in range(3):
-            with watched.watch(loader.monitor):
+            with watched.measured(loader.monitor):
                 assert len(list(loader)) == 3
         assert len(loader.monitor.decoders) >= threads
     assert watched.waits.batches == 9
     assert 0 < watched.used.decode < threads * watched.used.time and 0 < watched.used.read and 0 < watched.used.making
-    assert "wait" in watched.sentence(machine, threads, False)
+    assert "data wait" in watched.summary(machine, threads, False)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -78,7 +78,7 @@ def test_headroom_is_what_the_loader_then_gives(tmp_path: Path, threads: int) ->
     machine's other work make up to a factor of two.)"""
     index = write_set(tmp_path, photographs(60))
     data = DataConfig("square", 256, 227, True, 0.1, "channel")
-    machine, slow = LoaderConfig(threads=threads), Feeding()
+    machine, slow = LoaderConfig(threads=threads), DataWait()
     with train_loader("archives", index, "train", data, 10, 1, compute(index, "train", 256), machine=machine) as loader:
         assert len(list(loader)) == 6
         start = time.perf_counter()
@@ -86,7 +86,7 @@ def test_headroom_is_what_the_loader_then_gives(tmp_path: Path, threads: int) ->
             for _ in loader:
                 pass
         alone = 24 / (time.perf_counter() - start)
-        with slow.watch(loader.monitor):
+        with slow.measured(loader.monitor):
             start = time.perf_counter()
             for _ in range(2):
                 for _ in loader:
