@@ -1,9 +1,15 @@
-"""What a recipe says about data: `DataConfig` changes results, `LoaderConfig` never does. Imports nothing heavy."""
+"""Settings of the pipeline: `DataConfig` changes results, `LoaderConfig` never does. Imports nothing heavy."""
 from dataclasses import dataclass, field
+from typing import Any
 
 REGIONS = ("square", "full")
 MEANS = ("image", "image_center", "channel")
 WINDOW, LANES = 4096, 8  # of tier streamed, unless a recipe says otherwise
+
+
+def _check(key: str, value: Any, holds: bool, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{key} (={value}) must {rule}")
 
 
 @dataclass(frozen=True)
@@ -12,14 +18,14 @@ class DataConfig:
 
     Attributes:
         region: where training crops come from: ``square``, the central square (paper §2), or ``full``, the whole image
-            at the short side of the square. Tests always use the square.
+            at the short side of the square. Evaluations always use the square.
         square_px: short side after the resize, and side of the central square (paper: 256).
         crop_px: side of the crop the network sees (227; the paper's 224 and its windows that hang over, FACTS §1).
-        mirror: reflect half of the training crops.
-        lighting: standard deviation of the three alphas of paper §4.1 (0.1); 0 turns the lighting noise off.
-        mean: what is subtracted: ``image``, the mean image at the crop's own place, reflected with it (the paper);
-            ``image_center``, its central crop whatever the offset (the release); ``channel``, three numbers.
-        lighting_epochs: epochs, counted from the first, that have the lighting noise (the release: 68 of 93); 0: all of them.
+        mirror: flip half of the training crops horizontally.
+        lighting: PCA colour jitter, standard deviation of the three alphas of paper §4.1 (0.1); 0 turns it off.
+        mean: what is subtracted: ``image``, the mean image at the crop's own position, flipped with it (the paper);
+            ``image_center``, its central crop whatever the position (the release); ``channel``, three numbers.
+        lighting_epochs: epochs, counted from the first, that have the colour jitter (the release: 68 of 93); 0: all of them.
 
     Raises:
         ValueError: a value outside its range, naming the key.
@@ -33,29 +39,22 @@ class DataConfig:
     lighting_epochs: int = field(default=0, kw_only=True)  # by name only: fields without a default may follow in a subclass
 
     def __post_init__(self) -> None:
-        if self.region not in REGIONS:
-            raise ValueError(f"data.region (={self.region}) must be one of {', '.join(REGIONS)}; correct the recipe")
-        if self.mean not in MEANS:
-            raise ValueError(f"data.mean (={self.mean}) must be one of {', '.join(MEANS)}; correct the recipe")
-        if self.square_px < 1:
-            raise ValueError(f"data.square_px (={self.square_px}) must be at least 1; the paper's value is 256")
-        if not 1 <= self.crop_px <= self.square_px:
-            raise ValueError(f"data.crop_px (={self.crop_px}) must lie in 1…data.square_px (={self.square_px}); "
-                             "the paper's network takes 227 of 256")
-        if not 0 <= self.lighting < 10:
-            raise ValueError(f"data.lighting (={self.lighting}) must be a standard deviation in [0, 10); "
-                             "the paper's value is 0.1")
-        if self.lighting_epochs < 0:
-            raise ValueError(f"data.lighting_epochs (={self.lighting_epochs}) must not be negative; 0 is lighting noise in every "
-                             "epoch, data.lighting: 0 in none")
-        if self.region == "full" and self.mean == "image":
-            raise ValueError("data.mean (=image) needs data.region square (=full): the mean image covers the central "
-                             "square only; use mean: channel")
+        _check("data.region", self.region, self.region in REGIONS, f"be one of {', '.join(REGIONS)}; correct the recipe")
+        _check("data.mean", self.mean, self.mean in MEANS, f"be one of {', '.join(MEANS)}; correct the recipe")
+        _check("data.square_px", self.square_px, self.square_px >= 1, "be at least 1; the paper's value is 256")
+        _check("data.crop_px", self.crop_px, 1 <= self.crop_px <= self.square_px,
+               f"lie in 1…data.square_px (={self.square_px}); the paper's network takes 227 of 256")
+        _check("data.lighting", self.lighting, 0 <= self.lighting < 10,
+               "be a standard deviation in [0, 10); the paper's value is 0.1")
+        _check("data.lighting_epochs", self.lighting_epochs, self.lighting_epochs >= 0,
+               "not be negative; 0 is colour jitter in every epoch, data.lighting: 0 in none")
+        _check("data.mean", self.mean, self.mean != "image" or self.region != "full",
+               "not be image where data.region is full: the mean image covers the central square only; use mean: channel")
 
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """How fast the machine makes batches. Never changes a pixel, the order or the draws.
+    """How fast the machine makes batches. Never changes a pixel, the order or the augmentation.
 
     Attributes:
         threads: DALI's worker threads; 0 means one per core this process may use.
@@ -67,8 +66,8 @@ class LoaderConfig:
         quarantine_budget: largest share of the training samples that may be unreadable before training stops.
         hw_decoder_load: GPU only: share of baseline JPEGs given to the hardware engine.
         preallocate_px: GPU only: side of the largest image for which decoder memory is reserved at the start; 0: none.
-        resident_memory: where tier resident keeps the squares: ram, one memory-mapped file for all processes of a node; or gpu,
-            shared out among the node's processes.
+        resident_memory: where tier resident keeps images: ram, one memory-mapped file for all processes of a node; or gpu,
+            spread over the node's processes.
         resident_folder: folder of that file; empty means `resident` in the index folder.
 
     Raises:
@@ -87,11 +86,9 @@ class LoaderConfig:
 
     def __post_init__(self) -> None:
         for name, low in (("threads", 0), ("prefetch", 1), ("queue", 1), ("read_threads", 0), ("preallocate_px", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"machine.{name} (={getattr(self, name)}) must be at least {low}; correct the setting")
-        if self.resident_memory not in ("ram", "gpu"):
-            raise ValueError(f"machine.resident_memory (={self.resident_memory}) must be ram or gpu; correct the setting")
+            _check(f"machine.{name}", value := getattr(self, name), value >= low, f"be at least {low}; correct the setting")
+        _check("machine.resident_memory", self.resident_memory, self.resident_memory in ("ram", "gpu"),
+               "be ram or gpu; correct the setting")
         for name in ("quarantine_budget", "hw_decoder_load"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"machine.{name} (={getattr(self, name)}) must be a share between 0 and 1; "
-                                 "correct the setting")
+            _check(f"machine.{name}", value := getattr(self, name), 0 <= value <= 1,
+                   "be a share between 0 and 1; correct the setting")

@@ -3,14 +3,14 @@
 One thread makes batches and says with `enter` which stage it is in; one thread consumes them and waits inside `waiting`. The
 stage the producer was in meanwhile is why the consumer waited. `span` measures any piece of work of any thread.
 """
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 from pipeline.config import LoaderConfig
 
@@ -56,7 +56,20 @@ def remedies(tier: str, stage: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Waits:
+class _Sums:
+    """Totals that only grow."""
+
+    def plus(self, other: Self) -> Self:
+        """The sum of both."""
+        return type(self)(*(own + more for own, more in zip(vars(self).values(), vars(other).values())))
+
+    def since(self, earlier: Self) -> Self:
+        """What came after `earlier`; at least 0, for threads that have ended take their count with them."""
+        return type(self)(*(max(0, own - past) for own, past in zip(vars(self).values(), vars(earlier).values())))
+
+
+@dataclass(frozen=True)
+class Waits(_Sums):
     """Seconds the consumer has waited, by the producer's stage; they add up to `seconds` but for the hand-over itself.
 
     `batches`: how many were asked for. On a GPU the seconds are the device's: from the end of its work to the next batch.
@@ -68,18 +81,20 @@ class Waits:
     copy: float = 0.0
     batches: int = 0
 
-    def plus(self, other: "Waits", sign: int = 1) -> "Waits":
-        """The sum of both."""
-        return Waits(*(getattr(self, name) + sign * getattr(other, name) for name in self.__dataclass_fields__))
-
-    def since(self, earlier: "Waits") -> "Waits":
-        """What came after `earlier`."""
-        return self.plus(earlier, -1)
-
     @property
     def cause(self) -> str:
         """The stage that is late, see `cause_of`."""
         return cause_of(vars(self))
+
+
+@dataclass(frozen=True)
+class Usage(_Sums):
+    """Seconds a loader has used up to a moment: `time` on the clock, `read` and `decode` by its threads, and `making` batches,
+    while its queue was not full."""
+    time: float = 0.0
+    read: float = 0.0
+    decode: float = 0.0
+    making: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -165,33 +180,21 @@ class Monitor:
         self.depths.append((self.now(), batches))
 
     @contextmanager
-    def waiting(self, step: int, stream: Any = None) -> Iterator[None]:
-        """The consumer waits for batch `step`. `stream`: its CUDA stream, on whose clock the waiting is measured, or None."""
+    def waiting(self, step: int, stream: Any = None, *, swap: bool = False) -> Iterator[None]:
+        """The consumer waits for batch `step`; or (`swap`) for what another process sends of it, which no stage is the cause of.
+        `stream`: its CUDA stream, on whose clock the waiting is measured, or None."""
         self._settle()
         before, start = self.totals(), self.now()
         mark = None if stream is None else _mark(stream)
-        with self.span("wait", step):
+        with self.span("swap" if swap else "wait", step):
             yield
         seconds, after = self.now() - start, self.totals()
-        wait = Waits(seconds, **{stage: min(seconds, after[stage] - before[stage]) for stage in STAGES}, batches=1)
-        self._add(wait, stream, mark, "decode")
-
-    @contextmanager
-    def copying(self, step: int, stream: Any = None) -> Iterator[None]:
-        """The consumer waits for what another process sends of batch `step`; the producer is not the cause. See `waiting`."""
-        self._settle()
-        start = self.now()
-        mark = None if stream is None else _mark(stream)
-        with self.span("swap", step):
-            yield
-        seconds = self.now() - start
-        self._add(Waits(seconds, copy=seconds), stream, mark, "copy")
-
-    def _add(self, wait: Waits, stream: Any, start: Any, rest: str) -> None:
-        if start is None:
+        wait = Waits(seconds, copy=seconds) if swap else Waits(
+            seconds, **{stage: min(seconds, after[stage] - before[stage]) for stage in STAGES}, batches=1)
+        if mark is None:
             self._waits = self._waits.plus(wait)
         else:
-            self._pending.append((start, _mark(stream), wait, rest))
+            self._pending.append((mark, _mark(stream), wait, "copy" if swap else "decode"))
 
     @property
     def waits(self) -> Waits:
@@ -220,21 +223,6 @@ def _mark(stream: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Usage:
-    """What a loader has used up to a moment, in seconds. `time` is the moment, `making` how long its queue was not full."""
-    time: float = 0.0
-    read: float = 0.0
-    decode: float = 0.0
-    making: float = 0.0
-
-    def plus(self, other: "Usage", earlier: "Usage") -> "Usage":
-        """This, and what was used from `earlier` to `other`."""
-        # Threads that have ended take their count with them.
-        return Usage(*(getattr(self, name) + max(0.0, getattr(other, name) - getattr(earlier, name))
-                       for name in self.__dataclass_fields__))
-
-
-@dataclass(frozen=True)
 class Headroom:
     """`times`: how many times the present rate the loader could give. `stage`: its busiest one, which limits it."""
     times: float
@@ -243,14 +231,13 @@ class Headroom:
 
 def usage(monitor: Monitor) -> Usage:
     """What the loader of `monitor` has used so far."""
-    totals, spans = monitor.totals(), monitor.spans()
-    return Usage(monitor.now(), spans.get("read", Span()).wall_s, sum(map(_cpu_s, monitor.decoders)),
-                 sum(seconds for stage, seconds in totals.items() if stage != "idle"))
+    read, totals = monitor.spans().get("read", Span()).wall_s, monitor.totals()
+    return Usage(monitor.now(), read, sum(map(_cpu_s, monitor.decoders)), sum(totals.values()) - totals["idle"])
 
 
 def headroom(used: Usage, machine: LoaderConfig, decoding: int) -> Headroom:
-    """Headroom of a loader that used so much in `used.time` seconds with so many `decoding` threads: a stage busy for half of
-    its threads' time could feed a network twice as fast.
+    """Headroom of a loader that used so much in `used.time` seconds with so many `decoding` threads: one whose busiest stage
+    used half of its threads' time could feed a network twice as fast.
 
     DALI's threads decode, and the kernel counts their CPU time; normalizing, and waiting for what is late, happens in the thread
     that makes the batches, which is busy whenever its queue is not full.
@@ -263,10 +250,7 @@ def headroom(used: Usage, machine: LoaderConfig, decoding: int) -> Headroom:
 
 def threads() -> set[int]:
     """Kernel ids of this process's threads; none where /proc does not tell."""
-    try:
-        return {int(name) for name in os.listdir("/proc/self/task")}
-    except OSError:
-        return set()
+    return {int(path.name) for path in Path("/proc/self/task").glob("*")}
 
 
 def decoder_threads(before: set[int]) -> set[int]:
@@ -276,13 +260,10 @@ def decoder_threads(before: set[int]) -> set[int]:
 
 def _cpu_s(thread: int) -> float:
     """CPU seconds of a thread; those of one that has ended are lost, and count as 0."""
-    text = _proc(thread, "schedstat")
-    return int(text.split()[0]) / 1e9 if text else 0.0
+    return int(_proc(thread, "schedstat").split()[0]) / 1e9
 
 
 def _proc(thread: int, name: str) -> str:
-    try:
-        with open(f"/proc/self/task/{thread}/{name}") as file:
-            return file.read()
-    except OSError:  # it has ended
-        return ""
+    with suppress(OSError):  # it has ended
+        return Path(f"/proc/self/task/{thread}/{name}").read_text()
+    return "0"

@@ -9,9 +9,9 @@ import torch.distributed as dist
 
 from pipeline.config import LANES, WINDOW, DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex
-from pipeline.loading.batch import Chain, LoaderContext
-from pipeline.loading.chain import DecodingChain
-from pipeline.loading.eval_loader import EvalLoader, EvalPass, square_loader
+from pipeline.loading.batch import LoaderContext
+from pipeline.loading.chain import Chain, DecodingChain
+from pipeline.loading.eval_loader import EvalLoader, Evaluation
 from pipeline.loading.train_loader import TrainLoader
 from pipeline.monitor import Monitor
 from pipeline.reading.quarantine import Quarantine, StandIns, quarantine_budget
@@ -32,14 +32,18 @@ def check(tier: str, index: SampleIndex) -> None:
     Raises:
         ValueError: it is not, or there is no such tier.
     """
-    if tier not in TIERS:
-        raise ValueError(f"data.tier (={tier}) must be one of {', '.join(TIERS)}; correct the recipe")
+    _check_name(tier)
     if tier == "archives" and index.packed is not None:
         raise ValueError(f"data.tier (=archives) must name what the index is: {index.path} holds packed images; write "
                          "data.tier: packed (or streamed, or resident)")
     if tier in ("packed", "streamed") and index.packed is None:
         raise ValueError(f"data.tier (={tier}) needs packed images, and {index.path} is an index of archives; run `python "
                          f"tools/pack_shards.py {index.path} OUT` and give OUT as data.packed")
+
+
+def _check_name(tier: str) -> None:
+    if tier not in TIERS:
+        raise ValueError(f"data.tier (={tier}) must be one of {', '.join(TIERS)}; correct the recipe")
 
 
 def train_loader(tier: str, index: SampleIndex, split: str, data: DataConfig, batch: int, seed: int, stats: Stats, *,
@@ -57,8 +61,7 @@ def train_loader(tier: str, index: SampleIndex, split: str, data: DataConfig, ba
         seed: of order and augmentation.
         stats: mean and principal components of the training set.
         resident, group: tier resident, see `pipeline.resident.chain.train_chain`.
-        window, lanes: tier streamed, see `WindowSampler`; they are part of the order.
-        store: tier streamed, see `ShardSource`.
+        window, lanes, store: tier streamed, see `WindowSampler` (they are part of the order) and `ShardSource`.
         machine: threads and checks; never changes a pixel.
         shard: (k, n): this rank gets rows [k·batch/n, (k+1)·batch/n) of every global batch.
         device_id: GPU that decodes and holds the batches, or None for the CPU.
@@ -79,8 +82,8 @@ def train_loader(tier: str, index: SampleIndex, split: str, data: DataConfig, ba
     sampler: Sampler
     source: Source
     if tier == "streamed":
-        sampler = window_sampler = WindowSampler(index, context.ids, batch, seed, shard, window=window, lanes=lanes)
-        source = ShardSource(index, window_sampler, store=store, check_crc=machine.check_crc)
+        sampler = windows = WindowSampler(index, context.ids, batch, seed, shard, window=window, lanes=lanes)
+        source = ShardSource(index, windows, store=store, check_crc=machine.check_crc)
     else:
         sampler = Sampler(context.ids, batch, seed, shard)
         source = ArchiveSource(index, context.ids, check_crc=machine.check_crc)
@@ -93,26 +96,22 @@ def train_loader(tier: str, index: SampleIndex, split: str, data: DataConfig, ba
     return TrainLoader(context, chain, sampler, planner)
 
 
-def eval_loader(tier: str, index: SampleIndex, split: str, data: DataConfig, batch: int, stats: Stats, *, resident: str = "rgb",
-                keep: bool = True, machine: LoaderConfig = LoaderConfig(), shard: tuple[int, int] = (0, 1),
-                device_id: int | None = None, skip_corrupt: bool = False, first: int = 0, ids: Ids | None = None,
-                monitor: Monitor | None = None) -> EvalLoader:
-    """The evaluation loader of a tier. In all tiers but resident it reads the index, whatever its kind.
+def eval_loader(tier: str, index: SampleIndex, split: str, data: DataConfig, batch: int, stats: Stats | None, *,
+                resident: str = "rgb", keep: bool = True, machine: LoaderConfig = LoaderConfig(),
+                shard: tuple[int, int] = (0, 1), device_id: int | None = None, skip_corrupt: bool = False, first: int = 0,
+                ids: Ids | None = None, monitor: Monitor | None = None) -> EvalLoader:
+    """The evaluation loader of a tier; in all of them but resident it reads the index, whatever its kind.
 
     Args:
-        tier: one of TIERS.
         resident, keep: tier resident, see `pipeline.resident.chain.eval_chain`.
-        The rest as for `pipeline.loading.eval_loader.square_loader`.
+        batch, stats, shard, skip_corrupt, first, ids: see `pipeline.loading.eval_loader.Evaluation`.
+        The rest as for `train_loader`.
 
     Raises:
         ValueError: there is no such tier; batch, statistics or ids do not fit.
         RuntimeError: squares do not fit into memory.
     """
-    if tier not in TIERS:
-        raise ValueError(f"data.tier (={tier}) must be one of {', '.join(TIERS)}; correct the recipe")
-    if tier != "resident":
-        return square_loader(index, split, data, batch, stats, machine=machine, device_id=device_id, monitor=monitor,
-                             shard=shard, skip_corrupt=skip_corrupt, first=first, ids=ids)
+    _check_name(tier)
     context = LoaderContext(index, split, data, machine, device_id, monitor or Monitor())
-    turn = EvalPass(context, batch, stats, shard=shard, skip_corrupt=skip_corrupt, first=first, ids=ids)
-    return EvalLoader(turn, eval_chain(turn, resident, keep))
+    evaluation = Evaluation(context, batch, stats, shard=shard, skip_corrupt=skip_corrupt, first=first, ids=ids)
+    return EvalLoader(evaluation, eval_chain(evaluation, resident, keep) if tier == "resident" else evaluation.decoding_chain())

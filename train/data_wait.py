@@ -30,7 +30,7 @@ class DataWait:
         finally:
             waits, used = self._start
             self.waits = self.waits.plus(monitor.waits.since(waits))
-            self.used = self.used.plus(usage(monitor), used)
+            self.used = self.used.plus(usage(monitor).since(used))
 
     def batch_arrived(self, monitor: Monitor) -> None:
         """The first batch of a run is not counted: until then the loader has been starting."""

@@ -17,7 +17,7 @@ import torch
 from nvidia.dali.pipeline import Pipeline
 
 from pipeline.config import LoaderConfig
-from pipeline.decoding.resize import Crops, Resizer, resize
+from pipeline.decoding.resize import Resizer, planar_crops, resize
 from pipeline.sampling.batch_plan import BatchPlan, Bytes
 
 # nvimgcodecStatus_t: the codes that a damaged file gives.
@@ -139,7 +139,7 @@ class Graph:
         """
         output, plan = self._run()
         if self._resizer is not None:
-            return Crops([torch.from_dlpack(image) for image in output], plan.regions, self._settings.side_px)
+            return planar_crops([torch.from_dlpack(image) for image in output], plan.regions, self._settings.side_px)
         return list(planar(torch.from_dlpack(output.as_tensor())))
 
     def _run(self) -> tuple[Any, BatchPlan]:

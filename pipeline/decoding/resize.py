@@ -8,9 +8,9 @@ import math
 import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,8 @@ from pipeline.decoding.geometry import Regions
 _SPARE = 4  # free buffers kept
 _MOST = 64 << 20  # bytes to work in
 _own = threading.local()  # .memory of each thread
-_linear = torch.ops.aten._upsample_bilinear2d_aa.out  # functional.interpolate derives the output's size from the scale
+# torch has no public name for it: functional.interpolate derives the size of the output from the scale.
+_linear = getattr(torch.ops.aten, "_upsample_bilinear2d_aa").out
 
 
 def resize(image: torch.Tensor, offset: Sequence[int], size: Sequence[int], scale: Sequence[float],
@@ -69,42 +70,49 @@ def _nearer(image: torch.Tensor, offset: Sequence[int], scale: Sequence[float]) 
     return image, offsets[0], offsets[1]
 
 
-class Crops(Sequence[torch.Tensor]):
-    """The crops of a batch, each resized by the thread that asks for it, in whose core's cache the pixels then lie.
+class LazyRows(Sequence[torch.Tensor]):
+    """The B images of a batch, each made by the thread that asks for it, in whose core's cache the pixels then lie.
+
+    Args:
+        count: B.
+        make: row → image.
+    """
+
+    def __init__(self, count: int, make: Callable[[int], torch.Tensor]) -> None:
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, row: int) -> torch.Tensor:  # type: ignore[override]  # no slices: images may share memory
+        return self._make(row)
+
+
+def crops(decoded: Sequence[torch.Tensor], regions: Regions, side_px: int) -> LazyRows:
+    """The crops of a batch, (S, S·3) uint8 each, the channels of a pixel side by side; overwritten when the same thread asks for
+    another crop, of whatever batch.
 
     Args:
         decoded: B tensors (h, w, 3) uint8, each from its image's corner to the end of the region (or the image's end).
         regions: where the crops lie.
         side_px: side S of a crop.
     """
+    offsets, scales, size = regions.offset.tolist(), regions.scale.tolist(), (side_px, side_px)
 
-    def __init__(self, decoded: Sequence[torch.Tensor], regions: Regions, side_px: int) -> None:
-        self._decoded, self._side = decoded, side_px
-        self._offsets, self._scales = regions.offset.tolist(), regions.scale.tolist()
-
-    def __len__(self) -> int:
-        return len(self._decoded)
-
-    @overload
-    def __getitem__(self, row: int) -> torch.Tensor: ...
-
-    @overload
-    def __getitem__(self, row: slice) -> list[torch.Tensor]: ...
-
-    def __getitem__(self, row: int | slice) -> torch.Tensor | list[torch.Tensor]:
-        """(3, S, S) uint8; overwritten when this thread asks for another crop, of whatever batch."""
-        if isinstance(row, slice):
-            raise TypeError("crops share memory; ask for one after the other")
-        return self.flat(row).unflatten(1, (self._side, 3)).permute(2, 0, 1)
-
-    def flat(self, row: int) -> torch.Tensor:
-        """(S, S·3) uint8: the channels of a pixel side by side. Overwritten as above."""
-        offset, size = self._offsets[row], (self._side, self._side)
-        memory, bytes_ = getattr(_own, "memory", None), min(needed(offset, size), _MOST)
+    def make(row: int) -> torch.Tensor:
+        memory, bytes_ = getattr(_own, "memory", None), min(needed(offsets[row], size), _MOST)
         if memory is None or len(memory) < bytes_:
             # Kept, since a fresh one each time costs a third more, in page faults.
             _own.memory = memory = torch.empty(bytes_, dtype=torch.uint8)
-        return resize(self._decoded[row], offset, size, self._scales[row], memory)
+        return resize(decoded[row], offsets[row], size, scales[row], memory)
+
+    return LazyRows(len(decoded), make)
+
+
+def planar_crops(decoded: Sequence[torch.Tensor], regions: Regions, side_px: int) -> LazyRows:
+    """`crops` as (3, S, S) uint8 views."""
+    flat = crops(decoded, regions, side_px)
+    return LazyRows(len(decoded), lambda row: flat[row].unflatten(1, (side_px, 3)).permute(2, 0, 1))
 
 
 class Buffers:
@@ -147,24 +155,18 @@ class Resizer:
         self._pool = ThreadPoolExecutor(threads, "resize")
 
     def __call__(self, decoded: Sequence[torch.Tensor], regions: Regions) -> torch.Tensor:
-        """(B, S, S, 3) uint8 crops.
-
-        Args:
-            decoded: B tensors (h, w, 3) uint8, each from its image's corner to the end of the region (or the image's end).
-            regions: where the crops lie.
-        """
+        """(B, S, S, 3) uint8 crops; arguments as of `crops`."""
         out = self._buffers.take(len(decoded), self._side, self._side, 3)
-        edges = np.linspace(0, len(decoded), self._threads + 1).astype(int)
-        parts = [self._pool.submit(self._some, decoded, regions, out.numpy(), low, high) for low, high in zip(edges, edges[1:])]
-        for part in parts:
-            part.result()
-        return out
+        flat = out.view(len(out), self._side, self._side * 3).numpy()  # without the axis of channels NumPy copies whole rows
+        rows = crops(decoded, regions, self._side)
 
-    def _some(self, decoded: Sequence[torch.Tensor], regions: Regions, out: npt.NDArray[np.uint8], low: int, high: int) -> None:
-        crops = Crops(decoded, regions, self._side)
-        flat = out.reshape(len(out), self._side, self._side * 3)  # without the axis of channels NumPy copies whole rows
-        for row in range(low, high):
-            np.copyto(flat[row], crops.flat(row).numpy())
+        def some(low: int, high: int) -> None:
+            for row in range(low, high):
+                np.copyto(flat[row], rows[row].numpy())
+
+        edges = np.linspace(0, len(decoded), self._threads + 1).astype(int)
+        list(self._pool.map(some, edges[:-1], edges[1:]))
+        return out
 
     def close(self) -> None:
         """Stop the threads."""

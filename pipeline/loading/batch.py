@@ -1,21 +1,17 @@
-"""`Batch`, what a loader gives; and what the loaders for training and for evaluation share.
-
-B samples of a batch, S side of the central square, crop the side the network sees.
-"""
-from collections.abc import Callable, Generator, Iterator
+"""`Batch`, what a loader gives, and `LoaderContext`, what its stages share. B samples of a batch, S side of a square."""
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from types import TracebackType
-from typing import Protocol, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.decoding import geometry
 from pipeline.decoding.dali import GraphSettings
+from pipeline.decoding.normalize import Normalizer
 from pipeline.index.sample_index import SampleIndex
-from pipeline.loading.prefetch import Prefetcher
 from pipeline.monitor import Monitor
 from pipeline.parallel import cores
 from pipeline.sampling.sampler import Ids
@@ -41,17 +37,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class LoaderContext:
-    """What all stages of a loader share.
+    """What all stages of a loader share: the samples, settings, the device and the monitor.
 
-    Attributes:
-        index, split: the samples.
-        data: how an image becomes a crop.
-        machine: threads and checks.
-        device_id: GPU that decodes and holds the batches, or None for the CPU.
-        monitor: measures the stages.
-
-    Raises:
-        ValueError: no such GPU, or the split is empty.
+    `device_id`: GPU that decodes and holds the batches, or None for the CPU. Raises ValueError when there is no such GPU, or the
+    split is empty.
     """
     index: SampleIndex
     split: str
@@ -81,11 +70,21 @@ class LoaderContext:
         """Threads that decode, and on a CPU normalize."""
         return self.machine.threads or cores()
 
+    @property
+    def queue(self) -> int:
+        """Finished batches that may wait for the consumer; 0, no thread, on a GPU: the device is ahead anyway."""
+        return self.machine.queue if self.device_id is None else 0
+
     def graph(self, ids: Ids, batch: int, side_px: int) -> GraphSettings:
         """Settings of the graph that decodes samples `ids`, at most `batch` at a time, to a side of `side_px`."""
         sizes = geometry.sizes(self.index, ids)
         resample = bool((sizes != geometry.resized(sizes, self.data.square_px)).any())
         return GraphSettings(batch, side_px, resample, self.machine, self.threads, self.device_id)
+
+    def normalizer(self, side_px: int, mean_image: npt.NDArray[np.float32] | None) -> Normalizer:
+        """What normalizes images of this side."""
+        return Normalizer(side_px, mean_image, centered=self.data.mean == "image_center", threads=self.threads,
+                          device=self.device)
 
     def labels(self, ids: Ids) -> torch.Tensor:
         """(B,) int64 class indices of samples, on the loader's device."""
@@ -103,110 +102,3 @@ class LoaderContext:
         with self.monitor.span("normalize", step):
             images = end()
         return self.batch(step, ids, epochs, images)
-
-
-class Chain(Protocol):
-    """The stages of a loader, each an iterator over the one before. `pipeline.loading.chain.DecodingChain`, or
-    `pipeline.resident.chain.ResidentChain`, whose store takes the place of reading and decoding.
-
-    Attributes:
-        stages: names of those that `until` can end after, in order; they are the monitor's.
-        queue: finished batches that may wait for the consumer; 0: it makes them itself.
-        note: what a person should know before it begins; mostly nothing.
-    """
-    stages: tuple[str, ...]
-    queue: int
-    note: str
-
-    def batches(self, steps: range) -> Generator[Batch, None, None]:
-        """The batches of these steps, maybe without end; what the stages hold is freed when the generator is closed."""
-
-    def until(self, stage: str, steps: range) -> Generator[object, None, None]:
-        """The stages up to and including `stage`, to measure them: they run at once as in `batches`, and what the last one makes
-        of each step comes out."""
-
-    @property
-    def filled(self) -> tuple[int, int]:
-        """(samples that are kept in memory, samples there is room for)."""
-
-    def fill(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Load into memory now what else the first epoch would. `progress`: called with (samples done, samples to do)."""
-
-    def close(self) -> None:
-        """Finish what is under way outside of `batches`."""
-
-
-class Pairs:
-    """(images, labels) of each batch, for loops that expect what a DataLoader gives. Iterating again gives the next epoch.
-
-    Args:
-        loader: gives the batches.
-        image: what is made of a batch's images.
-    """
-
-    def __init__(self, loader: "Loader", image: Callable[[torch.Tensor], torch.Tensor] = lambda images: images) -> None:
-        self._loader, self._image = loader, image
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for batch in self._loader:
-            yield self._image(batch.images), batch.labels
-
-
-class Loader:
-    """What loaders share: their context and chain, and batches made ahead of need.
-
-    On a CPU batches are made in a thread of their own, `machine.queue` of them ahead; on a GPU the device is ahead anyway.
-    Close it, or use it in a `with`: its threads and buffers go when it is closed, or with the process, not with the last
-    reference.
-    """
-
-    def __init__(self, context: LoaderContext, chain: Chain) -> None:
-        self.context, self.chain, self.monitor = context, chain, context.monitor
-        self.index, self.split, self.data, self.machine = context.index, context.split, context.data, context.machine
-        self.device, self.threads, self.labels, self.fill = context.device, context.threads, context.labels, chain.fill
-        self._prefetcher: Prefetcher[Batch] | None = None
-
-    @property
-    def note(self) -> str:
-        """What a person should know before it begins; mostly nothing."""
-        return self.chain.note
-
-    @property
-    def filled(self) -> tuple[int, int]:
-        """(samples that are kept in memory, samples there is room for)."""
-        return self.chain.filled
-
-    def pairs(self) -> Pairs:
-        """(images, labels) instead of batches."""
-        return Pairs(self)
-
-    def _start(self, steps: range) -> Prefetcher[Batch]:
-        self._prefetcher = Prefetcher(self.chain.batches(steps), self.chain.queue, self.monitor)
-        return self._prefetcher
-
-    def _next(self, prefetcher: Prefetcher[Batch], step: int) -> Batch:
-        device = self.device
-        with self.monitor.waiting(step, torch.cuda.current_stream(device) if device.type == "cuda" else None):
-            return next(prefetcher)
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def __iter__(self) -> Iterator[Batch]:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Free threads and buffers. The loader can be used again; it starts where it was."""
-        prefetcher, self._prefetcher = self._prefetcher, None
-        if prefetcher is not None:
-            prefetcher.close()
-        self.chain.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()

@@ -1,9 +1,9 @@
-"""The stages of a loader that decodes, in the order of the data: plan, read, decode, normalize. B samples, S side of a square."""
+"""`Chain`: the stages of a loader, each an iterator over the one before. `DecodingChain`: plan, read, decode, normalize."""
 import itertools
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,37 @@ from pipeline.reading.source import BatchReader, Source
 from pipeline.sampling.batch_plan import BatchPlan
 
 
+class Chain(Protocol):
+    """What makes batches: a `DecodingChain`, or a `pipeline.resident.chain.ResidentChain`, whose store takes the place of reading
+    and decoding.
+
+    Attributes:
+        stages: names of those that `until` can end after, in order; they are the monitor's.
+        queue: finished batches that may wait for the consumer; 0: it makes them itself.
+        note: what a person should know before it begins; mostly nothing.
+    """
+    stages: tuple[str, ...]
+    queue: int
+    note: str
+
+    def batches(self, steps: range) -> Generator[Batch, None, None]:
+        """The batches of these steps; what the stages hold is freed when the generator is closed."""
+
+    def until(self, stage: str, steps: range) -> Generator[object, None, None]:
+        """The stages up to and including `stage`, to measure them: they run at once as in `batches`, and what the last one makes
+        of each step comes out."""
+
+    @property
+    def filled(self) -> tuple[int, int]:
+        """(samples that are kept in memory, samples there is room for)."""
+
+    def fill(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Load into memory now what else the first epoch would. `progress`: called with (samples done, samples to do)."""
+
+    def close(self) -> None:
+        """Finish what is under way outside of `batches`."""
+
+
 class DecodingChain:
     """A `Chain` that reads and decodes every sample:
 
@@ -32,7 +63,7 @@ class DecodingChain:
         graph: settings of the DALI graph.
         mean_image: (3, S, S) to be subtracted, or None, see `Normalizer`.
         raw: no normalizing: images are the pixels (B, S, S, 3) uint8.
-        convert: changes pixels (B, S, S, 3) uint8 before they are normalized, giving (B, 3, S, S); by default nothing does.
+        convert: changes pixels (B, S, S, 3) uint8 before they are normalized, giving (B, 3, S, S).
     """
     stages: tuple[str, ...] = ("read", "decode", "normalize")
     note = ""
@@ -41,41 +72,35 @@ class DecodingChain:
     def __init__(self, context: LoaderContext, plan: Callable[[int], BatchPlan], source: Source, policy: Policy,
                  graph: GraphSettings, mean_image: npt.NDArray[np.float32] | None = None, *, raw: bool = False,
                  convert: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
-        self.context, self.plan, self.source, self.graph = context, plan, source, graph
+        self.context, self.plan, self.source, self.graph, self.queue = context, plan, source, graph, context.queue
         self.reader = BatchReader(context.index, source, policy)
-        self.queue = context.machine.queue if context.device_id is None else 0
-        self._mean_image, self._raw, self._convert = mean_image, raw, convert
+        self.normalizer = partial(context.normalizer, graph.side_px, mean_image)
+        self._raw, self._convert = raw, convert
 
     def read(self, steps: Iterable[int]) -> Generator[BatchPlan, None, None]:
         """The stage "read": plans with their bytes, made in `machine.read_threads` threads."""
-        monitor, steps = self.context.monitor, iter(steps)
+        steps = iter(steps)
         first = next(steps, None)
         if first is None:
             return
-
-        def read(step: int) -> BatchPlan:
-            with monitor.span("read", step):
-                return self.reader.read(self.plan(step))
-
-        with self.source.open(first), closing(ahead_in_threads(read, itertools.chain([first], steps),
-                                                               self.context.machine.read_threads, "reader")) as plans:
+        threads = self.context.machine.read_threads
+        with self.source.open(first), \
+                closing(ahead_in_threads(self._read, itertools.chain([first], steps), threads, "reader")) as plans:
             yield from plans
+
+    def _read(self, step: int) -> BatchPlan:
+        with self.context.monitor.span("read", step):
+            return self.reader.read(self.plan(step))
 
     def decode(self, steps: Iterable[int]) -> Generator[tuple[BatchPlan, Pixels], None, None]:
         """The stages up to "decode": plans and pixels, as `Decoder` gives them."""
+        whole = self._raw or self._convert is not None
         with closing(self.read(steps)) as plans, \
-                closing(Decoder(plans, self.graph, self.reader.recover, self.context.monitor,
-                                whole=self._raw or self._convert is not None)) as decoder:
+                closing(Decoder(plans, self.graph, self.reader.recover, self.context.monitor, whole=whole)) as decoder:
             for item in decoder:
                 self.source.release(item[0].step)
                 yield item
                 del item  # the pixels: while the next ones are decoded, whoever took them decides how long they live
-
-    def normalizer(self) -> Normalizer:
-        """What makes images of this chain's pixels."""
-        context = self.context
-        return Normalizer(self.graph.side_px, self._mean_image, centered=context.data.mean == "image_center",
-                          threads=context.threads, device=context.device)
 
     def batches(self, steps: Iterable[int]) -> Generator[Batch, None, None]:
         """All stages."""
@@ -90,7 +115,7 @@ class DecodingChain:
         return partial(self.context.normalized, step, ids, epochs, normalizer.begin(pixels, plan.augmentation))
 
     def until(self, stage: str, steps: Iterable[int]) -> Generator[object, None, None]:
-        """The stages up to `stage`: gives plans with their bytes, plans and pixels, or batches."""
+        """Gives plans with their bytes, plans and pixels, or batches."""
         return {"read": self.read, "decode": self.decode, "normalize": self.batches}[stage](steps)
 
     def fill(self, progress: Callable[[int, int], None] | None = None) -> None:

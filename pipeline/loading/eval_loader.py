@@ -3,7 +3,7 @@
 B samples of a batch, S side of the central square, crop the side the network sees.
 """
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -11,8 +11,9 @@ import torch
 
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex
-from pipeline.loading.batch import Batch, Chain, Loader, LoaderContext, Pairs
-from pipeline.loading.chain import DecodingChain
+from pipeline.loading.batch import Batch, LoaderContext
+from pipeline.loading.chain import Chain, DecodingChain
+from pipeline.loading.loader import Loader, Pairs
 from pipeline.monitor import Monitor
 from pipeline.reading.quarantine import Policy, Skip, refuse
 from pipeline.reading.source import ArchiveSource
@@ -21,13 +22,12 @@ from pipeline.sampling.sampler import Ids
 from pipeline.stats import Stats
 
 
-class EvalPass:
+class Evaluation:
     """What a pass of an evaluation is: which samples come in which batch, what is subtracted, what happens to corrupt ones.
 
     Args:
-        context: index, settings, device.
         batch: global batch, over all ranks.
-        stats: what to subtract, or None.
+        stats: what to subtract; None gives the pixels as they are, (B, S, S, 3) uint8.
         shard: (k, n): this rank gets every n-th batch, beginning with the k-th.
         skip_corrupt: leave unreadable samples out, listed in `skipped`, instead of raising.
         first: number of the batch to begin with.
@@ -36,10 +36,8 @@ class EvalPass:
     Attributes:
         steps: numbers of this rank's batches.
         skipped: samples left out, id → reason.
-        policy: for corrupt samples.
-        mean_image: (3, S, S) that the loader subtracts, or None.
-        channel_mean: (3,) that it subtracts, or None.
-        central_mean: (3, crop, crop) that crops subtract, or None.
+        mean_image: (3, S, S) that the loader subtracts, or None; so `channel_mean`, (3,).
+        central_mean: (3, crop, crop) that its crops subtract, or None.
     """
 
     def __init__(self, context: LoaderContext, batch: int, stats: Stats | None, *, shard: tuple[int, int] = (0, 1),
@@ -48,7 +46,7 @@ class EvalPass:
             raise ValueError(f"batch (={batch}) must be at least 1; correct the recipe")
         self.context, self.batch, self.ids = context, batch, context.ids if ids is None else ids
         self.steps = range(first + shard[0], -(-len(self.ids) // batch), shard[1])
-        skip, data = Skip(), context.data
+        self.raw, skip, data = stats is None, Skip(), context.data
         self.skipped = skip.skipped
         self.policy: Policy = skip if skip_corrupt else refuse
         stats = stats and stats.expect(data.square_px)
@@ -67,28 +65,35 @@ class EvalPass:
         """The plan of batch `step`."""
         return plan_squares(self.context.index, self.context.data.square_px, step, self.samples(step), self.channel_mean)
 
+    def decoding_chain(self, convert: Callable[[torch.Tensor], torch.Tensor] | None = None) -> DecodingChain:
+        """The chain that reads the index and decodes, whatever the tier of the training. `convert`: see `DecodingChain`."""
+        context = self.context
+        return DecodingChain(context, self.plan, ArchiveSource(context.index, check_crc=context.machine.check_crc), self.policy,
+                             context.graph(self.ids, self.batch, context.data.square_px), self.mean_image, raw=self.raw,
+                             convert=convert)
+
 
 class EvalLoader(Loader):
     """Every sample of a split exactly once, in id order, as its central square; the last batch may be shorter.
 
     Args:
-        turn: which samples come when.
+        evaluation: which samples come when.
         chain: makes the batches.
 
     Raises:
         SampleError: a sample is unreadable. An evaluation counts every image, so there is no stand-in.
     """
 
-    def __init__(self, turn: EvalPass, chain: Chain) -> None:
-        super().__init__(turn.context, chain)
-        self._turn, self.skipped = turn, turn.skipped
+    def __init__(self, evaluation: Evaluation, chain: Chain) -> None:
+        super().__init__(evaluation.context, chain)
+        self._evaluation, self.skipped = evaluation, evaluation.skipped
 
     def __len__(self) -> int:
-        return len(self._turn.steps)
+        return len(self._evaluation.steps)
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()
-        prefetcher = self._start(self._turn.steps)
+        prefetcher = self._start(self._evaluation.steps)
         try:
             for number in itertools.count():
                 try:
@@ -107,13 +112,8 @@ class EvalLoader(Loader):
         return Pairs(self, lambda images: next(self.crops(images, 1)))
 
     def crops(self, images: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
-        """The crops of a batch's squares, one after the other: (B, 3, crop, crop) each, see `crops`.
-
-        Args:
-            images: (B, 3, S, S) of a `Batch` of this loader.
-            count: 1 or 10.
-        """
-        mean = self._turn.central_mean
+        """The `crops` of a batch's images (B, 3, S, S), what they subtract included."""
+        mean = self._evaluation.central_mean
         for crop in crops(images, self.data.crop_px, count):
             yield crop if mean is None else crop - torch.from_numpy(mean).to(crop.device)
 
@@ -143,15 +143,8 @@ def square_loader(index: SampleIndex, split: str, data: DataConfig, batch: int, 
                   machine: LoaderConfig = LoaderConfig(), device_id: int | None = None, monitor: Monitor | None = None,
                   shard: tuple[int, int] = (0, 1), skip_corrupt: bool = False, first: int = 0,
                   ids: Ids | None = None) -> EvalLoader:
-    """The evaluation loader that reads the index and decodes, whatever the tier of the training.
-
-    Args:
-        index, split, data, machine, device_id, monitor: see `LoaderContext`.
-        stats: what to subtract; None gives the pixels as they are, (B, S, S, 3) uint8.
-        batch, shard, skip_corrupt, first, ids: see `EvalPass`.
-    """
+    """An `EvalLoader` that reads the index and decodes, whatever the tier of the training. For the arguments see `LoaderContext`
+    and `Evaluation`."""
     context = LoaderContext(index, split, data, machine, device_id, monitor or Monitor())
-    turn = EvalPass(context, batch, stats, shard=shard, skip_corrupt=skip_corrupt, first=first, ids=ids)
-    chain = DecodingChain(context, turn.plan, ArchiveSource(index, check_crc=machine.check_crc), turn.policy,
-                          context.graph(turn.ids, batch, data.square_px), turn.mean_image, raw=stats is None)
-    return EvalLoader(turn, chain)
+    evaluation = Evaluation(context, batch, stats, shard=shard, skip_corrupt=skip_corrupt, first=first, ids=ids)
+    return EvalLoader(evaluation, evaluation.decoding_chain())

@@ -3,7 +3,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any, Self
 
-from pipeline.loading.batch import Batch, Chain, Loader, LoaderContext
+from pipeline.loading.batch import Batch, LoaderContext
+from pipeline.loading.chain import Chain
+from pipeline.loading.loader import Loader
 from pipeline.sampling.augment import Augmentation
 from pipeline.sampling.batch_plan import CropPlanner
 from pipeline.sampling.sampler import Ids, Sampler

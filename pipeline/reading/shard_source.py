@@ -1,9 +1,9 @@
-"""Windows of samples out of tars that are read front to back, once, through DALI's own WebDataset reader.
+"""`ShardSource`: packed shards read front to back, once, through DALI's WebDataset reader; local files or an object store.
 
-A *lane* is one such reader. For every pass (one lane, one epoch) it is given index files as wds2idx writes them, but a line
+A *lane* is one such reader. For every passage (one lane, one epoch) it is given index files as wds2idx writes them, but a line
 stands for a *run* of neighbouring samples, headers and all, up to 8 MiB: an object store is asked for 8 MiB at a time instead of
-for every picture, a pass begins at any sample, and nothing is read that is not needed. A window's runs are kept in memory until
-the last batch that uses them is consumed. n samples of a pass or a window.
+for every picture, a passage begins at any sample, and nothing is read that is not needed. A window's runs are kept in memory
+until the last batch that uses them is decoded. n samples of a passage or a window, r runs.
 """
 import ctypes
 import mmap
@@ -27,7 +27,7 @@ from pipeline.sampling.sampler import Ids
 from pipeline.sampling.window_sampler import Passage, WindowSampler
 
 RUN_BYTES = 8 << 20  # 8 MiB: at 100 MB/s long beside an object store's latency, short beside a window
-Key = tuple[int, int]
+Key = tuple[int, int]  # epoch, number of a window in it
 
 
 @dataclass(frozen=True)
@@ -69,19 +69,14 @@ class Window:
     Attributes:
         ids: (n,) int64, in the order they lie in the shards.
         last_step: last global batch that uses it.
+        nbytes: held.
     """
 
     def __init__(self, index: SampleIndex, ids: Ids, last_step: int, content: Bytes, at: Ids, crc: bool,
                  path_of: Callable[[int], str]) -> None:
-        self.ids, self.last_step = ids, last_step
+        self.ids, self.last_step, self.nbytes = ids, last_step, content.nbytes
         self._index, self._content, self._crc, self._path_of = index, content, crc, path_of
-        rows = index.samples[ids]
-        self._places = dict(zip(ids.tolist(), zip(at.tolist(), rows["size"].tolist()), strict=True))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self._content.nbytes
+        self._places = dict(zip(ids.tolist(), zip(at.tolist(), index.samples[ids]["size"].tolist()), strict=True))
 
     def location(self, id: int) -> dict[str, str]:
         """Its name, from the tar header before it ("?" where there is none), and its shard."""
@@ -105,8 +100,8 @@ class Window:
         return view
 
 
-class _Pass:
-    """One passage being read: windows in their order."""
+class _PassageReader:
+    """Reads one passage: windows in their order. `path_of`, `crc`: see `Lane`."""
 
     def __init__(self, index: SampleIndex, passage: Passage, path_of: Callable[[int], str], crc: bool) -> None:
         self._index, self._passage, self._path_of, self._crc = index, passage, path_of, crc
@@ -140,41 +135,33 @@ class _Pass:
             for run in range(first, stop):
                 content[edges[run - first]:edges[run - first + 1]] = self._next_run(run)
             content.flags.writeable = False
-            yield (passage.epoch, number), Window(self._index, passage.ids[low:high], passage.last_steps[number], content,
-                                                  edges[found.of[low:high] - first] + found.at[low:high], self._crc,
-                                                  self._path_of)
+            at = edges[found.of[low:high] - first] + found.at[low:high]
+            yield (passage.epoch, number), Window(self._index, passage.ids[low:high], passage.last_steps[number], content, at,
+                                                  self._crc, self._path_of)
 
     def _next_run(self, run: int) -> Bytes:
         try:
             content = self._reader.next()
         except RuntimeError as error:
-            raise RuntimeError(f"shard {self._culprit(str(error), run)} cannot be read ({_plain(str(error))}); restore it, or "
-                               "the connection, and resume") from error
+            message, paths = str(error), dict.fromkeys(self._paths)
+            # DALI reads ahead of `run`, so it need not be that one's shard.
+            culprit = next((path for number, path in enumerate(paths) if path in message or f"/{number}.idx" in message
+                            or f"object={path.split('/', 3)[-1]}:" in message), self._paths[run])
+            raise RuntimeError(f"shard {culprit} cannot be read ({_plain(message)}); restore it, or the connection, and "
+                               "resume") from error
         self._folder.cleanup()  # DALI has read all lists before its first run: a process killed later leaves nothing behind
         if len(content) != self._runs.sizes[run]:
             raise RuntimeError(f"shard {self._paths[run]} (from byte {self._runs.starts[run]} on) must give "
                                f"{self._runs.sizes[run]} bytes, not {len(content)}; restore it, and resume")
         return content
 
-    def _culprit(self, message: str, run: int) -> str:
-        """The shard that DALI could not read: it reads ahead of `run`, so it need not be that one's."""
-        for number, path in enumerate(dict.fromkeys(self._paths)):
-            if path in message or f"object={path.split('/', 3)[-1]}:" in message or f"/{number}.idx" in message:
-                return path
-        return self._paths[run]
-
     def close(self) -> None:
         self._reader.close()
         self._folder.cleanup()
-        _trim()
-
-
-def _trim() -> None:
-    """Give freed memory back to the system: glibc keeps it in the heaps of the threads that asked for it, DALI's here, and every
-    pass has new ones (30 ms; measured over 40 short passes of 8 lanes: 300 MiB ± 12 instead of 360 growing to 610)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+        # glibc keeps freed memory in the heaps of the threads that asked for it, DALI's here, and every passage has new ones
+        # (30 ms; measured over 40 short passages of 8 lanes: 300 MiB ± 12 instead of 360 growing to 610).
+        if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+            trim(0)
 
 
 def _plain(message: str) -> str:
@@ -209,35 +196,31 @@ class Lane:
     def _open(self) -> None:
         passage = next(self._passages)
         self._left = len(np.unique(passage.windows))
-        self._pass = _Pass(self._index, passage, self._path_of, self._crc)
-        self._windows = iter(self._pass)
+        self._reader = _PassageReader(self._index, passage, self._path_of, self._crc)
+        self._windows = iter(self._reader)
 
-    def window(self, key: Key, consumed: int) -> Window:
-        """The window `key` (epoch, number); windows only used by batches before `consumed` are dropped.
+    def window(self, key: Key, needed: int) -> Window:
+        """The window `key`; windows only used by batches before step `needed` are dropped.
 
         Raises:
             RuntimeError: a shard is missing, cut, or cannot be read.
         """
         with self._lock:
-            for old in [old for old, window in self._held.items() if window.last_step < consumed]:
+            for old in [old for old, window in self._held.items() if window.last_step < needed]:
                 del self._held[old]
             while key not in self._held:
                 if self._failure is not None:  # of another thread's call
                     raise self._failure
                 try:
-                    self._advance()
+                    found, self._held[found] = next(self._windows)
+                    self._left -= 1
+                    if not self._left:
+                        self._reader.close()
+                        self._open()
                 except BaseException as failure:
                     self._failure = failure
                     raise
             return self._held[key]
-
-    def _advance(self) -> None:
-        key, window = next(self._windows)
-        self._held[key] = window
-        self._left -= 1
-        if not self._left:
-            self._pass.close()
-            self._open()
 
     @property
     def nbytes(self) -> int:
@@ -247,12 +230,12 @@ class Lane:
     def close(self) -> None:
         """Stop reading; what was read is lost."""
         with self._lock:
-            self._pass.close()
+            self._reader.close()
             self._held = {}
 
 
 class ShardSource:
-    """Packed shards as a `Source`: reads the lanes of a rank front to back, from local files or an object store.
+    """Packed shards as a `Source`: the lanes of a rank.
 
     Args:
         index: of a packed folder (tools/pack_shards.py): its shards are random already, so that windows are.
@@ -270,13 +253,12 @@ class ShardSource:
                              "it out to read the shards where the index finds them")
         self._index, self._sampler, self._store, self._check_crc = index, sampler, store.rstrip("/"), check_crc
         self._lanes: dict[int, Lane] = {}
-        self._step = 0
+        self._needed = 0  # step of the first batch that is not decoded yet
 
     @contextmanager
     def open(self, step: int) -> Iterator[None]:
-        self._step = step
+        self._needed, self._lanes = step, {}
         with ExitStack() as stack:
-            self._lanes = {}
             for lane in self._sampler.own_lanes():
                 opened = Lane(self._index, self._sampler.passages(lane, step), self._path_of, crc=self._check_crc)
                 self._lanes[lane] = stack.enter_context(closing(opened))
@@ -289,11 +271,11 @@ class ShardSource:
             rows = np.flatnonzero(epochs == epoch)
             lanes, windows = self._sampler.locate(epoch, ids[rows])
             for row, lane, window in zip(rows.tolist(), lanes.tolist(), windows.tolist(), strict=True):
-                found[row] = self._lanes[lane].window((epoch, window), self._step)
+                found[row] = self._lanes[lane].window((epoch, window), self._needed)
         return [found[row] for row in range(len(ids))]
 
     def release(self, step: int) -> None:
-        self._step = step + 1
+        self._needed = step + 1
 
     def _path_of(self, position: int) -> str:
         """Path or URI of an archive."""

@@ -13,16 +13,15 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch.distributed as dist
 
 from pipeline.decoding.normalize import Normalizer
-from pipeline.loading.batch import Batch, Chain, LoaderContext
-from pipeline.loading.chain import DecodingChain
-from pipeline.loading.eval_loader import EvalPass
+from pipeline.loading.batch import Batch, LoaderContext
+from pipeline.loading.chain import Chain
+from pipeline.loading.eval_loader import Evaluation
 from pipeline.loading.prefetch import one_ahead
 from pipeline.reading.quarantine import SampleError, Skip, StandIns
 from pipeline.reading.source import ArchiveSource
@@ -40,101 +39,21 @@ _AT_LEAST = 64  # squares that may be decoded together, however small the batch
 
 @dataclass(frozen=True)
 class Request:
-    """What a batch takes from the store.
-
-    Attributes:
-        ids, epochs: (B,) int64 of this process's images.
-        augmentation: of them.
-        crops: for each process that takes part, by rank.
-    """
+    """What a batch takes from the store: ids, epochs (B,) and augmentation of this process's images; the crops of all processes
+    that take part, by rank."""
     ids: Ids
     epochs: Ids
     augmentation: Augmentation
     crops: list[Crops]
 
 
-class Requests(Protocol):
-    """Which rows of the store the batches need."""
-
-    def rows(self, step: int) -> Rows:
-        """The rows that batch `step` needs, before any stand-in."""
-
-    def chunks(self) -> list[Rows]:
-        """All rows this process fills beforehand."""
-
-    def request(self, step: int) -> Request:
-        """That of batch `step`; afterwards the store has its rows."""
-
-
-class ResidentChain:
-    """A `Chain` whose store takes the place of reading and decoding.
-
-    Args:
-        context: settings, device, monitor.
-        store: the squares.
-        filler: fills it.
-        requests: what the batches need.
-        normalizer: makes what normalizes the crops.
-    """
-    stages: tuple[str, ...] = ("normalize",)
-
-    def __init__(self, context: LoaderContext, store: Store, filler: Filler, requests: Requests,
-                 normalizer: Callable[[], Normalizer]) -> None:
-        self.context, self.store, self.filler, self.requests, self.normalizer = context, store, filler, requests, normalizer
-        self.note = store.note
-        # An exchange must not run ahead of the batches consumed: a rank that stops would leave the others waiting in it.
-        self.queue = context.machine.queue if context.device_id is None and not store.exchanges else 0
-
-    @property
-    def filled(self) -> tuple[int, int]:
-        return int(np.count_nonzero(self.store.have)), len(self.store.have)
-
-    def batches(self, steps: range) -> Generator[Batch, None, None]:
-        with closing(self.normalizer()) as normalizer:
-            try:
-                self.filler.expect(map(self.requests.rows, steps))
-                yield from one_ahead(filter(None, map(partial(self._begin, normalizer), steps)))
-            finally:
-                self.filler.stop()
-
-    def _begin(self, normalizer: Normalizer, step: int) -> Callable[[], Batch] | None:
-        """Begin a batch; None when all of it was left out."""
-        self.context.monitor.enter("read")
-        request = self.requests.request(step)
-        if not len(request.ids):
-            return None
-        end = normalizer.begin(self.store.crops(request.crops), request.augmentation)
-        return partial(self.context.normalized, step, request.ids, request.epochs, end)
-
-    def until(self, stage: str, steps: range) -> Generator[object, None, None]:
-        return {"normalize": self.batches}[stage](steps)
-
-    def fill(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Fill the store now, instead of in the first epoch: all of it, or this process's part of a `RamStore`."""
-        chunks = self.requests.chunks()
-        total = sum(map(len, chunks))
-        try:
-            self.filler.expect(iter(chunks))
-            for rows, done in zip(chunks, itertools.accumulate(map(len, chunks)), strict=True):
-                self.filler.fill(rows)
-                if progress is not None:
-                    progress(done, total)
-        finally:
-            self.filler.stop()
-            self.context.monitor.enter("idle")
-
-    def close(self) -> None:
-        self.store.close()
-
-
 class TrainRequests:
-    """The requests of training: random crops, and stand-ins for corrupt samples.
+    """What training batches need: random crops, and stand-ins for corrupt samples.
 
     Args:
-        context: index, split.
+        index: of the samples.
         store, filler: of the squares.
-        sampler: this process's order.
-        planner: of the crops.
+        sampler, planner: this process's order, and crops.
         stand_ins: for corrupt samples.
         skipped: those the filler has met, id → reason.
     """
@@ -143,12 +62,12 @@ class TrainRequests:
                  stand_ins: StandIns, skipped: dict[int, str]) -> None:
         self._index, self._pool = context.index, ArchiveSource(context.index, context.ids)
         self._filler, self._planner, self._stand_ins, self._skipped = filler, planner, stand_ins, skipped
-        batch, shards = sampler.batch, store.shards(sampler.shard)
         rank, ranks = store.share(sampler.shard)
-        self._share = np.arange(rank, len(context.ids), ranks)
+        self._share = np.arange(rank, len(sampler.ids), ranks)
         # Of each global batch the R rows of every process that shares the store; this one's are at `_own` among them.
+        batch = sampler.batch
         self._global = Sampler(sampler.ids, batch, sampler.seed)
-        taken = [np.arange(k * batch // n, (k + 1) * batch // n) for k, n in shards]
+        taken = [np.arange(k * batch // n, (k + 1) * batch // n) for k, n in store.shards(sampler.shard)]
         self._taken, ends = np.concatenate(taken), list(itertools.accumulate(map(len, taken)))
         self._parts = [slice(end - len(rows), end) for rows, end in zip(taken, ends, strict=True)]
         self._own = self._parts[store.rank]
@@ -159,12 +78,15 @@ class TrainRequests:
         return ids[self._taken], epochs[self._taken]
 
     def rows(self, step: int) -> Rows:
+        """The rows that batch `step` needs, before any stand-in."""
         return self._filler.rows(self._take(step)[0])
 
     def chunks(self) -> list[Rows]:
+        """All rows this process fills beforehand."""
         return [self._share[low:low + self._filler.chunk] for low in range(0, len(self._share), self._filler.chunk)]
 
     def request(self, step: int) -> Request:
+        """What batch `step` takes; afterwards it is in the store."""
         origins, epochs = self._take(step)
         ids, attempts = origins.copy(), np.zeros_like(origins)
         while True:
@@ -184,28 +106,82 @@ class TrainRequests:
 
 
 class EvalRequests:
-    """The requests of an evaluation: whole squares; corrupt samples raise, or are left out."""
+    """What the batches of an evaluation need: whole squares, without the samples left out."""
 
-    def __init__(self, turn: EvalPass, store: Store, filler: Filler) -> None:
-        self._turn, self._store, self._filler = turn, store, filler
+    def __init__(self, evaluation: Evaluation, store: Store, filler: Filler) -> None:
+        self._evaluation, self._store, self._filler = evaluation, store, filler
 
     def rows(self, step: int) -> Rows:
-        return self._filler.rows(self._turn.samples(step))
+        """As `TrainRequests.rows`."""
+        return self._filler.rows(self._evaluation.samples(step))
 
     def chunks(self) -> list[Rows]:
-        return [self.rows(step) for step in self._turn.steps]
+        """As `TrainRequests.chunks`."""
+        return [self.rows(step) for step in self._evaluation.steps]
 
     def request(self, step: int) -> Request:
-        ids, rows = self._turn.samples(step), self.rows(step)
+        """As `TrainRequests.request`."""
+        ids, rows = self._evaluation.samples(step), self.rows(step)
         self._filler.fill(rows)
         kept = self._store.stored[rows] == 1
-        ids, rows, corner = ids[kept], rows[kept], np.zeros(np.count_nonzero(kept), np.int64)
-        return Request(ids, corner, Augmentation.none(len(ids), self._turn.channel_mean), [(rows, corner, corner)])
+        corner = np.zeros(np.count_nonzero(kept), np.int64)
+        unchanged = Augmentation.none(len(corner), self._evaluation.channel_mean)
+        return Request(ids[kept], corner, unchanged, [(rows[kept], corner, corner)])
 
 
-def _normalizer(context: LoaderContext, crop_px: int, mean_image: npt.NDArray[np.float32] | None) -> Callable[[], Normalizer]:
-    return partial(Normalizer, crop_px, mean_image, centered=context.data.mean == "image_center", threads=context.threads,
-                   device=context.device)
+class ResidentChain:
+    """A `Chain` whose store takes the place of reading and decoding.
+
+    Args:
+        context: settings, device, monitor.
+        store, filler: the squares, and what fills them.
+        requests: what the batches need.
+        mean_image: to be subtracted, or None, see `Normalizer`.
+    """
+    stages: tuple[str, ...] = ("normalize",)
+
+    def __init__(self, context: LoaderContext, store: Store, filler: Filler, requests: TrainRequests | EvalRequests,
+                 mean_image: npt.NDArray[np.float32] | None) -> None:
+        self.context, self.store, self.filler, self.requests, self.note = context, store, filler, requests, store.note
+        self.normalizer = partial(context.normalizer, store.layout.crop_px, mean_image)
+        # An exchange must not run ahead of the batches consumed: a rank that stops would leave the others waiting in it.
+        self.queue = 0 if store.exchanges else context.queue
+
+    @property
+    def filled(self) -> tuple[int, int]:
+        return int(np.count_nonzero(self.store.have)), len(self.store.have)
+
+    def batches(self, steps: range) -> Generator[Batch, None, None]:
+        with closing(self.normalizer()) as normalizer, closing(self.filler):
+            self.filler.expect(map(self.requests.rows, steps))
+            yield from one_ahead(filter(None, map(partial(self._begin, normalizer), steps)))
+
+    def _begin(self, normalizer: Normalizer, step: int) -> Callable[[], Batch] | None:
+        """Begin a batch; None when all of it was left out."""
+        self.context.monitor.enter("read")
+        request = self.requests.request(step)
+        if not len(request.ids):
+            return None
+        end = normalizer.begin(self.store.crops(request.crops), request.augmentation)
+        return partial(self.context.normalized, step, request.ids, request.epochs, end)
+
+    def until(self, stage: str, steps: range) -> Generator[object, None, None]:
+        return {"normalize": self.batches}[stage](steps)
+
+    def fill(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Fill the store now, instead of in the first epoch: all of it, or this process's part of a `RamStore`."""
+        chunks, done = self.requests.chunks(), 0
+        with closing(self.filler):
+            self.filler.expect(iter(chunks))
+            for rows in chunks:
+                self.filler.fill(rows)
+                done += len(rows)
+                if progress is not None:
+                    progress(done, sum(map(len, chunks)))
+        self.context.monitor.enter("idle")
+
+    def close(self) -> None:
+        self.store.close()
 
 
 def _ram_store(context: LoaderContext, layout: Layout, *, make: bool = True) -> RamStore:
@@ -241,10 +217,10 @@ def train_chain(context: LoaderContext, kind: str, sampler: Sampler, planner: Cr
                     GpuStore(len(context.ids), layout, context.device, group))
     filler = Filler(context, store, context.ids, max(2 * sampler.share, _AT_LEAST), skip, skip.skipped, complete=True)
     requests = TrainRequests(context, store, filler, sampler, planner, stand_ins, skip.skipped)
-    return ResidentChain(context, store, filler, requests, _normalizer(context, data.crop_px, mean_image))
+    return ResidentChain(context, store, filler, requests, mean_image)
 
 
-def eval_chain(turn: EvalPass, kind: str, keep: bool) -> Chain:
+def eval_chain(evaluation: Evaluation, kind: str, keep: bool) -> Chain:
     """The chain of tier resident for evaluation, `machine.resident_memory`:
 
     - ``ram``: a file of the split, as for training: of all processes of a node, which fill it together; later runs read it.
@@ -252,7 +228,6 @@ def eval_chain(turn: EvalPass, kind: str, keep: bool) -> Chain:
       every pass, so that none has to be exchanged; they end with the loader.
 
     Args:
-        turn: which samples come when.
         kind: layout of the squares, ``rgb`` or ``yuv420``.
         keep: False for a split that is evaluated once: a file in ``ram`` that has all of the squares is read, and else every pass
             decodes, and nothing is stored. The images are the same.
@@ -261,25 +236,22 @@ def eval_chain(turn: EvalPass, kind: str, keep: bool) -> Chain:
         ValueError: another kind, or samples that are not of the split.
         RuntimeError: the squares do not fit (the message names what would), the folder cannot be written.
     """
-    context, ids = turn.context, turn.context.ids
-    side, ram = context.data.square_px, context.machine.resident_memory == "ram"
+    context, ids, side = evaluation.context, evaluation.context.ids, evaluation.context.data.square_px
     layout = Layout(kind, side, side)  # a "crop" is the whole square here
-    if not np.isin(turn.ids, ids).all():
-        raise ValueError(f"ids (={len(turn.ids)} samples) must be of split {context.split}, whose images are kept; leave out the "
-                         "others")
+    if not np.isin(evaluation.ids, ids).all():
+        raise ValueError(f"ids (={len(evaluation.ids)} samples) must be of split {context.split}, whose images are kept; leave "
+                         "out the others")
     store: Store | None = None
     try:
-        if ram:
+        if context.machine.resident_memory == "ram":
             store = _ram_store(context, layout, make=keep)
         elif keep:
-            ids = np.unique(np.concatenate([ids[:0], *map(turn.samples, turn.steps)]))
+            ids = np.unique(np.concatenate([ids[:0], *map(evaluation.samples, evaluation.steps)]))
             store = GpuStore(len(ids), layout, context.device)
     except RuntimeError as error:
         if keep:
             raise RuntimeError(f"split {context.split}, whose squares tests keep in memory: {error}") from error
     if store is None or not (keep or store.stored.all()):
-        return DecodingChain(context, turn.plan, ArchiveSource(context.index, check_crc=context.machine.check_crc), turn.policy,
-                             context.graph(turn.ids, turn.batch, side), turn.mean_image,
-                             convert=None if kind == "rgb" else layout.restored)
-    filler = Filler(context, store, ids, turn.batch, turn.policy, turn.skipped, complete=False)
-    return ResidentChain(context, store, filler, EvalRequests(turn, store, filler), _normalizer(context, side, turn.mean_image))
+        return evaluation.decoding_chain(None if kind == "rgb" else layout.restored)
+    filler = Filler(context, store, ids, evaluation.batch, evaluation.policy, evaluation.skipped, complete=False)
+    return ResidentChain(context, store, filler, EvalRequests(evaluation, store, filler), evaluation.mean_image)

@@ -83,7 +83,7 @@ class Filler:
                 self._decoded = self._chain.decode(self._chunk_numbers())
             item = next(self._decoded, None)
             if item is None:
-                self.stop()  # all that was left then has come; what failed since is asked for anew
+                self.close()  # all that was left then has come; what failed since is asked for anew
                 continue
             self._store.put(self.rows(item[0].ids), item[1])  # type: ignore[arg-type]  # raw: pixels are a tensor
 
@@ -122,9 +122,9 @@ class Filler:
     def _seal_if_complete(self) -> None:
         if not len(self._missing(np.flatnonzero(self._store.have == 0))):
             self._store.seal()
-            self.stop()  # a decoder has nothing left to do, and its memory is wanted
+            self.close()  # a decoder has nothing left to do, and its memory is wanted
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Free the chain's threads and decoder; what was under way is decoded again when it is needed."""
         decoded, self._decoded = self._decoded, None
         if decoded is not None:

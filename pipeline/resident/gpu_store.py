@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.resident.capacity import NETWORK_BYTES, check_device, check_memory
+from pipeline.resident.capacity import check_device, check_memory
 from pipeline.resident.layout import Layout
 from pipeline.resident.store import Crops, Rows
 
@@ -36,9 +36,9 @@ class GpuStore:
         self.rank, self._ranks = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
         self.note = ""
         if device.type == "cuda":
-            check_device(layout.kind, count, layout.row_bytes, self._ranks, torch.cuda.mem_get_info(device)[0], NETWORK_BYTES)
+            check_device(layout.kind, count, layout.row_bytes, self._ranks, torch.cuda.mem_get_info(device)[0])
         else:
-            check_memory(layout.kind, count, layout.row_bytes)
+            check_memory(layout.kind, count, layout.row_bytes, gpus=0)
             self.note = ("machine.resident_memory (=gpu) has no GPU here: the processes hold the images and exchange crops; ram "
                          "would be faster")
         self.have, self.stored = np.zeros(count, np.uint8), np.zeros(count, np.uint8)

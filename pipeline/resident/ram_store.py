@@ -26,14 +26,15 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipeline.decoding.resize import LazyRows
 from pipeline.files import atomic_write, lock
-from pipeline.resident.capacity import check_ram, gpu_bytes
+from pipeline.resident.capacity import check_ram
 from pipeline.resident.layout import Layout
 from pipeline.resident.store import Crops, Rows
 
@@ -88,7 +89,7 @@ class RamStore:
                 if self.note:
                     _log.warning(self.note)
                 check_ram(layout.kind, count, layout.row_bytes, self.path.parent,
-                          self.path.stat().st_blocks * 512 if usable else 0, promised=self._promised(), gpus=gpu_bytes())
+                          self.path.stat().st_blocks * 512 if usable else 0, promised=self._promised())
                 if not usable:
                     self._make()
                 self._file = os.open(self.path, os.O_RDWR)
@@ -197,7 +198,9 @@ class RamStore:
 
     def crops(self, wanted: Sequence[Crops]) -> torch.Tensor | Sequence[torch.Tensor]:
         rows, top, left = wanted[0]
-        return _Crops(self, rows, top, left) if self._device.type == "cpu" else self.uploaded(rows, top, left)
+        if self._device.type != "cpu":
+            return self.uploaded(rows, top, left)
+        return LazyRows(len(rows), lambda each: self.crop(int(rows[each]), int(top[each]), int(left[each])))
 
     def uploaded(self, rows: Rows, top: Rows, left: Rows) -> torch.Tensor:
         """The crops of a batch on the device, (B, 3, c, c) uint8: packed by threads into pinned memory, converted over there."""
@@ -223,27 +226,6 @@ class RamStore:
         if self._sealing is not None:
             self._sealing.join()
             self._sealing = None
-
-
-class _Crops(Sequence[torch.Tensor]):
-    """The crops of a batch, each cut, and converted, only when a thread asks for it."""
-
-    def __init__(self, store: RamStore, rows: Rows, top: Rows, left: Rows) -> None:
-        self._store, self._rows, self._top, self._left = store, rows, top, left
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    @overload
-    def __getitem__(self, row: int) -> torch.Tensor: ...
-
-    @overload
-    def __getitem__(self, row: slice) -> list[torch.Tensor]: ...
-
-    def __getitem__(self, row: int | slice) -> torch.Tensor | list[torch.Tensor]:
-        if isinstance(row, slice):
-            return [self[each] for each in range(len(self))[row]]
-        return self._store.crop(int(self._rows[row]), int(self._top[row]), int(self._left[row]))
 
 
 def _boot_id() -> str:

@@ -20,7 +20,7 @@ class Store(Protocol):
         note: what a person should know; mostly nothing.
         have: (N,) uint8, 1 where a row is known to be filled, whoever holds it; of a GpuStore the same in every process.
         stored: (N,) uint8, 1 where this process knows that a row is filled, whether or not the others do.
-        rank: of this process among those that `crops` is called by together.
+        rank: of this process among those that call `crops` together.
         exchanges: whether the processes exchange crops, so that all must take the same batches at the same time.
     """
     layout: Layout
@@ -34,24 +34,21 @@ class Store(Protocol):
         """Which of these rows this process may fill."""
 
     def share(self, shard: tuple[int, int]) -> tuple[int, int]:
-        """(k, n): filling it beforehand, the process of this `shard` of the batches fills the k-th of n parts."""
+        """(k, n): when it is filled beforehand, the process with this `shard` of the batches fills the k-th of n parts."""
 
     def shards(self, shard: tuple[int, int]) -> list[tuple[int, int]]:
-        """The shards of the processes that `crops` is called by together, by rank; this one's is `shard`. Called once."""
+        """The shards, by rank, of the processes that call `crops` together; this one's is `shard`. Called once."""
 
     def put(self, rows: Rows, squares: Tensor) -> None:
         """Fill rows (B,) from squares (B, S, S, 3) uint8. Raises RuntimeError when they cannot be written."""
 
     def agree(self, rows: Rows, failed: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-        """Which of the rows failed, (B,) bool: all processes ask for the same rows, and each has filled its own or flags them in
-        `failed`. From then on `have` knows the others."""
+        """Which of the rows failed, (B,) bool, in any process: all ask for the same rows, and have filled their own or flag them
+        in `failed`. From then on `have` knows the others."""
 
     def crops(self, wanted: Sequence[Crops]) -> Tensor | Sequence[Tensor]:
-        """RGB crops of this process: (B, 3, c, c) uint8 on its device, or B views (3, c, c) uint8, made when asked for.
-
-        Args:
-            wanted: the crops of each process, by rank; the same in all of them.
-        """
+        """RGB crops for this process, (B, 3, c, c) uint8 on its device, or B views (3, c, c) uint8 made when asked for. `wanted`:
+        the crops of each process, by rank; the same in all of them."""
 
     def seal(self) -> None:
         """There is nothing left to fill."""

@@ -5,7 +5,7 @@ from PIL import Image
 from tests.helpers.small_set import SIZES, picture
 
 from pipeline.decoding import geometry
-from pipeline.decoding.resize import Crops, Resizer, needed
+from pipeline.decoding.resize import Resizer, needed, planar_crops
 
 SIDE, CROP = 64, 51
 # Besides usual sizes those just below the squares of the tests, where what is decoded has as many lines as the result.
@@ -53,14 +53,9 @@ def test_freaks_need_little_memory_and_are_hardly_off() -> None:
     first = geometry.central(resized, 256)
     where = geometry.regions(size, resized, first, 227)
     rows, columns = where.reach[0]
-    found = Crops([torch.from_numpy(image[:rows, :columns].copy())], where, 227)[0]
+    found = planar_crops([torch.from_numpy(image[:rows, :columns].copy())], where, 227)[0]
     piece = Image.fromarray(image).resize((227, 227), Image.Resampling.BILINEAR, box=tuple(
         float(number) for number in (first[0, 1] * 3 / 256, 0, (first[0, 1] + 227) * 3 / 256, 227 * 3 / 256)))
     assert needed(first[0].tolist(), (227, 227)) > 64 << 20
     difference = np.abs(found.permute(1, 2, 0).numpy().astype(int) - np.asarray(piece))
     assert difference.mean() < 0.5
-
-
-def test_crops_share_memory_and_say_so() -> None:
-    with pytest.raises(TypeError, match="ask for one after the other"):
-        Crops([], geometry.regions(np.ones((1, 2), np.int64), np.ones((1, 2), np.int64), np.zeros((1, 2), np.int64), 1), 1)[0:1]

@@ -40,7 +40,7 @@ def test_what_another_process_sends_is_not_waited_for_from_the_producer() -> Non
     clock = Clock()
     monitor = Monitor(now=clock)
     monitor.enter("decode")
-    with monitor.copying(0):
+    with monitor.waiting(0, swap=True):
         clock.time = 2.0
     assert monitor.waits == Waits(seconds=2.0, copy=2.0) and monitor.spans()["swap"].count == 1
     with monitor.waiting(0):
@@ -62,7 +62,7 @@ def test_on_a_device_the_remainder_is_of_what_was_waited_for(monkeypatch: pytest
 
     monkeypatch.setattr("pipeline.monitor._mark", Mark)
     monitor, stream = Monitor(now=Clock()), iter([1.0, 3.0, 4.0, 7.0])
-    with monitor.copying(0, stream):
+    with monitor.waiting(0, stream, swap=True):
         pass
     with monitor.waiting(0, stream):
         pass

@@ -97,7 +97,7 @@ def test_settings_out_of_range_are_explained() -> None:
     for key, bad, message in (("region", "middle", "one of square, full"), ("mean", "none", "one of image"),
                               ("square_px", 0, "at least"), ("crop_px", 257, r"lie in 1…data.square_px \(=256\)"),
                               ("lighting", -1.0, "standard deviation"),
-                              ("region", "full", "needs data.region square")):
+                              ("region", "full", "must not be image where data.region is full")):
         name = "mean" if (key, bad) == ("region", "full") else key
         with pytest.raises(ValueError, match=rf"data.{name} \(=.*{message}"):
             DataConfig(**{**good, key: bad})  # type: ignore[arg-type]

@@ -139,7 +139,7 @@ IMAGENET = (1_281_167, Layout("rgb", 256, 227).row_bytes)
 
 
 def refusal(**options: object) -> str:
-    arguments = {"kind": "rgb", "rows": IMAGENET[0], "row_bytes": IMAGENET[1], "folder": Path("/"), "present": 0,
+    arguments = {"kind": "rgb", "count": IMAGENET[0], "row_bytes": IMAGENET[1], "folder": Path("/"), "present": 0,
                  "limit": (300 * 10 ** 9, "the machine's memory"), "free": 10 ** 12, **options}
     with pytest.raises(RuntimeError) as caught:
         room.check_ram(**arguments)  # type: ignore[arg-type]

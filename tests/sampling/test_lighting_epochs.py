@@ -99,7 +99,7 @@ def test_a_resume_anywhere_around_the_boundary_goes_on_with_the_same_bits(packed
 
 
 def test_negative_epochs_are_refused_and_no_epochs_said_are_all(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data.lighting_epochs \(=-1\) must not be negative; 0 is lighting noise in every"):
+    with pytest.raises(ValueError, match=r"data.lighting_epochs \(=-1\) must not be negative; 0 is colour jitter in every"):
         pixels(0.1, -1)
     recipe = str(write_recipe(tmp_path))
     unsaid, none, some = (parse(["--config", recipe, *words]).config for words in

@@ -23,7 +23,7 @@ def test_headroom_by_hand() -> None:
     assert headroom(used, MACHINE, 4) == Headroom(5.0, "read")
     assert headroom(Usage(10.0, 0, 1.0, 4.0), MACHINE, 1) == Headroom(2.5, "making batches")
     later = Usage(time=30.0, read=5.0, decode=1.0, making=3.0)  # decoding threads have ended meanwhile
-    assert Usage(time=1.0).plus(later, used) == Usage(time=21.0, read=1.0, decode=0.0, making=1.5)
+    assert Usage(time=1.0).plus(later.since(used)) == Usage(time=21.0, read=1.0, decode=0.0, making=1.5)
 
 
 def test_the_summary_by_hand() -> None:

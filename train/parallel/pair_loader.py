@@ -172,7 +172,7 @@ class PairLoader(Iterator[Batch]):
     def _finish(self, exchange: _Exchange) -> Batch:
         """Wait for the other half (on a GPU: make the device's stream wait)."""
         device, step = exchange.images.device, exchange.half.step
-        with self.monitor.copying(step, torch.cuda.current_stream(device) if device.type == "cuda" else None):
+        with self.monitor.waiting(step, torch.cuda.current_stream(device) if device.type == "cuda" else None, swap=True):
             for work in exchange.works:
                 work.wait()
         ids, epochs = exchange.ids_epochs.transpose(0, 1).flatten(1).numpy()
