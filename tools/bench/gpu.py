@@ -99,14 +99,14 @@ def steps(args: argparse.Namespace) -> Iterator[tuple[str, Spread]]:
     from train.parallel.topology import process_group
     from train.recipe import parse
 
-    with process_group(towers=1, device="cuda", timeout_s=600) as topology:
+    with process_group(towers=1, device="cuda", timeout_s=3600) as topology:
         for batch, last, deterministic in itertools.product(BATCHES, (True, False), (False, True)):
             words = [f"--train.batch={batch}", f"--machine.channels_last={str(last).lower()}", "--machine.precision=bf16",
                      f"--machine.deterministic={str(deterministic).lower()}"]
             config = parse(["--config", str(args.config), *words]).config
             name = f"step, batch {batch}, {'NHWC' if last else 'NCHW'}{', deterministic' if deterministic else ''}, img/s"
             try:
-                synthetic = NetworkStep(config, topology).synthetic(batch)
+                synthetic = NetworkStep(config, topology).synthetic()
                 for _ in range(3):
                     next(synthetic)
                 yield name, rates(lambda: next(synthetic), args)

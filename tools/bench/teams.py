@@ -144,7 +144,7 @@ def member(sharing: Sharing, rank: int, config: Config) -> Iterator[Member]:
         os.sched_setaffinity(0, {cores[rank % len(cores)]})
     with ExitStack() as stack:
         topology = stack.enter_context(process_group(towers=config.model.towers, device=config.machine.device,
-                                                     timeout_s=config.machine.timeout_s, parallel=config.parallel))
+                                                     timeout_s=3600, parallel=config.parallel))
         if sharing.half:
             stack.enter_context(mock.patch.object(tower_exchange, "Swap", _Imagined))
             stack.enter_context(mock.patch.object(Topology, "all_reduce_sum", lambda self, values: list(values)))
@@ -152,7 +152,7 @@ def member(sharing: Sharing, rank: int, config: Config) -> Iterator[Member]:
         steps: dict[bool, Iterator[object]] = {}
         for overlap in (True, False) if topology.world_size > 1 else (True,):
             network = NetworkStep(replace(config, parallel=replace(config.parallel, overlap=overlap)), topology)
-            steps[overlap] = network.synthetic(config.train.batch)
+            steps[overlap] = network.synthetic()
         own = Member(topology, steps)
         for owner, method, name in ((Swap, "wait", "activations"), (GradientReducer, "finish", "gradients"),
                                     (Topology, "all_reduce_sum", "loss")):

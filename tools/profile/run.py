@@ -136,7 +136,7 @@ def profile(args: argparse.Namespace) -> tuple[Profile, Sequence[Event], Sequenc
     """The profile that the (checked) arguments ask for, and the events and queue depths of its first turn for a trace."""
     config = load(args.config) if args.config else None
     device = args.device or (config.machine.device if config else "auto")
-    with process_group(towers=config.model.towers if config else 1, device=device, timeout_s=60.0) as ranks:
+    with process_group(towers=config.model.towers if config else 1, device=device, timeout_s=86400) as ranks:
         what = subject(args, ranks, config)
         if args.compare:
             _check_comparable(what.data)
@@ -176,8 +176,8 @@ def _interleaved(args: argparse.Namespace, what: Subject, ranks: Topology, loade
     workloads = [*alone, *cut, stages.end_to_end(loader)]
     if args.model:
         assert what.config is not None
-        network = NetworkStep(what.config, ranks)
-        workloads += [Workload("network", network.synthetic(what.batch), 2), stages.end_to_end(loader, network, "together")]
+        network = NetworkStep(replace(what.config, train=replace(what.config.train, batch=what.batch)), ranks)
+        workloads += [Workload("network", network.synthetic(), 2), stages.end_to_end(loader, network, "together")]
     elif args.need:
         workloads.append(stages.end_to_end(loader, _Pace(args.need), "together"))
     figures = measure(workloads, args.seconds, args.repeats)
