@@ -167,7 +167,7 @@ def test_results_of_one_name_are_told_apart(tmp_path: Path) -> None:
     longer["train"]["epochs"], longest["train"]["epochs"], other["model"]["lrn"] = 99, 100, None
     folders = [("a/study/full-s1", tiny, 1), ("b/study/full-s1", longer, 1), ("c/full-s1", longest, 1), ("c/no_lrn", other, 1)]
     runs = [read_run(write_run(tmp_path / name, config, seed, images=5000, train=50_000)) for name, config, seed in folders]
-    assert [one.name for one in group(runs)] == ["a/…/full-s1", "b/…/full-s1", "c/full-s1", "no_lrn"]
+    assert [one.name for one in group(runs)] == ["a/study/full-s1", "b/study/full-s1", "c/full-s1", "no_lrn"]
     page = checked(report(tmp_path / "r.html", *(tmp_path / name for name, _, _ in folders))[0])
     row, = (row for row in page.rows("Changes to the network") if "no_lrn" in row["change"])
     assert "against" not in row["source of the paper’s figure"], "it is held against one only, the nearest"

@@ -19,9 +19,11 @@ import pytest
 
 from tests.conftest import TinySet
 from tests.helpers.recipes import write_recipe
+from tests.helpers.runs import inside
 from tools import run_study
 from tools.study import Run, Study, lines, read_study, test_of as tested
 from train.checkpoint import checkpoint
+from train.evaluate.__main__ import main as evaluate_main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -108,9 +110,9 @@ def test_a_plan_is_printed_and_nothing_is_made(folder: Path) -> None:
     ("run: [RUN]\nruns: [RUN]", "key (=run) of s.yaml is not known; it has argv, ensembles, runs, set"),
     ("runs: {name: a}", "runs (={{'name': 'a'}}) of s.yaml must be a list; put [ ] round it"),
     ("runs: [a]", "entry (=a) of runs of s.yaml must be a mapping; write {{name, recipe, …}}"),
-    ("runs: [{recipe: small.yaml}]", "entry (={{'recipe': 'small.yaml'}}) of runs of s.yaml has no name; say it"),
-    ("runs: [{name: a}]", "entry (={{'name': 'a'}}) of runs of s.yaml has no recipe; say it"),
-    ("runs: [{name: a, recipe: small.yaml, seed: 1}]", "key (=seed) of runs of s.yaml is not known; it has after, grid, name"),
+    ("runs: [{recipe: small.yaml}]", "entry (={{'recipe': 'small.yaml'}}) of runs of s.yaml has no name; add it"),
+    ("runs: [{name: a}]", "entry (={{'name': 'a'}}) of runs of s.yaml has no recipe; add it"),
+    ("runs: [{name: a, recipe: small.yaml, seed: 1}]", "key (=seed) of run a is not known; it has after, grid, name"),
     ("runs: [{name: a/b, recipe: small.yaml}]", "name (=a/b) of runs of s.yaml must be letters, digits and _ . + -, for a f"),
     ("runs: [{name: a, recipe: no.yaml}]", "recipe (={folder}/no.yaml) of run a does not exist; name a file of {folder}"),
     ("runs: [{name: a, recipe: small.yaml, seeds: 1}]", "seeds (=1) of run a must be a list; put [ ] round it"),
@@ -132,8 +134,8 @@ def test_a_plan_is_printed_and_nothing_is_made(folder: Path) -> None:
     ("runs: [{name: a, recipe: small.yaml, after: [b]}]", "run (=b) is not among those of s.yaml: a; correct the name"),
     ("runs: [{name: a, recipe: small.yaml, after: [a]}]", "after (=a → a) goes round in a circle; take one of them away"),
     ("runs: [RUN, {name: b, recipe: small.yaml, after: [c]}, {name: c, recipe: small.yaml, after: [b]}]", "round in a circle"),
-    ("runs: [RUN]\nensembles: [{name: e}]", "entry (={{'name': 'e'}}) of ensembles of s.yaml has no of; say it"),
-    ("runs: [RUN]\nensembles: [{of: [a]}]", "entry (={{'of': ['a']}}) of ensembles of s.yaml has no name; say it"),
+    ("runs: [RUN]\nensembles: [{name: e}]", "entry (={{'name': 'e'}}) of ensembles of s.yaml has no of; add it"),
+    ("runs: [RUN]\nensembles: [{of: [a]}]", "entry (={{'of': ['a']}}) of ensembles of s.yaml has no name; add it"),
     ("runs: [RUN]\nensembles: [{name: e, of: a}]", "of (=a) of ensemble e must be a list; "),
     ("runs: [RUN]\nensembles: [{name: e, of: [b]}]", "run (=b) is not among those of s.yaml: a; correct the name"),
     ("runs: [RUN]\nensembles: [{name: e, of: [a]}]", "ensemble (=e) has one network only; name more runs, or give "),
@@ -206,7 +208,7 @@ def test_what_asks_to_stop_is_heard_and_what_is_ignored_is_not() -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
     try:
-        with run_study._listening() as heard:
+        with run_study.listening() as heard:
             for number in (signal.SIGHUP, signal.SIGTERM):
                 os.kill(os.getpid(), number)
             assert heard == [signal.SIGTERM] and signal.getsignal(signal.SIGINT) == signal.SIG_DFL, "a second one kills"
@@ -314,9 +316,8 @@ def test_an_ensemble_is_what_evaluate_says_of_it(carried: Carried) -> None:
         assert (result := tested(carried.folder / name)) and member["views"] == 1
         assert (member["top1_errors"], member["top5_errors"]) == (result["top1_errors"], result["top5_errors"])
         assert member["checkpoint"] == str(checkpoint.checkpoints(carried.folder / name / "checkpoints")[-1])
-    words = [sys.executable, "-m", "train.evaluate", "--json", "--checkpoints", *(
-        member["evaluation"] for member in found["two"]["members"])]
-    again = json.loads(subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    words = ["--json", "--checkpoints", *(member["evaluation"] for member in found["two"]["members"])]
+    again = json.loads(inside(evaluate_main, words, 0)[0])
     assert again["ensemble"] == found["two"]["ensemble"]
     row = next(line for line in carried.out.splitlines() if line.startswith("ensemble two  "))
     assert row.split() == ["ensemble", "two", "2", *(f"{again['ensemble'][which]:.2%}" for which in ("top1", "top5"))]
@@ -404,11 +405,11 @@ def test_ctrl_c_saves_a_kill_loses_little_and_the_same_command_goes_on(tiny_set:
         child, = children(tool.pid)
         tool.send_signal(signal.SIGINT)
         out, err = tool.communicate(timeout=60)
-    assert (tool.returncode, err) == (130, "interrupted; the runs are saved, and the same command goes on\n")
+    assert (tool.returncode, err) == (130, "interrupted; the runs are saved, and the same command resumes them\n")
     assert not alive(child)
     saved = step(run)
     log = run.with_name("a-s1.log")
-    assert f"stopped and saved at step {saved}; resume with --resume" in log.read_text(encoding="utf-8") and 2 <= saved < 38
+    assert f"stopped and saved at step {saved}; " in log.read_text(encoding="utf-8") and 2 <= saved < 38
 
     with launched(*words) as tool:  # killed itself: its run goes on alone, and nobody may begin it a second time meanwhile
         until(lambda: step(run) >= saved + 2, tool)
@@ -420,7 +421,7 @@ def test_ctrl_c_saves_a_kill_loses_little_and_the_same_command_goes_on(tiny_set:
         code, out, err = command(*words)
     finally:
         os.kill(child, signal.SIGKILL)
-    assert (code, out) == (2, "") and err.startswith(f"error: study folder (={run.parent}) is being worked on by another tools/")
+    assert (code, out) == (2, "") and err.startswith(f"error: study folder (={run.parent}) is in use by process ")
     while alive(child):
         time.sleep(0.02)
     code, out, err = command(*words)

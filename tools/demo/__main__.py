@@ -24,7 +24,10 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tools.cli import guarded  # noqa: E402 (the path first)
+from pipeline.index.sample_index import SampleIndex  # noqa: E402 (the path first)
+from pipeline.index.tar import fingerprint, open_tar  # noqa: E402
+from tools.cli import guarded  # noqa: E402
+from train.recipe import load  # noqa: E402
 
 MARK = "DRAWN"  # the Makefile's `clean` looks for it too
 
@@ -86,9 +89,6 @@ def check_out(out: Path, generated: bool) -> None:
 
 def check_index(index: Path, archives: list[Path]) -> None:
     """Raise ValueError when the index that exists was made of other archives than train and val of these."""
-    from pipeline.index.sample_index import SampleIndex
-    from pipeline.index.tar import fingerprint, open_tar
-
     for path in archives[:2]:
         open_tar(path).close()  # for its messages
     recorded = SampleIndex.load(index).archives
@@ -99,9 +99,6 @@ def check_index(index: Path, archives: list[Path]) -> None:
 
 def run(out: Path, data: Path | None, recipe: Path, extra: list[str], console: Console) -> None:
     """All steps; ends with the table. Raises ValueError or SystemExit."""
-    from pipeline.index.sample_index import SampleIndex
-    from train.recipe import load
-
     check_out(out, data is None)
     demo, config = Demo(console), load(recipe)
     index, folder = out / "index", out / "runs" / recipe.stem
@@ -165,10 +162,7 @@ def main(argv: list[str] | None = None) -> int:
             find_archives(args.data)
         out = args.out or Path("demo-data" if args.data else "demo")
         run(out.resolve(), args.data and args.data.resolve(), recipe.resolve(), args.extra, Console())
-    code = guarded(work)
-    if code == 130 and args.data:
-        print("the same command resumes where it last saved", file=sys.stderr)
-    return code
+    return guarded(work, "interrupted; the same command resumes where it last saved" if args.data else "interrupted")
 
 
 if __name__ == "__main__":

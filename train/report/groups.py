@@ -145,17 +145,16 @@ def _name(names: Sequence[str]) -> str:
 
 
 def _distinct_names(groups: Sequence[Group]) -> list[Group]:
-    """Groups of one name get the folder in which they differ before it, or, where there is none, their seeds behind it."""
-    def folders(one: Group) -> tuple[str, ...]:
-        return one.runs[0].folder.resolve().parent.parts[::-1]
-
+    """Groups of one name get the folders in which they differ before it, or, where there are none, their seeds behind it."""
     found = []
     for one in groups:
-        own, others = folders(one), [folders(other) for other in groups if other is not one and other.name == one.name]
-        depth = next((k for k in range(len(own)) if all(own[:k + 1] != other[:k + 1] for other in others)), None)
-        name = f"{own[depth]}{'/…/' if depth else '/'}{one.name}" if depth is not None else \
+        folders = [str(other.runs[0].folder.resolve().parent) for other in groups if other.name == one.name]
+        own = str(one.runs[0].folder.resolve().parent)
+        common = os.path.commonpath(folders)
+        common = os.path.dirname(common) if common in folders else common
+        name = f"{os.path.relpath(own, common)}/{one.name}" if folders.count(own) == 1 else \
             f"{one.name} (seed{'s' * (len(one.runs) > 1)} {', '.join(str(run.seed) for run in one.runs)})"
-        found.append(dataclasses.replace(one, name=name) if others else one)
+        found.append(dataclasses.replace(one, name=name) if len(folders) > 1 else one)
     return found
 
 
