@@ -18,7 +18,6 @@ import torch.distributed as dist
 from pipeline.loading.batch import Batch
 from pipeline.loading.train_loader import TrainLoader
 from pipeline.monitor import Monitor
-from pipeline.sampling.sampler import epoch_of, first_step
 from train.config import ParallelConfig
 from train.parallel.topology import Topology
 
@@ -94,13 +93,9 @@ class PairLoader(Iterator[Batch]):
 
     def __init__(self, loader: TrainLoader, pair: dist.ProcessGroup, *, exchange_images: bool = True) -> None:
         self.loader, self._pair, self._exchange_images, self._rank = loader, pair, exchange_images, dist.get_rank(pair)
-        start = loader.state_dict()
-        self._batch, self._samples, self._step = int(start["batch"]), int(start["samples"]), int(start["step"])
         self._next: _Exchange | Exception | None = None  # the next step's batch, or why there is none
-        self._end = self._first_step(self.epoch + 1)
-
-    def _first_step(self, epoch: int) -> int:
-        return first_step(epoch, self._samples, self._batch)
+        self._step = loader.step
+        self._end = loader.sampler.steps(self.epoch).stop
 
     @property
     def monitor(self) -> Monitor:
@@ -125,14 +120,14 @@ class PairLoader(Iterator[Batch]):
     @property
     def epoch(self) -> int:
         """Epoch of the next batch, from 0."""
-        return epoch_of(self._step, self._samples, self._batch)
+        return self.loader.sampler.epoch(self._step)
 
     def __len__(self) -> int:
         """Batches of the current epoch, consumed ones included."""
-        return self._first_step(self.epoch + 1) - self._first_step(self.epoch)
+        return len(self.loader.sampler.steps(self.epoch))
 
     def __iter__(self) -> Self:
-        self._end = self._first_step(self.epoch + 1)
+        self._end = self.loader.sampler.steps(self.epoch).stop
         return self
 
     def __next__(self) -> Batch:
@@ -187,7 +182,7 @@ class PairLoader(Iterator[Batch]):
         self.close()
         self.loader.load_state_dict(state)
         self._step = self.loader.step
-        self._end = self._first_step(self.epoch + 1)
+        self._end = self.loader.sampler.steps(self.epoch).stop
 
     def close(self) -> None:
         """Free threads and buffers. It can be used again, by both processes; it starts where it was."""

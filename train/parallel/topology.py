@@ -136,9 +136,7 @@ def process_group(*, towers: int, device: str, timeout_s: float, silence_s: floa
         RuntimeError: no GPU for this process, or torchrun's variables are incomplete.
         PeerFailed: in place of the error of a collective, when another process of this machine was the cause.
     """
-    environment = _environment()
-    world_size, rank, local_rank, local_ranks = (environment[name] for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK",
-                                                                                "LOCAL_WORLD_SIZE"))
+    rank, world_size, local_rank, local_ranks = _variables(*VARIABLES) if "WORLD_SIZE" in os.environ else (0, 1, 0, 1)
     coordinates = _coordinates(world_size, rank, local_ranks, towers, parallel)
     chosen = _device(device, local_rank)
     if chosen.type == "cuda":
@@ -155,20 +153,13 @@ def process_group(*, towers: int, device: str, timeout_s: float, silence_s: floa
                 dist.destroy_process_group()
 
 
-def _environment() -> dict[str, int]:
-    """torchrun's variables as numbers, or one process when it did not start us."""
-    if "WORLD_SIZE" not in os.environ:
-        return {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    return {name: int(value) for name, value in _variables(*VARIABLES).items()}
-
-
-def _variables(*names: str) -> dict[str, str]:
-    """Variables that torchrun sets."""
+def _variables(*names: str) -> list[int]:
+    """Numbers among the variables that torchrun sets."""
     if lacking := [name for name in names if name not in os.environ]:
         given = [name for name in VARIABLES if name in os.environ]
         raise RuntimeError(f"environment (={', '.join(given)}) lacks {', '.join(lacking)}; start with torchrun, or unset "
                            "WORLD_SIZE")
-    return {name: os.environ[name] for name in names}
+    return [int(os.environ[name]) for name in names]
 
 
 def _coordinates(world_size: int, rank: int, local_ranks: int, towers: int,
@@ -209,8 +200,8 @@ def _store(rank: int, world_size: int, timeout_s: float) -> dist.Store:
     by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if world_size == 1 and not by_torchrun:
         return dist.HashStore()
-    address, port = _variables("MASTER_ADDR", "MASTER_PORT").values()
-    return dist.TCPStore(address, int(port), world_size, is_master=rank == 0 and not by_torchrun,
+    port, = _variables("MASTER_PORT")
+    return dist.TCPStore(os.environ.get("MASTER_ADDR", "localhost"), port, world_size, is_master=rank == 0 and not by_torchrun,
                          timeout=datetime.timedelta(seconds=timeout_s), wait_for_workers=False)
 
 
