@@ -16,10 +16,10 @@ from model.alexnet import AlexNet
 from model.towers import Tower
 from pipeline.index.sample_index import SampleIndex
 from tests.conftest import TinySet
+from tests.helpers.disturbed_run import fails_at
 from tests.helpers.checkpoints import ALONE
 from tests.helpers.networks import small
 from tests.helpers.recipes import write_recipe
-from tests.parallel.test_faults import fails_at
 from tests.helpers.runs import here, lines, pair, same, watch, weights
 from train import build
 from train.checkpoint import checkpoint

@@ -24,6 +24,16 @@ def signal_at(network: AlexNet, training: bool, number: int, which: int = signal
     network.register_forward_pre_hook(send)
 
 
+def fails_at(network: AlexNet, number: int) -> None:
+    """An error of the machine when the network sees its training batch of this number, from 0."""
+    count = itertools.count()
+
+    def fail(module: Any, inputs: Any) -> None:
+        if module.training and next(count) == number:
+            raise OSError("the machine is broken on purpose")
+    network.register_forward_pre_hook(fail)
+
+
 def spoil_at(network: AlexNet, number: int) -> None:
     """Make a gradient NaN at the backward pass of this number."""
     count = itertools.count()

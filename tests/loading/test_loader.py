@@ -1,10 +1,10 @@
-import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tests.helpers.digests import digest
 from tests.helpers.oracle import ten_views, training_crop
 from tests.helpers.small_set import encode, photographs, picture, write_set
 
@@ -39,14 +39,6 @@ def stats(photos: SampleIndex) -> dict[int, Stats]:
 def loader(index: SampleIndex, stats: dict[int, Stats], data: DataConfig = SMALL, batch: int = 6,
            **options: object) -> TrainLoader:
     return train_loader("archives", index, "train", data, batch, 7, stats[data.square_px], **options)  # type: ignore[arg-type]
-
-
-def digest(batches: list[Batch]) -> str:
-    found = hashlib.sha256()
-    for batch in batches:
-        for array in (batch.ids, batch.epochs, batch.labels.numpy(), batch.images.numpy()):
-            found.update(array.tobytes())
-    return found.hexdigest()
 
 
 @pytest.mark.parametrize("region,mean", [("square", "image"), ("square", "image_center"), ("square", "channel"),

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.helpers.digests import digest
 from tests.helpers.packed_set import tiny_s3, write_packed
 from tests.helpers.small_set import encode, picture
 
@@ -40,14 +41,6 @@ def stats(packed: SampleIndex) -> Stats:
 def loader(index: SampleIndex, stats: Stats, **options: object) -> TrainLoader:
     given = {"window": WINDOW, "lanes": LANES, **options}
     return train_loader("streamed", index, "train", DATA, BATCH, 7, stats, **given)  # type: ignore[arg-type]
-
-
-def digest(batches: list[Batch]) -> str:
-    found = hashlib.sha256()
-    for batch in batches:
-        for array in (batch.ids, batch.epochs, batch.labels.numpy(), batch.images.numpy()):
-            found.update(array.tobytes())
-    return found.hexdigest()
 
 
 def epochs_of(train: TrainLoader, count: int) -> list[Batch]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from model.alexnet import AlexNet
 from tests.conftest import TinySet
+from tests.helpers.disturbed_run import fails_at
 from tests.helpers.faults import FAILING_STEP, Case, Trials
 from tests.helpers.recipes import write_recipe
 from tests.helpers.runs import here, watch
@@ -29,16 +28,6 @@ def test_torchrun_reports_rank_step_and_signal_of_a_killed_process(trials: Trial
     trials.run(Case("kill in exchange", 2, 1), restarts=0)
     cause = trials.log("kill-in-exchange-1-2").partition("Root Cause")[2]
     assert "(SIGKILL)" in cause and f": rank 1 at step {FAILING_STEP} in forward" in cause, cause
-
-
-def fails_at(network: AlexNet, number: int) -> None:
-    """An error of the machine when the network sees its training batch of this number, from 0."""
-    count = iter(range(10 ** 6))
-
-    def fail(module: Any, inputs: Any) -> None:
-        if module.training and next(count) == number:
-            raise OSError("the machine is broken on purpose")
-    network.register_forward_pre_hook(fail)
 
 
 def test_a_restart_resumes_its_own_run_only(tiny_set: TinySet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

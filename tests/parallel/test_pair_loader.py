@@ -20,9 +20,9 @@ from pipeline.loading.train_loader import TrainLoader
 from pipeline.reading.quarantine import Quarantine
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats, stats_path
+from tests.helpers.digests import digest
 from tests.helpers.packed_set import write_packed
 from tests.helpers.small_set import encode, photographs, picture, write_set
-from tests.resident.test_resident import digest
 from train.config import ParallelConfig
 from train.parallel import pair_loader as module
 from train.parallel.topology import Topology

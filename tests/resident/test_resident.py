@@ -1,4 +1,3 @@
-import hashlib
 import json
 import os
 import signal
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.helpers.digests import digest
 from tests.helpers.small_set import photographs, write_set
 
 from pipeline.resident import yuv420 as yuv
@@ -62,14 +62,6 @@ def take(train: TrainLoader, steps: int) -> list[Batch]:
             if len(found) == steps:
                 break
     return found
-
-
-def digest(batches: list[Batch]) -> str:
-    found = hashlib.sha256()
-    for batch in batches:
-        for array in (batch.ids, batch.epochs, batch.labels.numpy(), batch.images.numpy()):
-            found.update(np.ascontiguousarray(array).tobytes())
-    return found.hexdigest()
 
 
 def squares_of(index: SampleIndex) -> dict[int, torch.Tensor]:
