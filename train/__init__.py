@@ -1,4 +1,4 @@
-"""One loop that joins the pipeline and the network, and everything around it."""
+"""Training: the loop that joins pipeline and model, checkpoints, evaluation, reports, export."""
 import os
 
 # Before torch is imported: its idle OpenMP threads must sleep, not spin. Beside DALI's threads on few cores, spinning makes

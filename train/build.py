@@ -117,7 +117,7 @@ def train_loader(config: Config, topology: Topology, found: SampleIndex, stats: 
     return pair_loader(loader, config.parallel, topology)
 
 
-def test_loader(config: Config, topology: Topology, found: SampleIndex, stats: Stats, split: str, *,
+def eval_loader(config: Config, topology: Topology, found: SampleIndex, stats: Stats, split: str, *,
                 keep: bool = False, ids: Optional[Ids] = None) -> EvalLoader:
     """Every image of a split once, divided among the data ranks; both towers of a pair get the same.
 
@@ -150,9 +150,9 @@ class Loaders:
 
 
 def loaders(config: Config, topology: Topology, found: SampleIndex, stats: Stats, quarantine: Path) -> Loaders:
-    """All loaders of a run; see `train_loader` and `test_loader`."""
+    """All loaders of a run; see `train_loader` and `eval_loader`."""
     train = train_loader(config, topology, found, stats, quarantine)
-    tests = {split: test_loader(config, topology, found, stats, split, keep=True)
+    tests = {split: eval_loader(config, topology, found, stats, split, keep=True)
              for split in dict.fromkeys((config.data.validation_split, config.data.test_split))}
     return Loaders(found, stats, train, tests)
 

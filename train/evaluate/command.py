@@ -146,7 +146,7 @@ def _predict(plan: Plan, topology: Topology, take: Take) -> None:
     config = plan.config
     network = build.network(config, topology)
     plan.weights.load_weights(network, config, topology)
-    loader = build.test_loader(config, topology, plan.index, plan.weights.stats(), plan.split)
+    loader = build.eval_loader(config, topology, plan.index, plan.weights.stats(), plan.split)
     console = Console(topology.is_main, config.machine.log_s, sys.stderr)
     show = console.testing(f"testing {plan.weights.path.name}")
     with contextlib.closing(console), contextlib.closing(loader):

@@ -100,10 +100,6 @@ class Topology:
         sums: list[float] = numbers.tolist()
         return sums
 
-    def any_rank(self, *flags: bool) -> list[bool]:
-        """For each flag, whether it is true in any process."""
-        return [total > 0 for total in self.all_reduce_sum(flags)]
-
     def gather_objects(self, value: Any) -> list[Any]:
         """The value of every process (anything that can be pickled), by global rank."""
         if self.is_single:
