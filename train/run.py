@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.stats import Stats
 from train import build, run_folder
-from train.checkpoint.pretrained import Origin
+from train.checkpoint.pretrained import find_pretrained, load_pretrained
 from train.config import Config
 from train.console import Console
 from train.evaluate.metrics import CHANCE
@@ -58,18 +58,19 @@ def train_and_test(request: Request, topology: Topology) -> int:
         index = build.index(config, config.data.train_split, config.data.validation_split, config.data.test_split)
         stats = Stats.for_index(index, config.data.square_px, config.data.train_split)
         train_step = TrainStep(config, topology)
-        origin = Origin.of(config, resume, console.warn)
-        weights = "" if resume else origin.take(train_step.network, config, topology, index)
+        pretrained = find_pretrained(config, resume, console.warn)
+        weights = "" if resume else load_pretrained(pretrained, train_step.network, config, topology, index)
         loaders = stack.enter_context(contextlib.closing(
             build.loaders(config, topology, index, stats, folder / run_folder.QUARANTINE)))
         claim(folder, config, resume, topology)
         trainer = stack.enter_context(contextlib.closing(
-            Trainer(config, topology, train_step, loaders, folder, console, stop, origin.sha256)))
+            Trainer(config, topology, train_step, loaders, folder, console, stop,
+                    pretrained.sha256 if pretrained is not None else "")))
         stack.enter_context(reported())
         if restarted:
             console.print("restarted by torchrun: resuming as with --resume")
         if resume and not trainer.restore():
-            weights = origin.take(train_step.network, config, topology, index)
+            weights = load_pretrained(pretrained, train_step.network, config, topology, index)
         if resume and 0 < config.machine.stop_after <= loaders.train.step:
             raise ValueError(f"machine.stop_after (={config.machine.stop_after}) must lie after step {loaders.train.step}, where "
                              "this run stands: it counts from the start of training; raise it or leave it out")

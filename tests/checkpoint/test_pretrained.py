@@ -1,36 +1,30 @@
-"""Starting from a checkpoint of another run, and layers with rates of their own: pre-training and fine-tuning."""
+"""Initial weights from a trained network: pre-training and fine-tuning."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional
 
 from model.alexnet import AlexNet
 from model.towers import Tower
 from pipeline.index.sample_index import SampleIndex
 from tests.conftest import TinySet
-from tests.helpers.disturbed_run import fails_at
 from tests.helpers.checkpoints import ALONE
-from tests.helpers.networks import small
+from tests.helpers.disturbed_run import fails_at
 from tests.helpers.recipes import write_recipe
-from tests.helpers.runs import here, lines, pair, same, watch, weights
+from tests.helpers.runs import here, pair, same, watch, weights
 from train import build
 from train.checkpoint import checkpoint
 from train.parallel import topology as distributed
 from train.checkpoint.checkpoint import DamagedCheckpoint
 from train.config import Config
-from train.optimizer_config import LarsConfig, Milestone, OptimizerConfig, ScheduleConfig
 from train.parallel.topology import Topology
-from train.checkpoint.pretrained import Origin
+from train.checkpoint.pretrained import find_pretrained, load_pretrained
 from train.checkpoint.resolve import resolve
-from train.optimizer import Schedule, build_optimizer, set_lr
 from train.recipe import dump, parse
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
@@ -76,10 +70,10 @@ def source(recipe: Path, index: SampleIndex, tmp_path: Path) -> Path:
 
 
 def take(config: Config, index: SampleIndex, resume: bool = False) -> tuple[dict[str, torch.Tensor], str, list[str]]:
-    """The network's parameters after `Origin.take`, what it says, and the warnings."""
+    """The network's parameters after `load_pretrained`, what it says, and the warnings."""
     warned: list[str] = []
     network = build.network(config, ALONE)
-    said = Origin.of(config, resume, warned.append).take(network, config, ALONE, index)
+    said = load_pretrained(find_pretrained(config, resume, warned.append), network, config, ALONE, index)
     return {name: p.detach() for name, p in network.named_parameters()}, said, warned
 
 
@@ -99,7 +93,7 @@ def test_kept_layers_are_the_checkpoints_and_renewed_ones_are_drawn(recipe: Path
 def test_without_a_checkpoint_nothing_is_taken(recipe: Path, index: SampleIndex) -> None:
     config = read(recipe)
     found, said, _ = take(config, index)
-    assert said == "" and Origin.of(config, False, pytest.fail) == Origin()
+    assert said == "" and find_pretrained(config, False, pytest.fail) is None
     assert all(torch.equal(value, network_of(config)[name]) for name, value in found.items())
 
 
@@ -107,16 +101,16 @@ def test_of_a_run_folder_the_best_or_else_the_newest(recipe: Path, index: Sample
     run = tmp_path / "run"
     paths = [write(run, read(recipe, f"--train.seed={step}"), index, step, None) for step in (1, 2)]
     config = read(recipe, f"--init_from.checkpoint={run}")
-    assert Origin.of(config, False, pytest.fail) == Origin(resolve(paths[1]))
+    assert find_pretrained(config, False, pytest.fail) == resolve(paths[1])
     paths += [write(run, read(recipe, f"--train.seed={step}"), index, step, error)
               for step, error in ((3, 0.2), (4, 0.4), (5, None))]
-    origin = Origin.of(config, False, pytest.fail)
-    assert origin.source == resolve(paths[2]) and len(origin.sha256) == 64
+    origin = find_pretrained(config, False, pytest.fail)
+    assert origin == resolve(paths[2]) and len(origin.sha256) == 64
     found, said, _ = take(config, index)
     assert torch.equal(found["conv1.weight"], network_of(read(recipe, "--train.seed=3"))["conv1.weight"])
     assert str(paths[2]) in said
-    one = Origin.of(read(recipe, f"--init_from.checkpoint={paths[2]}"), False, pytest.fail)
-    assert one == origin and one != Origin.of(read(recipe, f"--init_from.checkpoint={paths[3]}"), False, pytest.fail)
+    one = find_pretrained(read(recipe, f"--init_from.checkpoint={paths[2]}"), False, pytest.fail)
+    assert one == origin and one != find_pretrained(read(recipe, f"--init_from.checkpoint={paths[3]}"), False, pytest.fail)
 
 
 def test_a_damaged_newest_is_passed_over_loudly(recipe: Path, index: SampleIndex, tmp_path: Path) -> None:
@@ -177,7 +171,7 @@ def test_a_damaged_checkpoint_is_refused(recipe: Path, source: Path, index: Samp
         with pytest.raises(DamagedCheckpoint, match=r"__0_0.distcp\) has SHA-256 \w+…, was written with \w+…; use another"):
             take(read(recipe, f"--init_from.checkpoint={path}"), index)
     config = read(recipe, f"--init_from.checkpoint={source}")
-    assert Origin.of(config, True, pytest.fail) == Origin(), "a resume has its own"
+    assert find_pretrained(config, True, pytest.fail) is None, "a resume has its own"
     with pytest.raises(ValueError, match=r"init_from.checkpoint \(=.*\) is no longer there, or damaged, and this run has no "
                        "checkpoint of its own yet; put it back"):
         take(config, index, resume=True)
@@ -213,11 +207,11 @@ def test_an_exported_network_is_as_good_as_a_checkpoint(recipe: Path, index: Sam
     theirs, drawn = network_of(first), network_of(config)
     assert said == f"weights of conv1, conv2, conv3, conv4, conv5, fc6, fc8 from {folder}; fc7 start anew"
     assert all(torch.equal(value, (drawn if name.startswith("fc7") else theirs)[name]) for name, value in found.items())
-    origin = Origin.of(config, False, pytest.fail)
+    origin = find_pretrained(config, False, pytest.fail)
     halves = []
     for rank in range(2):
         half = AlexNet(config.model, seed=config.train.seed, tower=Tower(rank, 2))
-        origin.take(half, config, ALONE, index)
+        load_pretrained(origin, half, config, ALONE, index)
         halves.append(dict(half.named_parameters()))
     for name, value in found.items():
         assert torch.equal(torch.cat([half[name].detach() for half in halves]), value), name
@@ -235,7 +229,7 @@ def test_an_exported_network_is_as_good_as_a_checkpoint(recipe: Path, index: Sam
     (folder / "model.safetensors").write_bytes(data)
     with pytest.raises(RuntimeError, match=r"exported file \(=.*model.safetensors\) has SHA-256"):
         take(config, index)
-    assert Origin.of(config, True, pytest.fail) == Origin()
+    assert find_pretrained(config, True, pytest.fail) is None
 
 
 # --- runs
@@ -268,7 +262,7 @@ def test_a_run_begins_with_these_weights(recipe: Path, tuned: tuple[Path, list[s
             assert torch.equal(found[f"weight.{key}"], drawn[key] if key.startswith("fc8") else value), (name, key)
     note = json.loads((tmp_path / "one" / "versions.jsonl").read_text(encoding="utf-8"))
     assert note["initial_weights"] == checkpoint.read_state(checkpoint.checkpoints(tmp_path / "one" / "checkpoints")[-1])[
-        "sources"]["initial weights"] == Origin.of(read(recipe, *tuned[1]), False, pytest.fail).sha256
+        "sources"]["initial weights"] == find_pretrained(read(recipe, *tuned[1]), False, pytest.fail).sha256
 
 
 def test_a_resume_needs_the_checkpoint_no_more_but_takes_no_other(recipe: Path, tuned: tuple[Path, list[str]], source: Path,
@@ -326,7 +320,7 @@ def test_a_resume_is_indifferent_to_a_run_folder_that_went_on(recipe: Path, tune
     same(tuned[0], tmp_path / "small")
     begun = [checkpoint.read_state(path)["sources"]["initial weights"]
              for path in checkpoint.checkpoints(tmp_path / "small" / "checkpoints")]
-    assert set(begun) == {Origin.of(read(recipe, *tuned[1]), False, pytest.fail).sha256}
+    assert set(begun) == {find_pretrained(read(recipe, *tuned[1]), False, pytest.fail).sha256}
 
 
 def test_a_run_that_has_no_checkpoint_yet_takes_the_weights_again(recipe: Path, tuned: tuple[Path, list[str]],
@@ -355,113 +349,3 @@ def test_a_refused_start_leaves_nothing_behind(recipe: Path, tuned: tuple[Path, 
         assert message in err and "Traceback" not in err and err.count("\n") == 1, err
         assert not (tmp_path / "runs").exists()
     here(recipe, tmp_path / "runs", *tuned[1], "--machine.stop_after=1", code=75)
-
-
-# --- layers with rates of their own
-
-def moved(run: Path, before: dict[str, torch.Tensor]) -> set[str]:
-    """Layers whose weights, and those whose biases, are other than before, in the run's last checkpoint."""
-    found = weights(run)
-    return {name for name, value in before.items() if not torch.equal(found[f"weight.{name}"], value)}
-
-
-def test_a_frozen_layer_stays_and_the_others_move(recipe: Path, tmp_path: Path) -> None:
-    here(recipe, tmp_path, "--optimizer.layer_rates={conv1: 0, fc7: 0}", "--train.epochs=1")
-    before = network_of(read(recipe))
-    assert moved(tmp_path / "small", before) == {name for name in before if name.split(".")[0] not in ("conv1", "fc7")}
-    found = weights(tmp_path / "small")
-    assert not found["velocity.conv1.weight"].any() and not found["velocity.fc7.bias"].any()
-    assert found["velocity.conv2.weight"].any()
-
-
-SLOWED = ("--optimizer.layer_rates={fc8: 10, conv2: 0}", "--schedule.plateau=null",
-          "--schedule.milestones=[{epoch: 1, lr: 1e-3, layer_rates: {conv1: 0, conv2: 1}}]", "--machine.keep_last=9")
-
-
-def test_a_milestone_changes_the_factors_and_a_resume_keeps_them(recipe: Path, tmp_path: Path) -> None:
-    """conv1 is frozen from epoch 1 on, conv2 until then; fc8 keeps its factor. Cut within either epoch it is the same run."""
-    here(recipe, tmp_path, *SLOWED, "--machine.name=whole")
-    start, run = network_of(read(recipe)), tmp_path / "whole"
-    middle = {name: torch.empty(p.shape) for name, p in start.items()}
-    checkpoint.load(checkpoint.checkpoints(run / "checkpoints")[0], {f"weight.{name}": p for name, p in middle.items()},
-                    {f"weight.{name}": tuple(p.shape) for name, p in middle.items()}, ALONE, partial=True)
-    assert {name.split(".")[0] for name in middle if not torch.equal(middle[name], start[name])} == set(LAYERS) - {"conv2"}
-    assert {name.split(".")[0] for name in moved(run, middle)} == set(LAYERS) - {"conv1"}
-    assert {line["lr"] for line in lines(run) if line["kind"] == "step" and line["epoch"] == 1} == {1e-3}
-    for step in (5, 14):
-        here(recipe, tmp_path, *SLOWED, f"--machine.name=cut{step}", f"--machine.stop_after={step}", code=75)
-        here(recipe, tmp_path, *SLOWED, f"--machine.name=cut{step}", "--resume")
-        same(run, tmp_path / f"cut{step}")
-
-
-def test_two_towers_with_lars_and_layers_of_their_own_train_as_one(recipe: Path, tmp_path: Path) -> None:
-    words = ["--optimizer.lars={trust: 0.02, epsilon: 1e-8}", "--optimizer.lr=1", "--train.epochs=1", "--machine.precision=fp64",
-             "--optimizer.layer_rates={conv2: 0.5, fc6: 0, fc8: 4}"]
-    for start, name in ((here, "one"), (pair, "two")):
-        start(recipe, tmp_path, *words, f"--machine.name={name}", "--machine.stop_after=4", code=75)
-    one, two, before = weights(tmp_path / "one"), weights(tmp_path / "two"), network_of(read(recipe))
-    for key, value in one.items():
-        torch.testing.assert_close(two[key], value, rtol=1e-6, atol=1e-7, msg=key)  # read as float32
-    assert moved(tmp_path / "two", before) == {name for name in before if not name.startswith("fc6")}
-
-
-def test_factors_by_epoch() -> None:
-    milestones = (Milestone(2, 0.1, {"conv1": 0.5}), Milestone(4, 0.01, {"conv1": 0, "fc7": 1}))
-    rates = OptimizerConfig(1.0, 0.9, 0.0, 1.0, layer_rates={"fc8": 10, "fc7": 0})
-    schedule = Schedule(ScheduleConfig(None, milestones, 0), rates, 8)
-    assert schedule.layers == {"conv1", "fc7", "fc8"}
-    assert Schedule(ScheduleConfig(None, (), 0), OptimizerConfig(1.0, 0.9, 0.0, 1.0), 8).layers == set()
-    assert [schedule.layer_rates(epoch) for epoch in (0, 1, 2, 3, 4, 9)] == [
-        {"fc8": 10, "fc7": 0}, {"fc8": 10, "fc7": 0}, *[{"fc8": 10, "fc7": 0, "conv1": 0.5}] * 2,
-        *[{"fc8": 10, "fc7": 1, "conv1": 0}] * 2]
-
-
-def updated(lars: LarsConfig | None, layers: set[str], rates: dict[str, float], steps: int = 3) -> dict[str, torch.Tensor]:
-    """Weights of a small float64 network after some steps, with groups for `layers`."""
-    network = AlexNet(small(dropout=0.0), seed=5).double()
-    config = OptimizerConfig(lr=0.5 if lars else 0.01, momentum=0.9, weight_decay=5e-4, bias_lr_factor=2.0, lars=lars)
-    optimizer = build_optimizer(network, config, layers=layers)
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == 16
-    assert [group["layer"] for group in optimizer.param_groups] == [
-        name for name in ("", *sorted(layers)) for _ in range(2) if name or len(layers) < 8]
-    images = torch.randn(4, 3, 67, 67, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    for step in range(steps):
-        set_lr(optimizer, config.lr, rates)
-        optimizer.zero_grad()
-        functional.cross_entropy(network(images, step=step), torch.arange(4)).backward()
-        optimizer.step()
-    return {name: p.detach() for name, p in network.named_parameters()}
-
-
-@pytest.mark.parametrize("lars", [None, LarsConfig(0.01, 1e-8)], ids=["plain", "LARS"])
-def test_groups_of_their_own_change_nothing_by_themselves(lars: LarsConfig | None) -> None:
-    """Factors of 1, said or not said, are the same bits as no groups; a layer's factor is its rate times that."""
-    plain = updated(lars, set(), {})
-    for layers, rates in (({"conv1", "fc8"}, {}), ({"conv1", "fc8"}, {"conv1": 1.0, "fc8": 1.0}), (set(LAYERS), {})):
-        found = updated(lars, layers, rates)
-        assert all(torch.equal(value, plain[name]) for name, value in found.items())
-    start = {name: p.detach().double() for name, p in AlexNet(small(dropout=0.0), seed=5).named_parameters()}
-    once = updated(lars, set(), {}, steps=1)
-    factored = updated(lars, {"conv1", "fc7", "fc8"}, {"conv1": 0.0, "fc8": 4.0}, steps=1)
-    for name, value in factored.items():
-        factor = {"conv1": 0, "fc8": 4}.get(name.split(".")[0], 1)
-        torch.testing.assert_close(value - start[name], factor * (once[name] - start[name]), rtol=1e-9, atol=1e-15, msg=name)
-
-
-def test_a_frozen_layer_keeps_its_velocity_and_goes_on_with_it() -> None:
-    """Momentum does not carry it on while it is frozen."""
-    w = torch.nn.Linear(1, 1, bias=False).double()
-    optimizer = build_optimizer(torch.nn.ModuleDict({"conv1": w}), OptimizerConfig(0.1, 0.5, 0.0, 1.0), layers={"conv1"})
-    at: list[Any] = []
-    for rate in (1.0, 0.0, 0.0, 1.0):
-        set_lr(optimizer, 0.1, {"conv1": rate})
-        w.weight.grad = torch.ones_like(w.weight)
-        optimizer.step()
-        at.append(w.weight.item())
-    assert at[0] == at[1] == at[2] and at[3] - at[2] == pytest.approx(0.5 * -0.1 - 0.1)
-
-
-def test_rates_and_origin_are_part_of_a_config(recipe: Path) -> None:
-    config = read(recipe, *SLOWED, "--init_from.checkpoint=x", "--init_from.renew=[fc8]")
-    assert dataclasses.replace(config) == config and config.init_from.renew == ("fc8",)
-    assert config.schedule.milestones[0].layer_rates == {"conv1": 0.0, "conv2": 1.0}
