@@ -7,6 +7,7 @@ reads them again, and writes the index.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from dataclasses import asdict
@@ -105,8 +106,11 @@ def _check_space(index: SampleIndex, out: Path, plan: Plan) -> None:
     """Raises ValueError when what is left to write does not fit on the disk."""
     need = int(sum(map(len, missing(index, out, plan))) * plan.image_bytes * SPARE)
     disk = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    being_written = sum(file.stat().st_size for file in out.iterdir() if is_temporary(file)) if out.is_dir() else 0
-    free = shutil.disk_usage(disk).free + being_written
+    free = shutil.disk_usage(disk).free
+    if out.is_dir():
+        for file in filter(is_temporary, out.iterdir()):  # what other ranks have written of it
+            with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+                free += file.stat().st_size
     if free < need:
         raise ValueError(f"OUT (={out}) needs about {need / 1e9:,.2f} GB, but {disk} has {free / 1e9:,.2f} GB free; make room, "
                          "give another OUT, or a lower --quality")
