@@ -276,3 +276,20 @@ def test_written_and_read_by_four_processes_in_every_way(tmp_path: Path) -> None
         path = tmp_path / written
         check(path, 7)
         assert sum(file.stat().st_size for file in path.glob("*.distcp")) < (parts + 0.5) * size, "each part is written once"
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json"])
+def test_what_cannot_be_read_now_is_not_damaged(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither passed over, which would rename it, nor pruned: an I/O error stops the command with nothing changed."""
+    paths = [save(tmp_path, step, 0.5, epochs=step) for step in (1, 2, 3)]
+    for method in ("read_bytes", "read_text"):
+        real = getattr(Path, method)
+
+        def read(path: Path, *args: Any, real: Callable[..., Any] = real, **options: Any) -> Any:
+            if path == paths[0] / name or path == paths[2] / name:
+                raise OSError(5, "Input/output error")
+            return real(path, *args, **options)
+        monkeypatch.setattr(Path, method, read)
+    with pytest.raises(OSError, match="Input/output error"):
+        checkpoint.newest_good(tmp_path, pytest.fail) if name == "manifest.json" else checkpoint.prune(tmp_path, 1, paths[2])
+    assert checkpoint.checkpoints(tmp_path) == paths

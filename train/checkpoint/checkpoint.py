@@ -161,7 +161,7 @@ def verify_manifest(folder: Path, required: Collection[str], what: str, advice: 
 
     Raises:
         DamagedCheckpoint: naming the file that is missing, of another size, or has other bytes.
-        ValueError: it is of another format.
+        ValueError: it is of another format. OSError: it cannot be read now, which is no damage: nothing may pass it over.
     """
     path = folder / MANIFEST
     try:
@@ -169,7 +169,7 @@ def verify_manifest(folder: Path, required: Collection[str], what: str, advice: 
         version = int(manifest["format"])
         entries = {str(name): {"size": int(entry["size"]), "sha256": str(entry["sha256"])}
                    for name, entry in (manifest["files"] if version == FORMAT else {}).items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:  # other OSErrors: may be readable later
         raise DamagedCheckpoint(f"{what} (={path}) cannot be read ({error}); {advice}") from None
     _check_format(version, path)
     for name in sorted(set(required) - entries.keys()):
@@ -233,7 +233,7 @@ def best(root: Path) -> Path | None:
     for path in checkpoints(root):
         try:
             error = read_state(path)["validation_error"]
-        except (OSError, ValueError, KeyError):
+        except (FileNotFoundError, ValueError, KeyError):
             continue  # damaged: `verify` reports it when it is used
         if error is not None:
             rated.append((float(error), path.name))

@@ -26,7 +26,7 @@ def find_pretrained(config: Config, resume: bool, warn: Callable[[str], None]) -
     try:
         return resolve(Path(config.init_from.checkpoint), default="best", kinds=("checkpoint", "exported"),
                        name="init_from.checkpoint", warn=warn)
-    except (ValueError, DamagedCheckpoint):
+    except (ValueError, OSError, DamagedCheckpoint):
         if not resume:
             raise
         return None
