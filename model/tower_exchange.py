@@ -1,4 +1,4 @@
-"""Exchange of activations between the two towers (paper figure 2): layers that see both, in two processes.
+"""Exchange of activations between the two towers' processes (model parallelism, paper figure 2) at the layers that see both.
 
 The product of such a layer is a sum of two: own activations with their columns of the weight, and the other tower's with theirs.
 So the first is computed while the other's activations travel. Backward the other way round: first the gradient that the other

@@ -20,7 +20,7 @@ class DataConfig:
         region: where training crops come from: ``square``, the central square (paper §2), or ``full``, the whole image
             at the short side of the square. Evaluations always use the square.
         square_px: short side after the resize, and side of the central square (paper: 256).
-        crop_px: side of the crop the network sees (227; the paper's 224 and its windows that hang over, FACTS §1).
+        crop_px: side of the crop the network sees (227: the paper's 224 with its windows' overhang).
         mirror: flip half of the training crops horizontally.
         lighting: PCA colour jitter, standard deviation of the three alphas of paper §4.1 (0.1); 0 turns it off.
         mean: what is subtracted: ``image``, the mean image at the crop's own position, flipped with it (the paper);

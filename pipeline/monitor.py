@@ -1,4 +1,4 @@
-"""Where a loader's time goes: what its consumer waits for (stalls, by stage), and how much faster it could be (headroom).
+"""Data stalls of a loader: seconds its consumer waits for data, by stage, and how much faster it could be (headroom).
 
 One thread makes batches and says with `enter` which stage it is in; one thread consumes them and waits inside `waiting`. The
 stage the producer was in meanwhile is why the consumer waited. `span` measures any piece of work of any thread.

@@ -1,4 +1,4 @@
-"""Counter-based random numbers: a value is a function of its key, never of what was drawn before.
+"""Random numbers without state (counter-based): a function of seed, purpose and counters, never of what was drawn before.
 
 The mixing function is the finaliser of SplitMix64 (Steele, Lea, Flood 2014), chained over the words of the key. `bits` and
 `uniform` use integer arithmetic modulo 2^64 only, so they are the same on every machine and for every version of NumPy (whose

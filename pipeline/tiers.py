@@ -1,4 +1,4 @@
-"""Tiers: where images come from, which a recipe chooses in one line. All give the same samples the same augmentation.
+"""Data tiers: archives, packed, streamed or resident (`data.tier`); all give the same samples the same augmentation.
 
 - ``archives``: region decode straight from the files as they were downloaded.
 - ``packed``: the same from the 256-pixel JPEGs that tools/pack_shards.py wrote, in any order.

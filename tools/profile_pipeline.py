@@ -1,4 +1,4 @@
-"""What the loader gives, what training needs, which stage limits and what would lift it:
+"""Profile the data loader: its throughput, what training needs, which stage is the bottleneck, and what would lift it:
 `python tools/profile_pipeline.py --config RECIPE --model`, or on a bare index with the paper's crops: `--index INDEX`.
 
 Every stage alone and the loader cut off after each, the loader whole (warm; `--cold`: dropped from the page cache), and with

@@ -1,4 +1,4 @@
-"""Model of one training step shared by many GPUs, and what it projects for 1 to 1,024 H200s: `python tools/scaling.py --project`.
+"""Performance model of data-parallel and tower training, projected to 1 to 1,024 H200s: `python tools/scaling.py --project`.
 
 step = arithmetic + update + exposed exchange of activations + exposed all-reduces of gradients. *Exposed* is what computing does
 not hide: activations travel behind the product of a tower's own half (model/tower_exchange.py), the gradient of a layer from the

@@ -1,4 +1,4 @@
-"""Read a study (described in tools/run_study.py): its runs, their order, and its ensembles, checked before any run begins."""
+"""Read a study (YAML): its runs, their order, and which are tested together; all is checked before any run begins."""
 from __future__ import annotations
 
 import graphlib

@@ -1,4 +1,4 @@
-"""Exit codes of the commands, and how a process ends.
+"""Exit codes of the commands; one-line errors instead of tracebacks; how a process ends.
 
 Reads torchrun's variables by itself: a command line is parsed, and refused, before torch is imported.
 """

@@ -1,4 +1,4 @@
-"""The paper's update rule (SGD with momentum and weight decay), LARS, and the learning rate schedule.
+"""SGD with momentum and weight decay (paper §5), LARS, and the learning rate schedule: drops on a plateau, or milestones.
 
     v <- momentum v - weight_decay lr w - lr g
     w <- w + v

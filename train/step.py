@@ -1,4 +1,4 @@
-"""One optimizer step: forward, backward, gradient all-reduce, check for NaN and infinity, update."""
+"""One training step: forward, loss, backward, gradient all-reduce, check for NaN and infinity, optimizer update."""
 
 from __future__ import annotations
 

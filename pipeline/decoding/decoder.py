@@ -1,4 +1,4 @@
-"""Decodes batch plans that have their bytes, in order; finds the sample that breaks a batch and has it taken out. B samples."""
+"""`Decoder`: decodes batches in order; a sample that fails to decode is found and taken out by the policy. B samples."""
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Where a crop lies in the source image: exact region decode, in NumPy.
+"""Crop and resize geometry: which region of the source image must be decoded for a crop, in NumPy.
 
 Resizing the whole image and cropping it reads, for a crop at (y, x) of the resized image, the source rectangle
 [y, y+crop)·H/h × [x, x+crop)·W/w. Decoding just that rectangle plus the filter's margin and resampling it *at those

@@ -1,4 +1,4 @@
-"""A guarded walk over a tar archive, or over a tar inside a tar: offset and size of every member, or a named error.
+"""Walk a tar archive, or a tar inside one, guarded: offset and size of every member, or an error that names the damage.
 
 Python's `tarfile` ends a walk quietly at a damaged header and loops on a crafted one. Here every header's checksum is
 verified, every length is bounded, the end-of-archive mark is required, and whatever is not a plain file, a folder, a

@@ -1,4 +1,4 @@
-"""`Batch`, what a loader gives, and `LoaderContext`, what its stages share. B samples of a batch, S side of a square."""
+"""`Batch`, what a loader gives (float32 NCHW), and `LoaderContext`, what its stages share. B samples, S side of a square."""
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property

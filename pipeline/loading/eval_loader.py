@@ -1,4 +1,4 @@
-"""The loader for evaluation: every sample of a split once, as its central square, and the crops cut from it (paper §4.1).
+"""The evaluation loader: central squares, every sample once; centre crop, or the 10 crops of a test (paper §4.1).
 
 B samples of a batch, S side of the central square, crop the side the network sees.
 """

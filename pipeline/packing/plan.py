@@ -1,4 +1,4 @@
-"""The plan of a packing: what is packed, and which image goes into which shard, decided before the first one is written.
+"""Plan of a packing: its options, and which image goes into which shard, decided before the first shard is written.
 
 It lies in `plan.json` of the output folder and is a function of index and options; a later call, or another rank, must agree
 with it.

@@ -1,4 +1,4 @@
-"""Corrupt samples: what becomes of a sample that cannot be read or decoded.
+"""Corrupt or unreadable images: replaced by another (training), skipped, or an error; those met are listed in a quarantine.
 
 A policy takes it out of its batch: `StandIns` (training) puts another sample in its place and records it in a `Quarantine`,
 `Skip` leaves it out, `refuse` raises. B samples of a batch.

@@ -1,4 +1,4 @@
-"""What fits: the memory and disk that a resident store needs and that there are, and what to do instead.
+"""Memory and disk checks of a resident store: what it needs, what is free, and what to use instead when it does not fit.
 
 ImageNet, 1,281,167 training squares of 256 px: 252 GB as rgb (196,608 bytes each), 126 GB as yuv420. 1 GB is 10^9 bytes.
 Each check raises RuntimeError that names what would fit. Its first arguments are `kind`, rgb or yuv420, and `count` squares of

@@ -1,4 +1,4 @@
-"""What a resident store is: decoded squares by row, row p that of the p-th id of the split. N rows, B samples of a batch."""
+"""`Store`: protocol of a cache of decoded squares in memory; row p is the split's p-th id. N rows, B samples of a batch."""
 from collections.abc import Sequence
 from typing import Protocol
 

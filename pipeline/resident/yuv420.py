@@ -1,4 +1,4 @@
-"""A square as JPEG itself keeps it: brightness at full size, colour at half (YCbCr 4:2:0); and the way back. Integers only.
+"""Chroma subsampling, YCbCr 4:2:0, as in JPEG: RGB squares to planes at half the bytes, and back. Integers only.
 
 The colour space is JFIF's (full-range BT.601). Each chroma value is that of the mean of 2×2 pixels; the way back is the
 triangle filter of libjpeg's "fancy upsampling" (weights 9, 3, 3, 1 of 16), so a crop needs one chroma value more on each side.

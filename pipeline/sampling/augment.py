@@ -1,4 +1,4 @@
-"""Random augmentation of one use of an image: crop position, horizontal flip, PCA colour jitter (paper §4.1).
+"""Random augmentation (paper §4.1): random crop, horizontal flip (mirror) and PCA colour jitter (lighting) of an image.
 
 Each is a function of (seed, epoch, id) without state, so it does not depend on ranks, threads or prefetch depth. B samples.
 """
@@ -73,7 +73,7 @@ def lighting_shift(alphas: npt.NDArray[np.float64], eigenvalues: npt.NDArray[np.
     """What PCA colour jitter adds to every pixel: Σ_i v_i·α_i·√λ_i, (B, 3) float32 grey levels.
 
     The paper writes λ_i; its authors' code multiplies by the standard deviation √λ_i, and with pixels of 0–255 only that
-    leaves an image (FACTS: paper §4.1 against the release).
+    leaves an image (the authors' 2012 release differs from paper §4.1 here).
 
     Args:
         alphas: (B, 3).

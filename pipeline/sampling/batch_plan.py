@@ -1,4 +1,4 @@
-"""`BatchPlan`: a batch on its way to its pixels; which samples, where each is cropped, how augmented, and soon its bytes.
+"""`BatchPlan`: a batch before its pixels exist: samples, crop regions, augmentation and, once read, encoded bytes.
 
 B samples of a batch, S short side of a resized image and side of its central square.
 """

@@ -1,4 +1,4 @@
-"""Which sample comes when: (seed, epoch, position) → sample id, by rank. A function of position, so resuming needs no replay.
+"""Shuffling: the sample order of every epoch, (seed, epoch, position) → id, split by rank; resuming needs no replay.
 
 The stream is the concatenation of the epochs' permutations, cut into global batches of equal size. Every sample comes exactly
 once an epoch, nothing is dropped or padded, and a batch may hold the end of one epoch and the start of the next. Hence epochs

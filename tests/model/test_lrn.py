@@ -225,7 +225,7 @@ def test_kernels_say_what_they_lack(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "model.kernels.lrn", None)
     specification = importlib.util.find_spec("model.lrn")
     assert specification is not None and specification.origin is not None
-    source = Path(specification.origin).with_name("lrn_triton.py")
+    source = Path(specification.origin).parent / "kernels" / "lrn.py"
     again = importlib.util.spec_from_file_location("again", source)
     assert again is not None and again.loader is not None
     with pytest.raises(ImportError, match=r"Triton \(=.*\) finds no a C compiler"):

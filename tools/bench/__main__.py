@@ -146,7 +146,8 @@ def comma_separated(text: str) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit code: 0, or 2 with a message on stderr."""
-    parser = argparse.ArgumentParser(prog="bench.py", description="Time our tiers and other loaders doing the same work.")
+    parser = argparse.ArgumentParser(prog="python -m tools.bench",
+                                     description="Time our tiers and other loaders doing the same work.")
     parser.add_argument("index", nargs="?", type=Path, metavar="INDEX", help="index to read (default: synthetic photographs)")
     parser.add_argument("--packed", type=Path, metavar="DIR", help="what tools/pack_shards.py made of it (default: made now)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each contender (5)")

@@ -1,4 +1,4 @@
-"""Other people's libraries, used as an expert would: the bytes of a photograph to the crop's pixels, and these to floats.
+"""Decode and crop with other people's libraries (PIL, OpenCV, simplejpeg with torch): JPEG bytes to a crop, then to floats.
 
 Nothing is decoded less exactly than ours decodes it. What a crop and its parameters are: `tools.bench.workload`.
 """

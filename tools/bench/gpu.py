@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
-    parser = argparse.ArgumentParser(prog="bench_gpu.py", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python tools/bench/gpu.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, metavar="RECIPE")
     parser.add_argument("--index", type=Path, metavar="DIR", help="index with statistics; without it nothing is decoded")

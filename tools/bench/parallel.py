@@ -102,7 +102,7 @@ def run(args: argparse.Namespace, settings: Sequence[str]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit code: 0, or 2 with a message on stderr."""
     parser = argparse.ArgumentParser(
-        prog="bench_parallel.py", description="Time ways to share a network between processes against one process.",
+        prog="python -m tools.bench.parallel", description="Time ways to share a network between processes against one process.",
         epilog="Other words (--machine.precision=bf16) are settings of the recipe. Exit codes: 0 done, 2 a mistake or a "
         "failure, 130 Ctrl-C.")
     parser.add_argument("--config", type=Path, default=RECIPE, metavar="RECIPE", help="network and settings (alexnet_ilsvrc2012)")

@@ -1,4 +1,4 @@
-"""Contenders in processes of their own, started one after the other and then interleaved: what `make bench` measures."""
+"""Interleaved timing of contenders, each in a process of its own: what `make bench` measures."""
 from __future__ import annotations
 
 import sys

@@ -1,4 +1,4 @@
-"""What limits a loader, why, and what would lift it: pure functions of measured figures.
+"""Bottleneck of a loader: which stage limits it, why, and what would lift it; pure functions of measured figures.
 
 Two kinds of evidence: what the loader was doing during its stalls (`pipeline.monitor`) says where to look, and how fast each
 stage runs alone says which stage it is. What can be done about it, by tier, is `pipeline.monitor.remedies`, as in training.

@@ -1,4 +1,4 @@
-"""Checkpoints that exist whole or not at all, and that any number of processes can read.
+"""Save, verify and load checkpoints; newest, best and old ones. Whole or not at all; readable by any number of processes.
 
 A folder `step-000001234` (or `step-000001234-epoch-0003`, taken after the validation of that many epochs) holds
   *.distcp, .metadata   weights and velocities in canonical shapes (torch.distributed.checkpoint); a tower is Shard(0).

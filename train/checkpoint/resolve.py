@@ -1,4 +1,4 @@
-"""Find the checkpoint that a user means: the one finder of every command.
+"""Find the checkpoint that a path means: best or last of a run folder, or a checkpoint, export or saved evaluation itself.
 
 A path may be a run folder (then `which` chooses among its checkpoints), a checkpoint folder, a folder that train.export wrote, or
 a saved evaluation. What is found is compared with its manifest before it is returned.

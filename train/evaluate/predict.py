@@ -1,4 +1,4 @@
-"""Predict the classes of a split: softmax averaged over one or ten crops (paper §4.1), every image exactly once.
+"""Predict the classes of a split: softmax averaged over the centre crop or 10 crops (paper §4.1), every image exactly once.
 
 B batch, K classes, N images of the split.
 """

@@ -1,4 +1,4 @@
-"""Hangs, and reports of failures, of the processes of a run; torchrun ends and restarts them (docs/multi-node.md).
+"""Hung, stopped and killed processes of a run: timeouts, reports, ends; torchrun restarts them (docs/multi-node.md).
 
 torchrun ends all processes of a machine when one has ended with an error, and prints for each the file that its variable
 TORCHELASTIC_ERROR_FILE names. Collectives fail when a peer's connection closes, or after `machine.timeout_s`. What torch (2.13)

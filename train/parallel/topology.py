@@ -130,7 +130,7 @@ def process_group(*, towers: int, device: str, timeout_s: float, silence_s: floa
     Raises:
         ValueError: a number of processes that makes no sense for the model.
         RuntimeError: no GPU for this process, or torchrun's variables are incomplete.
-        PeerFailed: in place of the error of a collective, when another process of this machine was the cause.
+            Later, in place of a collective's error: another process of this machine was the cause.
     """
     rank, world_size, local_rank, local_ranks = _variables(*VARIABLES) if "WORLD_SIZE" in os.environ else (0, 1, 0, 1)
     coordinates = _coordinates(world_size, rank, local_ranks, towers, parallel)
