@@ -21,7 +21,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file from anywhere
+if not __package__:  # run as a file: tools/profile must not hide the standard library's `profile`
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from tools.cli import ProgressBar, guarded, printable  # noqa: E402
 

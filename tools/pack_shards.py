@@ -20,7 +20,8 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run as a file: tools/profile must not hide the standard library's `profile`
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from tools.cli import ProgressBar, guarded  # noqa: E402
 

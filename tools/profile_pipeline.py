@@ -14,7 +14,8 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run as a file: tools/profile must not hide the standard library's `profile`
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from tools.cli import guarded  # noqa: E402  # found by the line above
 

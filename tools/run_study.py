@@ -38,7 +38,8 @@ from types import FrameType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a file: tools/profile must not hide the standard library's `profile`
+    sys.path[0] = str(ROOT)
 
 from pipeline.files import LockHeld, lock, write_json  # noqa: E402 (the path first)
 from tools.cli import guarded  # noqa: E402

@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.helpers.oracle import ten_views, training_crop
-from tests.loading.test_loader import LARGEST_TOLERANCE, MEAN_TOLERANCE, PAPER
+from tests.helpers.oracle import LARGEST_TOLERANCE, MEAN_TOLERANCE, PAPER, ten_views, training_crop
 
 from pipeline.sampling.augment import lighting_shift
 from pipeline.index.sample_index import SampleIndex

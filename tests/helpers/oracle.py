@@ -9,6 +9,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from pipeline.config import DataConfig
+
+# Decoders agree on JPEG, and torch resizes as PIL does, rounding after columns and after rows, but with weights of 16 bits where
+# PIL's have 22. Measured on ImageNet photographs: mean 0.002, largest 2.
+MEAN_TOLERANCE, LARGEST_TOLERANCE = 0.07, 2.01
+PAPER = DataConfig(region="square", square_px=256, crop_px=227, mirror=True, lighting=0.1, mean="image")
+
 Float = npt.NDArray[np.float32]
 
 

@@ -20,7 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+if not __package__:  # run as a file: tools/profile must not hide the standard library's `profile`
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from tools.cli import guarded  # noqa: E402  # found by the line above
 

@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a file: tools/profile must not hide the standard library's `profile`
+    sys.path[0] = str(ROOT)
 
 from pipeline.index.sample_index import SampleIndex  # noqa: E402 (the path first)
 from pipeline.index.tar import fingerprint, open_tar  # noqa: E402

@@ -20,7 +20,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+if not __package__:  # run as a file: tools/profile must not hide the standard library's `profile`
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from pipeline.files import atomic_write  # noqa: E402 (the path first)
 from tools.demo.images import classes, encode, render  # noqa: E402

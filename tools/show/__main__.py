@@ -19,7 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any, Callable
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `python tools/show VERB`
+if not __package__:  # run as a file: tools/profile must not hide the standard library's `profile`
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from tools.cli import guarded  # noqa: E402
 
