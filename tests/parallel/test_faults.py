@@ -27,7 +27,8 @@ def test_a_stopped_process_is_killed_and_the_restart_ends_with_the_same_weights(
 def test_torchrun_reports_rank_step_and_signal_of_a_killed_process(trials: Trials) -> None:
     trials.run(Case("kill in exchange", 2, 1), restarts=0)
     cause = trials.log("kill-in-exchange-1-2").partition("Root Cause")[2]
-    assert "(SIGKILL)" in cause and f": rank 1 at step {FAILING_STEP} in forward" in cause, cause
+    # torchrun may have seen first that process 0's exchange failed: its report then names the killed one as the cause.
+    assert ("(SIGKILL)" in cause or "kill -9" in cause) and f": rank 1 at step {FAILING_STEP} in forward" in cause, cause
 
 
 def test_a_restart_resumes_its_own_run_only(tiny_set: TinySet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
