@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.helpers.digests import digest
+from tests.helpers.digests import digest, take
+from tests.helpers.resident_loader import SMALL, loader
 from tests.helpers.small_set import photographs, write_set
 
 from pipeline.resident import yuv420 as yuv
@@ -16,7 +17,6 @@ from pipeline.decoding.normalize import Normalizer
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.batch import Batch
-from pipeline.loading.train_loader import TrainLoader
 from pipeline.resident.layout import Layout
 from pipeline.reading.quarantine import Quarantine
 from pipeline.compute_stats import compute
@@ -24,7 +24,6 @@ from pipeline.stats import Stats
 from pipeline.resident.ram_store import RamStore
 from pipeline.tiers import eval_loader, train_loader
 
-SMALL = DataConfig(region="square", square_px=76, crop_px=67, mirror=True, lighting=0.1, mean="image")
 COUNT = 48
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,24 +43,6 @@ def expected(photos: SampleIndex, stats: Stats, tmp_path_factory: pytest.TempPat
     """Three epochs of one process."""
     with loader(photos, stats, tmp_path_factory.mktemp("expected")) as train:
         return take(train, 18)
-
-
-def loader(index: SampleIndex, stats: Stats, folder: Path, resident: str = "rgb", *, data: DataConfig = SMALL, batch: int = 8,
-           memory: str = "ram", **options: object) -> TrainLoader:
-    machine = LoaderConfig(threads=2, resident_folder=str(folder), resident_memory=memory)
-    return train_loader("resident", index, "train", data, batch, 7, stats, resident=resident, machine=machine,
-                        **options)  # type: ignore[arg-type]
-
-
-def take(train: TrainLoader, steps: int) -> list[Batch]:
-    """So many batches, across epochs."""
-    found: list[Batch] = []
-    while len(found) < steps:
-        for batch in train:
-            found.append(batch)
-            if len(found) == steps:
-                break
-    return found
 
 
 def squares_of(index: SampleIndex) -> dict[int, torch.Tensor]:
@@ -236,31 +217,14 @@ def test_what_goes_to_a_device_becomes_the_same_crops(photos: SampleIndex, stats
             assert torch.equal(crop, found.crop(int(place), int(top), int(left)))
 
 
-KILLED = """
-import sys, time
-from tests.resident.test_resident import *
-from pipeline.resident.ram_store import RamStore
-put = RamStore.put
-def slowly(store, places, squares):  # else all of so few are there at once
-    for row in range(len(places)):
-        put(store, places[row:row + 1], squares[row:row + 1])
-        print("row", flush=True)
-        time.sleep(0.02)
-RamStore.put = slowly
-train = loader(SampleIndex.load(sys.argv[1]), Stats.for_index(SampleIndex.load(sys.argv[1]), 76), Path(sys.argv[2]))
-for batch in train:
-    pass
-"""
-
-
 def test_a_process_killed_while_filling_leaves_what_can_be_gone_on_with(photos: SampleIndex, stats: Stats, expected: list[Batch],
                                                                         tmp_path: Path) -> None:
     from pipeline.stats import stats_path
 
     stats.save(stats_path(photos.path, 76))
     squares = squares_of(photos)
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(photos.path), str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT,
-                               env={**os.environ, "PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen([sys.executable, "-m", "tests.helpers.resident_loader", str(photos.path), str(tmp_path)],
+                               stdout=subprocess.PIPE, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert process.stdout is not None
     for _ in range(20):
         assert process.stdout.readline() == b"row\n"

@@ -4,12 +4,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.helpers.digests import take
 from tests.helpers.packed_set import write_packed
 from tests.helpers.recipes import write_recipe
 from tests.helpers.small_set import encode, picture
 
 from pipeline import tiers
-from pipeline.loading.batch import Batch
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.sampling.augment import augment
 from pipeline.index.sample_index import SampleIndex
@@ -42,16 +42,6 @@ def loader(tier: str, index: SampleIndex, stats: Stats, folder: Path, data: Data
     settings = LoaderConfig(threads=1, resident_memory=memory or "ram", resident_folder=str(folder),
                             **machine)  # type: ignore[arg-type]
     return tiers.train_loader(tier, index, "train", data, BATCH, 7, stats, window=6, lanes=2, machine=settings)
-
-
-def take(train: TrainLoader, steps: int) -> list[Batch]:
-    found: list[Batch] = []
-    while len(found) < steps:
-        for batch in train:
-            found.append(batch)
-            if len(found) == steps:
-                break
-    return found
 
 
 def test_draws_by_hand() -> None:

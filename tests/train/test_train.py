@@ -10,15 +10,9 @@ import pytest
 import torch
 
 from tests.conftest import TinySet
-from tests.helpers.recipes import write_recipe
 from tests.helpers.runs import PAIR, finish, here, inside, launch, lines, pair, same, weights
 from train.checkpoint import checkpoint
 from train.evaluate.__main__ import main as evaluate_main
-
-
-@pytest.fixture(scope="module")
-def recipe(tiny_set: TinySet, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_recipe(tmp_path_factory.mktemp("recipe"), tiny_set.index)
 
 
 @pytest.fixture(scope="module")

@@ -12,20 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import TinySet
 from tests.helpers.disturbed_run import signal_at
-from tests.helpers.recipes import write_recipe
 from tests.helpers.runs import ALONE, PAIR, finish, here, launch, lines, pair, run, same, start, watch
 from train.checkpoint import checkpoint
 from train.loop import StopRequest
 
 # 76 images: epochs end after 10, 19 and 29 steps of 8; the rate falls with the second.
 RATES = ("--schedule.plateau=null", "--schedule.milestones=[{epoch: 1, lr: 1e-3}]", "--machine.test_batch=8")
-
-
-@pytest.fixture(scope="module")
-def recipe(tiny_set: TinySet, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_recipe(tmp_path_factory.mktemp("recipe"), tiny_set.index)
 
 
 @pytest.fixture(scope="module")

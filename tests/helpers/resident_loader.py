@@ -1,0 +1,38 @@
+"""The training loader of tier resident that tests/resident uses; as a script it fills a store slowly, to be killed meanwhile."""
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from pipeline.config import DataConfig, LoaderConfig
+from pipeline.index.sample_index import SampleIndex
+from pipeline.loading.train_loader import TrainLoader
+from pipeline.resident.ram_store import RamStore
+from pipeline.resident.store import Rows
+from pipeline.stats import Stats
+from pipeline.tiers import train_loader
+
+SMALL = DataConfig(region="square", square_px=76, crop_px=67, mirror=True, lighting=0.1, mean="image")
+
+
+def loader(index: SampleIndex, stats: Stats, folder: Path, resident: str = "rgb", *, data: DataConfig = SMALL, batch: int = 8,
+           memory: str = "ram", **options: object) -> TrainLoader:
+    machine = LoaderConfig(threads=2, resident_folder=str(folder), resident_memory=memory)
+    return train_loader("resident", index, "train", data, batch, 7, stats, resident=resident, machine=machine,
+                        **options)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    put = RamStore.put
+
+    def slowly(store: RamStore, rows: Rows, squares: torch.Tensor) -> None:  # else all of so few are there at once
+        for row in range(len(rows)):
+            put(store, rows[row:row + 1], squares[row:row + 1])
+            print("row", flush=True)
+            time.sleep(0.02)
+
+    RamStore.put = slowly  # type: ignore[method-assign]
+    photos = SampleIndex.load(sys.argv[1])
+    for _ in loader(photos, Stats.for_index(photos, 76), Path(sys.argv[2])):
+        pass
