@@ -50,17 +50,14 @@ def test_figures_of_interleaved_turns() -> None:
                 monitor.enter("decode")
                 time.sleep(0.001)
                 monitor.enter("idle")
-            monitor.depth(1)
             yield 3
     figures = measure.measure([Workload("a", batches(), 2, monitor, 5, 100.0), Workload("b", batches())], 0.005, 2)
     a, b = figures["a"], figures["b"]
     assert len(a.rates) == len(a.cpu_ms) == 2 and 0 < a.rate < 3000 and (a.name, a.threads) == ("a", 5)
     p50, p95, p99, most = a.latency_ms
     assert 1 <= p50 <= p95 <= p99 <= most and a.mb_s == pytest.approx(a.rate / 1e4)
-    assert 0.5 < a.waited <= 1 and a.causes == {"read": 0, "decode": 1, "normalize": 0, "copy": 0} and len(a.depth) >= 4
-    assert b.waited == 0 and b.causes == {} and b.depth == ()
-    with pytest.raises(ValueError, match=r"workloads \(=\['a', 'a'\]\) must have different names"):
-        measure.measure([Workload("a", batches()), Workload("a", batches())], 0.1, 1)
+    assert 0.5 < a.waited <= 1 and a.causes == {"read": 0, "decode": 1, "normalize": 0, "copy": 0}
+    assert b.waited == 0 and b.causes == {}
 
 
 def test_cpu_time_of_child_processes_is_counted() -> None:
@@ -71,7 +68,7 @@ def test_cpu_time_of_child_processes_is_counted() -> None:
     assert 0.3 <= measure.cpu_seconds([child.pid]) < 5
     assert measure.wait_idle()
     child.communicate()
-    assert measure.cpu_seconds([child.pid]) == 0 and measure.machine_cpu_s() > 0
+    assert measure.cpu_seconds([child.pid]) == 0
 
 
 def test_a_busy_child_process_is_not_idle() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tools.profile import stages
-from tools.profile.cold import Dropped, drop, measure_cold
+from tools.profile import cold as cold_files
 from pipeline.decoding.normalize import Normalizer
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex
@@ -19,9 +19,8 @@ from pipeline.loading.train_loader import TrainLoader
 from pipeline.reading.source import ArchiveSource
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats
-from tools.profile.sweep import Point, axes, sweep
 from pipeline.tiers import train_loader
-from tools.profile.measure import Workload, measure, rss_mb
+from tools.profile.measure import Workload, measure
 from tools.profile.verdict import NETWORK, Measured, Setup, Verdict, verdict
 from tests.helpers.small_set import encode, photographs, picture, write_set
 
@@ -52,7 +51,7 @@ def measured(small: tuple[SampleIndex, Stats], consume: Callable[[Batch], None] 
 
 
 def judged(small: tuple[SampleIndex, Stats], **more: Any) -> Verdict:
-    setup = Setup("archives", MACHINE, 8, False, 40, 76, 1e4, True, 64 << 30)
+    setup = Setup("archives", MACHINE, 8, False, 40, 76, True, 64 << 30)
     return verdict(measured(small, **more), setup)
 
 
@@ -105,7 +104,7 @@ def test_a_slow_copy_is_named(small: tuple[SampleIndex, Stats], monkeypatch: pyt
 
 def test_a_slow_network_is_named(small: tuple[SampleIndex, Stats]) -> None:
     found = judged(small, consume=lambda batch: time.sleep(0.1), need=BATCH / 0.1)
-    assert found.limit == NETWORK and found.headroom is not None and found.headroom > 1
+    assert found.limit == NETWORK and "headroom" in found.sentence
 
 
 # The stages themselves
@@ -121,7 +120,7 @@ def test_stages_add_up(small: tuple[SampleIndex, Stats]) -> None:
     found = measured(small, seconds=0.15, repeats=3)
     assert [stage.name for stage in found.stages] == ["read", "crc", "decode", "normalize", "hand-over"]
     # A tenth on a quiet machine with photographs (docs/results); here 40 small pictures on a machine that does other things.
-    assert abs(found.remainder_ms) < 0.5 * found.loader.cpu
+    assert abs(found.loader.cpu - found.stages_cpu) < 0.5 * found.loader.cpu
     assert found.loader.waited > 0.5 and sum(found.loader.causes.values()) == pytest.approx(1)
 
 
@@ -166,37 +165,18 @@ def test_resident(small: tuple[SampleIndex, Stats], tmp_path: Path) -> None:
         assert measure([*alone, stages.end_to_end(loader)], 0.02, 1)["loader"].rate > 0
 
 
-# Turns, cold files, the sweep
-
-def test_depths_and_latencies_of_the_whole_loader(small: tuple[SampleIndex, Stats]) -> None:
-    with opened(small) as loader:
-        fed = measure([stages.end_to_end(loader, lambda batch: time.sleep(0.02))], 0.1, 2)["loader"]
-    assert fed.depth and max(ready for _, ready in fed.depth) <= MACHINE.queue and fed.depth == tuple(sorted(fed.depth))
-    assert len(fed.rates) == 2 and fed.rate > 0 and fed.rss_mb[2] >= fed.rss_mb[0] > 0 and rss_mb() > 10
-
+# Cold files
 
 def test_cold(small: tuple[SampleIndex, Stats]) -> None:
-    cold, note = measure_cold(lambda: opened(small), small[0], "train", 0.05, 2)
+    cold, note = cold_files.measure_cold(lambda: opened(small), small[0], "train", 0.05, 2)
     assert len(cold.rates) == 2 and "1 file" in note and "start-up included" in note and cold.waited > 0
 
 
-def test_dropping_is_reported_as_it_went(small: tuple[SampleIndex, Stats]) -> None:
-    dropped = drop(small[0], "train")
-    assert dropped.files == 1 and dropped.bytes == small[0].archives[0].size
-    assert dropped.kept is None or 0 <= dropped.kept <= 1
-    assert Dropped(2, 3_000_000, None).note == (
-        "asked the kernel to drop 2 files, 3 MB; the file system does not say whether it did")
-    assert "keeps 50% of 1 file" in Dropped(1, 10, 0.5).note and "no cold figure" in Dropped(1, 10, 0.5).note
-    assert Dropped(1, 2_000_000, 0.0).note == "1 file, 2 MB dropped from the page cache"
+def test_dropping_is_reported_as_it_went(small: tuple[SampleIndex, Stats], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(file: Path) -> list[bool]:
+        raise OSError("no such operation")
 
-
-def test_sweep_keeps_the_best(small: tuple[SampleIndex, Stats]) -> None:
-    along = [("prefetch", (1, 2)), ("batch", (5, 10))]
-    points = sweep(lambda machine, batch: opened(small, machine, batch), MACHINE, BATCH, along, 0.03, 1)
-    assert {tuple(sorted(point.settings)) for point in points} == {("batch", "prefetch")}
-    assert len(points) == len({tuple(point.settings.items()) for point in points}) >= 3
-    assert all(isinstance(point, Point) and point.rate > 0 for point in points)
-    tried = axes(MACHINE, 64, 8, True, 100)
-    assert [name for name, _ in tried] == ["threads", "prefetch", "read_threads", "batch", "hw_decoder_load"]
-    assert dict(tried)["batch"] == [32, 64, 100]
-    assert dict(axes(MACHINE, 64, 8, False, 200))["threads"] == [1, 4, 8]
+    for probes, words in ((refused, "does not say whether it did"), (lambda file: [True, False], "keeps 50% of 1 file, 1 MB"),
+                          (lambda file: [False], "1 file, 1 MB dropped from the page cache")):
+        monkeypatch.setattr(cold_files, "_drop", probes)
+        assert words in cold_files.drop(small[0], "train")

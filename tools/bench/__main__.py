@@ -115,7 +115,7 @@ def run(args: argparse.Namespace, command: list[str]) -> None:
     from pipeline.index.sample_index import SampleIndex
     from tools.bench import report, rounds
     from tools.bench.contenders import CONTENDERS
-    from tools.profile.report import write_json
+    from pipeline.files import write_json
 
     names = [name for name in args.only or CONTENDERS if name not in args.without]
     for name in (*names, *args.without):
@@ -132,7 +132,8 @@ def run(args: argparse.Namespace, command: list[str]) -> None:
              "work": {"photographs": images, "batch": args.batch, "workers": args.workers, "rounds": args.rounds,
                       "seconds_a_turn": args.seconds, "drawn": args.index is None}}
     plain = report.as_json(results, about)
-    write_json(plain, args.out.with_name(args.out.name + ".json"))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.out.with_name(args.out.name + ".json"), plain)
     cpu = plain["hardware"]
     title = f"{images} photographs, {args.workers} workers each, {args.rounds} rounds; {cpu['cores']} cores of {cpu['cpu']}"
     report.plot(results, title, args.out.with_name(args.out.name + ".png"))

@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} (={getattr(args, name)}) must be positive; leave it out")
     import torch
 
-    from tools.profile.report import write_json
+    from pipeline.files import write_json
 
     if not torch.cuda.is_available():
         raise ValueError("device (=cuda) is not there; run this on a machine with a GPU")
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> None:
                 figures[name] = figure._asdict()
                 print(f"{name:60} {figure.median:10,.0f} ({figure.least:,.0f}–{figure.most:,.0f})", flush=True)
     if args.json is not None:
-        write_json(figures, args.json)
+        write_json(args.json, figures)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -86,7 +86,7 @@ def read(args: argparse.Namespace, settings: Sequence[str]) -> Config:
 def run(args: argparse.Namespace, settings: Sequence[str]) -> None:
     """Measure, print, write. Raises ValueError or RuntimeError."""
     from tools.bench.teams import measure, ways
-    from tools.profile.report import write_json
+    from pipeline.files import write_json
 
     for name, low in (("rounds", 1), ("seconds", 0.001), ("batch", 4)):
         if not getattr(args, name) >= low:
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace, settings: Sequence[str]) -> None:
     entries = [result.as_json(results[0]) for result in results]
     show(entries)
     if args.json is not None:
-        write_json({"about": described, "ways": entries}, args.json)
+        write_json(args.json, {"about": described, "ways": entries})
 
 
 def main(arguments: list[str] | None = None) -> int:

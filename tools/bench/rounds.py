@@ -108,8 +108,7 @@ def measure(task: Task, names: Sequence[str], rounds: int, seconds: float) -> li
                     raise
                 reasons[name] = str(error)
         differences = {name: worker.call(first_difference)[0] for name, worker in workers.items()}
-        turns = interleave({name: partial(worker.call, take_turn, seconds) for name, worker in workers.items()}, rounds,
-                           verbose=True)
+        turns = interleave({name: partial(worker.call, take_turn, seconds) for name, worker in workers.items()}, rounds)
     finally:
         for worker in workers.values():
             worker.close()

@@ -274,7 +274,7 @@ def measure(config: Config, chosen: Sequence[Way], rounds: int, seconds: float) 
             team = teams[way.sharing.name]
             step_s = max(turn.step_s for turn in team.turn(1, way.overlap))  # a first turn, not counted
             return lambda: team.turn(max(1, round(seconds / step_s)), way.overlap)
-        turns = interleave({way.name: turn_of(way) for way in chosen}, rounds, verbose=True)
+        turns = interleave({way.name: turn_of(way) for way in chosen}, rounds)
     finally:
         for team in teams.values():
             team.close()

@@ -1,9 +1,4 @@
-"""The training step of a recipe's network on synthetic batches: how many images/s training takes when data costs nothing.
-
-The step is the training loop's own (`train.step`), on the recipe's device and for any number of processes. B batch, over all.
-"""
-from __future__ import annotations
-
+"""The training step of a recipe's network on synthetic batches: how many images/s training takes when data costs nothing."""
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,7 +14,7 @@ from train.step import TrainStep
 
 
 class NetworkStep:
-    """The network, stepped. Called with a batch it makes one step and returns when the device is done with it."""
+    """The training loop's own step, on the recipe's device. Called with a batch it returns when the device is done with it."""
 
     def __init__(self, config: Config, topology: Topology) -> None:
         build.configure_torch(config, topology)
@@ -27,11 +22,10 @@ class NetworkStep:
         self._step = TrainStep(config, topology)
 
     def __call__(self, batch: Batch) -> None:
-        """A step on a loader's batch."""
         self._step(replace(batch, step=next(self._steps)), 0)
 
     def synthetic(self) -> Iterator[int]:
-        """Steps on the same images of noise, without end; each gives B."""
+        """Steps on the same images of noise, without end; each gives the images of all processes together."""
         side, classes, total = self._config.data.crop_px, self._config.model.classes, self._config.train.batch
         random, share = torch.Generator().manual_seed(0), total // self._topology.data_ranks
         count = share // 2 if self._step.network.halves_images else share

@@ -6,17 +6,14 @@ free, and the CPU times of all stages add up to the loader's. The code that runs
     read        order, crops and regions, and the bytes of every page       crc         check them
     decode      DALI, of the region (on a GPU also the resize)              normalize   `Normalizer` (on a CPU also the resize)
     copy        to a GPU                                                    hand-over   labels, `Batch`, the queue between threads
-
-B batch.
 """
-from __future__ import annotations
-
 import itertools
 import sys
 import zlib
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -35,21 +32,17 @@ from pipeline.sampling.batch_plan import BatchPlan
 from tools.profile.measure import Workload
 
 _PAGE = 4096
-_MOST_IMAGES = 1024     # of ready-made inputs: half a gigabyte of photographs, encoded and decoded
+_MOST_IMAGES = 1024  # of ready-made inputs: half a gigabyte of photographs, encoded and decoded
 
 
 def workloads(loader: TrainLoader, make: Callable[[LoaderConfig], TrainLoader],
               closers: ExitStack) -> tuple[list[Workload], list[Workload]]:
     """Each stage alone, in the order of a batch's way; and the loader cut off after each that its chain can end after, named
-    "up to …". Reading alone is the loader cut off after it, without checks.
+    "up to …". Reading alone is the loader cut off after it, without checks. `make` opens another loader of the same images;
+    `closers` closes all that the workloads hold.
 
     Tier resident, which must be filled, reads and decodes nothing, and its stages follow one another in one thread: nothing is
     cut off. Where batches are cut out of RAM for a GPU, normalizing is called the copy, which it mostly is.
-
-    Args:
-        loader: the loader.
-        make: opens another one of the same subject with these settings.
-        closers: closes all that the workloads hold.
     """
     machine = loader.machine
     if "read" not in loader.chain.stages:
@@ -62,16 +55,15 @@ def workloads(loader: TrainLoader, make: Callable[[LoaderConfig], TrainLoader],
 
 
 def _until(stage: str, name: str, loader: TrainLoader, closers: ExitStack) -> Workload:
-    """Batches without end of a loader that ends after this stage of its chain."""
+    """A loader that ends after this stage of its chain."""
     machine = closers.enter_context(loader).machine
     outputs = closers.enter_context(closing(loader.chain.until(stage, range(sys.maxsize))))
 
     def images(output: Any) -> int:
-        arrived(loader.device)
-        if isinstance(output, BatchPlan) and not machine.check_crc:     # then no page has been needed yet
+        if isinstance(output, BatchPlan) and not machine.check_crc:  # then no page has been needed yet
             for view in output.encoded:
                 view[::_PAGE].max()
-        return len((output[0] if isinstance(output, tuple) else output).ids)
+        return _arrived(loader, len((output[0] if isinstance(output, tuple) else output).ids))
 
     reads = stage == "read"
     return Workload(name, map(images, outputs), machine.prefetch + machine.read_threads + 3, None,
@@ -80,23 +72,22 @@ def _until(stage: str, name: str, loader: TrainLoader, closers: ExitStack) -> Wo
 
 def _alone(loader: TrainLoader, checks: bool, closers: ExitStack) -> Iterator[Workload]:
     chain, machine, gpu = cast(DecodingChain, loader.chain), loader.machine, loader.device.type == "cuda"
-    inputs = ready(loader)
-    plans, size = [plan for plan, _ in inputs], image_bytes(loader)
+    inputs, size = ready(loader), image_bytes(loader)
+    plans = [plan for plan, _ in inputs]
     if checks:
-        threads = max(1, machine.read_threads)
         checked = ahead_in_threads(_check, itertools.cycle(plans), machine.read_threads, "stage")
+        threads = max(1, machine.read_threads)
         yield Workload("crc", closers.enter_context(closing(checked)), threads, None, threads, size)
     graph = closers.enter_context(closing(Graph(itertools.cycle(plans), chain.graph)))
-    collect = graph.collect if gpu else graph.rows      # rows are resized by whoever normalizes them
-    yield Workload("decode", (_arrived(loader, len(collect())) for _ in itertools.count()), machine.prefetch + 1, None,
-                   loader.threads, size)
+    collect = graph.collect if gpu else graph.rows  # rows are resized by whoever normalizes them
+    decoded = (len(collect()) for _ in itertools.count())
+    yield Workload("decode", map(partial(_arrived, loader), decoded), machine.prefetch + 1, None, loader.threads, size)
     normalizer = closers.enter_context(closing(chain.normalizer()))
-    yield Workload("normalize", (_arrived(loader, len(normalizer.begin(pixels, plan.augmentation)()))
-                                 for plan, pixels in itertools.cycle(inputs)), 2, None, 1 if gpu else loader.threads)
+    normalized = (len(normalizer.begin(pixels, plan.augmentation)()) for plan, pixels in itertools.cycle(inputs))
+    yield Workload("normalize", map(partial(_arrived, loader), normalized), 2, None, 1 if gpu else loader.threads)
     if gpu:
-        pinned = [torch.from_numpy(np.concatenate(plan.encoded)).pin_memory() for plan in plans]
-        copied = ((encoded.to(loader.device, non_blocking=True), len(plan.ids))
-                  for encoded, plan in itertools.cycle(list(zip(pinned, plans))))
+        pinned = [(torch.from_numpy(np.concatenate(plan.encoded)).pin_memory(), len(plan.ids)) for plan in plans]
+        copied = ((encoded.to(loader.device, non_blocking=True), count) for encoded, count in itertools.cycle(pinned))
         yield Workload("copy", (_arrived(loader, count) for _, count in copied), 2, None, 1, size)
 
 
