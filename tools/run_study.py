@@ -117,6 +117,7 @@ class Runs:
                     process = subprocess.Popen([sys.executable, "-m", "train.main", *run.argv, *resume], stdout=log, stderr=log,
                                                start_new_session=True, pass_fds=[lock_file], env=ENVIRONMENT)
                 self.running[process] = run, began
+                print(f"{run.name}: {'resumed' if resume else 'started'}", flush=True)
 
     def _ended(self, process: subprocess.Popen[bytes]) -> None:
         """A run's process has ended: it is done, has diverged, or failed."""
