@@ -112,7 +112,7 @@ def test_a_process_that_ends_lets_the_save_end(tmp_path: Path) -> None:
 
 
 TOGETHER = """
-import sys, threading, time, warnings
+import sys, threading, warnings
 warnings.simplefilter("error")
 from pathlib import Path
 import torch
@@ -127,13 +127,15 @@ torch.set_num_threads(1)
 with process_group(towers=2, device="cpu", timeout_s=60) as where:
     saver = AsyncSaver(root, where, 3, 60)
     mine = {name: tower_slice(whole, Tower(where.tower_rank, 2)).clone() for name, whole in tensors(1).items()}
-    def slowly(folder):
-        time.sleep(1)
+    released = threading.Event()
+    def once_released(folder):
+        assert released.wait(60)
         attach(folder)
-    saver.save("step-000000001", mine, SHAPES, STATE, slowly)
+    saver.save("step-000000001", mine, SHAPES, STATE, once_released)
     for _ in range(200):  # training goes on, its collectives beside those of the save
         assert where.all_reduce_sum([1.0]) == [2.0]
     assert not (root / "step-000000001").exists(), "it has waited for the writing"
+    released.set()
     saver.wait()
     checkpoint.verify(root / "step-000000001")
     for spoilt, found in (("second", "process 1: [Errno 28] No space left on device"), ("main", "[Errno 28] No space left on")):

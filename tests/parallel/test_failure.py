@@ -78,7 +78,7 @@ def test_a_process_without_its_launcher_ends() -> None:
         launcher.wait()
         began = time.monotonic()
         assert launcher.stdout.read() == "", "the pipe closes with its last process"
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < 40, "it did not sleep to its end"
 
 
 def test_a_single_process_says_only_its_error() -> None:

@@ -108,7 +108,7 @@ def found(rank: int, folder: Path) -> dict[Any, Any]:
                 next(batches)
             assert batches.step == 2
         module._CLOSE_S, start = 0.3, time.monotonic()
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 30, "closing does not wait for the lost partner"
     return kept
 
 

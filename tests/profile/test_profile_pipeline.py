@@ -2,7 +2,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +89,10 @@ def test_mistakes_about_the_data(tiny_set: TinySet, tmp_path: Path, capsys: pyte
     assert "must exist before training; run `python tools/compute_stats.py" in capsys.readouterr().err
 
 
-def test_help_answers_at_once() -> None:
-    start = time.perf_counter()
+def test_help_loads_neither_torch_nor_dali() -> None:
     done = subprocess.run([sys.executable, "tools/profile_pipeline.py", "--help"], capture_output=True, text=True, timeout=60,
                           cwd=Path(__file__).resolve().parents[2])
     assert done.returncode == 0 and "--fail-below" in done.stdout and "130 Ctrl-C" in " ".join(done.stdout.split())
-    assert time.perf_counter() - start < 10     # a second without torch and DALI, on a machine that does nothing else
     heavy = subprocess.run([sys.executable, "-c", "import sys; from tools import profile_pipeline as p; p.parser(); "
                             "print([m for m in ('torch', 'nvidia.dali', 'matplotlib', 'rich') if m in sys.modules])"],
                            capture_output=True, text=True, timeout=60, cwd=Path(__file__).resolve().parents[2])

@@ -324,8 +324,8 @@ def test_the_same_command_repeats_only_what_failed(carried: Carried) -> None:
     before = {path: path.stat().st_mtime_ns for path in carried.folder.glob("*/*.*")}
     assert len(before) > 12
     code, out, err = command(carried.file, "--runs", carried.folder.parent, "--jobs", 2)
-    assert code == 1 and out.startswith("s: 7 runs, 4 of them done already\nbroken-s1: started\n"
-                                           "broken-s1: failed: exit code 2: split (=none) ")
+    assert code == 1 and out.startswith(
+        "s: 7 runs, 4 of them done already\nbroken-s1: started\nbroken-s1: failed: exit code 2: split (=none) ")
     assert {path: path.stat().st_mtime_ns for path in carried.folder.glob("*/*.*")} == before
     found = json.loads((carried.folder / "study.json").read_text(encoding="utf-8"))
     assert [member["tested"] for member in found["ensembles"]["two"]["members"]] == [0, 0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import time
 from unittest.mock import Mock
 
 import pytest
@@ -84,12 +83,14 @@ def test_plain_lines_come_every_so_often_and_rows_under_one_header() -> None:
     assert len(often.getvalue().splitlines()) == 5
 
 
-def test_tests_tell_their_progress() -> None:
+def test_tests_tell_their_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("train.console.time.monotonic", lambda: now[0])
     stream = io.StringIO()
-    console = Console(True, 0.05, stream)
+    console = Console(True, 10, stream)
     told = console.testing("validation")
     told(10, 100)
-    time.sleep(0.06)
+    now[0] += 11
     told(20, 100)
     assert stream.getvalue() == "validation 20/100 images\n"
 

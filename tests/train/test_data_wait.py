@@ -72,6 +72,7 @@ def test_dalis_threads_are_found_and_their_work_counted(tmp_path: Path, threads:
     assert "data wait" in watched.summary(machine, threads, False)
 
 
+@pytest.mark.slow  # it compares rates: for a machine that does nothing else
 @pytest.mark.parametrize("threads", [1, 2])
 def test_headroom_is_what_the_loader_then_gives(tmp_path: Path, threads: int) -> None:
     """Slowed down by its consumer, the loader claims a rate; asked without pause it gives about that. (What is in flight and the
