@@ -23,7 +23,7 @@ from tools.bench.crops import Cropper, Normalize
 from tools.bench.rounds import Result
 from tools.bench.workers import NotAvailable
 from tools.bench.workload import CROP_PX, Augmented, Photographs, Running, Task, difference, need, resized_size
-from tools.profile.measure import Spread, Turn, process_tree
+from tools.profile.measure import Spread, Turn, Workload, process_tree
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,6 @@ def test_a_file_that_is_no_jpeg_is_decoded_too(work: Task) -> None:
 
 def test_resized_images_are_made_before_anybody_shares_them(work: Task) -> None:
     cropper = Cropper(Photographs(work, "original"), None)
-    cropper.open()
     assert (work.scratch / "resized-original.npy").exists()
     crop = pickle.loads(pickle.dumps(cropper))(7, 3, 4)
     np.testing.assert_array_equal(crop, Photographs(work, "original").resized(7)[3:3 + CROP_PX, 4:4 + CROP_PX])
@@ -114,12 +113,12 @@ def test_a_contender_is_checked_then_takes_its_turns_and_is_closed(monkeypatch: 
     batch = exact(Photographs(work, "original"))
     closed: list[bool] = []
 
-    def contend(running: Running) -> AbstractContextManager[rounds.Ready]:
+    def contend(running: Running) -> AbstractContextManager[tuple[Workload, float | None]]:
         monkeypatch.setitem(CONTENDERS, "made", Contender("made", "made", "original", "peer", lambda task: running))
         return rounds.started("made", work)
 
     with contend(Running(iter([batch] * 12), lambda batch: batch, lambda: closed.append(True))) as ready:
-        levels, turn = rounds.first_difference(ready), rounds.take_turn(ready, 1e-9)
+        turn, levels = rounds.take_turn(ready, 1e-9)
         assert levels is not None and levels < 1e-4 and turn.images == 8 and not closed
     assert closed == [True]
     wrong = replace(batch, parameters=batch.parameters + np.float32([0, 0, 0, 4, 4, 4]))
@@ -155,14 +154,10 @@ FOUND = [made("archives", 900, 1000, 1200), made("pil", 400, 500, 480), made("to
 def test_ratios_are_of_medians_against_the_best_that_ran() -> None:
     found = {(ratio.over, ratio.under): ratio for ratio in bench_report.ratios(FOUND)}
     best = found["archives", "torch"]
-    assert (best.value, best.aim, best.met) == (Spread(1.25, 1.125, 1.5), 1.15, True)
-    assert best.by_cpu == 1.0           # made up: each used 2 ms an image
-    assert found["archives", "decode"].value.median == 0.5 and found["archives", "decode"].met is False
-    assert found["packed", "archives"].value == Spread(3.3, 3100 / 1200, 3000 / 900)
-    peer = found["packed", "packed_webdataset"]
-    assert (peer.value.median, peer.aim, peer.met) == (2.0, None, None) and ("packed", "packed_dataloader") not in found
-    assert found["resident", "packed"].value.median == 9000 / 3100 and found["resident", "packed"].met is False
-    assert found["resident", "memmap"].value.median == 2.0         # the best that ran
+    assert best.value == Spread(1.25, 1.125, 1.5) and best.by_cpu == 1.0  # made up: each used 2 ms an image
+    assert found["archives", "decode"].value.median == 0.5
+    assert found["packed", "packed_webdataset"].value.median == 2.0 and ("packed", "packed_dataloader") not in found
+    assert found["resident", "memmap"].value.median == 2.0  # the best that ran
     assert bench_report.ratios([made("pil", 1), made("archives", reason="no")]) == []
 
 
@@ -173,15 +168,17 @@ def test_json_table_and_plot_tell_the_same(tmp_path: Path) -> None:
     assert side["images_per_s"] == {"median": 1000, "min": 900, "max": 1200} and side["cpu_ms_per_image"] == 2.0
     assert side["turns"][0] == {"images": 900, "seconds": 1.0, "cpu_s": 1.8} and side["ran"] and side["reason"] is None
     assert found["sides"][-1]["reason"] == "spdl is not installed" and found["sides"][-1]["turns"] == []
-    assert {(r["over"], r["under"]) for r in found["ratios"]} >= {("archives", "torch"), ("resident", "memmap")}
+    assert {(r["over"], r["under"]) for r in found["ratios"]} == {
+        ("archives", "torch"), ("archives", "decode"), ("packed", "packed_webdataset"), ("resident", "memmap")}
     text = io.StringIO()
     bench_report.show(FOUND, Console(file=text, width=160))
     table = text.getvalue()
-    for words in ("1,000", "(900–1,200)", "spdl is not installed", "missed", "met", "0.50", "2.7", "files of 256 px"):
+    for words in ("1,000", "(900–1,200)", "spdl is not installed", "files of 256 px",
+                  "ours, tier archives: 0.50 (0.45–0.80) of libjpeg-turbo, whole decode"):
         assert words in table
-    bench_report.plot(FOUND, "title", tmp_path / "a" / "plot.png")
+    bench_report.plot(FOUND, "title", tmp_path / "plot.png")
     from PIL import Image
-    with Image.open(tmp_path / "a" / "plot.png") as image:
+    with Image.open(tmp_path / "plot.png") as image:
         assert image.size[0] > 800
 
 
@@ -193,10 +190,9 @@ def test_contenders_are_of_known_kinds() -> None:
 # --- the command
 
 @pytest.mark.parametrize("words, message", [
-    (["--rounds", "0"], "--rounds (=0) must be at least 1; leave it out for the default"),
-    (["--seconds", "0"], "--seconds (=0.0) must be above 0; "),
+    (["--rounds", "0"], "--rounds (=0) must be positive; leave it out for the default"),
+    (["--seconds", "0"], "--seconds (=0.0) must be positive; "),
     (["--only", "archives,torchdata"], "contender (=torchdata) is unknown; contenders are archives, pil, "),
-    (["--only", "pil", "--without", "pil"], "--without (=pil) must leave a contender; "),
     (["MISSING", "--only", "pil"], "index (=MISSING) does not exist; ")])
 def test_nonsense_is_refused(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing = str(tmp_path / "missing")
@@ -243,15 +239,14 @@ def test_it_runs(index: SampleIndex, tmp_path: Path, capfd: pytest.CaptureFixtur
     """Our tiers and PIL, one short turn each, in their processes; nothing is left running and nothing but lines is said."""
     sides = ["archives", "packed", "resident", "pil"]
     code = bench.main([str(index.path), "--only", ",".join(sides), "--rounds", "1", "--seconds", "0.01", "--batch", "4",
-                       "--workers", "1", "--out", str(tmp_path / "found"), "--scratch", str(tmp_path)])
+                       "--workers", "1", "--out", str(tmp_path / "found")])
     said = capfd.readouterr()
     assert code == 0, said.err
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
     assert [side["name"] for side in found["sides"]] == sides and all(len(side["turns"]) == 1 for side in found["sides"])
     assert all(side["grey_levels_from_exact"] < 1 for side in found["sides"])
-    assert found["work"]["photographs"] == 10 and found["command"].startswith("python tools/bench/__main__.py ")
-    assert {(r["over"], r["under"]) for r in found["ratios"]} == {("archives", "pil"), ("packed", "archives"),
-                                                                  ("resident", "packed")}
+    assert found["work"]["photographs"] == 10 and found["command"].startswith("python -m tools.bench ")
+    assert {(r["over"], r["under"]) for r in found["ratios"]} == {("archives", "pil")}
     assert (tmp_path / "found.png").exists() and "ours, tier resident" in said.out and "Traceback" not in said.err
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
     assert process_tree(os.getpid()) == [os.getpid()] or all("resource_tracker" in words for words in left_running())

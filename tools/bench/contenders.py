@@ -5,9 +5,8 @@ over finished batches. Where workers are processes they send uint8, a quarter of
 normalizes, which makes them faster than sending floats (measured: docs/lab-log.md). What a batch and its parameters are:
 `tools.bench.workload`.
 """
-from __future__ import annotations
-
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from pipeline.sampling.augment import lighting_shift
 from pipeline.tiers import train_loader
 from tools.bench.crops import Crop, Cropper, Normalize, crop_opencv, crop_pil, crop_torch, decode
 from tools.bench.workers import NotAvailable
-from tools.bench.workload import CROP_PX, DATA, Augmented, Parameters, Photographs, Pixels, Running, Task, need
+from tools.bench.workload import DATA, Augmented, Ids, Parameters, Photographs, Pixels, Running, Task, need
 
 
 # --- ours
@@ -36,7 +35,8 @@ def ours(tier: str, task: Task) -> Running:
     original, packed = Photographs(task, "original"), Photographs(task, "packed")
     index, stats = packed.index if tier in ("packed", "streamed") else original.index, original.stats
     machine = LoaderConfig(threads=task.workers, quarantine_budget=0.05, resident_folder=str(task.scratch / "resident"))
-    loader = train_loader(tier, index, task.split, DATA, task.batch, 0, stats, machine=machine)
+    loader = train_loader(tier, index, "train", DATA, task.batch, 0, stats, machine=machine)
+    loader.fill()
 
     def batches() -> Iterator[Batch]:
         while True:
@@ -48,28 +48,12 @@ def ours(tier: str, task: Task) -> Running:
         parameters = np.column_stack([drawn.top, drawn.left, drawn.mirror, shift]).astype(np.float32)
         return Augmented(batch.images, batch.ids, parameters)
 
-    endless = batches()
-    if tier == "resident":      # it fills while the first epoch trains: that is not what is timed
-        for _ in range(-(-len(original.ids) // task.batch) + 1):
-            next(endless)
-    return Running(endless, describe, loader.close)
+    return Running(batches(), describe, loader.close)
 
 
 # --- engines
 
-class Endless:
-    """Random batches of ids without end, as a `batch_sampler`."""
-
-    def __init__(self, ids: npt.NDArray[np.int64], batch: int) -> None:
-        self._ids, self._batch = ids, batch
-
-    def __iter__(self) -> Iterator[list[int]]:
-        random = np.random.default_rng(0)
-        while True:
-            yield random.choice(self._ids, self._batch).tolist()
-
-
-def one_thread() -> None:
+def one_thread(worker: int = 0) -> None:
     """Let the libraries' own threads be: there are as many workers as cores are meant to be used."""
     torch.set_num_threads(1)
     try:
@@ -78,45 +62,29 @@ def one_thread() -> None:
         pass
 
 
-class Draws:
-    """Parameters drawn in a worker process, with a generator of its own from its first use on."""
-
-    def __init__(self, photographs: Photographs) -> None:
-        self._photographs = photographs
-        self._random: np.random.Generator | None = None
-
-    def __call__(self, count: int) -> Parameters:
-        if self._random is None:
-            info = get_worker_info()
-            self._random = np.random.default_rng(info.seed if info else 0)
-            one_thread()
-        return self._photographs.draw(self._random, count)
-
-
-class CropDataset:
-    """For torch's DataLoader: ids → a batch of crops (B, crop, crop, 3) uint8, their ids and parameters."""
-
-    def __init__(self, cropper: Cropper) -> None:
-        self.cropper, self.draws = cropper, Draws(cropper.photographs)
-
-    def __getitems__(self, ids: list[int]) -> tuple[Any, ...]:
-        parameters, crops = self.draws(len(ids)), np.empty((len(ids), CROP_PX, CROP_PX, 3), np.uint8)
-        for crop, id, (top, left, *_) in zip(crops, ids, parameters.tolist()):
-            crop[:] = self.cropper(id, int(top), int(left))
-        return torch.from_numpy(crops), torch.tensor(ids), torch.from_numpy(parameters)
-
-
 def unchanged(batch: Any) -> Any:
     """A collate function, and a description, that leaves a batch alone."""
     return batch
 
 
+class CropDataset:
+    """For torch's DataLoader: ids and parameters → a batch of crops (B, crop, crop, 3) uint8 with them."""
+
+    def __init__(self, cropper: Cropper) -> None:
+        self.cropper = cropper
+
+    def __getitems__(self, drawn: tuple[Ids, Parameters]) -> tuple[Any, ...]:
+        ids, parameters = drawn
+        crops = [self.cropper(id, int(top), int(left)) for id, (top, left, *_) in zip(ids.tolist(), parameters.tolist())]
+        return torch.from_numpy(np.stack(crops)), ids, parameters
+
+
 def dataloader(kind: str, crop: Crop | None, task: Task) -> Running:
     """torch's DataLoader with worker processes, which send uint8 batches."""
     cropper = Cropper(Photographs(task, kind), crop)
-    cropper.open()
-    loader: Any = DataLoader(CropDataset(cropper), batch_sampler=Endless(cropper.photographs.ids, task.batch),  # type: ignore
-                             num_workers=task.workers, collate_fn=unchanged, multiprocessing_context="spawn")
+    sampler: Any = cropper.photographs.batches()
+    loader: Any = DataLoader(CropDataset(cropper), batch_sampler=sampler, num_workers=task.workers,  # type: ignore[arg-type]
+                             collate_fn=unchanged, worker_init_fn=one_thread, multiprocessing_context="spawn")
     return Running(itertools.starmap(Normalize(cropper.photographs).batch, loader), unchanged)
 
 
@@ -124,19 +92,23 @@ class ShardCrop:
     """For webdataset: a sample of a shard → (crop, id, parameters). The id of the first batch's only, for the check."""
 
     def __init__(self, photographs: Photographs, crop: Crop) -> None:
-        self.photographs, self.crop, self.draws, self.count = photographs, crop, Draws(photographs), 0
+        self.photographs, self.crop, self.count = photographs, crop, 0
+        self._random: np.random.Generator | None = None
 
     def __call__(self, sample: dict[str, Any]) -> tuple[Pixels, int, Parameters]:
-        parameters = self.draws(1)[0]
+        if self._random is None:  # in a worker process: a generator of its own
+            info = get_worker_info()
+            self._random = np.random.default_rng(info.seed if info else 0)
+        parameters = self.photographs.draw(self._random, 1)[0]
         self.count += 1
         id = self.photographs.id_of(sample["jpg"]) if self.count <= self.photographs.task.batch else -1
         return self.crop(sample["jpg"], int(parameters[0]), int(parameters[1])), id, parameters
 
 
 def stacked(samples: Sequence[tuple[Pixels, int, Parameters]]) -> tuple[Any, ...]:
-    """Samples to a batch of torch tensors, which cross the processes in shared memory."""
+    """Samples to a batch; the crops as a torch tensor, which crosses the processes in shared memory."""
     crops, ids, parameters = zip(*samples)
-    return torch.from_numpy(np.stack(crops)), torch.tensor(ids), torch.from_numpy(np.stack(parameters))
+    return torch.from_numpy(np.stack(crops)), np.array(ids), np.stack(parameters)
 
 
 def webdataset(kind: str, crop: Crop, task: Task) -> Running:
@@ -144,7 +116,8 @@ def webdataset(kind: str, crop: Crop, task: Task) -> Running:
     wds, photographs = need("webdataset"), Photographs(task, kind)
     dataset = wds.WebDataset(photographs.shards(), resampled=True, shardshuffle=False, nodesplitter=None).shuffle(200)
     dataset = dataset.map(ShardCrop(photographs, crop)).batched(task.batch, collation_fn=stacked, partial=False)
-    loader = wds.WebLoader(dataset, batch_size=None, num_workers=task.workers, multiprocessing_context="spawn")
+    loader = wds.WebLoader(dataset, batch_size=None, num_workers=task.workers, worker_init_fn=one_thread,
+                           multiprocessing_context="spawn")
     return Running(itertools.starmap(Normalize(photographs).batch, loader), unchanged)
 
 
@@ -153,22 +126,15 @@ def spdl(kind: str, crop: Crop | None, task: Task) -> Running:
     builder = need("spdl.pipeline").PipelineBuilder()
     one_thread()
     cropper = Cropper(Photographs(task, kind), crop)
-    cropper.open()
-    photographs, random = cropper.photographs, np.random.default_rng(0)
-    normalize = Normalize(photographs, lasting=2 * task.workers + 4)     # in work, in spdl's queues, and with the consumer
+    normalize = Normalize(cropper.photographs, lasting=2 * task.workers + 4)  # in work, in spdl's queues, and with the consumer
 
-    def source() -> Iterator[tuple[npt.NDArray[np.int64], Parameters]]:
-        while True:
-            yield random.choice(photographs.ids, task.batch), photographs.draw(random, task.batch)
-
-    def make(drawn: tuple[npt.NDArray[np.int64], Parameters]) -> Augmented:
+    def make(drawn: tuple[Ids, Parameters]) -> Augmented:
         ids, parameters = drawn
-        out = normalize.buffer()
-        for row, id, numbers in zip(out, ids.tolist(), parameters.tolist()):
-            normalize.image(row, cropper(id, int(numbers[0]), int(numbers[1])), numbers)
-        return Augmented(out, ids, parameters)
+        crops = (cropper(id, int(top), int(left)) for id, (top, left, *_) in zip(ids.tolist(), parameters.tolist()))
+        return normalize.batch(crops, ids, parameters)
 
-    pipeline = builder.add_source(source()).pipe(make, concurrency=task.workers).add_sink(2).build(num_threads=task.workers)
+    source = builder.add_source(cropper.photographs.batches())
+    pipeline = source.pipe(make, concurrency=task.workers).add_sink(2).build(num_threads=task.workers)
     pipeline.start()
     return Running(iter(pipeline), unchanged, pipeline.stop)
 
@@ -184,15 +150,15 @@ def whole_decode(kind: str, task: Task) -> Running:
         for id in ids:
             try:
                 simplejpeg.decode_jpeg(photographs.read(id), "RGB", fastdct=False, fastupsample=False, buffer=buffer)
-            except ValueError:      # one in thousands is CMYK or a PNG
+            except ValueError:  # one in thousands is CMYK or a PNG
                 decode(photographs.read(id))
 
     def batches() -> Iterator[None]:
-        under_way: list[Future[None]] = []
-        for ids, buffer in zip(Endless(photographs.ids, task.batch), itertools.cycle(buffers)):
-            under_way.append(executor.submit(make, ids, buffer))
+        under_way: deque[Future[None]] = deque()
+        for (ids, _), buffer in zip(photographs.batches(), itertools.cycle(buffers)):
+            under_way.append(executor.submit(make, ids.tolist(), buffer))
             if len(under_way) == len(buffers) - 1:
-                yield under_way.pop(0).result()
+                yield under_way.popleft().result()
 
     return Running(batches(), None, executor.shutdown)
 
@@ -201,22 +167,13 @@ def whole_decode(kind: str, task: Task) -> Running:
 
 @dataclass(frozen=True)
 class Contender:
-    """One contender.
-
-    Attributes:
-        name: short, for --only and the JSON.
-        label: for people.
-        data: a key of KINDS: what it reads.
-        role: `ours`, `peer` or `limit`.
-        start: Task → Running; raises NotAvailable.
-        tolerance: largest mean difference, in grey levels, of its first batch from the exact pixels. A wrong offset, flip or mean
-            is tens of levels.
-    """
-    name: str
-    label: str
-    data: str
-    role: str
-    start: Callable[[Task], Running]
+    """One contender."""
+    name: str  # for --only and the JSON
+    label: str  # for people
+    data: str  # what it reads: a key of KINDS
+    role: str  # ours, peer or limit
+    start: Callable[[Task], Running]  # raises NotAvailable
+    # Largest mean difference, in grey levels, of its first batch from the exact pixels. A wrong offset, flip or mean is tens.
     tolerance: float = 1.0
 
 

@@ -2,8 +2,6 @@
 
 Nothing is decoded less exactly than ours decodes it. What a crop and its parameters are: `tools.bench.workload`.
 """
-from __future__ import annotations
-
 import io
 import itertools
 from collections.abc import Callable, Sequence
@@ -13,9 +11,9 @@ import numpy as np
 import simplejpeg
 import torch
 
-from tools.bench.workload import CROP_PX, SQUARE_PX, Augmented, Photographs, Pixels, need, resized_size
+from tools.bench.workload import CROP_PX, SQUARE_PX, Augmented, Ids, Parameters, Photographs, Pixels, need, resized_size
 
-Crop = Callable[[Any, int, int], Pixels]     # (bytes of a JPEG, top, left) → (crop, crop, 3) uint8, possibly a view
+Crop = Callable[[Any, int, int], Pixels]  # (bytes of a JPEG, top, left) → (crop, crop, 3) uint8, possibly a view
 
 
 def decode(data: Any) -> Pixels:
@@ -23,7 +21,7 @@ def decode(data: Any) -> Pixels:
     try:
         pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
         return pixels
-    except ValueError:      # one in thousands is CMYK or a PNG
+    except ValueError:  # one in thousands is CMYK or a PNG
         return np.array(need("PIL.Image").open(io.BytesIO(bytes(data))).convert("RGB"))
 
 
@@ -46,8 +44,7 @@ def crop_pil(data: Any, top: int, left: int) -> Pixels:
 
 def crop_opencv(data: Any, top: int, left: int) -> Pixels:
     """simplejpeg and OpenCV, whose antialiased resize is the mean over areas."""
-    cv2 = need("cv2")
-    pixels = decode(data)
+    cv2, pixels = need("cv2"), decode(data)
     size = resized_size((pixels.shape[1], pixels.shape[0]))
     resized: Pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
     return resized[_slices(*size, top, left)]
@@ -65,28 +62,21 @@ def crop_torch(data: Any, top: int, left: int) -> Pixels:
 
 
 class Cropper:
-    """(id, top, left) → crop: bytes through a crop function, or (None) a slice of resized images. Travels to workers."""
+    """(id, top, left) → crop: bytes through a crop function, or (None) a slice of a file of resized images, made before there are
+    several threads or processes that would. Travels to workers."""
 
     def __init__(self, photographs: Photographs, crop: Crop | None) -> None:
         self.photographs, self.crop = photographs, crop
-        self._resized: Any = None
+        # copy on write: torch warns of arrays it must not write to
+        self._resized: Any = None if crop is not None else np.load(photographs.resized_file(), mmap_mode="c")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Cropper, (self.photographs, self.crop)
-
-    def open(self) -> None:
-        """Make and open what is read, before there are several threads or processes that would."""
-        self.photographs.read(int(self.photographs.ids[0]))
-        if self.crop is None:
-            # copy on write: torch warns of arrays it must not write to
-            self._resized = np.load(self.photographs.resized_file(), mmap_mode="c")
 
     def __call__(self, id: int, top: int, left: int) -> Pixels:
         """(crop, crop, 3) uint8."""
         if self.crop is not None:
             return self.crop(self.photographs.read(id), top, left)
-        if self._resized is None:
-            self.open()
         row = int(np.searchsorted(self.photographs.ids, id))
         crop: Pixels = self._resized[row, top:top + CROP_PX, left:left + CROP_PX]
         return crop
@@ -103,24 +93,18 @@ class Normalize:
         shape = (photographs.task.batch, 3, CROP_PX, CROP_PX)
         self._buffers = itertools.cycle([torch.empty(shape) for _ in range(lasting + 1)])
 
-    def buffer(self) -> torch.Tensor:
-        """(B, 3, crop, crop) to write to. Safe to call from any thread."""
-        return next(self._buffers)
+    def batch(self, crops: Any, ids: Ids, parameters: Parameters) -> Augmented:
+        """A batch of crops (B, crop, crop, 3), or an iterable of them. Safe to call from any thread."""
+        out = next(self._buffers)
+        for row, crop, numbers in zip(out, crops, parameters.tolist()):
+            self._image(row, np.asarray(crop), numbers)
+        return Augmented(out, ids, parameters)
 
-    def image(self, out: torch.Tensor, crop: Pixels, parameters: Sequence[float]) -> None:
-        """One image: out (3, crop, crop)."""
+    def _image(self, out: torch.Tensor, crop: Pixels, parameters: Sequence[float]) -> None:
         top, left, flip = (int(number) for number in parameters[:3])
-        pixels = torch.from_numpy(crop).permute(2, 0, 1)
-        mean = self._mean[:, top:top + CROP_PX, left:left + CROP_PX]
+        pixels, mean = torch.from_numpy(crop).permute(2, 0, 1), self._mean[:, top:top + CROP_PX, left:left + CROP_PX]
         if flip:
             out.copy_(pixels.flip(-1)).sub_(mean.flip(-1))
         else:
             out.copy_(pixels).sub_(mean)
         out.add_(out.new_tensor(parameters[3:])[:, None, None])
-
-    def batch(self, crops: Any, ids: Any, parameters: Any) -> Augmented:
-        """A batch of crops (B, crop, crop, 3)."""
-        out, parameters = self.buffer(), np.asarray(parameters)
-        for row, crop, numbers in zip(out, np.asarray(crops), parameters.tolist()):
-            self.image(row, crop, numbers)
-        return Augmented(out, np.asarray(ids), parameters)

@@ -1,6 +1,4 @@
 """Interleaved timing of contenders, each in a process of its own: what `make bench` measures."""
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,24 +10,17 @@ from tools.bench.workers import NotAvailable, Workers
 from tools.bench.workload import Photographs, Task, difference
 from tools.profile.measure import Turn, Workload, interleave, run_turn, wait_idle
 
-_WARMUP = 8         # batches used up before the clock starts: more than any contender prefetches
-_IDLE_S = 30.0      # longest wait for a contender to come to rest
+_WARMUP = 8  # batches used up before the clock starts: more than any contender prefetches
+_IDLE_S = 30.0  # longest wait for a contender to come to rest
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one contender: its turns, or why there are none.
-
-    Attributes:
-        contender: which.
-        turns: one a round; empty when it did not run.
-        difference: grey levels between its first batch and the exact pixels; None when it makes none, or did not run.
-        reason: why it did not run ("" when it did).
-    """
+    """What became of one contender: its turns, or why there are none."""
     contender: Contender
-    turns: tuple[Turn, ...]
-    difference: float | None = None
-    reason: str = ""
+    turns: tuple[Turn, ...]  # one a round; empty when it did not run
+    difference: float | None = None  # grey levels between its first batch and the exact pixels; None when it makes none
+    reason: str = ""  # why it did not run
 
     @property
     def rates(self) -> list[float]:
@@ -42,20 +33,11 @@ class Result:
         return [turn.cpu_ms for turn in self.turns]
 
 
-@dataclass(frozen=True)
-class Ready:
-    """A contender in its process, its first batch checked."""
-    workload: Workload
-    difference: float | None
-
-
 @contextmanager
-def started(name: str, task: Task) -> Iterator[Ready]:
-    """Start a contender and check its first batch.
+def started(name: str, task: Task) -> Iterator[tuple[Workload, float | None]]:
+    """A contender in its process, and how many grey levels its first batch is off.
 
-    Raises:
-        NotAvailable: its package is missing.
-        RuntimeError: its pixels are wrong, or it does not come to rest.
+    Raises NotAvailable when its package is missing, RuntimeError when its pixels are wrong, or it does not come to rest.
     """
     contender = CONTENDERS[name]
     running = contender.start(task)
@@ -68,21 +50,16 @@ def started(name: str, task: Task) -> Iterator[Ready]:
                 raise RuntimeError(f"first batch lies {levels:.2f} grey levels from the exact pixels, more than "
                                    f"{contender.tolerance}")
         _rest()
-        yield Ready(Workload(name, (task.batch for _ in running.batches), _WARMUP), levels)
+        yield Workload(name, (task.batch for _ in running.batches), _WARMUP), levels
     finally:
         running.close()
 
 
-def first_difference(ready: Ready) -> float | None:
-    """What the check of the first batch found; for the process of a contender."""
-    return ready.difference
-
-
-def take_turn(ready: Ready, seconds: float) -> Turn:
-    """One turn; for the process of a contender."""
-    turn = run_turn(ready.workload, seconds)
+def take_turn(ready: tuple[Workload, float | None], seconds: float) -> tuple[Turn, float | None]:
+    """One turn, in the process of a contender; and the difference of its first batch."""
+    turn = run_turn(ready[0], seconds)
     _rest()
-    return turn
+    return turn, ready[1]
 
 
 def _rest() -> None:
@@ -93,8 +70,7 @@ def _rest() -> None:
 def measure(task: Task, names: Sequence[str], rounds: int, seconds: float) -> list[Result]:
     """Start the contenders, then let them take turns of some seconds, interleaved.
 
-    Raises:
-        RuntimeError: one of ours failed, or any contender did once the turns had begun. Others that cannot run are only noted.
+    Raises RuntimeError when one of ours failed, or any did once the turns had begun. Others that cannot run are only noted.
     """
     workers: dict[str, Workers] = {}
     reasons: dict[str, str] = {}
@@ -107,10 +83,10 @@ def measure(task: Task, names: Sequence[str], rounds: int, seconds: float) -> li
                 if CONTENDERS[name].role == "ours" and not isinstance(error, NotAvailable):
                     raise
                 reasons[name] = str(error)
-        differences = {name: worker.call(first_difference)[0] for name, worker in workers.items()}
         turns = interleave({name: partial(worker.call, take_turn, seconds) for name, worker in workers.items()}, rounds)
     finally:
         for worker in workers.values():
             worker.close()
-    return [Result(CONTENDERS[name], tuple(turn for turn, in turns.get(name, [])), differences.get(name), reasons.get(name, ""))
-            for name in names]
+    answers = {name: [answer for answer, in turns.get(name, [])] for name in names}
+    return [Result(CONTENDERS[name], tuple(turn for turn, _ in found), found[0][1] if found else None, reasons.get(name, ""))
+            for name, found in answers.items()]

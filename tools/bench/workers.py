@@ -1,7 +1,5 @@
-"""Worker processes that wait for commands: a contender, or the ranks that train a network together, each kept alive between its
-turns and idle while others are timed."""
-from __future__ import annotations
-
+"""Worker processes kept alive between their turns and idle while others are timed: a contender, or the ranks that train a network
+together."""
 import gc
 import multiprocessing
 import os
@@ -12,9 +10,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 from unittest import mock
 
-from tools.profile.measure import process_tree
-
-ANSWER_S = 600.0    # longest wait for an answer: a contender may first write a copy of the photographs
+ANSWER_S = 600.0  # longest wait for an answer: a contender may first write a copy of the photographs
 # One computing thread a worker, and idle threads sleep. Read when torch is imported, so before the process begins.
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "MKL_NUM_THREADS": "1"}
 
@@ -25,7 +21,7 @@ class NotAvailable(RuntimeError):
 
 def serve(pipe: Connection, start: Callable[..., AbstractContextManager[Any]], arguments: tuple[Any, ...]) -> None:
     """The process: start, answer that it is ready, then call (function, arguments) as commanded until the command is None."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is for the command, which ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which ends its workers
     try:
         with start(*arguments) as state:
             pipe.send(None)
@@ -33,38 +29,26 @@ def serve(pipe: Connection, start: Callable[..., AbstractContextManager[Any]], a
                 function, given = command
                 pipe.send(function(state, *given))
             del state
-    except EOFError:    # whoever commands is gone
+    except EOFError:  # whoever commands is gone
         pass
     except NotAvailable as error:
         pipe.send(error)
-    except Exception as error:      # sent to the other process, which names the worker
-        last = (str(error).strip().splitlines() or [""])[-1]    # of a traceback of its own workers what it ends with
+    except Exception as error:  # sent to the other process, which names the worker
+        last = (str(error).strip().splitlines() or [""])[-1]  # of a traceback of its own workers what it ends with
         with suppress(OSError):
             pipe.send(RuntimeError(f"{type(error).__name__}: {last}"))
     finally:
-        gc.collect()    # processes of a worker's own end with the iterator that started them, cleanly while they are idle
+        gc.collect()  # processes of a worker's own end with the iterator that started them, cleanly while they are idle
         pipe.close()
 
 
 class Workers:
-    """Processes that work together, seen from outside.
-
-    Args:
-        name: for messages.
-        start: a context manager that gives what the commands work on; called in each process, which imports it.
-        arguments: of `start`, for each process.
-        environment: of each process, besides one computing thread.
-
-    Raises:
-        NotAvailable: a package is missing.
-        RuntimeError: a process failed, or died; the message says which and how.
-    """
+    """Processes that work together, seen from outside. Each calls the context manager `start` with its `arguments`; commands work
+    on what that gives. Raises NotAvailable, or RuntimeError saying which process failed, or died, and how."""
 
     def __init__(self, name: str, start: Callable[..., AbstractContextManager[Any]], arguments: Sequence[tuple[Any, ...]],
                  environment: Sequence[dict[str, str]] | None = None) -> None:
-        self._name = name
-        self._pipes: list[Connection] = []
-        self._processes = []
+        self._name, self._pipes, self._processes = name, list[Connection](), []
         context = multiprocessing.get_context("spawn")
         for given, variables in zip(arguments, environment or [{}] * len(arguments)):
             pipe, other = context.Pipe()
@@ -87,22 +71,15 @@ class Workers:
         return self._answers()
 
     def close(self) -> None:
-        """End the processes and those that they started."""
-        alive = [process.pid for process in self._processes if process.pid and process.is_alive()]
-        children = [child for pid in alive for child in process_tree(pid)[1:]]
+        """End the processes."""
         for pipe in self._pipes:
             with suppress(OSError):
                 pipe.send(None)
+            pipe.close()
         for process in self._processes:
             process.join(10)
-            if process.is_alive():
-                process.kill()
-                process.join()
-        for pid in children:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-        for pipe in self._pipes:
-            pipe.close()
+            process.kill()
+            process.join()
 
     def _answers(self) -> list[Any]:
         answers = []

@@ -8,8 +8,6 @@ again, slowly, with PIL, and compared.
 B batch, H row, W column. Parameters of an image are six numbers: top, left (pixels of the 256 square), flip (0 or 1), and what
 the colour jitter adds to red, green and blue (grey levels).
 """
-from __future__ import annotations
-
 import importlib
 import io
 import os
@@ -33,8 +31,9 @@ from tools.bench.workers import NotAvailable
 SQUARE_PX, CROP_PX = 256, 227
 DATA = DataConfig(region="square", square_px=SQUARE_PX, crop_px=CROP_PX, mirror=True, lighting=0.1, mean="image")
 
-Parameters = npt.NDArray[np.float32]    # (B, 6)
-Pixels = npt.NDArray[np.uint8]          # (H, W, 3) RGB
+Ids = npt.NDArray[np.int64]  # (B,)
+Parameters = npt.NDArray[np.float32]  # (B, 6)
+Pixels = npt.NDArray[np.uint8]  # (H, W, 3) RGB
 
 
 def need(module: str) -> Any:
@@ -49,52 +48,34 @@ def need(module: str) -> Any:
 
 @dataclass(frozen=True)
 class Task:
-    """What a contender is given. All of it travels to another process.
-
-    Attributes:
-        index: folder of the index of the original files.
-        packed: folder of the index of the same photographs packed at 256 px, or None.
-        stats: file of the training set's mean image and colour components at 256 px, used by every contender.
-        scratch: folder for what a contender needs beside the files themselves: WebDataset tars of them, resized images.
-        split: of the index.
-        batch: B.
-        workers: threads or processes of each contender.
-    """
-    index: Path
-    packed: Path | None
-    stats: Path
-    scratch: Path
-    split: str = "train"
+    """What a contender is given. All of it travels to another process."""
+    index: Path  # folder of the index of the original files
+    packed: Path | None  # folder of the index of the same photographs packed at 256 px
+    stats: Path  # the training set's mean image and colour components at 256 px, used by every contender
+    scratch: Path  # for what a contender needs beside the files themselves: WebDataset tars of them, resized images
     batch: int = 64
-    workers: int = 2
+    workers: int = 2  # threads or processes of each contender
 
 
 @dataclass(frozen=True)
 class Augmented:
-    """A batch with what is needed to make it again: images (B, 3, crop, crop) float32 (any array), ids (B,), parameters (B,
-    6)."""
-    images: Any
-    ids: npt.NDArray[np.int64]
+    """A batch with what is needed to make it again."""
+    images: Any  # (B, 3, crop, crop) float32, any array
+    ids: Ids
     parameters: Parameters
 
 
 @dataclass(frozen=True)
 class Running:
-    """A contender at work.
-
-    Attributes:
-        batches: without end.
-        describe: a batch with its parameters; None: the contender makes no pixels.
-        close: ends its threads.
-    """
-    batches: Iterator[Any]
-    describe: Callable[[Any], Augmented] | None
-    close: Callable[[], None] = lambda: None
+    """A contender at work."""
+    batches: Iterator[Any]  # without end
+    describe: Callable[[Any], Augmented] | None  # a batch with its parameters; None: the contender makes no pixels
+    close: Callable[[], None] = lambda: None  # ends its threads
 
 
 class Photographs:
-    """The files of one kind (`original` or `packed`), as a contender reads them. Opened where it is used first, so that it
-    travels to worker processes as a few paths."""
+    """The training files of one kind (`original` or `packed`), as a contender reads them. Opened where it is used first, so that
+    it travels to worker processes as a few paths."""
 
     def __init__(self, task: Task, kind: str) -> None:
         self.task, self.kind = task, kind
@@ -111,13 +92,12 @@ class Photographs:
         return SampleIndex.load(path)
 
     @cached_property
-    def ids(self) -> npt.NDArray[np.int64]:
-        """(N,) of the split."""
-        return self.index.ids(self.task.split)
+    def ids(self) -> Ids:
+        """(N,) of all."""
+        return self.index.ids("train")
 
     @cached_property
     def stats(self) -> Stats:
-        """Of the training set, the same for all contenders."""
         return Stats.load(self.task.stats)
 
     @cached_property
@@ -134,13 +114,19 @@ class Photographs:
         shift = lighting_shift(random.normal(0, DATA.lighting, (count, 3)), self.stats.eigenvalues, self.stats.eigenvectors)
         return np.hstack([corners, random.random((count, 1)) < 0.5, shift]).astype(np.float32)
 
+    def batches(self) -> Iterator[tuple[Ids, Parameters]]:
+        """Random ids and parameters without end."""
+        random = np.random.default_rng(0)
+        while True:
+            yield random.choice(self.ids, self.task.batch), self.draw(random, self.task.batch)
+
     def resized(self, id: int) -> Pixels:
         """(256, 256, 3) the central square of a resized photograph, made slowly with PIL: the reference."""
         Image = need("PIL.Image")
         image = Image.open(io.BytesIO(self.read(id).tobytes())).convert("RGB")
         width, height = resized_size(image.size)
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
         left, top = (width - SQUARE_PX) // 2, (height - SQUARE_PX) // 2
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
         return np.asarray(image.crop((left, top, left + SQUARE_PX, top + SQUARE_PX)))
 
     def resized_file(self) -> Path:
@@ -183,11 +169,8 @@ def resized_size(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def difference(photographs: Photographs, augmented: Augmented) -> float:
-    """Mean absolute difference, in grey levels, between a batch and the same one made slowly.
-
-    Raises:
-        RuntimeError: it is not (B, 3, crop, crop) float32.
-    """
+    """Mean absolute difference, in grey levels, between a batch and the same one made slowly. Raises RuntimeError when it is not
+    (B, 3, crop, crop) float32."""
     images, expected_shape = np.asarray(augmented.images), (photographs.task.batch, 3, CROP_PX, CROP_PX)
     if images.shape != expected_shape or images.dtype != np.float32:
         raise RuntimeError(f"first batch (={images.shape} {images.dtype}) must be {expected_shape} float32")
@@ -195,7 +178,6 @@ def difference(photographs: Photographs, augmented: Augmented) -> float:
     for image, id, (top, left, flip, *shift) in zip(images, augmented.ids.tolist(), augmented.parameters):
         crop = slice(int(top), int(top) + CROP_PX), slice(int(left), int(left) + CROP_PX)
         expected = photographs.resized(id)[crop].astype(np.float32) - mean[crop] + np.float32(shift)
-        if flip:
-            expected = expected[:, ::-1]
+        expected = expected[:, ::-1] if flip else expected
         total += float(np.abs(image - expected.transpose(2, 0, 1)).mean())
     return total / len(images)
