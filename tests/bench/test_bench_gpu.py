@@ -1,4 +1,4 @@
-"""What needs no GPU of tools/bench/gpu.py and lrn.py: rates of turns, the CPU's part, mistakes."""
+"""What needs no GPU of tools/bench/gpu.py: rates of turns, mistakes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.helpers.recipes import write_recipe
-from tools.bench import gpu as bench_gpu, lrn as bench_lrn
+from tools.bench import gpu as bench_gpu
 
 
 def test_a_rate_is_what_was_done_in_a_turns_time() -> None:
@@ -29,14 +29,4 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
             (["--seconds", "-1"], "--seconds (=-1.0) must be positive; leave it out"),
             ([], "device (=cuda) is not there; run this on a machine with a GPU")):
         assert bench_gpu.main(["--config", str(write_recipe(tmp_path)), *words]) == 2
-        assert f"error: {message}" in capsys.readouterr().err
-
-
-def test_lrn_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench_lrn.main(["--batch", "1", "--repeats", "1"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("1 threads, median of 1") and len(lines) == 2 + 2 * len(bench_lrn.SHAPES)
-    for words, message in ((["--repeats", "0"], "--repeats (=0) must be at least 1"),
-                           (["--dtype", "bfloat16"], "--dtype (=bfloat16) is not in torch's LRN on a CPU")):
-        assert bench_lrn.main(words) == 2
         assert f"error: {message}" in capsys.readouterr().err

@@ -1,11 +1,12 @@
-"""What a GPU can do before anything is tuned: copies, the JPEG decoder, the network's step.
+"""What a GPU can do before anything is tuned: copies, the JPEG decoder, response normalisation, the network's step.
 
-    python tools/bench/gpu.py --config train/recipes/alexnet_ilsvrc2012.yaml --index indexes/ilsvrc2012 [--json FILE]
+    python -m tools.bench.gpu --config train/recipes/alexnet_ilsvrc2012.yaml --index indexes/ilsvrc2012 [--json FILE]
 
 - copies: device to device (bytes read and written), pinned host memory to the device, both of 1 GiB;
 - decoder: regions of the index's images as training takes them, for shares of the hardware engine (machine.hw_decoder_load), on
-  16 threads or those of --threads; the crops are not resized and not used;
-- step: forward, backward and update of the recipe's network on noise (tools/profile/network.py), for batches, memory layouts and
+  --threads threads (0: one a core); the crops are not resized and not used;
+- lrn: ReLU and response normalisation, forward and backward, ours against torch's, of conv1's and conv2's maps in bf16;
+- steps: forward, backward and update of the recipe's network on noise (tools/profile/network.py), for batches, memory layouts and
   with or without machine.deterministic, in bf16.
 Each figure is the median of --repeats turns of --seconds, with the smallest and the largest. Exit code 0, or 2 with a message.
 """
@@ -21,10 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if not __package__:  # run as a file: tools/profile must not hide the standard library's `profile`
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
-
-from tools.cli import guarded  # noqa: E402  # found by the line above
+from tools.cli import guarded
 
 if TYPE_CHECKING:
     from tools.profile.measure import Spread
@@ -32,7 +30,7 @@ if TYPE_CHECKING:
 LOADS = (0.0, 0.3, 0.5, 0.65, 0.8, 1.0)
 BATCHES = (128, 256, 512)
 COPIED = 1 << 30
-PARTS = ("copies", "decoder", "steps")
+LRN_BATCH, LRN_SHAPES = 256, ((96, 55, 55), (256, 27, 27))
 
 
 def rates(work: Callable[[], float], args: argparse.Namespace) -> Spread:
@@ -94,6 +92,36 @@ def decoder(args: argparse.Namespace) -> Iterator[tuple[str, Spread]]:
             yield f"decode, hardware share {load:g}, {machine.threads} threads, img/s", rates(decode, args)
 
 
+def lrn(args: argparse.Namespace) -> Iterator[tuple[str, Spread]]:
+    """Images a second. Windows do not cross the two towers."""
+    import torch
+    from torch.nn import functional
+
+    from model.config import LrnConfig
+    from model.lrn import local_response_norm
+
+    config = LrnConfig(k=2.0, n=5, alpha=1e-4, beta=0.75)
+
+    def theirs(x: torch.Tensor) -> torch.Tensor:
+        maps = functional.relu(x).unflatten(1, (2, -1)).flatten(0, 1)
+        return functional.local_response_norm(maps, config.n, config.alpha * config.n, config.beta, config.k).reshape(x.shape)
+
+    def ours(x: torch.Tensor) -> torch.Tensor:
+        return local_response_norm(x, config, groups=2, relu=True)
+
+    for shape, layout in itertools.product(LRN_SHAPES, (torch.contiguous_format, torch.channels_last)):
+        x, grad = (torch.randn((LRN_BATCH, *shape), device="cuda").bfloat16().to(memory_format=layout) for _ in range(2))
+        x.requires_grad_()
+
+        def both_ways(operator: Callable[[torch.Tensor], torch.Tensor]) -> float:
+            torch.autograd.grad(operator(x), x, grad)
+            torch.cuda.synchronize()
+            return LRN_BATCH
+
+        for name, operator in (("torch", theirs), ("ours", ours)):
+            yield f"lrn, {name}, {shape}, {str(layout).split('.')[-1]}, img/s", rates(lambda: both_ways(operator), args)
+
+
 def steps(args: argparse.Namespace) -> Iterator[tuple[str, Spread]]:
     """Images a second."""
     from tools.profile.network import NetworkStep
@@ -115,6 +143,9 @@ def steps(args: argparse.Namespace) -> Iterator[tuple[str, Spread]]:
                 print(f"{name}: {str(error).splitlines()[0]}", file=sys.stderr)
 
 
+PARTS = {"copies": copies, "decoder": decoder, "lrn": lrn, "steps": steps}
+
+
 def run(args: argparse.Namespace) -> None:
     """Measure what was asked for, and print it."""
     if args.only and "decoder" in args.only and args.index is None:
@@ -130,18 +161,17 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("device (=cuda) is not there; run this on a machine with a GPU")
     figures: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "repeats": args.repeats}
     print(f"{figures['device']}, torch {torch.__version__}")
-    for part in (copies, decoder, steps):
-        if part.__name__ in (args.only or PARTS) and (part is not decoder or args.index is not None):
-            for name, figure in part(args):
-                figures[name] = figure._asdict()
-                print(f"{name:60} {figure.median:10,.0f} ({figure.least:,.0f}–{figure.most:,.0f})", flush=True)
+    for part in args.only or [part for part in PARTS if part != "decoder" or args.index is not None]:
+        for name, figure in PARTS[part](args):
+            figures[name] = figure._asdict()
+            print(f"{name:60} {figure.median:10,.0f} ({figure.least:,.0f}–{figure.most:,.0f})", flush=True)
     if args.json is not None:
         write_json(args.json, figures)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python tools/bench/gpu.py", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m tools.bench.gpu", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, metavar="RECIPE")
     parser.add_argument("--index", type=Path, metavar="DIR", help="index with statistics; without it nothing is decoded")
