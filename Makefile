@@ -39,7 +39,7 @@ demo: $(STAMP)
 	$(BIN)/python -m tools.demo --out $(OUT) $(if $(DATA),--data '$(DATA)') $(if $(RECIPE),--recipe '$(RECIPE)')
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/python -m flake8 pipeline model train tools tests

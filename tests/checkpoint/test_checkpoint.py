@@ -223,6 +223,7 @@ with process_group(towers=2, device="cpu", timeout_s=60) as where:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_write_and_one_reads_and_the_reverse(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(TOPOLOGIES, encoding="utf-8")

@@ -24,6 +24,7 @@ def test_in_float64(tiny_set: TinySet, tmp_path: Path) -> None:
     assert max(found.values()) < 1e-12, found
 
 
+@pytest.mark.slow
 def test_in_float32(tiny_set: TinySet, tmp_path: Path) -> None:
     found = differences(tiny_set, tmp_path, ["towers-x-data"], 12, "fp32")
     assert 0 < max(found.values()) < 1e-5, "sums in another order round differently"

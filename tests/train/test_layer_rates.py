@@ -74,6 +74,7 @@ def test_a_milestone_changes_the_factors_and_a_resume_keeps_them(recipe: Path, t
         same(run, tmp_path / f"cut{step}")
 
 
+@pytest.mark.slow
 def test_two_towers_with_lars_and_layers_of_their_own_train_as_one(recipe: Path, tmp_path: Path) -> None:
     words = ["--optimizer.lars={trust: 0.02, epsilon: 1e-8}", "--optimizer.lr=1", "--train.epochs=1", "--machine.precision=fp64",
              "--optimizer.layer_rates={conv2: 0.5, fc6: 0, fc8: 4}"]

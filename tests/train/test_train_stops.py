@@ -39,10 +39,11 @@ def names(folder: Path) -> list[str]:
     return [path.name for path in checkpoint.checkpoints(folder / "checkpoints")]
 
 
-@pytest.mark.parametrize("launcher", [ALONE, PAIR], ids=["one process", "two processes"])
+@pytest.mark.parametrize("launcher", [ALONE, pytest.param(PAIR, marks=pytest.mark.slow)],
+                         ids=["one process", "two processes"])
 def test_killed_at_a_random_step_and_resumed_gives_the_same_bits(recipe: Path, whole: Path, whole_of_two: Path, tmp_path: Path,
                                                                  launcher: list[str]) -> None:
-    """kill -9 of all processes."""
+    """kill -9 of all processes. (Two, with their restart: tests/parallel/test_faults.py too.)"""
     words = [*RATES, "--machine.checkpoint_steps=2", "--machine.keep_last=3"]
     seed = random.randrange(10 ** 6)
     print(f"seed {seed}")  # shown when it fails

@@ -67,7 +67,7 @@ def test_resident_rgb_trains_exactly_as_the_archives_do(whole: Callable[[str], P
         assert torch.equal(value, other[name]), name
 
 
-@pytest.mark.parametrize("memory", ["ram", "gpu"])
+@pytest.mark.parametrize("memory", [pytest.param("ram", marks=pytest.mark.slow), "gpu"])
 def test_two_processes_with_resident_images_train_as_one(recipe: Path, whole: Callable[[str], Path], tmp_path: Path,
                                                          memory: str) -> None:
     """`gpu` without one: the images are divided between the two processes, which exchange their crops."""
