@@ -43,7 +43,6 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--repeats", type=int, default=5, metavar="N", help="turns of each (default 5)")
     top.add_argument("--fail-below", type=float, metavar="X", help="exit 1 when rate together ÷ need is below X, such as 0.99")
     top.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
-    top.add_argument("--plot", type=Path, metavar="PNG", help="write stages as bars against the line of need")
     top.add_argument("--trace", type=Path, metavar="FILE", help="write the stages of batches, for chrome://tracing, Perfetto")
     top.add_argument("--nvtx", action="store_true", help="NVTX ranges, for Nsight Systems")
     return top
@@ -63,19 +62,13 @@ def run(args: argparse.Namespace, settings: Sequence[str]) -> int:
     from pipeline.parallel import cores
     from tools.profile import report
     from tools.profile.run import profile
-    from train.figures.kernels import need_matplotlib
     from train.recipe import parse
 
     words = ["--config", str(args.config or PAPER)] + [f"--machine.threads={cores()}"] * (args.config is None)
     given = {"data.index": args.index, "data.packed": args.index, "data.tier": args.tier, "train.batch": args.batch}
     words += [f"--{key}={value}" for key, value in given.items() if value is not None]
-    config = parse([*words, *settings]).config
-    if args.plot:
-        need_matplotlib()
-    figures, events = profile(args, config)
+    figures, events = profile(args, parse([*words, *settings]).config)
     report.show(figures, sys.stdout)
-    if args.plot:
-        report.plot(figures, args.plot)
     for path, content in ((args.json, report.as_json(figures)), (args.trace, report.trace(events))):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -33,10 +33,9 @@ def profile(**more: Any) -> Profile:
 
 def test_a_whole_profile(tiny_set: TinySet, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = write_recipe(tmp_path, tiny_set.index)
-    out = {name: tmp_path / "out" / f"p.{name}" for name in ("json", "png", "trace")}
+    out = {name: tmp_path / "out" / f"p.{name}" for name in ("json", "trace")}
     code = profile_pipeline.main(["--config", str(recipe), "--model", "--cold", "--machine.device=cpu", *SHORT,
-                                  "--fail-below", "1e-9", "--json", str(out["json"]), "--plot", str(out["png"]), "--trace",
-                                  str(out["trace"])])
+                                  "--fail-below", "1e-9", "--json", str(out["json"]), "--trace", str(out["trace"])])
     said = capsys.readouterr()
     assert code == 0, said.err
     for words in ("stages, each alone", "CPU ms an image: the stages", "end to end", "start-up included", "headroom",
@@ -50,7 +49,6 @@ def test_a_whole_profile(tiny_set: TinySet, tmp_path: Path, capsys: pytest.Captu
     assert found["headroom"] == pytest.approx(found["loader"]["rate"] / found["need"]) and found["batch"] == 8
     assert found["verdict"]["sentence"] in " ".join(said.out.split())
     assert isinstance(yaml.safe_load(found["verdict"]["advice_yaml"]), dict | None)
-    assert out["png"].read_bytes().startswith(b"\x89PNG")
     events = json.loads(out["trace"].read_text())["traceEvents"]
     assert {"read", "decode", "normalize", "copy", "wait"} <= {event["name"] for event in events if event["ph"] == "X"}
 
@@ -127,8 +125,3 @@ def test_tables_say_what_was_measured(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_met_is_the_share_of_the_need() -> None:
     assert profile().measured.met == pytest.approx(0.69)
-
-
-def test_plot(tmp_path: Path) -> None:
-    profile_report.plot(profile(), tmp_path / "made" / "p.png")
-    assert (tmp_path / "made" / "p.png").read_bytes().startswith(b"\x89PNG")

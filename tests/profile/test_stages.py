@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from tools.profile import stages
-from tools.profile import cold as cold_files
 from pipeline.decoding.normalize import Normalizer
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex
@@ -168,7 +167,7 @@ def test_resident(small: tuple[SampleIndex, Stats], tmp_path: Path) -> None:
 # Cold files
 
 def test_cold(small: tuple[SampleIndex, Stats]) -> None:
-    cold, note = cold_files.measure_cold(lambda: opened(small), small[0], "train", 0.05, 2)
+    cold, note = stages.measure_cold(lambda: opened(small), small[0], "train", 0.05, 2)
     assert len(cold.rates) == 2 and "1 file" in note and "start-up included" in note and cold.waited > 0
 
 
@@ -178,5 +177,5 @@ def test_dropping_is_reported_as_it_went(small: tuple[SampleIndex, Stats], monke
 
     for probes, words in ((refused, "does not say whether it did"), (lambda file: [True, False], "keeps 50% of 1 file, 1 MB"),
                           (lambda file: [False], "1 file, 1 MB dropped from the page cache")):
-        monkeypatch.setattr(cold_files, "_drop", probes)
-        assert words in cold_files.drop(small[0], "train")
+        monkeypatch.setattr(stages, "_drop", probes)
+        assert words in stages.drop(small[0], "train")

@@ -1,12 +1,10 @@
-"""Write a small synthetic data set shaped as ILSVRC2012: `python tools/demo/dataset.py --out DIR`.
+"""Write a small synthetic data set shaped as ILSVRC2012: `python -m tools.demo.dataset --out DIR`.
 
 What is easy to get wrong about the real archives is the same here. The train tar is a tar of `<wnid>.tar`, numbers in names are
 neither padded nor consecutive, validation members are out of name order, ILSVRC2012_IDs are not in wnid order, `meta.mat` holds
 inner nodes beside the leaves, and a few files are odd (a PNG, a CMYK and a grey picture named .JPEG, an empty file, a JPEG cut
 short). The same arguments and library versions give the same bytes.
 """
-from __future__ import annotations
-
 import argparse
 import gzip
 import io
@@ -20,11 +18,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-if not __package__:  # run as a file: tools/profile must not hide the standard library's `profile`
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
-
-from pipeline.files import atomic_write  # noqa: E402 (the path first)
-from tools.demo.images import classes, encode, render  # noqa: E402
+from pipeline.files import atomic_write
+from tools.cli import guarded
+from tools.demo.images import classes, encode, render
 
 TRAIN = "ILSVRC2012_img_train.tar"
 VAL = "ILSVRC2012_img_val.tar"
@@ -54,9 +50,8 @@ def _tar(members: Iterable[tuple[str, bytes]]) -> bytes:
 
 
 def meta_mat(leaves: list[tuple[str, str, int]]) -> bytes:
-    """`meta.mat` as in the devkit: leaf k of `leaves` (wnid, words, training images) has ILSVRC2012_ID k + 1; two inner
-    nodes and a root follow.
-    """
+    """`meta.mat` as in the devkit: leaf k of `leaves` (wnid, words, training images) has ILSVRC2012_ID k + 1; two inner nodes and
+    a root follow."""
     from scipy.io import savemat
 
     half, total = len(leaves) // 2, len(leaves)
@@ -78,23 +73,15 @@ def meta_mat(leaves: list[tuple[str, str, int]]) -> bytes:
     return b"MATLAB 5.0 MAT-file, drawn by tools/make_demo.py".ljust(116) + target.getvalue()[116:]
 
 
-def _check(seed: int, per_class: int, val_per_class: int, sides: tuple[int, int]) -> None:
-    for name, value in (("per-class", per_class), ("val-per-class", val_per_class)):
-        if value < 1:
-            raise ValueError(f"{name} (={value}) must be at least 1; there is nothing to learn from less")
-    if seed < 0:
-        raise ValueError(f"seed (={seed}) must be at least 0; choose another")
+def make(out: Path, seed: int, class_count: int, per_class: int, val_per_class: int, sides: tuple[int, int]) -> dict[str, int]:
+    """Write the three archives into `out` (made if missing); return {"train": members, "val": members, "classes": …}. Raises
+    ValueError for counts out of range, RuntimeError when Pillow is missing."""
+    for name, value, low in (("seed", seed, 0), ("per-class", per_class, 1), ("val-per-class", val_per_class, 1)):
+        if value < low:
+            raise ValueError(f"{name} (={value}) must be at least {low}; choose another")
     if not 16 <= sides[0] <= sides[1]:
         raise ValueError(f"sides (={sides[0]} {sides[1]}) must be two numbers of pixels, from 16 on, the smaller "
                          "first; say e.g. 90 160")
-
-
-def make(out: Path, seed: int, class_count: int, per_class: int, val_per_class: int, sides: tuple[int, int]) -> dict[str, int]:
-    """Write the three archives into `out` (made if missing); return {"train": members, "val": members, "classes": …}.
-
-    Raises ValueError for counts out of range, RuntimeError when Pillow is missing.
-    """
-    _check(seed, per_class, val_per_class, sides)
     kinds, names = classes(class_count), wnids(class_count, seed)  # of class k, which has ILSVRC2012_ID k + 1
     random = np.random.default_rng([seed, 2])
     odd = dict(enumerate(ODDITIES[:class_count]))
@@ -147,22 +134,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--classes", type=int, default=10, metavar="N", help="4 to 36")
     parser.add_argument("--per-class", type=int, default=200, metavar="N", help="training pictures of a class")
     parser.add_argument("--val-per-class", type=int, default=30, metavar="N", help="validation pictures of a class")
-    parser.add_argument("--sides", type=int, nargs=2, default=(90, 160), metavar=("LO", "HI"),
-                        help="range of the short side, pixels")
+    parser.add_argument("--sides", type=int, nargs=2, default=(90, 160), metavar=("LO", "HI"), help="range of the short side")
     args = parser.parse_args(argv)
-    try:
+
+    def work() -> None:
         counts = make(args.out, args.seed, args.classes, args.per_class, args.val_per_class, tuple(args.sides))
-    except KeyboardInterrupt:
-        print("interrupted; no archive was left half-written", file=sys.stderr)
-        return 130
-    except OSError as error:
-        print(f"error: output folder (={args.out}) cannot be written ({error.strerror}); give another --out", file=sys.stderr)
-        return 2
-    except (ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{counts['train']} training and {counts['val']} validation pictures of {counts['classes']} classes in {args.out}")
-    return 0
+        print(f"{counts['train']} training and {counts['val']} validation pictures of {counts['classes']} classes in {args.out}")
+    return guarded(work, "interrupted; no archive was left half-written")
 
 
 if __name__ == "__main__":

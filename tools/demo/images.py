@@ -1,13 +1,9 @@
 """Synthetic photographs: one lit object of a given shape and colour on a textured background.
 
-A picture is a function of (seed, class, number). Shapes are signed distance fields (negative inside), their height over the
-background gives normals, normals give shading; position, size, angle, light, background and noise are random. Neither shape nor
-colour alone tells a class: classes share each of them with others, and the background is of any colour.
-
-Legend: H rows, W columns, pixels are RGB.
+A picture (H, W, 3) RGB is a function of (seed, class, number). Shapes are signed distance fields (negative inside), their height
+over the background gives normals, normals give shading; position, size, angle, light, background and noise are random. Neither
+shape nor colour alone tells a class: classes share each of them with others, and the background is of any colour.
 """
-from __future__ import annotations
-
 import colorsys
 import io
 from collections.abc import Callable
@@ -47,10 +43,7 @@ SHAPES: dict[str, Callable[[Array, Array], Array]] = {
 
 
 def classes(count: int) -> list[tuple[str, str]]:
-    """The first `count` classes as (colour, shape), each sharing its shape and its colour with others.
-
-    Raises ValueError when count is not in 4..36.
-    """
+    """The first `count` (4 to 36) classes as (colour, shape), each sharing its shape and its colour with others."""
     most = len(SHAPES) * len(COLOURS)
     if not 4 <= count <= most:
         raise ValueError(f"classes (={count}) must lie in 4..{most}; choose fewer shapes and colours")
@@ -124,11 +117,8 @@ def _add_object(picture: Array, random: np.random.Generator, shape: str, colour:
 
 
 def render(seed: int, colour: str, shape: str, number: int, sides: tuple[int, int] = (90, 160)) -> Array:
-    """One photograph, (H, W, 3) uint8 RGB, the same for the same arguments.
-
-    number tells the pictures of a class apart. sides: the range of the short side in pixels; the long side is 1 to 1.5 times as
-    long, upright or across.
-    """
+    """One photograph, (H, W, 3) uint8 RGB, the same for the same arguments. `number` tells the pictures of a class apart; `sides`:
+    range of the short side in pixels; the long side is 1 to 1.5 times as long, upright or across."""
     random = np.random.default_rng([seed, list(COLOURS).index(colour), list(SHAPES).index(shape), number])
     short = int(random.integers(sides[0], sides[1] + 1))
     long = int(short * random.uniform(1, 1.5))
@@ -150,15 +140,11 @@ def render(seed: int, colour: str, shape: str, number: int, sides: tuple[int, in
 
 
 def encode(picture: Array, kind: str = "jpeg") -> bytes:
-    """The file of a picture (H, W, 3) uint8. kind: jpeg, png, cmyk or grey (the last two are JPEGs).
-
-    Raises RuntimeError when Pillow is missing.
-    """
+    """The file of a picture (H, W, 3) uint8. kind: jpeg, png, cmyk or grey (the last two are JPEGs)."""
     try:
         from PIL import Image
     except ImportError:
-        raise RuntimeError("Pillow is not installed, and nothing else here writes JPEG; "
-                           "pip install -e '.[demo]'") from None
+        raise RuntimeError("Pillow is not installed, and nothing else here writes JPEG; pip install -e '.[demo]'") from None
     image = Image.fromarray(picture)
     if kind in ("cmyk", "grey"):
         image = image.convert({"cmyk": "CMYK", "grey": "L"}[kind])

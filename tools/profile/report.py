@@ -1,11 +1,10 @@
-"""Shows a profile of the loader: tables on a terminal, JSON, a plot, a trace for chrome://tracing or Perfetto.
+"""Shows a profile of the loader: tables on a terminal, JSON, a trace for chrome://tracing or Perfetto.
 
 Rates are images/s, with the smallest and largest of the rounds beside their median.
 """
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from tools.profile.measure import Figures
@@ -109,37 +108,6 @@ def extremes(values: Sequence[float]) -> str:
 def shares(causes: dict[str, float]) -> str:
     """Stages and their shares, largest first, those above 1%."""
     return ", ".join(f"{name} {share:.0%}" for name, share in sorted(causes.items(), key=lambda item: -item[1]) if share > 0.01)
-
-
-# --- plot and trace
-
-def plot(profile: Profile, path: Path) -> None:
-    """Write a PNG: the loader and its stages as bars of images/s (logarithmic), the need as a line."""
-    from matplotlib.figure import Figure
-
-    measured = profile.measured
-    bars = [("loader, end to end", measured.loader, "#1b4965"), ("with its consumer", measured.together, "#5fa8d3"),
-            ("loader, cold files", profile.cold, "#62b6cb"),
-            *((f"{stage.name} alone", stage, "#d1495b" if stage.name == profile.verdict.limit else "#b8bcc2")
-              for stage in measured.stages)]
-    shown = [(name, bar, colour) for name, bar, colour in reversed(bars) if bar is not None]
-    figure = Figure(figsize=(9, 1.7 + 0.36 * len(shown)), dpi=110, layout="constrained")
-    axes = figure.add_subplot()
-    medians = [bar.rate for _, bar, _ in shown]
-    whiskers = [[bar.rate - min(bar.rates) for _, bar, _ in shown], [max(bar.rates) - bar.rate for _, bar, _ in shown]]
-    axes.barh([name for name, *_ in shown], medians, color=[colour for *_, colour in shown], height=0.7, xerr=whiskers,
-              ecolor="#555555", capsize=2)
-    axes.set_xscale("log")
-    axes.set_xlim(min(medians) / 2, max(medians) * 4)
-    for row, (_, bar, _) in enumerate(shown):
-        axes.text(max(bar.rates) * 1.08, row, f"{bar.rate:,.0f}", va="center", fontsize=8)
-    if measured.need:
-        axes.axvline(measured.need, color="#2a9d4a", linewidth=2, label=f"need {measured.need:,.0f}")
-        axes.legend(loc="lower right", fontsize=9)
-    axes.set_xlabel("images per second (logarithmic); whiskers: smallest and largest round")
-    figure.suptitle(f"{profile.title}\n" + "\n".join(textwrap.wrap(profile.verdict.sentence, 125)), fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
 
 
 def trace(events: "Sequence[Event]") -> dict[str, Any]:

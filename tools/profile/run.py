@@ -17,7 +17,6 @@ from pipeline.resident.capacity import memory
 from pipeline.stats import Stats
 from pipeline.tiers import train_loader
 from tools.profile import stages
-from tools.profile.cold import measure_cold
 from tools.profile.measure import Workload, measure
 from tools.profile.network import NetworkStep
 from tools.profile.report import Profile
@@ -62,7 +61,7 @@ def profile(args: argparse.Namespace, config: Config) -> tuple[Profile, Sequence
             figures = measure(workloads, args.seconds, args.repeats)
         cold, note = None, ""
         if args.cold:  # no loader has the archives mapped any more
-            cold, note = measure_cold(lambda: open_loader(machine=machine), index, split, args.seconds, min(3, args.repeats))
+            cold, note = stages.measure_cold(partial(open_loader, machine=machine), index, split, args.seconds, 3)
         setup = Setup(data.tier, machine, cores(), gpu, images, data.square_px, data.region == "square", memory()[0],
                       torch.cuda.mem_get_info(topology.device)[0] if gpu else 0)
     measured = Measured(tuple(figures[stage.name] for stage in alone), figures["loader"],

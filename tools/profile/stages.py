@@ -7,13 +7,16 @@ free, and the CPU times of all stages add up to the loader's. The code that runs
     decode      DALI, of the region (on a GPU also the resize)              normalize   `Normalizer` (on a CPU also the resize)
     copy        to a GPU                                                    hand-over   labels, `Batch`, the queue between threads
 """
+import gc
 import itertools
+import os
 import sys
 import zlib
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -22,6 +25,7 @@ import torch
 from pipeline.config import LoaderConfig
 from pipeline.decoding.dali import Graph
 from pipeline.decoding.decoder import Decoder, Pixels
+from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.batch import Batch
 from pipeline.loading.chain import DecodingChain
 from pipeline.loading.prefetch import Prefetcher, ahead_in_threads
@@ -29,10 +33,12 @@ from pipeline.loading.train_loader import TrainLoader
 from pipeline.monitor import Monitor
 from pipeline.resident.chain import ResidentChain
 from pipeline.sampling.batch_plan import BatchPlan
-from tools.profile.measure import Workload
+from tools.profile.measure import Figures, Workload, run_turn, summarize
 
 _PAGE = 4096
 _MOST_IMAGES = 1024  # of ready-made inputs: half a gigabyte of photographs, encoded and decoded
+_PROBES = 16  # offsets of each file that are looked at
+_CACHED = 0.05  # share of them that may still be cached when the files count as dropped
 
 
 def workloads(loader: TrainLoader, make: Callable[[LoaderConfig], TrainLoader],
@@ -167,3 +173,60 @@ def _arrived(loader: TrainLoader, count: int) -> int:
 def image_bytes(loader: TrainLoader) -> float:
     """Mean bytes of a file of the split."""
     return float(loader.index.samples["size"][loader.context.ids].mean())
+
+
+# --- files that are not in the page cache
+
+def drop(index: SampleIndex, split: str) -> str:
+    """Drop the archives of a split from the page cache; returns in words whether the kernel did. Close loaders before.
+
+    `posix_fadvise(DONTNEED)` is a wish: tmpfs, some network file systems and pages that are mapped elsewhere stay in memory. So
+    after it a few offsets of every file are read without waiting (`RWF_NOWAIT`): what comes back was still cached.
+    """
+    paths = [index.archive_path(archive) for archive in np.unique(index.samples["archive"][index.ids(split)]).tolist()]
+    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*"))) if file.is_file()]
+    size = f"{len(files)} file{'s' * (len(files) != 1)}, {sum(file.stat().st_size for file in files) / 1e6:,.0f} MB"
+    try:
+        kept = float(np.mean([probe for file in files for probe in _drop(file)]))
+    except OSError:
+        return f"asked the kernel to drop {size}; the file system does not say whether it did"
+    if kept > _CACHED:
+        return (f"the file system keeps {kept:.0%} of {size} in memory (another process may have them open); this is no cold "
+                "figure")
+    return f"{size} dropped from the page cache"
+
+
+def _drop(file: Path) -> list[bool]:
+    """Whether each probe of the file is still cached after asking. Raises OSError where the file system cannot tell."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # pages not yet written cannot be dropped
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        size = os.fstat(descriptor).st_size
+        cached = [_cached(descriptor, size * probe // _PROBES) for probe in range(_PROBES)]
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # what looking may have fetched
+        return cached
+    finally:
+        os.close(descriptor)
+
+
+def _cached(descriptor: int, offset: int) -> bool:
+    try:
+        return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) > 0
+    except BlockingIOError:
+        return False
+
+
+def measure_cold(make: Callable[[], TrainLoader], index: SampleIndex, split: str, seconds: float,
+                 rounds: int) -> tuple[Figures, str]:
+    """Figures of a fresh loader on dropped files, from its first batch on, over at most an epoch; and a note on the dropping.
+
+    The start-up (threads, DALI's first batches) is included: with a small set it weighs more than the disk.
+    """
+    turns, note = [], ""
+    for _ in range(rounds):
+        gc.collect()  # a closed loader has its archives mapped for as long as anything refers to it
+        note = drop(index, split)
+        with make() as loader:
+            turns.append(run_turn(Workload("cold", (len(batch.ids) for batch in loader), 0, loader.monitor), seconds))
+    return summarize(Workload("cold", iter(())), turns), f"{note}; start-up included, at most an epoch"
