@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from PIL import Image
 from tests.conftest import TinySet
 from tests.helpers.figures import show
 from tests.helpers.trained_run import write_run
-from train.figures.kernels import chroma_lines, chroma_share, conv1, png, sheet, stretch, tower_chroma
+from train.figures.kernels import chroma_lines, chroma_share, conv1, png, sheet, stretch
 
 RANDOM = np.random.default_rng(0)
 PATTERN = RANDOM.standard_normal((5, 5))
@@ -51,10 +50,8 @@ def test_chroma_has_no_scale_and_adds_up() -> None:
 def test_a_kernel_of_zeros_has_no_share_and_a_damaged_one_is_refused() -> None:
     kernels = np.concatenate([kernel(1, -1, 0), np.zeros((1, 3, 5, 5))])
     assert chroma_share(kernels)[0] == 1 and np.isnan(chroma_share(kernels)[1])
-    found, _ = tower_chroma(kernels, 1)
-    assert (found[0].kernels, found[0].mean, found[0].colourful) == (2, 1, 1)
-    found, chance = tower_chroma(kernels, 2)
-    assert found[1].mean is None and chance is None and chroma_lines(found, chance)[1] == "tower b: 1 kernels, all zero"
+    assert chroma_lines(kernels, 1) == ["2 kernels, chroma 100% of a kernel's energy, 1 above 50%"]
+    assert chroma_lines(kernels, 2)[1:] == ["tower b: 1 kernels, all zero"]
     kernels[1, 0, 0, 0] = np.nan
     with pytest.raises(ValueError, match=r"kernels \(=NaN or infinite\) must be finite; the weights are damaged, give an ea"):
         chroma_share(kernels)
@@ -62,16 +59,12 @@ def test_a_kernel_of_zeros_has_no_share_and_a_damaged_one_is_refused() -> None:
 
 def test_towers_that_differ_and_towers_that_do_not() -> None:
     grey, colour = ([kernel(*tint) + RANDOM.normal(0, 0.1, (1, 3, 5, 5)) for _ in range(24)] for tint in ((1, 1, 1), (1, -1, 0)))
-    found, chance = tower_chroma(np.concatenate(grey + colour), 2)
-    assert [entry.tower for entry in found] == ["a", "b"] and [entry.colourful for entry in found] == [0, 24]
-    assert found[0].mean is not None and found[0].median is not None and found[0].mean < 0.2
-    assert found[1].mean is not None and found[1].mean > 0.9
-    assert chance is not None and chance < 1e-8
-    _, mixed = tower_chroma(np.concatenate([kernels for pair in zip(grey, colour) for kernels in pair]), 2)
-    assert mixed is not None and mixed > 0.3
-    lines = chroma_lines(found, chance)
+    lines = chroma_lines(np.concatenate(grey + colour), 2)
     assert lines[0].startswith("tower a: 24 kernels, chroma ") and lines[0].endswith(", 0 above 50%") and len(lines) == 3
-    single = chroma_lines(*tower_chroma(np.concatenate(grey), 1))
+    assert lines[1].startswith("tower b: 24 kernels, chroma 9") and lines[1].endswith(", 24 above 50%")
+    mixed = chroma_lines(np.concatenate([kernels for pair in zip(grey, colour) for kernels in pair]), 2)
+    assert float(lines[2].split()[2]) < 1e-8 and float(mixed[2].split()[2]) > 0.3
+    single = chroma_lines(np.concatenate(grey), 1)
     assert len(single) == 1 and single[0].startswith("24 kernels, chroma ")
 
 
@@ -94,15 +87,10 @@ def test_the_command_prints_and_draws(tiny_set: TinySet, tmp_path: Path, capsys:
     assert show("kernels", *words) == 0
     out = capsys.readouterr().out.splitlines()
     kernels, towers = conv1(run / "checkpoints/step-000000000")
-    found, chance = tower_chroma(kernels, towers)
-    assert out[1:] == chroma_lines(found, chance) and len(out) == 4 and out[0].startswith("8 kernels of ")
+    assert out[1:] == chroma_lines(kernels, towers) and len(out) == 4 and out[0].startswith("8 kernels of ")
     with Image.open(tmp_path / "new/k.png") as drawn:
         alone = np.asarray(Image.open(io.BytesIO(png(sheet(kernels, towers)))).convert("RGB"))
         np.testing.assert_array_equal(np.asarray(drawn.convert("RGB"))[:alone.shape[0], :alone.shape[1]], alone)
-    assert show("kernels", *words, "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["kernels"] == 8 and told["p"] == chance
-    assert [entry["mean"] for entry in told["towers"]] == [entry.mean for entry in found]
 
 
 def test_kernels_are_stretched_one_by_one_and_laid_out_by_tower() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +21,11 @@ from tests.conftest import TinySet
 from tests.helpers.figures import brute_force, check_apart, show
 from tests.helpers.small_set import photographs, write_set
 from tests.helpers.trained_run import write_run
-from tools.show import similar_sheet
-from tools.show.similar_page import Picture, Row
+from tools.show.similar import Picture, draw
 from train.checkpoint.load_trained import class_name, load_trained
 from train.checkpoint.resolve import resolve
 from train.figures.features import FEATURES, IDS, MANIFEST, Features, build
-from train.figures.similar import chance_precision, precision, queries_from_files, queries_from_index, random_ids
+from train.figures.neighbours import chosen_ids, precision, queries_from_files, queries_from_index, search
 
 
 def test_precision_by_hand() -> None:
@@ -108,34 +106,24 @@ def test_other_folders_and_manifests_are_refused(built: Path, tmp_path: Path) ->
             Features.load(copy)
 
 
-def test_what_is_there_is_not_overwritten_unless_asked(run: Path, built: Path, tmp_path: Path,
-                                                       capsys: pytest.CaptureFixture[str]) -> None:
-    copy, words = altered(built, tmp_path), ("similar", "build", "--run", run, "--split", "val", "--out")
-    assert show(*words, copy) == 2
-    assert "holds features already; give another name, or --force to replace them" in capsys.readouterr().err
-    assert show(*words, copy, "--force") == 0
-    assert capsys.readouterr().out == f"24 images of split val, 16 features each at fc7, in {copy}\n"
-    assert Features.load(copy).source.split == "val"
-    (copy / "notes.txt").touch()
-    assert show(*words, copy, "--force") == 2
-    error = capsys.readouterr().err
-    assert f"features folder (={copy}) holds notes.txt, which is no part of features; give a new folder" in error
-    assert show(*words, copy / "notes.txt") == 2
-    assert "notes.txt) is a file; give the name of a new folder" in capsys.readouterr().err
+def test_what_is_there_is_not_overwritten(run: Path, built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("similar", "build", "--run", run, "--split", "val", "--out")
+    assert show(*words, built) == 2
+    assert f"features folder (={built}) exists already; give the name of a new folder" in capsys.readouterr().err
+    assert show(*words, tmp_path / "new/val") == 0
+    assert capsys.readouterr().out == f"24 images of split val, 16 features each at fc7, in {tmp_path}/new/val\n"
+    assert Features.load(tmp_path / "new/val").source.split == "val"
 
 
-def test_a_build_that_fails_leaves_what_was_there(run: Path, built: Path, tmp_path: Path) -> None:
-    copy = altered(built, tmp_path)
+def test_a_build_that_fails_leaves_nothing(run: Path, tmp_path: Path) -> None:
     with load_trained(resolve(run, "best"), batch=10) as trained:
         def fails(done: int, total: int) -> None:
             if done > 30:
                 raise OSError("disk full")
 
-        for out in copy, tmp_path / "new":
-            with pytest.raises(OSError, match="disk full"):
-                build(trained, "train", out, force=True, progress=fails)
-        assert Features.load(copy).source == Features.load(built).source
-        assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+        with pytest.raises(OSError, match="disk full"):
+            build(trained, "train", tmp_path / "new", fails)
+        assert not list(tmp_path.iterdir())
         with torch.no_grad():
             trained.network.get_parameter("fc7.bias").fill_(float("nan"))
         with pytest.raises(RuntimeError, match=r"features \(=NaN or infinite\) of .* must be finite; its weights are damaged"):
@@ -171,11 +159,10 @@ def test_a_file_that_cannot_be_decoded_is_named(run: Path, tmp_path: Path) -> No
 
 def test_drawn_queries_are_a_function_of_the_seed(tiny_set: TinySet) -> None:
     index = SampleIndex.load(tiny_set.index)
-    first = random_ids(index, "val", 5, 0)
-    assert first.tolist() == random_ids(index, "val", 5, 0).tolist() != random_ids(index, "val", 5, 1).tolist()
+    first, splits = chosen_ids(index, "val", 5, 0, None)
+    again, other = (chosen_ids(index, "val", 5, seed, None)[0].tolist() for seed in (0, 1))
+    assert first.tolist() == again != other and splits == ["val"] * 5
     assert len(set(first.tolist())) == 5 and set(first.tolist()) <= set(index.ids("val").tolist())
-    with pytest.raises(ValueError, match=r"images \(=25\) must lie in 1..24, the images of split val; ask for that many"):
-        random_ids(index, "val", 25, 0)
 
 
 def test_a_network_of_one_full_layer_has_features_of_its_last_convolution(tiny_set: TinySet, tmp_path: Path) -> None:
@@ -188,92 +175,36 @@ def query(built: Path, *words: str) -> int:
     return show("similar", "query", "--features", built, *words)
 
 
-def test_the_evaluation_equals_brute_force(run: Path, built: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert query(built, "--evaluate", "24", "--neighbours", "4", "--split", "val", "--json", "--batch", "5") == 0
-    told = json.loads(capsys.readouterr().out)
+def test_the_search_equals_brute_force(run: Path, built: Path, capsys: pytest.CaptureFixture[str]) -> None:
     features = Features.load(built)
-    with load_trained(resolve(run, "best")) as trained:
-        index, queries = trained.index, queries_from_index(trained, trained.index.ids("val"))
+    with load_trained(resolve(run, "best"), batch=5) as trained:
+        queries, among = (queries_from_index(trained, ids) for ids in (trained.index.ids("val"), features.ids[[5, 0]]))
         pixels = queries_from_index(trained, features.ids).crops.reshape(len(features.ids), -1)
-        random = chance_precision(index, features, queries)
-        among = chance_precision(index, features, queries_from_index(trained, features.ids[:1]))
-    own, labels = np.full(24, -1), index.samples["label"]
-    mine = queries.crops.reshape(24, -1)
-    for kind, mine, rows in (("fc7", queries.features, np.array(features.rows)), ("pixels", mine, pixels)):
-        near = brute_force(mine, features.ids, rows, 4, own)[0]
-        assert told[kind]["precision"] == pytest.approx((labels[near] == queries.labels[:, None]).mean())
-    assert (told["queries"], told["images"], told["neighbours"]) == (24, 75, 4)
-    share = [(labels[features.ids] == label).mean() for label in queries.labels]
-    assert told["chance"] == random == pytest.approx(np.mean(share))
-    alike = (labels[features.ids] == labels[features.ids[0]]).sum()
-    assert among == pytest.approx((alike - 1) / 74), "an image is not its own neighbour"
-    assert query(built, "--evaluate", "24", "--no-pixels") == 0
+        labels, shares = trained.index.samples["label"], {}
+        for kind, rows in (("fc7", np.array(features.rows)), ("pixels", pixels)):
+            for asked in queries, among:
+                mine = asked.features if kind == "fc7" else asked.crops.reshape(len(asked.ids), -1)
+                near = search(trained, features, asked, 4, kind == "pixels", lambda done, total: None)
+                wanted, squares = brute_force(mine, features.ids, rows, 4, asked.ids)
+                np.testing.assert_array_equal(near.ids, wanted)
+                np.testing.assert_allclose(near.squares, squares, rtol=1e-6)
+                assert not (near.ids == asked.ids[:, None]).any(), "an image is not its own neighbour"
+                shares.setdefault(kind, (labels[near.ids] == asked.labels[:, None]).mean())
+    assert query(built, "--count", "24", "--neighbours", "4") == 0
     out = capsys.readouterr().out
-    assert "24 queries, 6 nearest of 75 images of split train\nof the query's class by fc7: " in out and "pixels" not in out
-
-
-def test_a_training_image_is_not_its_own_neighbour(built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert query(built, "--ids", "0", "5", "--neighbours", "70", "--out", str(tmp_path / "a.html"), "--no-pixels") == 0
-    page = Page((tmp_path / "a.html").read_text(encoding="utf-8"))
-    assert page.titles[0] == "train 0" and page.titles[71] == "train 5"
-    assert "train 0" not in page.titles[1:71] and "train 5" not in page.titles[72:] and len(page.titles) == 142
-    assert query(built, "--ids", "0", "--neighbours", "75", "--out", str(tmp_path / "a.html")) == 2
-    assert "neighbours (=75) must lie in 1..74, for" in capsys.readouterr().err
-
-
-class Page(HTMLParser):
-    """What a page shows and asks for."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.titles: list[str] = []
-        self.looks: list[str] = []
-        self.alts: list[str] = []
-        self.sources: list[str] = []
-        self.links: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = {name: value or "" for name, value in attrs}
-        if tag == "figure":
-            self.titles.append(found["title"])
-            self.looks.append(found["class"])
-        if tag == "img":
-            self.alts.append(found["alt"])
-            self.sources.append(found["src"])
-        self.links += [found[name] for name in ("href", "action", "srcset", "data") if name in found]
-        assert tag not in ("script", "iframe", "b")
-
-
-def test_the_page_needs_nothing_else_and_says_what_it_shows(built: Path, tiny_set: TinySet, tmp_path: Path) -> None:
-    index = SampleIndex.load(tiny_set.index)
-    id = int(index.ids("val")[3])
-    assert query(built, "--ids", str(id), "--out", str(tmp_path / "new/a.html")) == 0
-    text = (tmp_path / "new/a.html").read_text(encoding="utf-8")
-    page = Page(text)
-    assert len(page.alts) == 13 and all(page.alts)
-    assert all(source.startswith("data:image/jpeg;base64,") for source in page.sources)
-    assert page.links == ["data:,"] and "url(" not in text and "@import" not in text
-    own = class_name(index.classes, int(index.samples["label"][id]))
-    assert page.alts[0] == f"query val {id}: {own}" and page.alts[1].startswith("neighbour 1 by fc7: ")
-    assert page.alts[7].startswith("neighbour 1 by pixels: ")
-    for alt, look in zip(page.alts[1:], page.looks[1:]):
-        assert look == ("same" if alt.endswith(f": {own}") else "other")
-    assert {"same", "other"} <= set(page.looks), "the test would not see a wrong frame"
-    odd = tmp_path / "<b>&\".jpg"
-    odd.write_bytes(index.read(id))
-    assert query(built, "--images", str(odd), "--out", str(tmp_path / "b.html"), "--no-pixels") == 0
-    page = Page((tmp_path / "b.html").read_text(encoding="utf-8"))
-    assert page.titles[0] == odd.name and set(page.looks[1:]) == {""}
+    assert out.startswith("24 queries, 4 nearest of 75 images of split train\nof the query's class by fc7: ")
+    for kind, share in shares.items():
+        assert f"of the query's class by {kind}: {100 * share:.1f}% ± " in out
+    assert query(built, "--count", "24", "--no-pixels") == 0 and "pixels" not in capsys.readouterr().out
 
 
 def test_words_on_the_sheet_neither_overlap_nor_leave_it() -> None:
     crop = np.zeros((9, 9, 3), np.uint8)
     words = ["American Staffordshire terrier", "W" * 45, "crab", "soft-coated wheaten terrier", "a$b$c_{", "computer keyboard",
              "?"]
-    shown = [Picture(crop, text, same, "train 1") for text, same in zip(words, [True, False, None, *[True] * 4])]
-    rows = [Row(shown[place], {"fc7": shown[1:], "pixels": shown[:6]}) for place in range(3)]
-    figure = similar_sheet.draw(rows, "a long title of a sheet " * 12).figure
+    shown = [Picture(crop, text, same) for text, same in zip(words, [True, False, None, *[True] * 4])]
+    rows = [(shown[place], {"fc7": shown[1:], "pixels": shown[:6]}) for place in range(3)]
+    figure = draw(rows, "a long title of a sheet " * 12).figure
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     boxes = [text.get_window_extent(canvas.get_renderer()) for text in figure.findobj(Text) if text.get_text() and
@@ -306,15 +237,15 @@ def test_features_of_another_checkpoint_or_index_are_refused(run: Path, built: P
 
 
 @pytest.mark.parametrize("words, message", [
-    ([], "--out (=None) names the sheet, and --evaluate (=None) counts without one; give one of t"),
-    (["--out", "a.png", "--evaluate", "3"], "names the sheet, and --evaluate (=3) counts without one"),
-    (["--out", "a.jpg"], "--out (=a.jpg) must end in .png or .html; correct it"),
-    (["--out", "a.png", "--count", "0"], "queries (=0) must lie in 1..40; larger sheets cannot be read, --evaluate draws none"),
-    (["--out", "a.png", "--count", "41"], "queries (=41) must lie in 1..40"),
-    (["--evaluate", "25"], "images (=25) must lie in 1..24, the images of split val; ask for that many"),
-    (["--evaluate", "0"], "images (=0) must lie in 1..24"),
-    (["--evaluate", "2", "--neighbours", "0"], "neighbours (=0) must lie in 1..74"),
-    (["--evaluate", "2", "--split", "no"], "split (=no) is not in the index"),
+    (["--out", "a.jpg"], "--out (=a.jpg) must end in .png, for 1 to 40 queries (=5), as larger sheets cannot be read; without"),
+    (["--out", "a.png", "--count", "0"], "--out (=a.png) must end in .png, for 1 to 40 queries (=0)"),
+    (["--out", "a.png", "--count", "41"], "--out (=a.png) must end in .png, for 1 to 40 queries (=41)"),
+    (["--images", "a.jpg"], "--images (=a.jpg …) have no labels to count; name the sheet with --out"),
+    (["--count", "25"], "images (=25) must lie in 1..24, the images of split val; ask for that many"),
+    (["--count", "0"], "images (=0) must lie in 1..24"),
+    (["--count", "2", "--neighbours", "0"], "neighbours (=0) must lie in 1..74"),
+    (["--count", "2", "--neighbours", "75"], "neighbours (=75) must lie in 1..74"),
+    (["--count", "2", "--split", "no"], "split (=no) is not in the index"),
     (["--out", "a.png", "--ids", "5", "5"], "id (=5) is given twice; give it once"),
     (["--out", "a.png", "--ids", "5000"], "id (=5000) is not in the index"),
     (["--out", "a.png", "--images", "nowhere.jpg"], "image (=nowhere.jpg) does not exist; give a JPEG or PNG file"),

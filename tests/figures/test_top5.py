@@ -84,14 +84,14 @@ def test_bars_are_the_most_probable_and_the_right_one_has_another_colour() -> No
 def test_the_command_writes_a_png(run: Path, tiny_set: TinySet, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new/top5.png"
     words = ["--run", str(run), "--which", "best", "--out", str(out)]
-    assert show("top5", *words, "--images", "3", "--seed", "2") == 0
+    assert show("top5", *words, "--count", "3", "--seed", "2") == 0
     with Image.open(out) as picture:
         assert picture.format == "PNG" and picture.size[0] > 900
     said = capsys.readouterr().out
     assert said.startswith(f"3 images in {out}; the right label is the first of ")
     first = out.read_bytes()
-    assert show("top5", *words, "--images", "3", "--seed", "2") == 0 and out.read_bytes() == first, "a seed gives a sheet"
-    assert show("top5", *words, "--images", "3", "--seed", "3") == 0 and out.read_bytes() != first
+    assert show("top5", *words, "--count", "3", "--seed", "2") == 0 and out.read_bytes() == first, "a seed gives a sheet"
+    assert show("top5", *words, "--count", "3", "--seed", "3") == 0 and out.read_bytes() != first
     index = SampleIndex.load(tiny_set.index)
     with load_trained(resolve(run, "best")) as trained:
         ids = index.ids("val")[[1, 0]]
@@ -104,9 +104,9 @@ def test_the_command_writes_a_png(run: Path, tiny_set: TinySet, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--images", "0"], "images (=0) must lie in 1..60; larger sheets cannot be read"),
-    (["--images", "61"], "images (=61) must lie in 1..60"),
-    (["--images", "25"], "images (=25) must lie in 1..24, the images of split val; ask for that many"),
+    (["--count", "0"], "images (=0) must lie in 1..60; larger sheets cannot be read"),
+    (["--count", "61"], "images (=61) must lie in 1..60"),
+    (["--count", "25"], "images (=25) must lie in 1..24, the images of split val; ask for that many"),
     (["--ids", "5000"], "id (=5000) is not in the index"),
     (["--split", "no"], "split (=no) is not in the index")])
 def test_bad_arguments_are_one_line_and_exit_2(run: Path, words: list[str], message: str, tmp_path: Path,

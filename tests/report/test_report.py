@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ import pytest
 
 from tests.helpers.reports import Page, checked, recipe, report, small, write_run
 from train.report import paper
-from train.report.compare import Difference, Ensemble, ablations, difference, five, relu_speedup
-from train.report.groups import Stat, group, stat
+from train.report.compare import Difference, Ensemble, ablations, difference, epochs_to_error, five, relu_and_tanh
+from train.report.groups import group, stat
 from train.report.runs import Run, read_run
 
 
@@ -130,7 +129,7 @@ def test_changes_stand_beside_the_papers_with_what_else_differs(tmp_path: Path) 
                  write_run(tmp_path / f"no_lrn-s{seed}", normalised, seed, test=error + 0.03, images=5000, train=50_000)]
     runs += [write_run(tmp_path / "shallow", shallow, 1, test=0.6, images=5000, train=50_000),
              write_run(tmp_path / "elsewhere", normalised, 1, test=0.1, images=5000, train=50_000, index="x" * 64)]
-    page = checked(report(tmp_path / "r.html", *runs, "--json", tmp_path / "r.json")[0])
+    page = checked(report(tmp_path / "r.html", *runs)[0])
     rows = {row["change"]: row for row in page.rows("Changes to the network")}
     assert rows["the network (full)"]["our top-1 error, %"] == "51.00 ± 1.41"
     lrn = rows["no response normalisation (no_lrn: no LRN)"]
@@ -142,8 +141,8 @@ def test_changes_stand_beside_the_papers_with_what_else_differs(tmp_path: Path) 
     assert "also differs: train.epochs: 50 -> 40" in layer["source of the paper’s figure"]
     assert rows["pooling that does not overlap"]["our top-1, points"] == "–"  # not run
     assert "Ours are on tiny100 (100 classes, about 49,99" in page.text and "other data and another size" in page.text
-    found = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
-    assert {entry["name"] for entry in found["changes"]} == {"no_lrn", "shallow"}, "those on other images have no full network"
+    found = ablations(group([read_run(run) for run in runs]))
+    assert {one.group.name for one in found} == {"no_lrn", "shallow"}, "those on other images have no full network"
 
 
 def test_a_network_that_learned_nothing_is_named(tmp_path: Path) -> None:
@@ -173,17 +172,17 @@ def test_results_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert "against" not in row["source of the paper’s figure"], "it is held against one only, the nearest"
     halves = [Run(tmp_path / name, name, {**config, "train": {**config["train"], "seed": seed}})
               for name, config, seed in (("x-s1", tiny, 1), ("x-s2", tiny, 2), ("x-s3", longer, 3), ("x-s4", longer, 4))]
-    assert [one.name for one in group(halves)] == ["x (seeds 1, 2)", "x (seeds 3, 4)"]
+    assert [one.name for one in group(halves)] == ["x-s1", "x-s3"]
 
 
 def test_an_average_on_other_images_is_not_the_papers(tmp_path: Path) -> None:
     config = recipe("alexnet_ilsvrc2012")
     run = read_run(write_run(tmp_path / "net", config, errors=(0.6,) * 90, images=50_000, train=1_281_167))
     one, = group([run])
-    error, row = Stat(0.3, None, 1), next(row for row in paper.ROWS if row.key == paper.FIVE)
+    row = next(row for row in paper.ROWS if row.key == paper.FIVE)
 
     def ensemble(images: int, views: int, members: int) -> Ensemble:
-        return Ensemble(one, members, "val", images, views, error, error, Difference(-0.01, None), Difference(-0.01, None))
+        return Ensemble(one, members, "val", images, views, 0.3, 0.1, Difference(-0.01, None), Difference(-0.01, None))
 
     same = ensemble(50_000, 10, 5)
     assert five(row, [ensemble(20_000, 10, 5), ensemble(50_000, 1, 5), same, ensemble(50_000, 10, 4)]) == [same]
@@ -212,15 +211,17 @@ def test_figure_1_compares_the_quickest_of_each_activation(tmp_path: Path, base:
     # Training errors are 0.1 more: 0.45, 0.30, 0.20 fall below 0.25 half-way through the third epoch.
     runs = [made("relu", "relu", 0.1, (0.35, 0.2, 0.1)), made("slow", "relu", 0.01, (0.4, 0.4, 0.4)),
             made("tanh", "tanh", 0.1, (0.4,) * 9 + (0.14,)), made("worse", "tanh", 0.5, (0.4,) * 12)]
-    pair = relu_speedup(group([read_run(run) for run in runs]))
-    assert pair is not None and (pair.relu.name, pair.tanh.name) == ("relu", "tanh")
-    assert pair.relu_epochs is not None and pair.relu_epochs.mean == pytest.approx(2.5)
-    row, = checked(report(tmp_path / "r.html", *runs)[0]).rows("ReLU against tanh")
+    pair = relu_and_tanh(group([read_run(run) for run in runs]))
+    assert pair is not None and [one.name for one in pair] == ["relu", "tanh"]
+    assert (epochs := epochs_to_error(pair[0])) is not None and epochs.mean == pytest.approx(2.5)
+    page = report(tmp_path / "r.html", *runs)[0]
+    assert 'alt="training error, ReLU against tanh (figure 1)" src="data:image/svg+xml;base64,' in page
+    row, = checked(page).rows("ReLU against tanh")
     assert (row["paper"], row["ReLU, epochs"], row["our runs"]) == ("about 6", "2.5", "relu, tanh")
     assert float(row["ours"]) == pytest.approx((9 + 0.25 / 0.26) / 2.5, abs=0.05)
     row, = checked(report(tmp_path / "r.html", runs[1], runs[3])[0]).rows("ReLU against tanh")
     assert (row["ours"], row["ReLU, epochs"]) == ("–", "not reached")
-    assert relu_speedup(group([read_run(runs[0])])) is None
+    assert relu_and_tanh(group([read_run(runs[0])])) is None
     stuck = copy.deepcopy(config)
     stuck["model"]["activation"], stuck["optimizer"]["lr"] = "relu", 0.1
     runs.append(write_run(tmp_path / "relu-2", stuck, 2, errors=(0.9,) * 3, test=None, **cifar))

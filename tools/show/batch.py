@@ -3,8 +3,6 @@
 Every crop carries its class, sample id and epoch, offset in its region, horizontal flip, and PCA colour jitter in grey levels,
 which stays in. B crops, H rows, W columns.
 """
-from __future__ import annotations
-
 import argparse
 import tempfile
 from dataclasses import replace

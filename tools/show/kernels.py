@@ -1,27 +1,19 @@
 """The filters of conv1 (paper figure 3) with how much of each tower's is colour, as a PNG and in text."""
-from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 
 from pipeline.files import atomic_write
 from train.checkpoint.resolve import resolve
-from train.figures.kernels import chroma_lines, conv1, png, sheet, tower_chroma
+from train.figures.kernels import chroma_lines, conv1, png, sheet
 
 
 def run(args: argparse.Namespace) -> None:
     """Draw the kernels of a checkpoint. Raises ValueError or RuntimeError."""
     path = resolve(args.run or args.checkpoint, args.which).path
     kernels, towers = conv1(path)
-    chroma, p = tower_chroma(kernels, towers)
-    lines = chroma_lines(chroma, p)
+    lines = chroma_lines(kernels, towers)
     picture = png(sheet(kernels, towers), lines)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(args.out) as file:
         file.write(picture)
-    if args.json:
-        print(json.dumps({"checkpoint": str(path), "kernels": len(kernels), "p": p,
-                          "towers": [dataclasses.asdict(entry) for entry in chroma]}))
-    else:
-        print("\n".join([f"{len(kernels)} kernels of {path} in {args.out}", *lines]))
+    print("\n".join([f"{len(kernels)} kernels of {path} in {args.out}", *lines]))

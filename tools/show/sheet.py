@@ -1,6 +1,4 @@
 """Sheets of images drawn by matplotlib: layout in inches, fitted text, PNG files. Importing it fails without matplotlib."""
-from __future__ import annotations
-
 import textwrap
 from pathlib import Path
 
@@ -20,15 +18,7 @@ LETTERS = 15  # of a title in an inch
 
 
 class Sheet:
-    """A figure with a title. Positions and sizes are inches, from the top left corner below the title.
-
-    Args:
-        title: wrapped to the width.
-        width, height: of the sheet, without the title.
-
-    Attributes:
-        figure: what is drawn.
-    """
+    """A figure with a title, wrapped to its width. Positions and sizes are inches, from the top left corner below the title."""
 
     def __init__(self, title: str, width: float, height: float) -> None:
         lines = textwrap.wrap(title, int(width * LETTERS))
@@ -60,15 +50,10 @@ class Sheet:
                          fontsize=fitting(words, size_pt, inches, weight), fontweight=weight, parse_math=False)
 
     def save(self, out: Path) -> None:
-        """Write a PNG, into a folder that need not exist."""
-        save(self.figure, out)
-
-
-def save(figure: Figure, out: Path) -> None:
-    """Write a figure as a PNG, atomically, into a folder that need not exist."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(out) as file:
-        figure.savefig(file, format="png", metadata={"Software": None})
+        """Write a PNG, atomically, into a folder that need not exist."""
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(out) as file:
+            self.figure.savefig(file, format="png", metadata={"Software": None})
 
 
 def fitting(words: str, size_pt: float, inches: float, weight: str = "normal") -> float:

@@ -1,32 +1,35 @@
 """Images that the network finds alike (paper figure 4, right): nearest neighbours at its last hidden layer.
 
-`build` writes the features of every image of a split. `query` finds the images nearest to others by Euclidean distance, exactly,
-and beside them, for contrast, those whose pixels are nearest; and counts of both how many are of the query's class.
+`build` writes the features of every image of a split. `query` finds the images nearest to others by Euclidean distance and
+beside them, for contrast, those whose pixels are nearest; it draws them and counts how many of both are of the query's class. On
+the sheet a neighbour of the query's class has a green frame, another a red, broken one; without labels frames are grey.
 """
-from __future__ import annotations
-
 import argparse
 import contextlib
-import json
+import textwrap
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator
+from typing import TYPE_CHECKING, Iterator, Sequence
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeRemainingColumn
 
-from pipeline.files import atomic_write
-from tools.show.similar_page import Picture, Row, page
 from train.checkpoint.load_trained import TrainedNetwork, class_name, load_trained
 from train.checkpoint.resolve import resolve
 from train.figures import features as feature_folder
 from train.figures.features import Features, Progress
 from train.figures.kernels import need_matplotlib
-from train.figures.neighbours import NearestNeighbours
-from train.figures.similar import (Queries, centre_crops, chance_precision, precision, queries_from_files, queries_from_index,
-                                   random_ids, search, splits_of)
+from train.figures.neighbours import (NearestNeighbours, Queries, centre_crops, chosen_ids, precision, queries_from_files,
+                                      queries_from_index, search)
+
+if TYPE_CHECKING:
+    from tools.show.sheet import Sheet
 
 MOST = 40  # queries of a sheet
+SAME, OTHER, NEUTRAL = "#1a7f37", "#c0261c", "#8a8f94"  # frames: of the query's class, of another, unknown
+_SIDE, _LINE = 1.16, 0.125  # inches: a picture, a line of text
+_LETTERS = 20  # of a line under a picture
 
 
 def run(args: argparse.Namespace) -> None:
@@ -38,8 +41,7 @@ def build(args: argparse.Namespace) -> None:
     """Write the features of a split."""
     with load_trained(resolve(args.run or args.checkpoint, args.which), index=args.index, archives=args.archives,
                       device=args.device, batch=args.batch) as trained, _bar("features") as progress:
-        features = feature_folder.build(trained, args.split or trained.config.data.train_split, args.out, force=args.force,
-                                        progress=progress)
+        features = feature_folder.build(trained, args.split or trained.config.data.train_split, args.out, progress)
     count, width = features.rows.shape
     print(f"{count} images of split {features.source.split}, {width} features each at {features.source.layer}, in {args.out}"
           + (f"; {len(features.skipped)} could not be read" if features.skipped else ""))
@@ -47,21 +49,39 @@ def build(args: argparse.Namespace) -> None:
 
 def query(args: argparse.Namespace) -> None:
     """Find neighbours, draw them, count them."""
-    _check(args)
+    count = len(args.images or args.ids or ()) or args.count
+    if args.out is not None and (args.out.suffix.lower() != ".png" or not 1 <= count <= MOST):
+        raise ValueError(f"--out (={args.out}) must end in .png, for 1 to {MOST} queries (={count}), as larger sheets cannot be "
+                         "read; without it neighbours are only counted")
+    if args.out is None and args.images:
+        raise ValueError(f"--images (={args.images[0]} …) have no labels to count; name the sheet with --out")
+    if args.out is not None:
+        need_matplotlib()
     features = Features.load(args.features)
     with load_trained(resolve(args.run or args.checkpoint or Path(features.source.checkpoint), args.which),
                       index=args.index or features.source.index, archives=args.archives, device=args.device,
                       batch=args.batch) as trained:
         features.check(trained)
         trained.index.check_archives(features.source.split)
-        queries = _queries(args, trained)
+        queries = queries_from_files(trained, args.images) if args.images else queries_from_index(trained, chosen_ids(
+            trained.index, args.split or trained.config.data.test_split, args.count, args.seed, args.ids)[0])
         found = {}
         for kind in [features.source.layer] + ["pixels"] * (not args.no_pixels):
             with _bar(f"search by {kind}") as progress:
                 found[kind] = search(trained, features, queries, args.neighbours, kind == "pixels", progress)
         if args.out is not None:
-            _draw(args, trained, features, queries, found)
-        _print(args, trained, features, queries, found)
+            rows = _rows(trained, features.source.split, queries, found)
+            chosen = "given" if args.images or args.ids else f"drawn at random (seed {args.seed})"
+            draw(rows, f"queries, {chosen}, and the nearest of {len(features.ids)} images of split {features.source.split}, "
+                 f"by {' and by '.join(found)}; {trained.source.path}").save(args.out)
+        print(f"{count} queries, {args.neighbours} nearest of {len(features.ids)} images of split {features.source.split}"
+              + (f", in {args.out}" if args.out else ""))
+        if (queries.labels >= 0).all():
+            labels = trained.index.samples["label"].astype(np.int64)
+            for kind, nearest in found.items():
+                mean, error = precision(queries.labels, labels[nearest.ids])
+                print(f"of the query's class by {kind}: {100 * mean:.1f}%"
+                      + (f" ± {196 * error:.1f} (95% interval, over queries)" if count > 1 else ""))
 
 
 @contextlib.contextmanager
@@ -74,79 +94,64 @@ def _bar(what: str) -> Iterator[Progress]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Raise ValueError on options that do not go together; RuntimeError without matplotlib, where it is needed."""
-    if (args.out is None) != (args.evaluate is not None):
-        raise ValueError(f"--out (={args.out}) names the sheet, and --evaluate (={args.evaluate}) counts without one; give one "
-                         "of them")
-    if args.out is not None and args.out.suffix.lower() not in (".png", ".html"):
-        raise ValueError(f"--out (={args.out}) must end in .png or .html; correct it")
-    if args.out is not None and args.out.suffix.lower() == ".png":
-        need_matplotlib()
-    queries = len(args.images or args.ids or ()) or args.count
-    if args.evaluate is None and not 1 <= queries <= MOST:
-        raise ValueError(f"queries (={queries}) must lie in 1..{MOST}; larger sheets cannot be read, --evaluate draws none")
+@dataclass(frozen=True)
+class Picture:
+    """An image as it is shown."""
+
+    crop: np.ndarray  # (c, c, 3) uint8
+    word: str  # its class, or its name
+    same: bool | None = None  # whether it is of the query's class; None: not known
 
 
-def _queries(args: argparse.Namespace, trained: TrainedNetwork) -> Queries:
-    if args.images:
-        return queries_from_files(trained, args.images)
-    index, split = trained.index, args.split or trained.config.data.test_split
-    if args.ids:
-        ids, splits = np.array(args.ids, np.int64), splits_of(index, args.ids)
-    else:
-        ids, splits = random_ids(index, split, args.count if args.evaluate is None else args.evaluate, args.seed), [split]
-    for used in set(splits):
-        index.check_archives(used)
-    return queries_from_index(trained, ids)
+Row = tuple[Picture, dict[str, list[Picture]]]  # a query, and its neighbours of each kind: "fc7", "pixels"
 
 
-def _draw(args: argparse.Namespace, trained: TrainedNetwork, features: Features, queries: Queries,
-          found: dict[str, NearestNeighbours]) -> None:
-    """Write the sheet."""
-    index, split = trained.index, features.source.split
+def _rows(trained: TrainedNetwork, split: str, queries: Queries, found: dict[str, NearestNeighbours]) -> list[Row]:
+    index = trained.index
     wanted = np.unique(np.concatenate([nearest.ids.ravel() for nearest in found.values()]))
     crops = dict(zip(wanted.tolist(), centre_crops(trained, index, split, wanted)))
 
     def neighbour(id: int, label: int) -> Picture:
         own = int(index.samples["label"][id])
-        return Picture(crops[id], class_name(index.classes, own), None if min(label, own) < 0 else label == own, f"{split} {id}")
+        return Picture(crops[id], class_name(index.classes, own), None if min(label, own) < 0 else label == own)
 
-    rows = []
-    for number, (name, label) in enumerate(zip(queries.names, queries.labels.tolist())):
-        word = class_name(index.classes, label) if label >= 0 else name
-        rows.append(Row(Picture(queries.crops[number], word, None, name), {
-            kind: [neighbour(id, label) for id in nearest.ids[number].tolist()] for kind, nearest in found.items()}))
-    chosen = "given" if args.images or args.ids else f"drawn at random (seed {args.seed})"
-    title = (f"{len(rows)} {'query' if len(rows) == 1 else 'queries'}, {chosen}, and the nearest of {len(features.ids)} images "
-             f"of split {split}, by {' and by '.join(found)}; {trained.source.path}")
-    if args.out.suffix.lower() == ".html":
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(args.out) as file:
-            file.write(page(rows, title).encode())
-    else:
-        from tools.show import similar_sheet  # needs matplotlib
-
-        similar_sheet.draw(rows, title).save(args.out)
+    return [(Picture(crop, class_name(index.classes, label) if label >= 0 else name),
+             {kind: [neighbour(id, label) for id in nearest.ids[number].tolist()] for kind, nearest in found.items()})
+            for number, (crop, name, label) in enumerate(zip(queries.crops, queries.names, queries.labels.tolist()))]
 
 
-def _print(args: argparse.Namespace, trained: TrainedNetwork, features: Features, queries: Queries,
-           found: dict[str, NearestNeighbours]) -> None:
-    """Print how many neighbours are of the query's class, where that is known."""
-    report: dict[str, Any] = {"queries": len(queries.names), "images": len(features.ids), "neighbours": args.neighbours}
-    lines = [f"{len(queries.names)} queries, {args.neighbours} nearest of {len(features.ids)} images of split "
-             f"{features.source.split}" + (f", in {args.out}" if args.out else "")]
-    if (queries.labels >= 0).all():
-        labels = trained.index.samples["label"].astype(np.int64)
-        for kind, nearest in found.items():
-            mean, error = precision(queries.labels, labels[nearest.ids])
-            known = error == error  # of one query there is none
-            report[kind] = {"precision": mean, "standard_error": error if known else None}
-            lines.append(f"of the query's class by {kind}: {100 * mean:.1f}%"
-                         + (f" ± {196 * error:.1f} (95% interval, over queries)" if known else ""))
-        report["chance"] = chance_precision(trained.index, features, queries)
-        lines.append(f"of the query's class by chance: {100 * report['chance']:.1f}%")
-    elif args.evaluate is not None:
-        raise ValueError(f"queries (={queries.names[int(np.argmin(queries.labels))]} …) must have labels to agree with; take "
-                         "them from a split with ground truth")
-    print(json.dumps(report) if args.json else "\n".join(lines))
+def draw(rows: Sequence[Row], title: str) -> "Sheet":
+    """Lay out the queries one below the other, each before a line of neighbours for each kind."""
+    from tools.show.sheet import Sheet  # needs matplotlib
+
+    # Of each kind as many lines of words as its pictures need.
+    lines = [[max(len(_wrapped(picture.word)) for picture in [*pictures, *([asked] if number == 0 else [])])
+              for number, pictures in enumerate(kinds.values())] for asked, kinds in rows]
+    columns = 1 + max(len(pictures) for _, kinds in rows for pictures in kinds.values())
+    sheet = Sheet(title, 0.8 + columns * (_SIDE + 0.1), sum(0.12 + sum(_SIDE + 0.08 + _LINE * n for n in each) for each in lines))
+    top = 0.0
+    for (asked, kinds), each in zip(rows, lines):
+        _draw_picture(sheet, asked, 0, top)
+        for (kind, pictures), count in zip(kinds.items(), each):
+            sheet.figure.text(*sheet.position(0.2, top + _SIDE / 2), kind, fontsize=7, rotation=90, ha="center", va="center")
+            for column, picture in enumerate(pictures, 1):
+                _draw_picture(sheet, picture, column, top)
+            top += _SIDE + 0.08 + _LINE * count
+        top += 0.12
+    return sheet
+
+
+def _draw_picture(sheet: "Sheet", picture: Picture, column: int, top: float) -> None:
+    left = 0.45 + column * (_SIDE + 0.1) + (0.12 if column else 0)  # the query stands apart
+    axes = sheet.image(picture.crop, left, top, _SIDE)
+    if column:
+        colour = NEUTRAL if picture.same is None else SAME if picture.same else OTHER
+        axes.plot([0, 1, 1, 0, 0], [0, 0, 1, 1, 0], color=colour, linewidth=2.5, transform=axes.transAxes, clip_on=False,
+                  linestyle=(0, (3, 1.5)) if picture.same is False else "-")
+    for number, words in enumerate(_wrapped(picture.word), 1):
+        sheet.text(words, left + _SIDE / 2, top + _SIDE + 0.01 + _LINE * number, 6.5, _SIDE, "normal" if column else "bold")
+
+
+def _wrapped(words: str) -> list[str]:
+    """Lines about as wide as a picture."""
+    return textwrap.wrap(words, _LETTERS) or [""]

@@ -3,8 +3,6 @@
 The right label stands below each image, and its bar, where it is among the five, has another colour. Images are drawn at random,
 by --seed, not chosen. N images, K classes.
 """
-from __future__ import annotations
-
 import argparse
 import textwrap
 from typing import Sequence
@@ -18,7 +16,7 @@ from train.checkpoint.load_trained import TrainedNetwork, class_name, load_train
 from train.checkpoint.resolve import resolve
 from train.evaluate.metrics import label_ranks
 from train.evaluate.predict import average_softmax
-from train.figures.similar import centre_crops, random_ids, splits_of
+from train.figures.neighbours import centre_crops, chosen_ids
 
 MOST = 60  # images of a sheet
 RIGHT, WRONG, TRACK = "#e4572e", "#9db8d9", "#eef0f2"
@@ -33,15 +31,7 @@ def probabilities(trained: TrainedNetwork, split: str, ids: np.ndarray, crops: i
 
 
 def draw(pixels: np.ndarray, found: np.ndarray, labels: np.ndarray, words: Sequence[str], title: str) -> Sheet:
-    """Lay out the images with their bars.
-
-    Args:
-        pixels: (N, c, c, 3) uint8.
-        found: (N, K) probabilities.
-        labels: (N,) right classes, -1 unknown.
-        words: (K) names of the classes.
-        title: above it.
-    """
+    """Lay out images (N, c, c, 3) uint8 with bars of their probabilities (N, K); right labels (N,), -1 unknown, and K words."""
     columns, shown = min(4, len(pixels)), min(5, found.shape[1])
     ranks = label_ranks(found, np.maximum(labels, 0))
     sheet = Sheet(title, columns * _CELL[0] + 0.1, -(-len(pixels) // columns) * _CELL[1])
@@ -66,25 +56,21 @@ def draw(pixels: np.ndarray, found: np.ndarray, labels: np.ndarray, words: Seque
 
 def run(args: argparse.Namespace) -> None:
     """Choose images, show them to the network, draw. Raises ValueError or RuntimeError."""
-    count = len(args.ids or ()) or args.images
+    count = len(args.ids or ()) or args.count
     if not 1 <= count <= MOST:
         raise ValueError(f"images (={count}) must lie in 1..{MOST}; larger sheets cannot be read")
     with load_trained(resolve(args.run or args.checkpoint, args.which), index=args.index, archives=args.archives,
                       device=args.device, batch=args.batch) as trained:
         index, crops = trained.index, args.views or trained.config.train.test_views
-        split = args.split or trained.config.data.test_split
-        splits = splits_of(index, args.ids) if args.ids else [split]
-        ids = np.array(args.ids, np.int64) if args.ids else random_ids(index, split, args.images, args.seed)
-        for used in set(splits):
-            index.check_archives(used)
+        ids, splits = chosen_ids(index, args.split or trained.config.data.test_split, args.count, args.seed, args.ids)
         found = probabilities(trained, splits[0], ids, crops)
         labels = index.samples["label"][ids].astype(np.int64)
         words = [class_name(index.classes, label) for label in range(found.shape[1])]
         pixels = centre_crops(trained, index, splits[0], ids)
         how = "chosen" if args.ids else f"drawn at random (seed {args.seed})"
-        title = (f"{len(ids)} images of split {', '.join(sorted(set(splits)))}, {how}, and their most probable labels, "
+        title = (f"{count} images of split {', '.join(sorted(set(splits)))}, {how}, and their most probable labels, "
                  f"{crops} crop{'s' if crops > 1 else ''} each; {trained.source.path}")
     draw(pixels, found, labels, words, title).save(args.out)
     ranks = label_ranks(found[labels >= 0], labels[labels >= 0])
-    print(f"{len(ids)} images in {args.out}; the right label is the first of {int((ranks == 0).sum())}, among five of "
+    print(f"{count} images in {args.out}; the right label is the first of {int((ranks == 0).sum())}, among five of "
           f"{int((ranks < 5).sum())}")

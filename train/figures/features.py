@@ -7,11 +7,9 @@ A folder, written whole or not at all, holds
   manifest.json   which checkpoint and images they are of, sizes and SHA-256 of both files, and its own
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Iterator
+from typing import BinaryIO, Callable, Iterator
 
 import numpy as np
 
@@ -21,31 +19,23 @@ from train.checkpoint.load_trained import TrainedNetwork
 FORMAT = 1
 MANIFEST, FEATURES, IDS = "manifest.json", "features.npy", "ids.npy"
 BLOCK = 4096  # rows searched at once
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], None]  # images done, images in all
 
 
 @dataclass(frozen=True)
 class Source:
-    """What features are of.
-
-    Attributes:
-        checkpoint, checkpoint_sha256: the network, and its identity (of its manifest).
-        layer: whose activations they are: fc7 in the paper.
-        index, index_sha256: the data set.
-        split, split_sha256: of it, and of the images.
-    """
+    """What features are of."""
 
     checkpoint: str
-    checkpoint_sha256: str
-    layer: str
+    checkpoint_sha256: str  # of its manifest
+    layer: str  # whose activations: fc7 in the paper
     index: str
     index_sha256: str
     split: str
-    split_sha256: str
+    split_sha256: str  # of the images
 
     @classmethod
-    def of(cls, trained: TrainedNetwork, split: str) -> Source:
-        """What the features of a split would be of."""
+    def of(cls, trained: TrainedNetwork, split: str) -> "Source":
         index = trained.index
         return cls(str(trained.source.path.absolute()), trained.source.sha256, trained.layer, str(index.path), index.sha256,
                    split, index.split_sha256(split))
@@ -53,26 +43,28 @@ class Source:
 
 @dataclass(frozen=True)
 class Features:
-    """A folder of features whose files are the ones that were written.
-
-    Attributes:
-        path: the folder.
-        source: what they are of.
-        ids: (N,) int64.
-        rows: (N, D) float32, a read-only memory map.
-        skipped: id → reason of the images that could not be read, and have none.
-    """
+    """A folder of features whose files are the ones that were written."""
 
     path: Path
     source: Source
-    ids: np.ndarray
-    rows: np.ndarray
-    skipped: dict[int, str]
+    ids: np.ndarray  # (N,) int64
+    rows: np.ndarray  # (N, D) float32, a read-only memory map
+    skipped: dict[int, str]  # id → why an image could not be read; it has no row
 
     @classmethod
-    def load(cls, path: Path) -> Features:
-        """Compare a folder with its manifest and open it. Raises ValueError saying which file is not as it was written."""
-        manifest = _read_manifest(path)
+    def load(cls, path: Path) -> "Features":
+        """Compare a folder with its manifest and open it. Raises ValueError naming the file that is not as it was written."""
+        file = path / MANIFEST
+        if not file.is_file():
+            what = "does not exist" if not path.exists() else f"has no {MANIFEST}: it was never finished, or is something else"
+            raise ValueError(f"features folder (={path}) {what}; make one with `python -m tools.show similar build`")
+        try:
+            manifest = read_manifest(file, own_hash=True)
+        except ValueError as error:
+            raise ValueError(f"features manifest (={file}) {error}; build the features again") from None
+        if manifest.get("format") != FORMAT:
+            raise ValueError(f"features format (={manifest.get('format')} in {file}) must be {FORMAT}, the one of this program; "
+                             "build the features again")
         for name in (FEATURES, IDS):
             if problem := difference(path / name, manifest["files"][name]):
                 raise ValueError(f"features file (={path / name}) {problem}; build the features again")
@@ -95,19 +87,11 @@ class Features:
             yield self.ids[first:first + BLOCK], np.array(self.rows[first:first + BLOCK])
 
 
-def build(trained: TrainedNetwork, split: str, out: Path, *, force: bool = False,
-          progress: Progress = lambda done, total: None) -> Features:
-    """Write the features of every readable image of a split. Unreadable ones are left out and listed.
-
-    `progress` is called with images done, and in all. Raises ValueError when `out` holds something already (unless `force`, and
-    it is features), or the split has no images.
-    """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"features folder (={out}) is a file; give the name of a new folder")
-    if (out / MANIFEST).exists() and not force:
-        raise ValueError(f"features folder (={out}) holds features already; give another name, or --force to replace them")
-    if out.is_dir() and (others := sorted({path.name for path in out.iterdir()} - {MANIFEST, FEATURES, IDS})):
-        raise ValueError(f"features folder (={out}) holds {others[0]}, which is no part of features; give a new folder")
+def build(trained: TrainedNetwork, split: str, out: Path, progress: Progress = lambda done, total: None) -> Features:
+    """Write the features of every readable image of a split; the others are listed. Raises ValueError when `out` exists, or no
+    image can be read."""
+    if out.exists():
+        raise ValueError(f"features folder (={out}) exists already; give the name of a new folder")
     source = Source.of(trained, split)
     trained.index.check_archives(split)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -132,26 +116,8 @@ def build(trained: TrainedNetwork, split: str, out: Path, *, force: bool = False
                     "skipped": {str(id): reason for id, reason in sorted(loader.skipped.items())},
                     "files": file_entries(folder, (FEATURES, IDS))}
         write_json(folder / MANIFEST, with_own_hash(manifest), newline=False)
-        for name in (MANIFEST, FEATURES, IDS):  # of earlier features, to be replaced
-            (out / name).unlink(missing_ok=True)
     return Features.load(out)
 
 
 def _write_header(file: BinaryIO, rows: int, width: int) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (rows, width)})
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    """The checked manifest of a folder. Raises ValueError."""
-    file = path / MANIFEST
-    if not file.is_file():
-        what = "does not exist" if not path.exists() else f"has no {MANIFEST}: it was never finished, or is something else"
-        raise ValueError(f"features folder (={path}) {what}; make one with `python -m tools.show similar build`")
-    try:
-        manifest = read_manifest(file, own_hash=True)
-    except ValueError as error:
-        raise ValueError(f"features manifest (={file}) {error}; build the features again") from None
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"features format (={manifest.get('format')} in {file}) must be {FORMAT}, the one of this program; "
-                         "build the features again")
-    return manifest

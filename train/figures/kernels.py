@@ -5,10 +5,7 @@ two it is, is up to the initial values. Each kernel is stretched to the full ran
 
 Legend: N kernels, 3 colours, H rows, W columns.
 """
-from __future__ import annotations
-
 import io
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Sequence
 
@@ -35,13 +32,9 @@ def need_matplotlib() -> None:
 
 
 def conv1(checkpoint: Path) -> tuple[np.ndarray, int]:
-    """Read conv1's weights (N, 3, H, W) and the number of towers from a checkpoint folder.
+    """Read conv1's weights (N, 3, H, W), of the shape that is stored, and the number of towers from a checkpoint folder.
 
-    The shape is the one that is stored, so a checkpoint of any version of the recipes can be shown.
-
-    Raises:
-        DamagedCheckpoint: its files are not the ones that were written.
-        ValueError: it has no conv1 that sees three colours.
+    Raises DamagedCheckpoint, and ValueError when it has no conv1 that sees three colours.
     """
     checkpoints.verify(checkpoint)
     shape = checkpoints.stored_shapes(checkpoint).get(WEIGHT, ())
@@ -62,10 +55,8 @@ def stretch(kernels: np.ndarray) -> np.ndarray:
 
 
 def sheet(kernels: np.ndarray, towers: int, scale: int = 5) -> np.ndarray:
-    """Lay kernels (N, 3, H, W) out in rows of at most 16, with a gap between towers: (rows, columns, 3) in [0, 1].
-
-    scale: pixels of the sheet for each of a kernel.
-    """
+    """Lay kernels (N, 3, H, W) out in rows of at most 16, with a gap between towers, each of their pixels `scale` wide: (rows,
+    columns, 3) in [0, 1]."""
     pictures = stretch(kernels).repeat(scale, axis=1).repeat(scale, axis=2)
     count, side = len(pictures) // towers, pictures.shape[1] + 4
     columns = max(width for width in range(1, 17) if count % width == 0)      # full rows: 48 kernels are 3 of 16
@@ -118,37 +109,15 @@ def chroma_share(kernels: np.ndarray) -> np.ndarray:
     return np.asarray(np.clip(np.divide(whole - grey, whole, out=np.full(len(whole), np.nan), where=whole > 0), 0, 1))
 
 
-@dataclass(frozen=True)
-class TowerChroma:
-    """The chroma shares of a tower's kernels. `colourful`: kernels more than half of whose energy is chroma. Mean and median are
-    None when all of its kernels are zero."""
-
-    tower: str
-    kernels: int
-    mean: float | None
-    median: float | None
-    colourful: int
-
-
-def tower_chroma(kernels: np.ndarray, towers: int) -> tuple[list[TowerChroma], float | None]:
-    """Each tower's chroma, and the probability that towers differ so much or more when the same kernels are dealt out to them at
-    random (two-sided Mann-Whitney test of the shares); None for one tower."""
-    shares = chroma_share(kernels).reshape(towers, -1)
-    finite = [part[~np.isnan(part)] for part in shares]
-    chroma = [TowerChroma("ab"[tower], shares.shape[1], float(part.mean()) if len(part) else None,
-                          float(np.median(part)) if len(part) else None, int((part > 0.5).sum()))
-              for tower, part in enumerate(finite)]
-    comparable = towers == 2 and all(map(len, finite))
-    return chroma, float(mannwhitneyu(*finite).pvalue) if comparable else None
-
-
-def chroma_lines(chroma: list[TowerChroma], p: float | None) -> list[str]:
-    """The results of `tower_chroma` as text."""
+def chroma_lines(kernels: np.ndarray, towers: int) -> list[str]:
+    """Each tower's chroma as a line of text, and for two towers the probability that they differ so much or more when the same
+    kernels are dealt out to them at random (two-sided Mann-Whitney test of the shares)."""
+    shares = [part[~np.isnan(part)] for part in chroma_share(kernels).reshape(towers, -1)]
     lines = []
-    for entry in chroma:
-        numbers = "all zero" if entry.mean is None or entry.median is None else \
-            f"chroma {entry.mean:.0%} of a kernel's energy (median {entry.median:.0%}), {entry.colourful} above 50%"
-        lines.append(f"{f'tower {entry.tower}: ' if len(chroma) > 1 else ''}{entry.kernels} kernels, {numbers}")
-    if p is not None:
+    for tower, part in zip("ab", shares):
+        numbers = f"chroma {part.mean():.0%} of a kernel's energy, {(part > 0.5).sum()} above 50%" if len(part) else "all zero"
+        lines.append(f"{f'tower {tower}: ' if towers > 1 else ''}{len(kernels) // towers} kernels, {numbers}")
+    if towers == 2 and all(map(len, shares)):
+        p = mannwhitneyu(*shares).pvalue
         lines.append(f"p = {p:.2g} that kernels dealt out to the towers at random would differ so much (rank test)")
     return lines

@@ -1,118 +1,168 @@
-"""Exact nearest neighbours by Euclidean distance, over rows that pass by once, in blocks: features, or pixels.
+"""Images and their nearest neighbours (paper figure 4, right): by the network's last hidden layer, and, for contrast, by their
+pixels, which "are often semantically different" however near.
 
-Distances of a block to all queries come from one product of matrices, ‖a - b‖² = ‖a‖² - 2ab + ‖b‖², in float32. That cancels:
-what is left of two large numbers may be wrong in its third digit. But by no more than a known bound, so every row that may belong
-among a query's nearest is compared again, difference by difference in float64, and only those distances count. Of equally near
-rows the one with the smaller id comes first.
-
-Q queries, N rows in all, B of a block, D values of a row, k neighbours.
+Q queries, k neighbours, N images that are searched, B of a block, D values of a row, c side of a crop.
 """
 
-from __future__ import annotations
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator, Sequence
 
 import numpy as np
 import torch
 
-_UNIT = 2.0 ** -24  # relative rounding error of float32
+from pipeline.index.folders import LOOSE_SPLIT, index_of_files
+from pipeline.index.sample_index import SampleIndex
+from pipeline.reading.quarantine import SampleError
+from train.checkpoint.load_trained import TrainedNetwork
+from train.figures.features import Features, Progress
+
+_BLOCK = 256  # crops compared at once
 _MOST = 1 << 24  # values of queries, and of distances, that are worked on at once
-_EXACT = 1 << 19  # float64 values compared at once: they stay in a core's cache
-NO_ID = np.iinfo(np.int64).max
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Images to find neighbours of."""
+
+    names: Sequence[str]  # for people: "val 50123", or a file's name
+    ids: np.ndarray  # (Q,) int64 in the index that is searched; -1 for a file
+    labels: np.ndarray  # (Q,) int64 classes; -1 unknown
+    crops: np.ndarray  # (Q, c, c, 3) uint8 centre crops
+    features: np.ndarray  # (Q, D) float32
+
+
+def chosen_ids(index: SampleIndex, split: str, count: int, seed: int,
+               ids: Sequence[int] | None) -> tuple[np.ndarray, list[str]]:
+    """(Q,) these ids, or `count` of a split drawn by `seed`, ascending; and their splits, whose archives are there.
+
+    Raises ValueError when a split has not so many, and on an id that is not there, is excluded or is given twice.
+    """
+    for number, id in enumerate(ids or ()):
+        if index.row(id)["excluded"]:
+            raise ValueError(f"id (={id}) of {index.path} is excluded, so it is in no batch; give another")
+        if ids and id in ids[:number]:
+            raise ValueError(f"id (={id}) is given twice; give it once")
+    if ids:
+        found = np.array(ids, np.int64)
+    else:
+        known = index.ids(split)
+        if not 1 <= count <= len(known):
+            raise ValueError(f"images (={count}) must lie in 1..{len(known)}, the images of split {split}; ask for that many")
+        found = np.sort(np.random.default_rng(seed).choice(known, count, replace=False))
+    splits = [index.split_names[number] for number in index.samples["split"][found]]
+    for used in set(splits):
+        index.check_archives(used)
+    return found, splits
+
+
+def queries_from_index(trained: TrainedNetwork, ids: np.ndarray) -> Queries:
+    """Queries of images of the index that is searched, valid ids."""
+    index = trained.index
+    splits = [index.split_names[split] for split in index.samples["split"][ids]]
+    return Queries([f"{split} {id}" for split, id in zip(splits, ids)], ids, index.samples["label"][ids].astype(np.int64),
+                   centre_crops(trained, index, splits[0], ids), _features(trained, index, splits[0], ids))
+
+
+def queries_from_files(trained: TrainedNetwork, files: Sequence[Path]) -> Queries:
+    """Queries of image files from anywhere. Raises ValueError naming one that cannot be read."""
+    with tempfile.TemporaryDirectory() as scratch:
+        index = index_of_files(files, Path(scratch))
+        ids = index.ids(LOOSE_SPLIT)
+        try:
+            crops, features = (get(trained, index, LOOSE_SPLIT, ids) for get in (centre_crops, _features))
+        except SampleError as error:
+            raise ValueError(f"image (={files[error.id]}) cannot be decoded: {error.reason}; give another") from None
+    unknown = np.full(len(files), -1)
+    names = [file.name.encode("utf-8", "replace").decode() for file in files]  # a name need not be text
+    return Queries(names, unknown, unknown, crops, features)
+
+
+def _features(trained: TrainedNetwork, index: SampleIndex, split: str, ids: np.ndarray) -> np.ndarray:
+    """(N, D) float32, in the order of `ids`."""
+    with trained.loader(index, split, ids) as loader:
+        return np.concatenate([rows for _, rows in trained.features(loader)])
+
+
+def centre_crops(trained: TrainedNetwork, index: SampleIndex, split: str, ids: np.ndarray) -> np.ndarray:
+    """(N, c, c, 3) uint8, in the order of `ids`."""
+    with trained.loader(index, split, ids, pixels=True) as loader:
+        return np.concatenate([crops.cpu().numpy() for _, crops in trained.crops(loader)])
 
 
 class NearestNeighbours:
-    """The k nearest rows of each query so far.
+    """The k nearest rows of each query (Q, D) so far, by Euclidean distance, computed in float64: exact for bytes, where of equally
+    near rows the one with the smaller id comes first.
 
-    Args:
-        queries: (Q, D) float32, or uint8.
-        count: k.
-        own_ids: (Q,) int64 id of each query among the rows, which is not its own neighbour; -1 where it is not among them.
-        device: where the products are computed.
-
-    Attributes:
-        ids: (Q, k) int64, the nearest first; NO_ID where there are fewer rows.
-        squares: (Q, k) float64 squared distances; infinite there.
-
-    Raises:
-        ValueError: k below 1, or queries and ids that do not fit.
+    A query is not its own neighbour: `own_ids` (Q,) are those of the queries among the rows, -1 where it is not among them.
+    Results: `ids` (Q, k) int64, the nearest first, and `squares` (Q, k), squared distances; -1 and infinite where rows are few.
     """
 
-    def __init__(self, queries: np.ndarray, count: int, own_ids: np.ndarray,
-                 device: torch.device = torch.device("cpu")) -> None:
-        if count < 1:
-            raise ValueError(f"neighbours (={count}) must be at least 1; the paper shows 6")
-        if queries.ndim != 2 or own_ids.shape != queries.shape[:1]:
-            raise ValueError(f"queries (={queries.shape}) must be (Q, D), with {own_ids.shape} ids of their own; give one for "
-                             "each")
-        self._queries, self._own_ids, self._device = queries, own_ids, device
-        self._norms = np.sqrt(_squared_norms(queries))
-        self.ids = np.full((len(queries), count), NO_ID, np.int64)
-        self.squares = np.full((len(queries), count), np.inf)
+    def __init__(self, queries: np.ndarray, count: int, own_ids: np.ndarray, device: torch.device = torch.device("cpu")) -> None:
+        self._queries, self._device = queries, device
+        self._own_ids = torch.from_numpy(own_ids).to(device)
+        self._ids = torch.full((len(queries), count), -1, device=device)
+        self._squares = torch.full((len(queries), count), torch.inf, dtype=torch.float64, device=device)
+
+    @property
+    def ids(self) -> np.ndarray:
+        return self._ids.cpu().numpy()
+
+    @property
+    def squares(self) -> np.ndarray:
+        return self._squares.cpu().numpy()
 
     def add(self, ids: np.ndarray, rows: np.ndarray) -> None:
-        """Compare a block of rows with all queries. ids: (B,) int64, none seen before; rows: (B, D), of the queries' type."""
-        if len(ids) == 0:
-            return
-        if rows.shape != (len(ids), self._queries.shape[1]) or rows.dtype != self._queries.dtype:
-            raise ValueError(f"rows (={rows.shape} {rows.dtype}) must be ({len(ids)}, {self._queries.shape[1]}) "
-                             f"{self._queries.dtype}, as the queries; give features of the same network")
-        block, squared_norms = self._on_device(rows), _squared_norms(rows)
-        at_once = max(1, min(_MOST // self._queries.shape[1], _MOST // len(ids)))
+        """Compare a block of rows (B, D) with all queries. `ids` (B,) ascend, within a block and from block to block."""
+        block, block_ids = self._double(rows), torch.from_numpy(ids).to(self._device)
+        at_once = max(1, _MOST // max(self._queries.shape[1], len(ids)))
         for first in range(0, len(self._queries), at_once):
             part = slice(first, first + at_once)
-            self._merge(part, ids, rows, *self._candidates(part, ids, block, squared_norms))
+            queries = self._double(self._queries[part])
+            # ‖a - b‖² = ‖a‖² - 2ab + ‖b‖² cancels; float64 leaves enough digits: of float32 rows at least seven, of bytes all.
+            squares = torch.addmm(queries.square().sum(1)[:, None] + block.square().sum(1), queries, block.T, alpha=-2).clamp_(0)
+            squares[block_ids == self._own_ids[part, None]] = torch.inf
+            all_squares = torch.cat([self._squares[part], squares], 1)
+            all_ids = torch.cat([self._ids[part], block_ids.expand(len(queries), -1)], 1)
+            nearest, order = (values[:, :self._ids.shape[1]] for values in all_squares.sort(dim=1, stable=True))
+            self._squares[part], self._ids[part] = nearest, all_ids.gather(1, order)
 
-    def _candidates(self, part: slice, ids: np.ndarray, block: torch.Tensor,
-                    squared_norms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(query, row of the block) of all pairs that may be among the nearest, queries counted from `part`'s first."""
-        count, norms = self.ids.shape[1], self._norms[part]
-        # ‖a‖² is the same for all rows of a query, so it is left out: what is compared is ‖b‖² - 2ab.
-        distances = torch.addmm(torch.from_numpy(squared_norms.astype(np.float32)).to(block.device),
-                                self._on_device(self._queries[part]), block.T, alpha=-2)
-        # γ_D ‖a‖‖b‖ for a product of D values added up in any order (Higham, Accuracy and Stability, §3.1), and the roundings of
-        # the norm and of the difference.
-        width, longest = self._queries.shape[1], float(np.sqrt(squared_norms.max()))
-        error = _UNIT / (1 - width * _UNIT) * (2 * (width + 2) * norms * longest + 3 * longest ** 2)
-        limit = self.squares[part, -1] - norms ** 2
-        if distances.shape[1] > count:  # one more than k: a query may itself be among the rows
-            nearest = distances.topk(count + 1, largest=False).values[:, -1].double().cpu().numpy()
-            limit = np.minimum(limit, nearest + error)
-        # What float64 rounds in norms and distances is much less than 2^-29; nextafter is for the limit's own float32.
-        limit = limit + error + 2.0 ** -29 * (norms ** 2 + longest ** 2)
-        limits = torch.from_numpy(np.nextafter(limit.astype(np.float32), np.float32(np.inf))).to(distances.device)
-        queries, rows = (distances <= limits[:, None]).nonzero().cpu().numpy().T
-        others = ids[rows] != self._own_ids[part][queries]
-        return queries[others], rows[others]
-
-    def _merge(self, part: slice, ids: np.ndarray, rows: np.ndarray, of_query: np.ndarray, of_row: np.ndarray) -> None:
-        """Compare pairs exactly and keep the k nearest of each query."""
-        exact, step = np.empty(len(of_query)), max(1, _EXACT // rows.shape[1])
-        queries = self._queries[part]
-        for first in range(0, len(of_query), step):
-            pairs = slice(first, first + step)
-            difference = np.subtract(queries[of_query[pairs]], rows[of_row[pairs]], dtype=np.float64)
-            exact[pairs] = np.einsum("ij,ij->i", difference, difference)
-        total, count = self.ids[part].shape
-        query = np.concatenate([np.repeat(np.arange(total), count), of_query])
-        squares = np.concatenate([self.squares[part].ravel(), exact])
-        neighbour = np.concatenate([self.ids[part].ravel(), ids[of_row]])
-        order = np.lexsort((neighbour, squares, query))
-        query = query[order]
-        kept = order[np.arange(len(query)) - np.searchsorted(query, query) < count]
-        self.squares[part], self.ids[part] = squares[kept].reshape(total, count), neighbour[kept].reshape(total, count)
-
-    def _on_device(self, rows: np.ndarray) -> torch.Tensor:
-        """float32 on the device; bytes less 128, which changes no distance and makes norms, and so the error, small."""
-        values = torch.from_numpy(np.ascontiguousarray(rows)).to(self._device)
-        return values.float().sub_(128) if rows.dtype == np.uint8 else values
+    def _double(self, rows: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(rows)).to(self._device).double()
 
 
-def _squared_norms(rows: np.ndarray) -> np.ndarray:
-    """(N,) float64 ‖row‖² of (N, D), of bytes less 128."""
-    squared = np.empty(len(rows))
-    step = max(1, _EXACT // rows.shape[1])
-    for first in range(0, len(rows), step):
-        part = rows[first:first + step].astype(np.float64)
-        if rows.dtype == np.uint8:
-            part -= 128
-        squared[first:first + step] = np.einsum("ij,ij->i", part, part)
-    return squared
+def search(trained: TrainedNetwork, features: Features, queries: Queries, count: int, by_pixels: bool,
+           progress: Progress) -> NearestNeighbours:
+    """The `count` nearest of the images of `features`: by these, or by the pixels of their centre crops, which are decoded once
+    and not kept. Raises ValueError when there are not so many."""
+    total, done = len(features.ids), 0
+    if not 1 <= count < total:
+        raise ValueError(f"neighbours (={count}) must lie in 1..{total - 1}, for {features.path} has {total} images; the paper "
+                         "shows 6")
+    of_queries = queries.crops.reshape(len(queries.crops), -1) if by_pixels else queries.features
+    nearest = NearestNeighbours(of_queries, count, queries.ids, trained.topology.device)
+    for ids, rows in _pixels(trained, features) if by_pixels else features.blocks():
+        nearest.add(ids, rows)
+        done += len(ids)
+        progress(done, total)
+    return nearest
+
+
+def _pixels(trained: TrainedNetwork, features: Features) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(ids, rows) of all, in blocks that make a product of matrices worth while."""
+    ids, rows = [], []
+    with trained.loader(trained.index, features.source.split, features.ids, pixels=True) as loader:
+        for batch_ids, crops in trained.crops(loader):
+            ids.append(batch_ids)
+            rows.append(crops.flatten(1).cpu().numpy())
+            if sum(map(len, ids)) >= _BLOCK or batch_ids[-1] == features.ids[-1]:
+                yield np.concatenate(ids), np.concatenate(rows)
+                ids, rows = [], []
+
+
+def precision(labels: np.ndarray, neighbours: np.ndarray) -> tuple[float, float]:
+    """Precision at k: the mean share of queries' (labels (Q,)) neighbours (labels (Q, k)) that are of their class, and the
+    standard error of that mean (NaN for one query)."""
+    shares = (neighbours == labels[:, None]).mean(1)
+    return float(shares.mean()), float(shares.std(ddof=1) / np.sqrt(len(shares))) if len(shares) > 1 else float("nan")

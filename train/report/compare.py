@@ -2,22 +2,18 @@
 difference with its 95% interval (Welch's, over seeds); averages of networks with single ones; ReLU with tanh (figure 1).
 """
 
-from __future__ import annotations
-
 import collections
-import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from scipy.special import stdtrit
 
 from train.config import differences
 from train.evaluate import ensemble, predictions
 from train.report import paper
-from train.report.groups import FIGURES, Group, Stat, precision, stat
+from train.report.groups import Group, Stat, precision, stat
 from train.report.runs import EVALUATIONS, Run, Test
 
 
@@ -85,22 +81,9 @@ def matches(row: paper.Row, groups: Sequence[Group]) -> list[Group]:
             if key and one.data_set == row.data and one.experiment == key and paper.paper_size(one.config, key)]
 
 
-def beside(row: paper.Row, groups: Sequence[Group]) -> list[tuple[Group, list[Test]]]:
-    """What stands beside a row of the paper's: matching groups, and their tests with ten crops."""
-    return [(one, [test for run in one.counted if (test := ten_crops(run, row))]) for one in matches(row, groups)]
-
-
-def five(row: paper.Row, ensembles: Sequence[Ensemble]) -> list[Ensemble]:
-    """What stands beside the paper's average of five: averages of five full networks on the same images, with ten crops."""
-    return [one for one in ensembles if (one.members, one.images, one.views) == (5, paper.DATA_SETS[row.data].test, 10)
-            and matches(row, [one.group])]
-
-
 def ten_crops(run: Run, row: paper.Row) -> Test | None:
-    """A run's test as the paper tests: ten crops of every image of the row's split; None when there is none.
-
-    The one at the end of training, or a saved evaluation of the last or the best checkpoint.
-    """
+    """A run's test as the paper tests, ten crops of every image of the row's split: at the end of training, or a saved evaluation
+    of the last or the best checkpoint."""
     images, saved = paper.DATA_SETS[row.data].test, _saved(run)
     return next((test for test in run.tests if test.views == 10 and images in (None, test.images)
                  and (not test.source or test in saved)), None)
@@ -114,16 +97,17 @@ def _saved(run: Run) -> list[Test]:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """A test of the mean of the probabilities of a group's networks (paper §6), one a seed."""
+    """A test of the mean of the probabilities of a group's networks (paper §6), one a seed; differences are from the mean of its
+    members' errors."""
 
     group: Group
     members: int
     split: str
     images: int
     views: int
-    top1: Stat
-    top5: Stat
-    less_top1: Difference  # from the mean of its members' errors
+    top1: float
+    top5: float
+    less_top1: Difference
     less_top5: Difference
 
 
@@ -146,26 +130,21 @@ def ensembles(groups: Sequence[Group]) -> tuple[list[Ensemble], list[str]]:
             continue
         less = [Difference(whole - sum(getattr(test, name) for _, test in members) / len(members), None)
                 for name, whole in (("top1", score.top1), ("top5", score.top5))]
-        found.append(Ensemble(one, len(members), split, score.images, views, Stat(score.top1, None, 1),
-                              Stat(score.top5, None, 1), less[0], less[1]))
+        found.append(Ensemble(one, len(members), split, score.images, views, score.top1, score.top5, *less))
     return found, problems
 
 
-@dataclass(frozen=True)
-class Speedup:
-    """Figure 1: epochs until the training error falls to paper.TRAINING_ERROR, with ReLU and with tanh, over the runs that reach
-    it; None: none does."""
-
-    relu: Group
-    tanh: Group
-    relu_epochs: Stat | None
-    tanh_epochs: Stat | None
+def five(row: paper.Row, ensembles: Sequence[Ensemble]) -> list[Ensemble]:
+    """What stands beside the paper's average of five: averages of five full networks on the same images, with ten crops."""
+    return [one for one in ensembles if (one.members, one.images, one.views) == (5, paper.DATA_SETS[row.data].test, 10)
+            and matches(row, [one.group])]
 
 
-def relu_speedup(groups: Sequence[Group]) -> Speedup | None:
-    """The quickest pair on CIFAR-10 that differs in nothing but the activation and the rates (§3.1 chooses them for each)."""
+def relu_and_tanh(groups: Sequence[Group]) -> tuple[Group, Group] | None:
+    """Figure 1: the quickest pair on CIFAR-10 that differs in nothing but the activation and the rates (§3.1 chooses them for
+    each)."""
     def epochs(one: Group) -> float:
-        mean = stat(epochs_to_error(run) for run in one.counted)
+        mean = epochs_to_error(one)
         return mean.mean if mean and mean.n == len(one.counted) else math.inf
 
     on_cifar = [one for one in groups if one.data_set == "cifar10"]
@@ -173,62 +152,20 @@ def relu_speedup(groups: Sequence[Group]) -> Speedup | None:
              if (relu.config["model"].get("activation"), tanh.config["model"].get("activation")) == ("relu", "tanh")
              and not [line for line in differences(tanh.config, relu.config) if not line.startswith(
                  ("model.activation", "model.layers.", "optimizer.", "schedule.", "train.seed", "train.epochs"))]]
-    if not pairs:
-        return None
-    relu, tanh = min(pairs, key=lambda pair: (epochs(pair[0]), epochs(pair[1])))
-    return Speedup(relu, tanh, *(stat(epochs_to_error(run) for run in one.counted) for one in (relu, tanh)))
+    return min(pairs, key=lambda pair: (epochs(pair[0]), epochs(pair[1])), default=None)
 
 
-def epochs_to_error(run: Run, error: float = paper.TRAINING_ERROR) -> float | None:
-    """Epochs until the training error is this low, between two epochs by a straight line; None when it never is."""
-    before: tuple[float, float] | None = None
-    for epoch in run.epochs:
-        if epoch.error is None:
-            continue
-        if epoch.error <= error:
-            if before is None or before[1] <= epoch.error:
-                return float(epoch.epoch + 1)
-            return before[0] + (epoch.epoch + 1 - before[0]) * (before[1] - error) / (before[1] - epoch.error)
-        before = epoch.epoch + 1, epoch.error
-    return None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Results and all that is compared with them."""
-
-    groups: list[Group]
-    ensembles: list[Ensemble]
-    ablations: list[Ablation]
-    speedup: Speedup | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """All of it as plain values: errors and data wait as shares, the paper's as percent, as in its tables."""
-        def plain(value: Any) -> Any:
-            return None if value is None else dataclasses.asdict(value)
-
-        return {
-            "results": [{"name": one.name, "runs": [run.name for run in one.runs], "seeds": [run.seed for run in one.counted],
-                         "experiment": one.experiment or None, "departs": one.departs, "data": one.data,
-                         "data_set": one.data_set or None, **{name: plain(one.stat(name)) for name in FIGURES}}
-                        for one in self.groups],
-            "averaged": [{"name": one.group.name, "members": one.members, "split": one.split, "views": one.views,
-                          **{name: getattr(one, name).mean for name in ("top1", "top5", "less_top1", "less_top5")}}
-                         for one in self.ensembles],
-            "paper": [{**dataclasses.asdict(row), "ours": [
-                {"name": one.name, **{name: plain(stat(getattr(test, name) for test in tests)) for name in ("top1", "top5")}}
-                for one, tests in beside(row, self.groups) if row.key != paper.FIVE]} for row in paper.ROWS],
-            "changes": [{"experiment": one.group.experiment, "name": one.group.name, "full": one.full.name,
-                         "paper_top1": one.change.top1, "paper_top5": one.change.top5, "top1": plain(one.top1),
-                         "top5": plain(one.top5), "also": list(one.also)} for one in self.ablations],
-            "figure1": self.speedup and {"relu": self.speedup.relu.name, "tanh": self.speedup.tanh.name,
-                                         "relu_epochs": plain(self.speedup.relu_epochs),
-                                         "tanh_epochs": plain(self.speedup.tanh_epochs)},
-            "runs": [{**dataclasses.asdict(run), "folder": str(run.folder), "state": run.state}
-                     for one in self.groups for run in one.runs]}
-
-
-def compare(groups: list[Group]) -> tuple[Comparison, list[str]]:
-    """Everything about these groups, and which of them could not be averaged."""
-    averages, problems = ensembles(groups)
-    return Comparison(groups, averages, ablations(groups), relu_speedup(groups)), problems
+def epochs_to_error(one: Group, error: float = paper.TRAINING_ERROR) -> Stat | None:
+    """Epochs until the training error is this low, between two epochs by a straight line, over the runs that reach it."""
+    found = []
+    for run in one.counted:
+        before: tuple[float, float] | None = None
+        for epoch in run.epochs:
+            if epoch.error is None:
+                continue
+            if epoch.error <= error:
+                found.append(float(epoch.epoch + 1) if before is None else before[0] + (epoch.epoch + 1 - before[0])
+                             * (before[1] - error) / (before[1] - epoch.error))
+                break
+            before = epoch.epoch + 1, epoch.error
+    return stat(found)

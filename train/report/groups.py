@@ -1,7 +1,5 @@
 """Results: runs that differ only in the seed are one, with mean, standard deviation and number of seeds."""
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import json
@@ -15,8 +13,6 @@ from typing import Any
 from train.config import PATHS, SPEED
 from train.report import paper
 from train.report.runs import Run
-
-FIGURES = ("test_top1", "test_top5", "validation_top1", "validation_top5", "images_per_s", "waited", "minutes")
 
 
 @dataclass(frozen=True)
@@ -83,11 +79,11 @@ class Group:
         return f"{name} ({self.config['model'].get('classes')} classes{count and f', {count} training images'})"
 
     def values(self, name: str) -> list[float | None]:
-        """A figure of FIGURES for each of the furthest runs, None where it has none: shares, images/s, minutes."""
+        """test_top1, test_top5, validation_top1, …, images_per_s, waited (shares) or minutes of each of the furthest runs."""
         return [_figure(run, name) for run in self.furthest]
 
     def stat(self, name: str) -> Stat | None:
-        """Mean and standard deviation of a figure of FIGURES."""
+        """Mean and standard deviation of `values`."""
         return stat(self.values(name))
 
 
@@ -96,12 +92,10 @@ def _figure(run: Run, name: str) -> float | None:
     if what in ("test", "validation"):
         source = run.test if what == "test" else run.epochs[-1] if run.epochs else None
         return None if source is None else getattr(source, top)
-    epochs = [(1 / 60 if name == "minutes" else getattr(epoch, name), epoch.seconds) for epoch in run.epochs if epoch.seconds]
-    known = [(value, seconds) for value, seconds in epochs if value is not None]
-    if not known:
-        return None
-    total = sum(value * seconds for value, seconds in known)
-    return total if name == "minutes" else total / sum(seconds for _, seconds in known)
+    if name == "minutes":
+        return sum(epoch.seconds or 0.0 for epoch in run.epochs) / 60 or None
+    known = [(value, epoch.seconds) for epoch in run.epochs if epoch.seconds and (value := getattr(epoch, name)) is not None]
+    return sum(value * seconds for value, seconds in known) / sum(seconds for _, seconds in known) if known else None
 
 
 def group(runs: Sequence[Run]) -> list[Group]:
@@ -109,9 +103,15 @@ def group(runs: Sequence[Run]) -> list[Group]:
     recipes: dict[str, list[Run]] = {}
     for run in runs:
         recipes.setdefault(_recipe(run), []).append(run)
-    return _distinct_names([Group(_name([run.name for run in members]),
-                                  tuple(sorted(members, key=lambda run: (run.seed, run.name))),
-                                  *paper.experiment(members[0].config)) for members in recipes.values()])
+    found = [Group(_name([run.name for run in members]), tuple(sorted(members, key=lambda run: (run.seed, run.name))),
+                   *paper.experiment(members[0].config)) for members in recipes.values()]
+
+    def distinct(one: Group) -> Group:
+        folders = [other.runs[0].folder.resolve() for other in found if other.name == one.name]
+        return one if len(folders) == 1 else dataclasses.replace(
+            one, name=os.path.relpath(one.runs[0].folder.resolve(), os.path.commonpath(folders)))
+
+    return [distinct(one) for one in found]
 
 
 def _recipe(run: Run) -> str:
@@ -142,20 +142,6 @@ def _name(names: Sequence[str]) -> str:
     stems = collections.Counter(re.sub(r"[-_. ]+(s|seed)?[-_.=]?\d+$", "", name) for name in names)
     stem, times = stems.most_common(1)[0]
     return stem if times > 1 and stem else os.path.commonprefix(list(names)).rstrip("-_. ") or names[0]
-
-
-def _distinct_names(groups: Sequence[Group]) -> list[Group]:
-    """Groups of one name get the folders in which they differ before it, or, where there are none, their seeds behind it."""
-    found = []
-    for one in groups:
-        folders = [str(other.runs[0].folder.resolve().parent) for other in groups if other.name == one.name]
-        own = str(one.runs[0].folder.resolve().parent)
-        common = os.path.commonpath(folders)
-        common = os.path.dirname(common) if common in folders else common
-        name = f"{os.path.relpath(own, common)}/{one.name}" if folders.count(own) == 1 else \
-            f"{one.name} (seed{'s' * (len(one.runs) > 1)} {', '.join(str(run.seed) for run in one.runs)})"
-        found.append(dataclasses.replace(one, name=name) if len(folders) > 1 else one)
-    return found
 
 
 def by_images(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:

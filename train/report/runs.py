@@ -4,13 +4,11 @@ A run may be half done, killed in the middle of a line, or older than this progr
 `Run.problems`; only a folder that is no run at all is refused. Errors and data wait are shares here, never percent.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Mapping
+from typing import Any, Mapping
 
 import yaml
 
@@ -23,7 +21,6 @@ from train.report import paper
 from train.run_folder import CHECKPOINTS, CONFIG, METRICS, VERSIONS
 
 EVALUATIONS = "evaluations"  # folder of a run's saved evaluations
-CURVE_POINTS = 400  # of a curve by step: more cannot be seen
 MOST_PROBLEMS = 6
 
 
@@ -33,33 +30,23 @@ class NoRun(ValueError):
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch; None where it is not recorded, or not finite. `waited_for` divides `waited` by stage of the loader."""
+    """One epoch; None where it is not recorded, or not finite."""
 
     epoch: int
     lr: float | None
     loss: float | None
-    error: float | None
+    error: float | None  # top-1, in training
     top1: float | None
     top5: float | None
     images_per_s: float | None
     waited: float | None
-    waited_for: dict[str, float]
+    waited_for: dict[str, float]  # `waited` by stage of the loader
     seconds: float | None
 
 
 @dataclass(frozen=True)
-class Step:
-    """A recorded step: its number, learning rate, loss."""
-
-    step: int
-    lr: float | None
-    loss: float | None
-
-
-@dataclass(frozen=True)
 class Test:
-    """A test of the network: at the end of training, or a saved evaluation. Of the latter `source` names its folder, and
-    `checkpoint` is the SHA-256 of the manifest of the checkpoint."""
+    """A test of the network: at the end of training, or a saved evaluation."""
 
     split: str
     views: int
@@ -67,18 +54,17 @@ class Test:
     top1: float
     top5: float
     loss: float | None
-    source: str = ""
-    checkpoint: str = ""
+    source: str = ""  # folder of a saved evaluation
+    checkpoint: str = ""  # SHA-256 of its checkpoint's manifest
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint: folder name, step, validation error (None when not validated), SHA-256 of its manifest."""
+    """A checkpoint in a run folder."""
 
     name: str
-    step: int | None
-    validation_error: float | None
-    manifest: str
+    validation_error: float | None  # None when not validated
+    manifest: str  # its SHA-256
 
 
 @dataclass(frozen=True)
@@ -90,24 +76,20 @@ class Run:
     config: Mapping[str, Any]  # config.yaml as plain values
     starts: tuple[Mapping[str, Any], ...] = ()  # lines of versions.jsonl, oldest first
     epochs: tuple[Epoch, ...] = ()
-    steps: tuple[Step, ...] = ()  # thinned out
-    last_step: int = -1  # the last one recorded, -1 for none
+    began: bool = False  # whether a step or an epoch is recorded
     tests: tuple[Test, ...] = ()  # at the end of training, then saved evaluations
     checkpoints: tuple[Checkpoint, ...] = ()  # oldest first
     train_images: tuple[int, int] | None = None  # least and most it can have; equal where a checkpoint records it
     validation_images: int | None = None
     images_sha256: str = ""  # of the training images, "" unknown
-    when: tuple[float, float] | None = None  # seconds since 1970 of the first and last line
-    problems: tuple[str, ...] = ()  # what could not be read, or is not finite
+    problems: tuple[str, ...] = ()  # what could not be read
 
     @property
     def seed(self) -> int:
-        """Its seed."""
         return int(self.config["train"]["seed"])
 
     @property
     def planned_epochs(self) -> int:
-        """Epochs of its recipe."""
         return int(self.config["train"]["epochs"])
 
     @property
@@ -131,7 +113,7 @@ class Run:
             return "trained, not tested"
         if self.epochs:
             return f"not finished: {len(self.epochs)} of {self.planned_epochs} epochs"
-        return "in its first epoch" if self.last_step >= 0 else "no epoch yet"
+        return "in its first epoch" if self.began else "no epoch yet"
 
     @property
     def data_set(self) -> str:
@@ -153,49 +135,36 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run folder.
-
-    Raises:
-        NoRun: it has no config.yaml that is one of a run, or is a checkpoint or an exported network.
-    """
+    """Read a run folder. Raises NoRun when it has no config.yaml that is one of a run, or is a checkpoint or exported network."""
     if not folder.is_dir():
         raise NoRun(f"run (={folder}) is not a folder; name run folders, such as runs/tiny100")
     if (folder / checkpoint.MANIFEST).is_file():  # both have a config.yaml too
         raise NoRun(f"run (={folder}) is a checkpoint or an exported network; name run folders, such as runs/tiny100")
     config = _config(folder / CONFIG)
     problems: list[str] = []
-    not_finite: list[str] = []
     starts = tuple(_json_lines(folder / VERSIONS, problems))
     epochs: dict[int, Epoch] = {}
     steps_done: dict[int, int] = {}  # at the end of an epoch
-    steps: list[Step] = []
-    test = validation_images = when = None
+    tests, validation_images, began = [], None, False
     for line in _json_lines(folder / METRICS, problems):
         kind, step, epoch = line.get("kind"), _whole(line.get("step")), _whole(line.get("epoch"))
-        if (time := _number(line.get("time"))) is not None:
-            when = (when or (time, time))[0], time
-        if kind == "step" and step is not None:
-            steps.append(Step(step, _number(line.get("lr")), _number(line.get("loss"))))
-            not_finite += _not_finite(line, f"step {step}")
-        elif kind == "epoch" and epoch is not None:
+        began = began or kind == "step"
+        if kind == "epoch" and epoch is not None:
             epochs[epoch] = _epoch(epoch, line)
-            not_finite += _not_finite(line, f"epoch {epoch}")
             if step is not None:
                 steps_done[epoch] = step
             if isinstance(line.get("validation"), dict):
                 validation_images = _whole(line["validation"].get("images"))
         elif kind == "test":
-            test = _test(line) or test
+            tests = _test(line) or tests
     checkpoints, loader = _checkpoints(folder / CHECKPOINTS)
     samples = _whole(loader.get("samples"))
     train_images = (samples, samples) if samples else _train_images(_whole(config["train"].get("batch")), steps_done)
-    tests = [*([test] if test else []), *_evaluations(folder / EVALUATIONS, problems)]
-    problems += not_finite
+    tests = [*tests, *_evaluations(folder / EVALUATIONS, problems)]
     if len(problems) > MOST_PROBLEMS:
         problems[MOST_PROBLEMS:] = [f"and {len(problems) - MOST_PROBLEMS} more"]
-    return Run(folder, folder.resolve().name, config, starts, tuple(epochs[number] for number in sorted(epochs)),
-               tuple(steps[::-(-len(steps) // CURVE_POINTS) or 1]), steps[-1].step if steps else -1, tuple(tests), checkpoints,
-               train_images, validation_images, str(loader.get("images") or ""), when, tuple(problems))
+    return Run(folder, folder.resolve().name, config, starts, tuple(epochs[number] for number in sorted(epochs)), began,
+               tuple(tests), checkpoints, train_images, validation_images, str(loader.get("images") or ""), tuple(problems))
 
 
 def _train_images(batch: int | None, steps_done: Mapping[int, int]) -> tuple[int, int] | None:
@@ -223,43 +192,44 @@ def _config(path: Path) -> Mapping[str, Any]:
     return config
 
 
-def _json_lines(path: Path, problems: list[str]) -> Iterator[Mapping[str, Any]]:
+def _json_lines(path: Path, problems: list[str]) -> list[Mapping[str, Any]]:
     """JSON objects of a file of lines; other lines are counted in `problems`."""
-    bad: list[int] = []
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for number, text in enumerate(file, start=1):
-                try:
-                    line = json.loads(text)
-                except (ValueError, RecursionError):
-                    line = None
-                if isinstance(line, dict):
-                    yield line
-                elif not text.endswith("\n"):
-                    problems.append(f"{path.name} ends within a line: the run is writing it, or was killed")
-                else:
-                    bad.append(number)
+        *lines, cut = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:
         problems.append(f"{path.name} cannot be read ({error.strerror})" if path.exists() else f"{path.name} is missing")
-    if bad:
-        problems.append(f"{path.name}: {len(bad)} line{'s' * (len(bad) > 1)} cannot be read, the first is line {bad[0]}")
+        return []
+    found = []
+    for text in lines:
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        if isinstance(line, dict):
+            found.append(line)
+    if cut:
+        problems.append(f"{path.name} ends within a line: the run is writing it, or was killed")
+    if bad := len(lines) - len(found):
+        problems.append(f"{path.name}: {bad} line{'s' * (bad > 1)} cannot be read")
+    return found
 
 
 def _epoch(number: int, line: Mapping[str, Any]) -> Epoch:
     score, stages = (value if isinstance(value, dict) else {} for value in (line.get("validation"), line.get("waited_for")))
     shares = {str(stage): share for stage, value in stages.items() if (share := _number(value)) is not None}
-    return Epoch(number, _number(line.get("lr")), _number(line.get("loss")), _number(line.get("error")),
-                 _number(score.get("top1")), _number(score.get("top5")), _number(line.get("images_per_s")),
-                 _number(line.get("waited")), shares, _number(line.get("seconds")))
+    lr, loss, error, images_per_s, waited, seconds = (_number(line.get(key)) for key in (
+        "lr", "loss", "error", "images_per_s", "waited", "seconds"))
+    return Epoch(number, lr, loss, error, _number(score.get("top1")), _number(score.get("top5")), images_per_s, waited, shares,
+                 seconds)
 
 
-def _test(line: Mapping[str, Any]) -> Test | None:
-    """The test at the end of training; None when a count is missing."""
+def _test(line: Mapping[str, Any]) -> list[Test]:
+    """The test at the end of training; empty when a count is missing."""
     views, images = _whole(line.get("views")), _whole(line.get("images"))
     top1, top5 = _number(line.get("top1")), _number(line.get("top5"))
     if not images or views is None or top1 is None or top5 is None:
-        return None
-    return Test(str(line.get("split", "")), views, images, top1, top5, _number(line.get("loss")))
+        return []
+    return [Test(str(line.get("split", "")), views, images, top1, top5, _number(line.get("loss")))]
 
 
 def _checkpoints(root: Path) -> tuple[tuple[Checkpoint, ...], Mapping[str, Any]]:
@@ -271,7 +241,7 @@ def _checkpoints(root: Path) -> tuple[tuple[Checkpoint, ...], Mapping[str, Any]]
             state, manifest = checkpoint.read_state(path), file_sha256(path / checkpoint.MANIFEST)
         except (OSError, ValueError, RecursionError, AttributeError):
             continue  # damaged: named when its kernels are wanted
-        found.append(Checkpoint(path.name, _whole(state.get("step")), _number(state.get("validation_error")), manifest))
+        found.append(Checkpoint(path.name, _number(state.get("validation_error")), manifest))
         loader = state["loader"] if isinstance(state.get("loader"), dict) else loader
     return tuple(found), loader
 
@@ -290,12 +260,6 @@ def _evaluations(root: Path, problems: list[str]) -> list[Test]:
             found.append(Test(saved.split, saved.key.views, score.images, score.top1, score.top5, score.loss, path.name,
                               saved.key.checkpoint))
     return found
-
-
-def _not_finite(line: Mapping[str, Any], where: str) -> list[str]:
-    """Names of figures that are NaN or infinite."""
-    return [f"{key} is not finite at {where}" for key, value in line.items()
-            if isinstance(value, float) and not math.isfinite(value)]
 
 
 def _number(value: object) -> float | None:
