@@ -4,16 +4,11 @@
     python -m train.evaluate --checkpoints runs/A runs/B/checkpoints/step-… runs/C/evaluations/… weights/D [--views 10]
     python -m train.evaluate --run runs/NAME --split test --submission predictions.txt --devkit ILSVRC2012_devkit_t12.tar.gz
 
-All probabilities are saved (train/evaluate/predictions.py), by default in the run's folder `evaluations`: the same command
-answers without a look at an image, and saved evaluations can be averaged where there is neither checkpoint nor data nor GPU.
-
-Also under `torchrun --nproc-per-node N -m -- train.evaluate --run …` (the `--` keeps torchrun from reading --run as an option
-of its own), however the networks were trained: each process holds all of one and tests every N-th batch, with the same result to
-the bit.
+All probabilities are saved (train/evaluate/predictions.py): the same command then answers without a look at an image. Also under
+`torchrun --nproc-per-node N -m -- train.evaluate --run …` (the `--` keeps torchrun from reading --run as an option of its own):
+each process holds all of a network and tests every N-th batch, with the same result to the bit.
 Exit codes: 0 done, 2 a mistake in what was asked, 4 the machine failed, 130 interrupted.
 """
-
-from __future__ import annotations
 
 import argparse
 import sys
@@ -24,7 +19,6 @@ from train.exit_codes import exit_code, leave
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m train.evaluate", description="Test trained networks, alone and as an ensemble; prints exact counts with "
         "95% intervals. Exit codes: 0 done, 2 a mistake in what was asked, 4 the machine failed.")
@@ -52,7 +46,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns its exit code."""
+    """The command; returns its exit code."""
     args = parse(argv)
     from train.evaluate import command  # here, because --help needs neither torch nor DALI
 

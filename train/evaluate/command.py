@@ -3,8 +3,6 @@
 N images, K classes.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import sys
@@ -36,16 +34,12 @@ EVALUATIONS = "evaluations"  # of a run folder
 class Plan:
     """A test to be made: of a checkpoint or exported network, on the images of a split."""
 
+    name: str  # its run's and its checkpoint's, for messages
     weights: Resolved
     config: Config
     split: str
     index: SampleIndex
     key: Key
-
-    @property
-    def name(self) -> str:
-        """Its run's and its checkpoint's name, for messages."""
-        return predictions.short_name(self.weights.path)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -76,22 +70,15 @@ def _plan(weights: Resolved, args: argparse.Namespace) -> Plan:
     """The recipe of a checkpoint or exported network as the command line changes it, and the images to test on."""
     config = weights.inference_config(args.index, args.archives, args.device, args.batch)
     split = args.split or config.data.test_split
-    index = _index(config, split, args.submission is not None)
+    index = build.index(config, *([] if args.submission else [split]))  # the other splits need not be there
+    if args.submission:  # this one may lack labels
+        if not len(index.ids(split)):
+            raise ValueError(f"split (={split}) of {index.path} has no images; name another with --split")
+        index.check_archives(split)
     weights.check_classes(index)
-    return Plan(weights, config, split, index, Key(
+    return Plan(predictions.short_name(weights.path), weights, config, split, index, Key(
         weights.sha256, index.split_sha256(split), build.classes_sha256(index), len(index.ids(split)), config.model.classes,
         args.views or config.train.test_views, config.machine.precision))
-
-
-def _index(config: Config, split: str, may_lack_labels: bool) -> SampleIndex:
-    """The index to test on; it need not have the other splits."""
-    if not may_lack_labels:
-        return build.index(config, split)
-    index = build.index(config)
-    if not len(index.ids(split)):
-        raise ValueError(f"split (={split}) of {index.path} has no images; name another with --split")
-    index.check_archives(split)
-    return index
 
 
 def _evaluation(plan: Plan, args: argparse.Namespace, topology: Topology) -> Optional[Evaluation]:
@@ -104,31 +91,24 @@ def _evaluation(plan: Plan, args: argparse.Namespace, topology: Topology) -> Opt
     if topology.broadcast_object(saved is not None):
         return saved
     about = {"checkpoint": str(plan.weights.path), "split": plan.split, "index": str(plan.index.path)}
+    device = (torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda"
+              else f"cpu {torch.backends.cpu.get_cpu_capability()}")
+    made = {"device": device, "torch": torch.__version__, "batch": plan.config.machine.test_batch}
     images: list[np.ndarray] = []
     in_memory: list[np.ndarray] = []
-    with contextlib.ExitStack() as stack:
-        append: Take = lambda rows, probabilities: in_memory.append(probabilities)
-        if path is not None:
-            device = (torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda"
-                      else f"cpu {torch.backends.cpu.get_cpu_capability()}")
-            made = {"device": device, "torch": torch.__version__, "batch": plan.config.machine.test_batch}
-            try:
-                append = stack.enter_context(predictions.writing(path, plan.key, {**about, "made": made}))
-            except predictions.NotSaved as error:
-                if args.save:
-                    raise
-                warn_on_stderr(f"{str(error).partition(';')[0]}; the probabilities of this test are not saved")
 
-        def take(rows: np.ndarray, probabilities: np.ndarray) -> None:
-            if topology.is_main:
-                images.append(rows)
-                append(rows, probabilities)
+    def take(rows: np.ndarray, probabilities: np.ndarray) -> None:
+        if topology.is_main:
+            images.append(rows)
+            append(rows, probabilities)
 
+    with contextlib.nullcontext(lambda rows, probabilities: in_memory.append(probabilities)) if path is None else \
+            predictions.writing(path, plan.key, {**about, "made": made}) as append:
         _predict(plan, topology, take)
         if not topology.is_main:
             return None
         tested = check_complete(images, plan.index, plan.split)
-    if path is not None and not in_memory:
+    if path is not None:
         return replace(predictions.load(path), tested=len(tested))
     return Evaluation(**about, key=plan.key, images=tested, probabilities=np.concatenate(in_memory), folder=None,
                       tested=len(tested))
@@ -136,13 +116,12 @@ def _evaluation(plan: Plan, args: argparse.Namespace, topology: Topology) -> Opt
 
 def _folder(plan: Plan, save: Optional[Path]) -> Path:
     """Where the evaluation is saved: in the run's folder, beside an exported network, or in `save`."""
-    run, key = predictions.run_folder(plan.weights.path), plan.key
-    name = f"{plan.weights.path.name}-{plan.split}-{key.views}view{'s' if key.views > 1 else ''}"
+    run, views = predictions.run_folder(plan.weights.path), plan.key.views
+    name = f"{plan.weights.path.name}-{plan.split}-{views}view{'s' if views > 1 else ''}"
     return save / f"{run.name}-{name}" if save else run / EVALUATIONS / name
 
 
 def _predict(plan: Plan, topology: Topology, take: Take) -> None:
-    """Load the network and show it all images."""
     config = plan.config
     network = build.network(config, topology)
     plan.weights.load_weights(network, config, topology)

@@ -27,7 +27,6 @@ class Result:
 
     @property
     def score(self) -> Score:
-        """Exact counts and loss."""
         return score(self.ranks, self.probabilities, self.classes)
 
     def intervals(self) -> dict[str, tuple[float, float]]:

@@ -1,7 +1,5 @@
 """Metrics of a test: rank of the label, top-1 and top-5 error, loss, 95% bootstrap intervals. N images, K classes."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -17,29 +15,20 @@ _STEPS = 1 << 12  # grid steps in a standard deviation of that sum: the grid rea
 
 @dataclass(frozen=True)
 class Score:
-    """Counts and loss of a test.
+    """Counts and loss of a test; top1 and top5 are the errors as shares."""
 
-    Attributes:
-        images: tested, each once.
-        top1_errors, top5_errors: images whose label is not the most probable class; not among the five most probable.
-        loss: mean of -log of the label's averaged probability.
-        classes: K.
-    """
-
-    images: int
-    top1_errors: int
-    top5_errors: int
-    loss: float
-    classes: int
+    images: int  # tested, each once
+    top1_errors: int  # images whose label is not the most probable class
+    top5_errors: int  # not among the five most probable
+    loss: float  # mean of -log of the label's averaged probability
+    classes: int  # K
 
     @property
     def top1(self) -> float:
-        """Top-1 error, a share."""
         return self.top1_errors / self.images
 
     @property
     def top5(self) -> float:
-        """Top-5 error, a share."""
         return self.top5_errors / self.images
 
     @property
@@ -55,17 +44,9 @@ class Score:
 
 
 def label_ranks(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Rank of each label among the classes, 0 the most probable; of equal probabilities the lower class comes first.
+    """(N,) int64 rank of each label (N,) among probabilities (N, K), 0 the most probable; of equals the lower class comes first.
 
-    Args:
-        probabilities: (N, K).
-        labels: (N,) integers.
-
-    Returns:
-        (N,) int64.
-
-    Raises:
-        RuntimeError: a probability is not finite (comparisons with it are false and would count as successes).
+    Raises RuntimeError when a probability is not finite (comparisons with it are false and would count as successes).
     """
     if not np.isfinite(probabilities).all():
         raise RuntimeError("probabilities (=NaN or infinite) must be finite; the weights are damaged, test an earlier "
@@ -81,28 +62,18 @@ def label_losses(probabilities: np.ndarray) -> np.ndarray:
 
 
 def score(ranks: np.ndarray, probabilities: np.ndarray, classes: int) -> Score:
-    """The score of N images; does not depend on their order.
-
-    Args:
-        ranks: (N,) of the labels, from `label_ranks`.
-        probabilities: (N,) float64, of the labels.
-        classes: K.
-    """
+    """The score of N images from the ranks (N,) and the float64 probabilities (N,) of their labels, in any order."""
     return Score(len(ranks), int((ranks >= 1).sum()), int((ranks >= 5).sum()),
                  math.fsum(label_losses(probabilities).tolist()) / len(ranks), classes)
 
 
-def bootstrap_interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean over images, in the limit of infinitely many resamples.
+def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of values (N,), N ≥ 1, over images, in the limit of infinitely many resamples.
 
     A resample draws N of the N images with replacement. Its sum has a known distribution: that of one image's value convolved
     with itself N times, which is a power of its Fourier transform. So no resample is drawn, and there is no seed. Differences
-    between two networks are means too, of each image's difference, so what both find hard does not widen their interval.
-
-    Args:
-        values: (N,), N at least 1. Integers (errors, differences of errors) are treated exactly, others to about 1/4096 of the
-            standard error.
-        level: share of the resamples whose mean lies inside.
+    between two networks are means too, of each image's difference, so what both find hard does not widen their interval. Integers
+    (errors, differences of errors) are treated exactly, others to about 1/4096 of the standard error.
     """
     count, values = len(values), values.astype(np.float64)
     deviation = float(values.std()) * math.sqrt(count)  # of the sum
@@ -117,5 +88,5 @@ def bootstrap_interval(values: np.ndarray, level: float = LEVEL) -> tuple[float,
     of_sum = np.fft.irfft(np.fft.rfft(one / count) ** count, _GRID)  # of the sum modulo the grid
     first = round(float(positions.sum())) - _GRID // 2
     cumulative = np.cumsum(np.roll(of_sum, -(first % _GRID)))
-    low, high = (first + int(np.searchsorted(cumulative, tail)) for tail in ((1 - level) / 2, (1 + level) / 2))
+    low, high = (first + int(np.searchsorted(cumulative, tail)) for tail in ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     return origin + step * low / count, origin + step * high / count

@@ -3,8 +3,6 @@
 B batch, K classes, N images of the split.
 """
 
-from __future__ import annotations
-
 from typing import Any, Callable, ContextManager, Iterator, Optional
 
 import numpy as np
@@ -32,27 +30,20 @@ class _Stopped(Exception):
 def evaluate(network: nn.Module, loader: EvalLoader, crops: int, autocast: Autocast, stop: Callable[[], bool] = lambda: False,
              progress: Callable[[int, int], None] = lambda done, total: None,
              topology: Topology = Topology.single()) -> Optional[Score]:
-    """Test a network on every image of a split. Arguments and errors as for `predict`; ValueError for an image without a label.
+    """Test a network on every image of a split; arguments and errors as for `predict`, ValueError for an image without a label.
 
-    Returns:
-        The same score in all processes, equal to the bit for any number of data ranks; None when somebody asked to stop.
+    The score is the same in all processes, equal to the bit for any number of data ranks; None when somebody asked to stop.
     """
-    parts: list[np.ndarray] = []
-    total, classes = len(loader.index.ids(loader.split)), 0
-
-    def take(images: np.ndarray, probabilities: np.ndarray) -> None:
-        nonlocal classes
-        parts.append(images)
-        classes = probabilities.shape[1]
-
-    if not predict(network, loader, crops, autocast, take, stop=stop, progress=lambda done: progress(done, total),
-                   topology=topology, keep=False):
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
+    total = len(loader.index.ids(loader.split))
+    if not predict(network, loader, crops, autocast, lambda *part: parts.append(part), stop=stop,
+                   progress=lambda done: progress(done, total), topology=topology, keep=False):
         return None
-    images = check_complete(parts, loader.index, loader.split)
+    images = check_complete([images for images, _ in parts], loader.index, loader.split)
     if (images["label"] < 0).any():
         raise ValueError(f"split (={loader.split}) of {loader.index.path} has images without a label; choose a split with ground "
                          "truth")
-    return score(images["place"], images["probability"], classes)
+    return score(images["place"], images["probability"], parts[0][1].shape[1])
 
 
 def check_complete(parts: list[np.ndarray], index: SampleIndex, split: str) -> np.ndarray:
@@ -67,25 +58,13 @@ def check_complete(parts: list[np.ndarray], index: SampleIndex, split: str) -> n
 def predict(network: nn.Module, loader: EvalLoader, crops: int, autocast: Autocast, take: Take, *,
             stop: Callable[[], bool] = lambda: False, progress: Callable[[int], None] = lambda done: None,
             topology: Topology = Topology.single(), keep: bool = True) -> bool:
-    """Show a network the loader's images. All processes call it together.
+    """Show a network (images (B, 3, crop, crop) to logits (B, K)) the loader's resized images; False when somebody asked to stop.
 
-    Args:
-        network: images (B, 3, crop, crop) to logits (B, K); put into eval mode and back.
-        loader: of resized images; with `shard` (data_rank, data_ranks) the batches of this process.
-        crops: 1 (centre) or 10 (corners and centre, and flipped); their softmax outputs are averaged.
-        autocast: context in which the network runs.
-        take: called in every process with the rows of all processes, ordered by id: (M,) IMAGE and (M, K) float16.
-        stop: asked before each batch; when true in any process, the test is given up in all.
-        progress: called with the number of images done, by all processes.
-        topology: this process among others.
-        keep: hand on the probabilities; else (0, K) of them.
-
-    Returns:
-        False when somebody asked to stop.
-
-    Raises:
-        SampleError: an image cannot be read; in all processes, whichever met it.
-        RuntimeError: a probability is not finite.
+    All processes call it together, each with a loader of its own batches. `crops` is 1 (centre) or 10 (corners and centre,
+    and flipped), whose softmax outputs are averaged. `take` is called in every process with the rows of all, ordered by id:
+    (M,) IMAGE and (M, K) float16, or (0, K) without `keep`. `stop` is asked before each batch: when true in any process, the
+    test is given up in all. `progress` is called with the number of images done, by all processes. Raises SampleError in all
+    processes when an image cannot be read, RuntimeError when a probability is not finite.
     """
     done = 0
     rows: list[tuple[np.ndarray, np.ndarray]] = []

@@ -9,8 +9,6 @@ Those are multiples of 2^-39, so sums of them are exact in float64: neither the 
 come from changes a bit. N images in the order of the split's ids, K outputs of the network.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os
@@ -45,30 +43,15 @@ class NotSaved(RuntimeError):
 
 @dataclass(frozen=True)
 class Key:
-    """What an evaluation is of; two of equal keys have the same results.
+    """What an evaluation is of; two of equal keys have the same results."""
 
-    Attributes:
-        checkpoint: SHA-256 of its manifest, hence of weights, recipe and statistics.
-        test_images: `SampleIndex.split_sha256`.
-        classes: hash of the class list in its order.
-        images, outputs: N and K.
-        views: crops of an image, 1 or 10.
-        precision: in which the network computed.
-    """
-
-    checkpoint: str
-    test_images: str
-    classes: str
-    images: int
-    outputs: int
-    views: int
-    precision: str
-
-    def differences(self, other: Key) -> str:
-        """What `other` has otherwise, in words; empty when they are equal."""
-        here, there = asdict(self), asdict(other)
-        return ", ".join(f"{name} {short(there[name])} (here {short(value)})" for name, value in here.items()
-                         if value != there[name])
+    checkpoint: str  # SHA-256 of its manifest, hence of weights, recipe and statistics
+    test_images: str  # `SampleIndex.split_sha256`
+    classes: str  # hash of the class list in its order
+    images: int  # N
+    outputs: int  # K
+    views: int  # crops of an image, 1 or 10
+    precision: str  # in which the network computed
 
 
 def short(value: object) -> str:
@@ -78,25 +61,16 @@ def short(value: object) -> str:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A whole test of one network.
+    """A whole test of one network."""
 
-    Attributes:
-        checkpoint, split, index: of what: paths, as they were, and the split's name.
-        key: the same, by hashes.
-        images: (N,) IMAGE.
-        probabilities: (N, K) float16, times SCALE.
-        folder: where it is saved; None when it is not.
-        tested: number of images tested just now: N, or 0 for a saved evaluation.
-    """
-
-    checkpoint: str
+    checkpoint: str  # of what: paths, as they were, and the split's name
     split: str
     index: str
-    key: Key
-    images: np.ndarray
-    probabilities: np.ndarray
-    folder: Optional[Path]
-    tested: int = 0
+    key: Key  # the same, by hashes
+    images: np.ndarray  # (N,) IMAGE
+    probabilities: np.ndarray  # (N, K) float16, times SCALE
+    folder: Optional[Path]  # where it is saved; None when it is not
+    tested: int = 0  # number of images tested just now: N, or 0 for a saved evaluation
 
     @property
     def name(self) -> str:
@@ -105,7 +79,6 @@ class Evaluation:
 
     @property
     def labelled(self) -> bool:
-        """Whether all images have a label."""
         return bool((self.images["label"] >= 0).all())
 
 
@@ -122,9 +95,7 @@ def short_name(checkpoint: Path) -> str:
 def load(path: Path) -> Evaluation:
     """Read a saved evaluation and compare it with its hashes; the arrays are mapped into memory.
 
-    Raises:
-        ValueError: it is of another format.
-        DamagedEvaluation: its files are not as they were written; naming the file.
+    Raises ValueError for another format, DamagedEvaluation naming the file that is not as it was written.
     """
     file = path / MANIFEST
     try:
@@ -147,22 +118,17 @@ def load(path: Path) -> Evaluation:
 
 
 def find(base: Path, key: Key, warn: Callable[[str], None]) -> tuple[Path, Optional[Evaluation]]:
-    """Find the evaluation of a key at `base`, or beside it at `base`-2, …; `warn` is called for each that is passed over.
-
-    Returns:
-        Its folder and the evaluation; or the first folder that is free for it, and None.
-
-    Raises:
-        ValueError: a folder is of another format.
-        OSError: a folder cannot be read.
-    """
+    """Find the evaluation of a key at `base`, or beside it at `base`-2, …: its folder and itself, or the first free folder and
+    None. `warn` is called for each that is passed over. Raises as `load`."""
     path, number = base, 1
     while path.exists() and not (path.is_dir() and not any(path.iterdir())):
         try:
             evaluation = load(path)
             if evaluation.key == key:
                 return path, evaluation
-            problem = f"evaluation (={path}) is of another test: {key.differences(evaluation.key)}"
+            here, there = asdict(key), asdict(evaluation.key)
+            other = [f"{name} {short(there[name])} (here {short(here[name])})" for name in here if here[name] != there[name]]
+            problem = f"evaluation (={path}) is of another test: {', '.join(other)}"
         except DamagedEvaluation as error:
             problem = str(error).partition(";")[0]
         number += 1

@@ -1,7 +1,5 @@
 """Print the results of a test as text or JSON: counts, errors, loss, 95% intervals; an ensemble beside its members."""
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json
@@ -19,10 +17,7 @@ from train.evaluate.predictions import Evaluation
 
 def print_results(members: Sequence[Evaluation], args: argparse.Namespace) -> None:
     """Print the results of the members, and of their mean when there are several; write a submission when one is asked for.
-
-    Raises:
-        ValueError: they have no labels, or the submission cannot be made.
-    """
+    Raises ValueError when they have no labels, or the submission cannot be made."""
     first = members[0]
     if not first.labelled and args.submission is None:
         raise ValueError(f"split (={first.split}) of {first.index} has images without a label, so there is nothing to count; "
@@ -32,11 +27,7 @@ def print_results(members: Sequence[Evaluation], args: argparse.Namespace) -> No
     for number, member in enumerate(members):
         entry: dict[str, Any] = {"checkpoint": member.checkpoint, "split": member.split, "views": member.key.views,
                                  "evaluation": str(member.folder) if member.folder else None, "tested": member.tested}
-        if results:
-            saved = ensemble_result([member]).score
-            entry |= _numbers(results[number])
-            entry["saved_alone"] = {"top1_errors": saved.top1_errors, "top5_errors": saved.top5_errors}
-        report["members"].append(entry)
+        report["members"].append(entry | (_numbers(results[number]) if results else {}))
     if len(members) == 1:
         report = {**report["members"][0], **report}
     elif results:
@@ -68,7 +59,6 @@ def _crops(count: int) -> str:
 
 
 def _lines(members: Sequence[Evaluation], report: dict[str, Any]) -> list[str]:
-    """Text for people."""
     first, several = members[0], len(members) > 1
     counts = sorted({member.key.views for member in members})
     lines = [] if several else [first.checkpoint]
@@ -80,19 +70,17 @@ def _lines(members: Sequence[Evaluation], report: dict[str, Any]) -> list[str]:
             lines.append("no labels, so no errors were counted")
         else:
             lines += _errors(entry)
-            lines += [f"(its probabilities as they are saved, in float16, would give {count} {key[:3]}-{key[3]} errors)"
-                      for key, count in entry["saved_alone"].items() if count != entry[key]]
         if member.folder:
             lines.append(f"{'saved in' if member.tested else 'no image was read: as saved in'} {member.folder}")
     if entry := report["ensemble"]:
         lines += [f"ensemble of {len(members)}, probabilities averaged", *_errors(entry)]
-        top1, top5, loss = ((value["difference"], *value["interval"])
-                            for value in (entry["less_best_member"][name] for name in ("top1", "top5", "loss")))
-        points = "{} {:+.2f} points ({:+.2f} to {:+.2f})"
-        lines.append(f"against its best member, {members[entry['best_member']].name}: "
-                     + points.format("top-1", *(100 * value for value in top1)) + ", "
-                     + points.format("top-5", *(100 * value for value in top5))
-                     + ", loss {:+.4f} ({:+.4f} to {:+.4f})".format(*loss))
+        parts = []
+        for name, less in entry["less_best_member"].items():
+            form, scale = ("loss {:+.4f}{} ({:+.4f} to {:+.4f})", 1) if name == "loss" else (
+                name.replace("p", "p-") + " {:+.2f}{} ({:+.2f} to {:+.2f})", 100)
+            low, high = less["interval"]
+            parts.append(form.format(scale * less["difference"], " points" * (scale > 1), scale * low, scale * high))
+        lines.append(f"against its best member, {members[entry['best_member']].name}: {', '.join(parts)}")
     if "submission" in report:
         lines.append(f"predictions in {report['submission']}")
     return lines

@@ -1,8 +1,6 @@
 """Challenge submissions: a line for each image of a split in the order of the images' names, on it the ILSVRC IDs of the five
 most probable classes, best first."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Callable
@@ -16,10 +14,7 @@ from pipeline.index.devkit import read_devkit
 
 def challenge_ids(index: SampleIndex, devkit: Path) -> np.ndarray:
     """(K,) ILSVRC ID of each class of an index, from the devkit's meta.mat (an index keeps wnids, which are not in that order).
-
-    Raises:
-        ValueError: no devkit, or it lacks a class of the index.
-    """
+    Raises ValueError when there is no devkit, or it lacks a class of the index."""
     kit = read_devkit(devkit)
     id_of = {kit.classes[label].wnid: number for number, label in enumerate(kit.label_of_id.tolist()) if label >= 0}
     missing = [entry.wnid for entry in index.classes if entry.wnid not in id_of]
@@ -33,9 +28,7 @@ def check_numbering(index: SampleIndex, split: str, warn: Callable[[str], None])
     """Compare the positions of a split's images with the numbers in their names, as `ILSVRC2012_test_00000001.JPEG` has one.
 
     Two names suffice: they are in order, all different, so when the first is number 1 and the last number N, none is missing.
-
-    Raises:
-        ValueError: an image is missing, or names have no numbers; the lines would belong to other images.
+    Raises ValueError when one is, or names have no numbers: the lines would belong to other images.
     """
     rows = index.split_rows(split)
     for number, id in (1, rows.start), (rows.stop - rows.start, rows.stop - 1):
