@@ -1,4 +1,4 @@
-"""Index of class folders, in a tar or on disk: `[.../]<split>/<class>/.../x.jpg` or `[.../]<class>/x.jpg`; of loose image files.
+"""Index of class folders, in a tar or on disk: `[.../]<split>/<class>/.../x.jpg` or `[.../]<class>/x.jpg`.
 
 A folder on disk is an archive too: its image files in sorted order, their names packed for names.bin.
 """
@@ -13,13 +13,12 @@ from typing import Sequence
 from pipeline.index.builder import Builder
 from pipeline.index.ilsvrc import build_fall2011
 from pipeline.index.image_header import is_image_name
-from pipeline.index.sample_index import REASONS, Archive, ClassInfo, SampleIndex, label_of
+from pipeline.index.sample_index import Archive, ClassInfo, label_of
 from pipeline.index.scan import Oddity
 from pipeline.index.tar import Member
 
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
                "test": "test", "testing": "test"}
-LOOSE_SPLIT = "train"  # of the files of `index_of_files`
 
 
 def build_classes(builder: Builder, path: Path) -> str:
@@ -130,29 +129,3 @@ def folder_archive(path: Path, members: Sequence[Member]) -> Archive:
     for member in members:
         digest.update(os.fsencode(member.name) + b"\0%d\0" % member.size)
     return Archive(path.absolute(), sum(member.size for member in members), digest.hexdigest(), "folder")
-
-
-def index_of_files(files: Sequence[Path], folder: Path) -> SampleIndex:
-    """An index of loose image files, so that they are read, checked and decoded as every other image is.
-
-    The files stay where they are, links and index are written to `folder`, which must be empty. Sample i is `files[i]`; all of
-    them have one class, "file", which means nothing.
-
-    Raises:
-        ValueError: there is none; one is no file, or no image that can be decoded.
-    """
-    if not files:
-        raise ValueError("images (=none) are missing; give one or more JPEG or PNG files")
-    links = folder / "images" / "file"
-    links.mkdir(parents=True)
-    for id, file in enumerate(files):
-        if not file.is_file():
-            raise ValueError(f"image (={file}) does not exist; give a JPEG or PNG file")
-        (links / f"{id:09d}.JPEG").symlink_to(file.absolute())  # the format is found in the bytes, whatever the name
-    build_classes(Builder(folder / "index", "classes", jobs=1), links.parent)
-    index = SampleIndex.load(folder / "index")
-    for file, row in zip(files, index.samples, strict=True):
-        if row["excluded"]:
-            raise ValueError(f"image (={file}) cannot be read: {REASONS[row['reason']].replace('_', ' ')}; give a JPEG "
-                             "or PNG file")
-    return index

@@ -68,17 +68,10 @@ def test_towers_that_differ_and_towers_that_do_not() -> None:
     assert len(single) == 1 and single[0].startswith("24 kernels, chroma ")
 
 
-@pytest.mark.parametrize("wide", [120, 712])
-def test_a_caption_leaves_the_picture_as_it_is(tmp_path: Path, wide: int) -> None:
-    picture = RANDOM.integers(0, 256, (40, wide, 3)) / 255
-    (tmp_path / "a.png").write_bytes(png(picture, ["tower a: 48 kernels, chroma 12% of a kernel's energy", "p"]))
-    with Image.open(tmp_path / "a.png") as drawn:
-        pixels = np.asarray(drawn.convert("RGB"))
-    np.testing.assert_array_equal(pixels[:40, :wide], np.round(picture * 255))
-    assert (pixels[:40, wide:] == 255).all() and pixels.shape[1] == max(wide, pixels.shape[1])
-    below = pixels[40:]
-    assert (below.min((1, 2)) < 100).sum() > 12, "two lines of text"
-    assert (below[[0, -1]] == 255).all() and (below[:, [0, -1]] == 255).all(), "text is cut"
+def test_a_png_has_the_pictures_pixels(tmp_path: Path) -> None:
+    picture = RANDOM.integers(0, 256, (40, 120, 3)) / 255
+    with Image.open(io.BytesIO(png(picture))) as drawn:
+        np.testing.assert_array_equal(np.asarray(drawn.convert("RGB")), np.round(picture * 255))
 
 
 def test_the_command_prints_and_draws(tiny_set: TinySet, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ from tools.show.similar import Picture, draw
 from train.checkpoint.load_trained import class_name, load_trained
 from train.checkpoint.resolve import resolve
 from train.figures.features import FEATURES, IDS, MANIFEST, Features, build
-from train.figures.neighbours import chosen_ids, precision, queries_from_files, queries_from_index, search
+from train.figures.neighbours import Queries, chosen_ids, precision, search
 
 
 def test_precision_by_hand() -> None:
@@ -132,31 +132,6 @@ def test_a_build_that_fails_leaves_nothing(run: Path, tmp_path: Path) -> None:
 
 # --- queries
 
-def test_ids_and_files_give_the_same_queries(run: Path, tiny_set: TinySet, tmp_path: Path) -> None:
-    index = SampleIndex.load(tiny_set.index)
-    ids = index.ids("val")[[5, 2]]
-    files = []
-    for place, id in enumerate(ids.tolist()):  # one called as what it is not
-        files.append(tmp_path / ("a.jpg", "b.txt")[place])
-        files[-1].write_bytes(index.read(id))
-    with load_trained(resolve(run)) as trained:
-        named, loose = queries_from_index(trained, ids), queries_from_files(trained, files)
-    assert named.names == [f"val {id}" for id in ids] and loose.names == ["a.jpg", "b.txt"]
-    np.testing.assert_array_equal(named.crops, loose.crops)
-    np.testing.assert_array_equal(named.features, loose.features)
-    assert named.ids.tolist() == ids.tolist() and loose.ids.tolist() == loose.labels.tolist() == [-1, -1]
-    assert named.labels.tolist() == index.samples["label"][ids].tolist()
-    assert named.crops.shape == (2, 67, 67, 3) and (named.crops[0] != named.crops[1]).any()
-
-
-def test_a_file_that_cannot_be_decoded_is_named(run: Path, tmp_path: Path) -> None:
-    Image.effect_noise((90, 70), 50).convert("RGB").save(tmp_path / "good.jpg")
-    data = (tmp_path / "good.jpg").read_bytes()
-    (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x40\0\0\0\x40\x08\x02\0\0\0" + data)
-    with load_trained(resolve(run)) as trained, pytest.raises(ValueError, match=r"image \(=.*cut.png\) cannot be dec"):
-        queries_from_files(trained, [tmp_path / "good.jpg", tmp_path / "cut.png"])
-
-
 def test_drawn_queries_are_a_function_of_the_seed(tiny_set: TinySet) -> None:
     index = SampleIndex.load(tiny_set.index)
     first, splits = chosen_ids(index, "val", 5, 0, None)
@@ -178,8 +153,8 @@ def query(built: Path, *words: str) -> int:
 def test_the_search_equals_brute_force(run: Path, built: Path, capsys: pytest.CaptureFixture[str]) -> None:
     features = Features.load(built)
     with load_trained(resolve(run, "best"), batch=5) as trained:
-        queries, among = (queries_from_index(trained, ids) for ids in (trained.index.ids("val"), features.ids[[5, 0]]))
-        pixels = queries_from_index(trained, features.ids).crops.reshape(len(features.ids), -1)
+        queries, among = Queries.of(trained, "val", trained.index.ids("val")), Queries.of(trained, "train", features.ids[[5, 0]])
+        pixels = Queries.of(trained, "train", features.ids).crops.reshape(len(features.ids), -1)
         labels, shares = trained.index.samples["label"], {}
         for kind, rows in (("fc7", np.array(features.rows)), ("pixels", pixels)):
             for asked in queries, among:
@@ -240,7 +215,6 @@ def test_features_of_another_checkpoint_or_index_are_refused(run: Path, built: P
     (["--out", "a.jpg"], "--out (=a.jpg) must end in .png, for 1 to 40 queries (=5), as larger sheets cannot be read; without"),
     (["--out", "a.png", "--count", "0"], "--out (=a.png) must end in .png, for 1 to 40 queries (=0)"),
     (["--out", "a.png", "--count", "41"], "--out (=a.png) must end in .png, for 1 to 40 queries (=41)"),
-    (["--images", "a.jpg"], "--images (=a.jpg …) have no labels to count; name the sheet with --out"),
     (["--count", "25"], "images (=25) must lie in 1..24, the images of split val; ask for that many"),
     (["--count", "0"], "images (=0) must lie in 1..24"),
     (["--count", "2", "--neighbours", "0"], "neighbours (=0) must lie in 1..74"),
@@ -248,7 +222,6 @@ def test_features_of_another_checkpoint_or_index_are_refused(run: Path, built: P
     (["--count", "2", "--split", "no"], "split (=no) is not in the index"),
     (["--out", "a.png", "--ids", "5", "5"], "id (=5) is given twice; give it once"),
     (["--out", "a.png", "--ids", "5000"], "id (=5000) is not in the index"),
-    (["--out", "a.png", "--images", "nowhere.jpg"], "image (=nowhere.jpg) does not exist; give a JPEG or PNG file"),
     (["--out", "a.png", "--checkpoint", "nowhere"], "checkpoint (=nowhere) does not exist; give a run folder or"),
     (["--out", "a.png", "--which", "best"], "--which (=best) chooses among a run's checkpoints; leave it out, or")])
 def test_bad_arguments_are_one_line_and_exit_2(built: Path, words: list[str], message: str, tmp_path: Path,

@@ -5,7 +5,6 @@
     python -m tools.show top5 --run runs/NAME --out top5.png
     python -m tools.show similar build --run runs/NAME --split train --out features/NAME
     python -m tools.show similar query --features features/NAME --count 5 --out similar.png
-    python -m tools.show similar query --features features/NAME --images photo.jpg --out similar.png
     python -m tools.show similar query --features features/NAME --count 1000
 
 Exit code 0, or 2 with a message on stderr.
@@ -42,7 +41,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     _path(build, "--out", "DIR", "new folder", required=True)
     query = steps.add_parser("query", help="find the images nearest to others; without --out, count how many are of their class")
     _path(query, "--features", "DIR", "folder that build wrote", required=True)
-    _path(_drawn(query, 5), "--images", "FILE", "image files instead, from anywhere", nargs="+")
+    _drawn(query, 5)
     query.add_argument("--neighbours", type=int, default=6, metavar="K", help="of each query (default %(default)s)")
     query.add_argument("--no-pixels", action="store_true", help="leave out the search by pixels, which decodes every image")
     for one in (batch, kernels, top5, query):
@@ -65,14 +64,13 @@ def _path(parser: Any, name: str, metavar: str, help: str, **options: Any) -> No
     parser.add_argument(name, type=Path, metavar=metavar, help=help, **options)
 
 
-def _drawn(parser: argparse.ArgumentParser, count: int) -> Any:
-    """Options that choose images; the group of those that exclude each other."""
+def _drawn(parser: argparse.ArgumentParser, count: int) -> None:
+    """Options that choose images."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--count", type=int, default=count, metavar="N", help="so many, at random (default %(default)s)")
     group.add_argument("--ids", type=int, nargs="+", metavar="ID", help="these samples of the index instead")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing (default %(default)s)")
     parser.add_argument("--split", help="to draw from (default: the recipe's test split)")
-    return group
 
 
 def main(argv: list[str] | None = None) -> int:

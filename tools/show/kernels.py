@@ -12,7 +12,7 @@ def run(args: argparse.Namespace) -> None:
     path = resolve(args.run or args.checkpoint, args.which).path
     kernels, towers = conv1(path)
     lines = chroma_lines(kernels, towers)
-    picture = png(sheet(kernels, towers), lines)
+    picture = png(sheet(kernels, towers))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(args.out) as file:
         file.write(picture)

@@ -20,8 +20,7 @@ from train.checkpoint.resolve import resolve
 from train.figures import features as feature_folder
 from train.figures.features import Features, Progress
 from train.figures.kernels import need_matplotlib
-from train.figures.neighbours import (NearestNeighbours, Queries, centre_crops, chosen_ids, precision, queries_from_files,
-                                      queries_from_index, search)
+from train.figures.neighbours import NearestNeighbours, Queries, centre_crops, chosen_ids, precision, search
 
 if TYPE_CHECKING:
     from tools.show.sheet import Sheet
@@ -49,12 +48,10 @@ def build(args: argparse.Namespace) -> None:
 
 def query(args: argparse.Namespace) -> None:
     """Find neighbours, draw them, count them."""
-    count = len(args.images or args.ids or ()) or args.count
+    count = len(args.ids or ()) or args.count
     if args.out is not None and (args.out.suffix.lower() != ".png" or not 1 <= count <= MOST):
         raise ValueError(f"--out (={args.out}) must end in .png, for 1 to {MOST} queries (={count}), as larger sheets cannot be "
                          "read; without it neighbours are only counted")
-    if args.out is None and args.images:
-        raise ValueError(f"--images (={args.images[0]} …) have no labels to count; name the sheet with --out")
     if args.out is not None:
         need_matplotlib()
     features = Features.load(args.features)
@@ -63,15 +60,16 @@ def query(args: argparse.Namespace) -> None:
                       batch=args.batch) as trained:
         features.check(trained)
         trained.index.check_archives(features.source.split)
-        queries = queries_from_files(trained, args.images) if args.images else queries_from_index(trained, chosen_ids(
-            trained.index, args.split or trained.config.data.test_split, args.count, args.seed, args.ids)[0])
+        split = args.split or trained.config.data.test_split
+        ids, splits = chosen_ids(trained.index, split, args.count, args.seed, args.ids)
+        queries = Queries.of(trained, splits[0], ids)
         found = {}
         for kind in [features.source.layer] + ["pixels"] * (not args.no_pixels):
             with _bar(f"search by {kind}") as progress:
                 found[kind] = search(trained, features, queries, args.neighbours, kind == "pixels", progress)
         if args.out is not None:
             rows = _rows(trained, features.source.split, queries, found)
-            chosen = "given" if args.images or args.ids else f"drawn at random (seed {args.seed})"
+            chosen = "given" if args.ids else f"drawn at random (seed {args.seed})"
             draw(rows, f"queries, {chosen}, and the nearest of {len(features.ids)} images of split {features.source.split}, "
                  f"by {' and by '.join(found)}; {trained.source.path}").save(args.out)
         print(f"{count} queries, {args.neighbours} nearest of {len(features.ids)} images of split {features.source.split}"
@@ -109,15 +107,15 @@ Row = tuple[Picture, dict[str, list[Picture]]]  # a query, and its neighbours of
 def _rows(trained: TrainedNetwork, split: str, queries: Queries, found: dict[str, NearestNeighbours]) -> list[Row]:
     index = trained.index
     wanted = np.unique(np.concatenate([nearest.ids.ravel() for nearest in found.values()]))
-    crops = dict(zip(wanted.tolist(), centre_crops(trained, index, split, wanted)))
+    crops = dict(zip(wanted.tolist(), centre_crops(trained, split, wanted)))
 
     def neighbour(id: int, label: int) -> Picture:
         own = int(index.samples["label"][id])
         return Picture(crops[id], class_name(index.classes, own), None if min(label, own) < 0 else label == own)
 
-    return [(Picture(crop, class_name(index.classes, label) if label >= 0 else name),
+    return [(Picture(crop, class_name(index.classes, label)),
              {kind: [neighbour(id, label) for id in nearest.ids[number].tolist()] for kind, nearest in found.items()})
-            for number, (crop, name, label) in enumerate(zip(queries.crops, queries.names, queries.labels.tolist()))]
+            for number, (crop, label) in enumerate(zip(queries.crops, queries.labels.tolist()))]
 
 
 def draw(rows: Sequence[Row], title: str) -> "Sheet":

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
         found = probabilities(trained, splits[0], ids, crops)
         labels = index.samples["label"][ids].astype(np.int64)
         words = [class_name(index.classes, label) for label in range(found.shape[1])]
-        pixels = centre_crops(trained, index, splits[0], ids)
+        pixels = centre_crops(trained, splits[0], ids)
         how = "chosen" if args.ids else f"drawn at random (seed {args.seed})"
         title = (f"{count} images of split {', '.join(sorted(set(splits)))}, {how}, and their most probable labels, "
                  f"{crops} crop{'s' if crops > 1 else ''} each; {trained.source.path}")

@@ -7,7 +7,6 @@ Legend: N kernels, 3 colours, H rows, W columns.
 """
 import io
 from pathlib import Path
-from typing import Sequence
 
 import numpy as np
 import torch
@@ -18,7 +17,6 @@ from train.parallel.topology import Topology
 from train.recipe import load_yaml
 
 WEIGHT = "weight.conv1.weight"  # of a checkpoint
-_DPI, _FONT_PT, _EDGE_PX = 100, 10, 10  # of a caption
 
 
 def need_matplotlib() -> None:
@@ -70,25 +68,13 @@ def sheet(kernels: np.ndarray, towers: int, scale: int = 5) -> np.ndarray:
     return board
 
 
-def png(picture: np.ndarray, lines: Sequence[str] = ()) -> bytes:
-    """A picture (H, W, 3) in [0, 1], over lines of text, as the bytes of a PNG. Raises RuntimeError without matplotlib."""
+def png(picture: np.ndarray) -> bytes:
+    """A picture (H, W, 3) in [0, 1] as the bytes of a PNG. Raises RuntimeError without matplotlib."""
     need_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.image import imsave
 
-    line_px = round(_FONT_PT / 72 * _DPI * 1.5)
-    figure = Figure(dpi=_DPI, facecolor="white")
-    renderer = FigureCanvasAgg(figure).get_renderer()
-    texts = [figure.text(0, 0, line, fontsize=_FONT_PT, va="top") for line in lines]
-    text_px = max((int(text.get_window_extent(renderer).width) + 2 * _EDGE_PX for text in texts), default=0)
-    caption_px = line_px * len(lines) + _EDGE_PX if lines else 0
-    width, height = max(picture.shape[1], text_px), picture.shape[0] + caption_px  # a small network's sheet is narrow
-    figure.set_size_inches(width / _DPI, height / _DPI)
-    figure.figimage(picture, 0, caption_px)
-    for number, text in enumerate(texts):
-        text.set_position((_EDGE_PX / width, (caption_px - _EDGE_PX / 2 - line_px * number) / height))
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    imsave(buffer, np.round(picture * 255).astype(np.uint8), format="png")
     return buffer.getvalue()
 
 

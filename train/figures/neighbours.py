@@ -4,17 +4,13 @@ pixels, which "are often semantically different" however near.
 Q queries, k neighbours, N images that are searched, B of a block, D values of a row, c side of a crop.
 """
 
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Iterator, Sequence
 
 import numpy as np
 import torch
 
-from pipeline.index.folders import LOOSE_SPLIT, index_of_files
 from pipeline.index.sample_index import SampleIndex
-from pipeline.reading.quarantine import SampleError
 from train.checkpoint.load_trained import TrainedNetwork
 from train.figures.features import Features, Progress
 
@@ -26,11 +22,18 @@ _MOST = 1 << 24  # values of queries, and of distances, that are worked on at on
 class Queries:
     """Images to find neighbours of."""
 
-    names: Sequence[str]  # for people: "val 50123", or a file's name
-    ids: np.ndarray  # (Q,) int64 in the index that is searched; -1 for a file
+    ids: np.ndarray  # (Q,) int64 in the index that is searched
     labels: np.ndarray  # (Q,) int64 classes; -1 unknown
     crops: np.ndarray  # (Q, c, c, 3) uint8 centre crops
     features: np.ndarray  # (Q, D) float32
+
+    @classmethod
+    def of(cls, trained: TrainedNetwork, split: str, ids: np.ndarray) -> "Queries":
+        """Images of a split of the index."""
+        with trained.loader(trained.index, split, ids) as loader:
+            features = np.concatenate([rows for _, rows in trained.features(loader)])
+        labels = trained.index.samples["label"][ids].astype(np.int64)
+        return cls(ids, labels, centre_crops(trained, split, ids), features)
 
 
 def chosen_ids(index: SampleIndex, split: str, count: int, seed: int,
@@ -57,43 +60,15 @@ def chosen_ids(index: SampleIndex, split: str, count: int, seed: int,
     return found, splits
 
 
-def queries_from_index(trained: TrainedNetwork, ids: np.ndarray) -> Queries:
-    """Queries of images of the index that is searched, valid ids."""
-    index = trained.index
-    splits = [index.split_names[split] for split in index.samples["split"][ids]]
-    return Queries([f"{split} {id}" for split, id in zip(splits, ids)], ids, index.samples["label"][ids].astype(np.int64),
-                   centre_crops(trained, index, splits[0], ids), _features(trained, index, splits[0], ids))
-
-
-def queries_from_files(trained: TrainedNetwork, files: Sequence[Path]) -> Queries:
-    """Queries of image files from anywhere. Raises ValueError naming one that cannot be read."""
-    with tempfile.TemporaryDirectory() as scratch:
-        index = index_of_files(files, Path(scratch))
-        ids = index.ids(LOOSE_SPLIT)
-        try:
-            crops, features = (get(trained, index, LOOSE_SPLIT, ids) for get in (centre_crops, _features))
-        except SampleError as error:
-            raise ValueError(f"image (={files[error.id]}) cannot be decoded: {error.reason}; give another") from None
-    unknown = np.full(len(files), -1)
-    names = [file.name.encode("utf-8", "replace").decode() for file in files]  # a name need not be text
-    return Queries(names, unknown, unknown, crops, features)
-
-
-def _features(trained: TrainedNetwork, index: SampleIndex, split: str, ids: np.ndarray) -> np.ndarray:
-    """(N, D) float32, in the order of `ids`."""
-    with trained.loader(index, split, ids) as loader:
-        return np.concatenate([rows for _, rows in trained.features(loader)])
-
-
-def centre_crops(trained: TrainedNetwork, index: SampleIndex, split: str, ids: np.ndarray) -> np.ndarray:
+def centre_crops(trained: TrainedNetwork, split: str, ids: np.ndarray) -> np.ndarray:
     """(N, c, c, 3) uint8, in the order of `ids`."""
-    with trained.loader(index, split, ids, pixels=True) as loader:
+    with trained.loader(trained.index, split, ids, pixels=True) as loader:
         return np.concatenate([crops.cpu().numpy() for _, crops in trained.crops(loader)])
 
 
 class NearestNeighbours:
-    """The k nearest rows of each query (Q, D) so far, by Euclidean distance, computed in float64: exact for bytes, where of equally
-    near rows the one with the smaller id comes first.
+    """The k nearest rows of each query (Q, D) so far, by Euclidean distance, in float64: exact for bytes, of which the smaller id
+    comes first where they are equally near.
 
     A query is not its own neighbour: `own_ids` (Q,) are those of the queries among the rows, -1 where it is not among them.
     Results: `ids` (Q, k) int64, the nearest first, and `squares` (Q, k), squared distances; -1 and infinite where rows are few.
