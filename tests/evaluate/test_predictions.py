@@ -20,7 +20,7 @@ from tests.helpers.evaluations import Means, val_loader
 from train.evaluate.metrics import score
 from train.evaluate.predict import evaluate, predict
 from train.evaluate.predictions import (IMAGE, IMAGES, MANIFEST, PROBABILITIES, SCALE, DamagedEvaluation, Evaluation, Key,
-                                        NotSaved, find, load, writing)
+                                        find, load, writing)
 
 ABOUT = {"checkpoint": "runs/small/checkpoints/step-000000007", "split": "val", "index": "indexes/small",
          "made": {"device": "cpu", "torch": "2", "batch": 5}}
@@ -117,7 +117,7 @@ def test_another_test_goes_beside_it(whole: Path, copy: Path) -> None:
 
 def test_of_two_that_write_the_same_the_first_wins(whole: Path, tmp_path: Path) -> None:
     rows = load(whole)
-    with pytest.raises(NotSaved, match=r"one\) could not be written \(Directory not empty\); mend this and give the same comm"):
+    with pytest.raises(RuntimeError, match=r"one\) could not be written \(Directory not empty\); mend this and give"):
         with writing(tmp_path / "one", KEY, ABOUT) as append:
             shutil.copytree(whole, tmp_path / "one")
             append(rows.images, rows.probabilities)
@@ -128,7 +128,7 @@ def test_a_full_disk_says_so_before_the_test(tmp_path: Path, monkeypatch: pytest
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(NotSaved, match=r"evaluation \(=.*one\) could not be written \(No space left on device\); mend this"):
+    with pytest.raises(RuntimeError, match=r"evaluation \(=.*one\) could not be written \(No space left on device\); mend this"):
         with writing(tmp_path / "one", KEY, ABOUT):
             raise AssertionError("it has begun")
     assert not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ from typing import Any, Iterator, Sequence
 
 import numpy as np
 
-from train.evaluate.metrics import Score, bootstrap_interval, label_losses, label_ranks, score
+from train.evaluate.metrics import Score, label_losses, label_ranks, mean_interval, score
 from train.evaluate.predictions import SCALE, Evaluation, short
 
 _ROWS = 1024  # images averaged at once
@@ -31,13 +31,13 @@ class Result:
 
     def intervals(self) -> dict[str, tuple[float, float]]:
         """95% intervals of top-1 error, top-5 error and loss."""
-        return {name: bootstrap_interval(values) for name, values in self.per_image().items()}
+        return {name: mean_interval(values) for name, values in self.per_image().items()}
 
     def minus(self, other: Result) -> dict[str, tuple[float, tuple[float, float]]]:
         """Top-1 error, top-5 error and loss less those of another, image by image, each with its 95% interval."""
         subtrahend = other.per_image()
         differences = {name: values - subtrahend[name] for name, values in self.per_image().items()}
-        return {name: (float(values.mean()), bootstrap_interval(values)) for name, values in differences.items()}
+        return {name: (float(values.mean()), mean_interval(values)) for name, values in differences.items()}
 
     def per_image(self) -> dict[str, np.ndarray]:
         """(N,) top-1 and top-5 errors, 0 or 1, and losses."""

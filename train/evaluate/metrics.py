@@ -1,4 +1,4 @@
-"""Metrics of a test: rank of the label, top-1 and top-5 error, loss, 95% bootstrap intervals. N images, K classes."""
+"""Metrics of a test: rank of the label, top-1 and top-5 error, loss, 95% intervals. N images, K classes."""
 
 import math
 from dataclasses import dataclass
@@ -8,9 +8,6 @@ import numpy as np
 
 CHANCE = ("top-1 error is at chance; if this network was trained, the labels are in another order than in its "
           "training: check the devkit and the class list with build_index.py info")
-LEVEL = 0.95  # of intervals
-_GRID = 1 << 17  # points of the distribution of a resample's sum
-_STEPS = 1 << 12  # grid steps in a standard deviation of that sum: the grid reaches 16 of them to either side
 
 
 @dataclass(frozen=True)
@@ -67,26 +64,8 @@ def score(ranks: np.ndarray, probabilities: np.ndarray, classes: int) -> Score:
                  math.fsum(label_losses(probabilities).tolist()) / len(ranks), classes)
 
 
-def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of values (N,), N ≥ 1, over images, in the limit of infinitely many resamples.
-
-    A resample draws N of the N images with replacement. Its sum has a known distribution: that of one image's value convolved
-    with itself N times, which is a power of its Fourier transform. So no resample is drawn, and there is no seed. Differences
-    between two networks are means too, of each image's difference, so what both find hard does not widen their interval. Integers
-    (errors, differences of errors) are treated exactly, others to about 1/4096 of the standard error.
-    """
-    count, values = len(values), values.astype(np.float64)
-    deviation = float(values.std()) * math.sqrt(count)  # of the sum
-    if deviation == 0:
-        return float(values[0]), float(values[0])
-    exact = bool((values == np.rint(values)).all()) and deviation < _STEPS
-    origin, step = (0.0, 1.0) if exact else (float(values.mean()), deviation / _STEPS)
-    positions = (values - origin) / step
-    below = np.floor(positions)
-    share, cell = positions - below, below.astype(np.int64)  # a value between two grid points is divided, which keeps the mean
-    one = np.bincount(cell % _GRID, 1 - share, _GRID) + np.bincount((cell + 1) % _GRID, share, _GRID)
-    of_sum = np.fft.irfft(np.fft.rfft(one / count) ** count, _GRID)  # of the sum modulo the grid
-    first = round(float(positions.sum())) - _GRID // 2
-    cumulative = np.cumsum(np.roll(of_sum, -(first % _GRID)))
-    low, high = (first + int(np.searchsorted(cumulative, tail)) for tail in ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
-    return origin + step * low / count, origin + step * high / count
+def mean_interval(values: np.ndarray) -> tuple[float, float]:
+    """95% interval of the mean of values (N,) over images, in the normal approximation. A difference between two networks is a
+    mean too, of each image's difference, so what both find hard does not widen its interval."""
+    mean, half = float(values.mean()), 1.96 * float(values.std()) / math.sqrt(len(values))
+    return mean - half, mean + half

@@ -37,10 +37,6 @@ class DamagedEvaluation(RuntimeError):
     """A saved evaluation that is not as it was written."""
 
 
-class NotSaved(RuntimeError):
-    """An evaluation cannot be written."""
-
-
 @dataclass(frozen=True)
 class Key:
     """What an evaluation is of; two of equal keys have the same results."""
@@ -141,8 +137,8 @@ def find(base: Path, key: Key, warn: Callable[[str], None]) -> tuple[Path, Optio
 def writing(path: Path, key: Key, about: Mapping[str, Any]) -> Iterator[Callable[[np.ndarray, np.ndarray], None]]:
     """Write an evaluation to `path`, which exists when the `with` has ended without an exception, and not before.
 
-    Yields a function that appends rows: (M,) IMAGE and (M, K) float16. `about` is what else its manifest says. Raises NotSaved; a
-    full disk says so at the beginning.
+    Yields a function that appends rows: (M,) IMAGE and (M, K) float16. `about` is what else its manifest says. Raises
+    RuntimeError when it cannot be written; a full disk says so at the beginning.
     """
     with contextlib.ExitStack() as stack:
         with _says_not_saved(path):
@@ -175,5 +171,5 @@ def _says_not_saved(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise NotSaved(f"evaluation (={path}) could not be written ({error.strerror}); mend this and give the same command "
-                       "again, or name another folder with --save, or say --no-save") from error
+        raise RuntimeError(f"evaluation (={path}) could not be written ({error.strerror}); mend this and give the same command "
+                           "again, or name another folder with --save, or say --no-save") from error
