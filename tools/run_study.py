@@ -20,8 +20,6 @@ Ctrl-C, or SIGTERM, stops all of them with a checkpoint; a second Ctrl-C does no
 RUNS/NAME/RUN.log, a summary in RUNS/NAME/study.json. Exit codes: 0 all done, 1 some failed, 2 a mistake in the study, 130
 interrupted.
 """
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json
@@ -55,11 +53,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(PATHS), "PYTHONUNBUFFE
 
 
 class Runs:
-    """The runs of a study, and what has become of them.
-
-    Raises:
-        ValueError: a folder holds a run of another recipe than the study's now.
-    """
+    """The runs of a study, and what has become of them. Raises ValueError when a folder holds a run of another recipe."""
 
     def __init__(self, study: Study, folder: Path) -> None:
         self.study, self.folder = study, folder
@@ -136,20 +130,19 @@ class Runs:
         self.fail(run.name, f"exit code {process.returncode}: {last}")
 
     def fail(self, name: str, reason: str) -> None:
-        """Note a failure."""
         self.failed[name] = reason
         print(f"{name}: failed: {reason}", flush=True)
 
-    def ensembles(self, extra: Sequence[str]) -> dict[str, Any]:
+    def ensembles(self) -> dict[str, Any]:
         """Test every ensemble; what train.evaluate --json prints of each. One that cannot be tested is noted as failed."""
         found: dict[str, Any] = {}
         for ensemble in self.study.ensembles:
-            members, title = [run.name for run in self.study.members(ensemble)], f"ensemble {ensemble.name}"
+            members, title = [run.name for run in ensemble.members], f"ensemble {ensemble.name}"
             if missing := [name for name in members if name in self.failed or name in self.diverged]:
                 self.fail(title, f"its {missing[0]} {'failed' if missing[0] in self.failed else 'diverged'}")
                 continue
             print(f"{title}: testing {len(members)} networks", flush=True)
-            answer = subprocess.run([sys.executable, "-m", "train.evaluate", "--json", "--views", str(ensemble.views), *extra,
+            answer = subprocess.run([sys.executable, "-m", "train.evaluate", "--json", "--views", str(ensemble.views),
                                      "--checkpoints", *(str(self.folder / name) for name in members)], stdout=subprocess.PIPE,
                                     text=True, env=ENVIRONMENT)
             if answer.returncode:
@@ -193,15 +186,14 @@ def summary(study: Study, folder: Path) -> list[dict[str, Any]]:
 
 def show(rows: list[dict[str, Any]], together: dict[str, Any], runs: Runs) -> None:
     """The table on stdout; what failed on stderr."""
-    both = ("top1", "top5")
-    lines = [(row["name"], row["seeds"], *((row[f"{which}_mean"], row[f"{which}_sd"]) for which in both)) for row in rows]
-    lines += [(f"ensemble {name}", len(found["members"]), *((found["ensemble"][which], None) for which in both))
-              for name, found in together.items()]
-    width = max((len(line[0]) for line in lines), default=3)
+    rows = rows + [{"name": f"ensemble {name}", "seeds": len(found["members"]), "top1_mean": found["ensemble"]["top1"],
+                    "top1_sd": None, "top5_mean": found["ensemble"]["top5"], "top5_sd": None} for name, found in together.items()]
+    width = max((len(row["name"]) for row in rows), default=3)
     print(f"{'run':{width}}  seeds  top-1 error       top-5 error")
-    for name, seeds, *errors in lines:
-        cells = [f"{mean:7.2%}" + (f" ± {sd:.2%}" if sd is not None else "") for mean, sd in errors]
-        print(f"{name:{width}}  {seeds:5d}  {cells[0]:16}  {cells[1]}")
+    for row in rows:
+        cells = [f"{row[f'{which}_mean']:7.2%}" + (f" ± {row[f'{which}_sd']:.2%}" if row[f"{which}_sd"] is not None else "")
+                 for which in ("top1", "top5")]
+        print(f"{row['name']:{width}}  {row['seeds']:5d}  {cells[0]:16}  {cells[1]}")
     for name in runs.diverged:
         print(f"{name} diverged")
     for name, reason in runs.failed.items():
@@ -227,7 +219,7 @@ def run(args: argparse.Namespace, extra: Sequence[str]) -> int:
     with held:
         runs = Runs(study, folder)
         runs.carry_out(args.jobs, held.fileno())
-        rows, together = summary(study, folder), runs.ensembles(shlex.split(args.evaluate))
+        rows, together = summary(study, folder), runs.ensembles()
         write_json(folder / "study.json", {"rows": rows, "ensembles": together, "diverged": runs.diverged, "failed": runs.failed})
     show(rows, together, runs)
     return 1 if runs.failed else 0
@@ -244,7 +236,6 @@ def main(argv: list[str] | None = None) -> int:
                         help="runs at once (default 1); on a CPU give each its --machine.torch_threads")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders (default runs)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands only")
-    parser.add_argument("--evaluate", default="", metavar="WORDS", help="more words for train.evaluate of ensembles, in quotes")
     args = parser.parse_args(words)
     return guarded(lambda: run(args, extra), "interrupted; the runs are saved, and the same command resumes them")
 

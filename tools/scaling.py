@@ -29,12 +29,10 @@ SCHEMES = ("towers", "data", "weird")
 BYTES = {"fp32": 4, "bf16": 2}  # of an activation; gradients are float32 whatever the precision
 UPDATE_PASSES = 12  # times the update reads or writes as much memory as the parameters take: train/optimizer.py, a norm
 GPUS = (1, 2, 8, 64, 1024)
-NODE, CORES = 8, 112  # GPUs of a node, and cores for its loader
+NODE = 8  # GPUs of a node
 FIXED, WEAK = (128, 4096, 32768), 256  # images of a step; images of a step for each GPU (weak scaling)
 KNEE = 0.8  # of the ideal speed
 SETS = {"ImageNet-1k": (1_281_167, 1000), "Fall 2011": (14_197_122, 21_841)}  # images, classes
-# By tier: bytes of an image; CPU ms to prepare it, measured on two cores of an EPYC (docs/results/2026-11-22-loader.md).
-TIERS = {"archives": (110_000, 1.44), "packed": (25_800, 0.50), "resident": (196_608, 0.14)}
 PEAK, SHARE = 989e12, 0.25  # dense bf16 FLOP/s of an H200; the share of it that the layers get
 ASSUMED = f"""\
 Computed, not measured. Assumed:
@@ -42,8 +40,7 @@ Computed, not measured. Assumed:
   launches: forward and backward take at least 1 ms (some 200 kernels, launched one after the other)
   update: 4.3 TB/s of the memory's 4.8
   inside a node: NVLink at 360 of its 450 GB/s each way; 10 µs a message, 3 µs a level of an all-reduce
-  between nodes: a card of 400 Gb/s for each GPU at 45 of its 50 GB/s each way, 10 µs a level
-  loader: {CORES} cores a node as fast as those measured here"""
+  between nodes: a card of 400 Gb/s for each GPU at 45 of its 50 GB/s each way, 10 µs a level"""
 
 
 @dataclass(frozen=True)
@@ -83,11 +80,10 @@ def layers(config: ModelConfig, tower_rank: int = 0) -> list[Layer]:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that one process sends: `crossings` for an image of its pair, by (layer, direction) as in model.tower_exchange;
-    `gradients` in a step, by layer."""
+    """Bytes that one process sends."""
 
-    crossings: dict[tuple[str, str], int]
-    gradients: dict[str, float]
+    crossings: dict[tuple[str, str], int]  # for an image of its pair, by (layer, direction) as in model.tower_exchange
+    gradients: dict[str, float]  # in a step, by layer
 
 
 def traffic(config: ModelConfig, scheme: str, precision: str = "bf16", pairs: int = 1, tower_rank: int = 0) -> Traffic:
@@ -114,7 +110,6 @@ class Link:
     latency_s: float
 
     def seconds(self, size: float) -> float:
-        """How long so many bytes travel."""
         return size / self.bytes_per_s + self.latency_s
 
 
@@ -163,17 +158,14 @@ class Step:
 
     @property
     def images_per_s(self) -> float:
-        """Of all GPUs."""
         return self.batch / (self.compute_s + self.exposed_s)
 
     @property
     def efficiency(self) -> float:
-        """Share of the ideal speed."""
         return self.images_per_s / self.ideal
 
 
 def predict(config: ModelConfig, machine: Machine, scheme: str, gpus: int, batch: int) -> Step:
-    """A step of a network on so many GPUs."""
     table, sent = layers(config), traffic(config, scheme, pairs=max(1, gpus // 2))
     # A GPU does half of each layer for the pair's images, or all of a layer for half of them: the same arithmetic.
     product = {layer.name: 2 * layer.macs * batch / gpus / machine.flop_s for layer in table}
@@ -211,7 +203,7 @@ def knees(config: ModelConfig, machine: Machine, batch: int, weak: bool) -> dict
 
 
 def show() -> None:
-    """Print what is assumed, a table for each set and batch, what the loader must deliver, and what each assumption changes."""
+    """Print what is assumed, a table for each set and batch, and what each assumption changes."""
     from rich.console import Console
     from rich.table import Table
 
@@ -222,7 +214,7 @@ def show() -> None:
     def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         made = Table(title=title, title_justify="left")
         for column in columns:
-            made.add_column(column, justify="left" if column in ("scheme", "tier", "instead") else "right", no_wrap=True)
+            made.add_column(column, justify="left" if column in ("scheme", "instead") else "right", no_wrap=True)
         for row in rows:
             made.add_row(*map(str, row))
         console.print(made)
@@ -239,11 +231,6 @@ def show() -> None:
             console.print(f"knee (most GPUs at {KNEE:.0%} of the ideal speed):",
                           ", ".join(f"{scheme} {count}" for scheme, count in knees(paper(classes), H200, batch, weak).items()),
                           highlight=False)
-    node = predict(paper(), H200, "towers", NODE, NODE * WEAK).images_per_s
-    table(f"What loader and storage of a node of {NODE} must deliver: {node:,.0f} img/s (towers, {WEAK} images a GPU)",
-          ("tier", "bytes an image", "GB/s", "cores", f"GPUs that {CORES} cores feed"),
-          ((tier, f"{size:,}", f"{node * size / 1e9:.0f}", f"{node * ms / 1e3:.0f}", f"{NODE * CORES / (node * ms / 1e3):.1f}")
-           for tier, (size, ms) in TIERS.items()))
     table(f"What it depends on (ImageNet-1k; {', '.join(SCHEMES)})",
           ("instead", f"knee, {FIXED[1]} images a step", f"efficiency, {GPUS[-1]} GPUs, {WEAK} images each"),
           ((name, ", ".join(map(str, knees(paper(), changed, FIXED[1], False).values())),

@@ -1,6 +1,4 @@
 """Read a study (YAML): its runs, their order, and which are tested together; all is checked before any run begins."""
-from __future__ import annotations
-
 import graphlib
 import itertools
 import json
@@ -43,6 +41,7 @@ class Ensemble:
 
     name: str
     of: tuple[str, ...]
+    members: tuple[Run, ...]  # in the study's order
     views: int
 
 
@@ -52,20 +51,12 @@ class Study:
 
     name: str
     runs: tuple[Run, ...]
-    ensembles: tuple[Ensemble, ...] = ()
-
-    def members(self, ensemble: Ensemble) -> list[Run]:
-        """The runs of an ensemble, in the study's order."""
-        return [run for run in self.runs if run.group in ensemble.of]
+    ensembles: tuple[Ensemble, ...]
 
 
 def read_study(path: Path, runs: Path, extra: Sequence[str] = ()) -> Study:
-    """Read a study. `runs`: folder of its folder; `extra`: words for every command line.
-
-    Raises:
-        ValueError: no such file, no YAML, a key that is missing, unknown or of another type, a recipe that is not there, a
-            command line that train.main would not take, a name given twice, runs that wait for each other.
-    """
+    """Read a study. `runs`: folder of its folder; `extra`: words for every command line. Raises ValueError for any mistake in it,
+    a command line that train.main would not take included."""
     if not path.is_file():
         raise ValueError(f"study (={path}) does not exist; give one of train/recipes/studies")
     path = path.absolute()
@@ -77,24 +68,26 @@ def read_study(path: Path, runs: Path, extra: Sequence[str] = ()) -> Study:
     _check(values, _STUDY, path.name)
     entries = [_entry(entry, _RUN, "run", path) for entry in values["runs"]]
     made = [run for entry in entries for run in _runs(entry, values, path, runs / path.stem, extra)]
-    ensembles = [Ensemble(str(entry["name"]), _words(entry, "of"), entry.get("views", 10)) for entry in (
-        _entry(entry, _ENSEMBLE, "ensemble", path) for entry in values.get("ensembles") or [])]
     after = {run.group: run.after for run in made}
+    ensembles = []
+    for entry in values.get("ensembles") or []:
+        entry = _entry(entry, _ENSEMBLE, "ensemble", path)
+        name, of, views = str(entry["name"]), tuple(entry["of"]), entry.get("views", 10)
+        ensembles.append(Ensemble(name, of, tuple(run for run in made if run.group in of), views))
     for kind, names in (("run", [run.name for run in made]), ("ensemble", [ensemble.name for ensemble in ensembles])):
         for name in names:
             _need(names.count(name) == 1, kind, name, f"of {path.name} is there twice; give one another name")
     for name in itertools.chain(*after.values(), *(ensemble.of for ensemble in ensembles)):
         _need(name in after, "run", name, f"is not among those of {path.name}: {', '.join(sorted(after))}; correct the name")
-    study = Study(path.stem, tuple(made), tuple(ensembles))
     for ensemble in ensembles:
         _need(ensemble.views in (1, 10), "views", ensemble.views, f"of ensemble {ensemble.name} must be 1 or 10; correct it")
-        _need(len(study.members(ensemble)) > 1, "ensemble", ensemble.name,
+        _need(len(ensemble.members) > 1, "ensemble", ensemble.name,
               "has one network only; name more runs, or give its run more seeds")
     try:
         graphlib.TopologicalSorter(after).prepare()
     except graphlib.CycleError as error:
         raise ValueError(f"after (={' → '.join(error.args[1])}) goes round in a circle; take one of them away") from None
-    return study
+    return Study(path.stem, tuple(made), tuple(ensembles))
 
 
 def lines(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -110,7 +103,6 @@ def test_of(folder: Path) -> dict[str, Any] | None:
 
 
 def _need(ok: bool, key: str, value: object, rule: str) -> None:
-    """Raise `<key> (=value) <rule>` unless ok."""
     if not ok:
         raise ValueError(f"{key} (={value}) {rule}")
 
@@ -141,10 +133,6 @@ def _entry(entry: Any, types: dict[str, type], kind: str, path: Path) -> dict[st
     return entry
 
 
-def _words(entry: dict[str, Any], key: str) -> tuple[str, ...]:
-    return tuple(entry.get(key) or ())
-
-
 def _runs(entry: dict[str, Any], study: dict[str, Any], path: Path, folder: Path, extra: Sequence[str]) -> Iterator[Run]:
     """A run for each seed and each point of the grid."""
     group, where = str(entry["name"]), f"run {entry['name']}"
@@ -160,13 +148,15 @@ def _runs(entry: dict[str, Any], study: dict[str, Any], path: Path, folder: Path
         point = "-".join(f"{key.split('.')[-1]}{_short(value)}" for key, value in chosen.items())
         name = f"{group}-s{seed}" + (f"-{point}" if point else "")
         settings = {**(study.get("set") or {}), **(entry.get("set") or {}), **chosen, "train.seed": seed}
-        argv = ("--config", str(recipe), *(f"--{key}={_word(value, seed, folder)}" for key, value in settings.items()),
-                *_words(study, "argv"), *extra, f"--machine.runs={folder}", f"--machine.name={name}")
+        words = [f"--{key}=" + (value.replace("{seed}", str(seed)).replace("{study}", str(folder)) if isinstance(value, str)
+                                else json.dumps(value)) for key, value in settings.items()]
+        argv = ("--config", str(recipe), *words, *(study.get("argv") or ()), *extra, f"--machine.runs={folder}",
+                f"--machine.name={name}")
         try:
             config = parse(argv).config
         except ValueError as error:
             raise ValueError(f"run (={name}) of {path.name} cannot begin: {error}") from None
-        yield Run(group, name, point, argv, _words(entry, "after"), config)
+        yield Run(group, name, point, argv, tuple(entry.get("after") or ()), config)
 
 
 def _short(value: Any) -> str:
@@ -175,10 +165,3 @@ def _short(value: Any) -> str:
     if isinstance(value, float) and float(f"{value:g}") == value:
         text = f"{value:g}"
     return re.sub(r"[^A-Za-z0-9_.+-]+", "_", text).strip("_")
-
-
-def _word(value: Any, seed: int, folder: Path) -> str:
-    """A value as it stands on a command line. In a text, {seed} and {study} are the run's seed and the study's folder."""
-    if isinstance(value, str):
-        return value.replace("{seed}", str(seed)).replace("{study}", str(folder))
-    return json.dumps(value)

@@ -84,7 +84,7 @@ argv: [--machine.threads=2]
     assert tuned.config.init_from.checkpoint == f"{at}/full-s7"
     assert (tuned.config.train.seed, tuned.config.train.epochs) == (7, 4)
     assert [(ensemble.name, ensemble.views) for ensemble in study.ensembles] == [("two", 10), ("all", 1)]
-    assert [run.name for run in study.members(study.ensembles[0])] == ["full-s1", "full-s2"]
+    assert [run.name for run in study.ensembles[0].members] == ["full-s1", "full-s2"]
 
 
 def test_the_recipe_lies_beside_the_studys_folder_wherever_one_stands(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
