@@ -133,6 +133,12 @@ def _entry(entry: Any, types: dict[str, type], kind: str, path: Path) -> dict[st
     return entry
 
 
+def _in_name(value: Any) -> str:
+    """A value of a grid as part of a folder's name."""
+    text = f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+    return re.sub(r"[^A-Za-z0-9_.+-]+", "_", text).strip("_")
+
+
 def _runs(entry: dict[str, Any], study: dict[str, Any], path: Path, folder: Path, extra: Sequence[str]) -> Iterator[Run]:
     """A run for each seed and each point of the grid."""
     group, where = str(entry["name"]), f"run {entry['name']}"
@@ -145,7 +151,7 @@ def _runs(entry: dict[str, Any], study: dict[str, Any], path: Path, folder: Path
               f"of {where} must be a list of values; put [ ] round it")
     for seed, values in itertools.product(seeds, itertools.product(*grid.values())):
         chosen = dict(zip(grid, values))
-        point = "-".join(f"{key.split('.')[-1]}{_short(value)}" for key, value in chosen.items())
+        point = "-".join(f"{key.split('.')[-1]}{_in_name(value)}" for key, value in chosen.items())
         name = f"{group}-s{seed}" + (f"-{point}" if point else "")
         settings = {**(study.get("set") or {}), **(entry.get("set") or {}), **chosen, "train.seed": seed}
         words = [f"--{key}=" + (value.replace("{seed}", str(seed)).replace("{study}", str(folder)) if isinstance(value, str)
@@ -157,11 +163,3 @@ def _runs(entry: dict[str, Any], study: dict[str, Any], path: Path, folder: Path
         except ValueError as error:
             raise ValueError(f"run (={name}) of {path.name} cannot begin: {error}") from None
         yield Run(group, name, point, argv, tuple(entry.get("after") or ()), config)
-
-
-def _short(value: Any) -> str:
-    """A value of a grid as part of a folder's name; 0.001 for 1e-3."""
-    text = value if isinstance(value, str) else json.dumps(value)
-    if isinstance(value, float) and float(f"{value:g}") == value:
-        text = f"{value:g}"
-    return re.sub(r"[^A-Za-z0-9_.+-]+", "_", text).strip("_")

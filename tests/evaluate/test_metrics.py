@@ -36,14 +36,5 @@ def test_intervals_of_errors_are_nearly_binomial(share: float) -> None:
     assert mean_interval(wrong) == pytest.approx(tuple(expected), abs=2e-5)
 
 
-def test_intervals_of_pairs_are_tighter_than_two_intervals() -> None:
-    """Two networks that fail at mostly the same images: their difference is surer than either error."""
-    random = np.random.default_rng(2)
-    hard = random.random(5000) < 0.5
-    one, other = hard.astype(np.int64), (hard & (random.random(5000) < 0.98)).astype(np.int64)
-    low, high = mean_interval(other - one)
-    assert low < float((other - one).mean()) < high < 0 and mean_interval(one)[0] < mean_interval(other)[1]
-
-
 def test_equal_values_have_an_interval_of_no_width() -> None:
     assert mean_interval(np.full(7, 2.5)) == (2.5, 2.5)

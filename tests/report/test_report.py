@@ -181,11 +181,11 @@ def test_an_average_on_other_images_is_not_the_papers(tmp_path: Path) -> None:
     one, = group([run])
     row = next(row for row in paper.ROWS if row.key == paper.FIVE)
 
-    def ensemble(images: int, views: int, members: int) -> Ensemble:
-        return Ensemble(one, members, "val", images, views, 0.3, 0.1, Difference(-0.01, None), Difference(-0.01, None))
+    def ensemble(images: int, members: int) -> Ensemble:
+        return Ensemble(one, members, images, 0.3, 0.1, Difference(-0.01, None), Difference(-0.01, None))
 
-    same = ensemble(50_000, 10, 5)
-    assert five(row, [ensemble(20_000, 10, 5), ensemble(50_000, 1, 5), same, ensemble(50_000, 10, 4)]) == [same]
+    same = ensemble(50_000, 5)
+    assert five(row, [ensemble(20_000, 5), same, ensemble(50_000, 4)]) == [same]
 
 
 def test_what_a_change_does_not_ask_for_is_named() -> None:

@@ -189,7 +189,7 @@ def test_real_runs_with_kernels_and_their_average(tmp_path: Path, tiny_set: Tiny
     assert page.count('alt="8 kernels of conv1" src="data:image/png;base64,iVBORw0KGgo') == 1
     assert f"tiny, seed {1 if 'tiny, seed 1, step' in found.text else 2}, step-" in found.text and "tower a above" in found.text
     plain, averaged = found.rows(f"Results on index (6 classes, {tiny_set.train} training images)")
-    assert plain["recipe"] == "tiny" and averaged["recipe"] == "tiny, 2 networks averaged" and averaged["test"] == "val, 10 crops"
+    assert plain["recipe"] == "tiny" and averaged["recipe"] == "tiny, 2 networks averaged" and averaged["test"] == "10 crops"
     one, problems = ensembles(group([read_run(run) for run in trained]))
     assert not problems and one[0].members == 2 and averaged["test top-1 error, %"] == f"{100 * one[0].top1:.2f}"
     rows = {row["change"]: row for row in found.rows("Changes to the network")}

@@ -33,10 +33,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--views", type=int, choices=(1, 10), help="crops per image (default: the recipe's)")
     parser.add_argument("--batch", type=int, help="images of a batch (default: the recipe's)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to compute (default: the recipe's)")
-    saving = parser.add_mutually_exclusive_group()
-    saving.add_argument("--save", type=Path, metavar="FOLDER", help="folder for folders of saved probabilities (default: "
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="folder for folders of saved probabilities (default: "
                         "evaluations in the run's)")
-    saving.add_argument("--no-save", action="store_true", help="save no probabilities, use no saved ones")
     parser.add_argument("--submission", type=Path, metavar="FILE", help="write the five best classes of each image, as the "
                         "ILSVRC challenges want them; the split need not have labels then")
     parser.add_argument("--devkit", type=Path, metavar="FILE", help="the challenge's devkit, which has the classes' IDs, for "

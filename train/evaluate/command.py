@@ -21,7 +21,7 @@ from train.config import Config
 from train.console import Console
 from train.evaluate import predictions
 from train.evaluate.ensemble import check_compatible
-from train.evaluate.predict import Take, check_complete, predict
+from train.evaluate.predict import check_complete, predict
 from train.evaluate.predictions import Evaluation, Key
 from train.evaluate.results import print_results
 from train.exit_codes import speaks
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         config = plans[0].config
         with process_group(towers=config.model.towers, parallel=config.parallel, device=config.machine.device,
                            timeout_s=config.machine.timeout_s, silence_s=config.machine.silence_s) as topology:
-            evaluations = [_evaluation(member, args, topology) if isinstance(member, Plan) else member for member in members]
+            evaluations = [_evaluation(member, args.save, topology) if isinstance(member, Plan) else member for member in members]
     if speaks():
         print_results([evaluation for evaluation in evaluations if evaluation is not None], args)
 
@@ -81,53 +81,38 @@ def _plan(weights: Resolved, args: argparse.Namespace) -> Plan:
         args.views or config.train.test_views, config.machine.precision))
 
 
-def _evaluation(plan: Plan, args: argparse.Namespace, topology: Topology) -> Optional[Evaluation]:
+def _evaluation(plan: Plan, save: Optional[Path], topology: Topology) -> Optional[Evaluation]:
     """The evaluation of one network, saved or made now; None in all processes but the main one, which alone reads and writes."""
-    build.configure_torch(plan.config, topology)
-    path: Optional[Path] = None
+    config, views = plan.config, plan.key.views
+    build.configure_torch(config, topology)
     saved: Optional[Evaluation] = None
-    if topology.is_main and not args.no_save:
-        path, saved = predictions.find(_folder(plan, args.save), plan.key, warn_on_stderr)
+    if topology.is_main:  # in the run's folder, beside an exported network, or in `save`
+        run = predictions.run_folder(plan.weights.path)
+        name = f"{plan.weights.path.name}-{plan.split}-{views}view{'s' if views > 1 else ''}"
+        path, saved = predictions.find(save / f"{run.name}-{name}" if save else run / EVALUATIONS / name, plan.key,
+                                       warn_on_stderr)
     if topology.broadcast_object(saved is not None):
         return saved
-    about = {"checkpoint": str(plan.weights.path), "split": plan.split, "index": str(plan.index.path)}
     device = (torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda"
               else f"cpu {torch.backends.cpu.get_cpu_capability()}")
-    made = {"device": device, "torch": torch.__version__, "batch": plan.config.machine.test_batch}
-    images: list[np.ndarray] = []
-    in_memory: list[np.ndarray] = []
-
-    def take(rows: np.ndarray, probabilities: np.ndarray) -> None:
-        if topology.is_main:
-            images.append(rows)
-            append(rows, probabilities)
-
-    with contextlib.nullcontext(lambda rows, probabilities: in_memory.append(probabilities)) if path is None else \
-            predictions.writing(path, plan.key, {**about, "made": made}) as append:
-        _predict(plan, topology, take)
-        if not topology.is_main:
-            return None
-        tested = check_complete(images, plan.index, plan.split)
-    if path is not None:
-        return replace(predictions.load(path), tested=len(tested))
-    return Evaluation(**about, key=plan.key, images=tested, probabilities=np.concatenate(in_memory), folder=None,
-                      tested=len(tested))
-
-
-def _folder(plan: Plan, save: Optional[Path]) -> Path:
-    """Where the evaluation is saved: in the run's folder, beside an exported network, or in `save`."""
-    run, views = predictions.run_folder(plan.weights.path), plan.key.views
-    name = f"{plan.weights.path.name}-{plan.split}-{views}view{'s' if views > 1 else ''}"
-    return save / f"{run.name}-{name}" if save else run / EVALUATIONS / name
-
-
-def _predict(plan: Plan, topology: Topology, take: Take) -> None:
-    config = plan.config
+    about = {"checkpoint": str(plan.weights.path), "split": plan.split, "index": str(plan.index.path),
+             "made": {"device": device, "torch": torch.__version__, "batch": config.machine.test_batch}}
     network = build.network(config, topology)
     plan.weights.load_weights(network, config, topology)
-    loader = build.eval_loader(config, topology, plan.index, plan.weights.stats(), plan.split)
-    console = Console(topology.is_main, config.machine.log_s, sys.stderr)
-    show = console.testing(f"testing {plan.weights.path.name}")
-    with contextlib.closing(console), contextlib.closing(loader):
-        predict(network, loader, plan.key.views, build.autocast(config, topology), take,
+    tested: list[np.ndarray] = []
+    with contextlib.closing(Console(topology.is_main, config.machine.log_s, sys.stderr)) as console, \
+            contextlib.closing(build.eval_loader(config, topology, plan.index, plan.weights.stats(), plan.split)) as loader, \
+            predictions.writing(path, plan.key, about) if topology.is_main else contextlib.nullcontext() as append:
+
+        def take(images: np.ndarray, probabilities: np.ndarray) -> None:
+            if append is not None:
+                tested.append(images)
+                append(images, probabilities)
+
+        show = console.testing(f"testing {plan.weights.path.name}")
+        predict(network, loader, views, build.autocast(config, topology), take,
                 progress=lambda done: show(done, plan.key.images), topology=topology)
+        if append is None:
+            return None
+        check_complete(tested, plan.index, plan.split)
+    return replace(predictions.load(path), tested=plan.key.images)

@@ -3,8 +3,6 @@
 Everything is computed from what evaluations keep, so it is the same whether their networks were tested just now or long ago.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any, Iterator, Sequence
@@ -31,18 +29,8 @@ class Result:
 
     def intervals(self) -> dict[str, tuple[float, float]]:
         """95% intervals of top-1 error, top-5 error and loss."""
-        return {name: mean_interval(values) for name, values in self.per_image().items()}
-
-    def minus(self, other: Result) -> dict[str, tuple[float, tuple[float, float]]]:
-        """Top-1 error, top-5 error and loss less those of another, image by image, each with its 95% interval."""
-        subtrahend = other.per_image()
-        differences = {name: values - subtrahend[name] for name, values in self.per_image().items()}
-        return {name: (float(values.mean()), mean_interval(values)) for name, values in differences.items()}
-
-    def per_image(self) -> dict[str, np.ndarray]:
-        """(N,) top-1 and top-5 errors, 0 or 1, and losses."""
-        return {"top1": (self.ranks >= 1).astype(np.int64), "top5": (self.ranks >= 5).astype(np.int64),
-                "loss": label_losses(self.probabilities)}
+        return {"top1": mean_interval(self.ranks >= 1), "top5": mean_interval(self.ranks >= 5),
+                "loss": mean_interval(label_losses(self.probabilities))}
 
 
 def member_result(member: Evaluation) -> Result:

@@ -65,7 +65,6 @@ def score(ranks: np.ndarray, probabilities: np.ndarray, classes: int) -> Score:
 
 
 def mean_interval(values: np.ndarray) -> tuple[float, float]:
-    """95% interval of the mean of values (N,) over images, in the normal approximation. A difference between two networks is a
-    mean too, of each image's difference, so what both find hard does not widen its interval."""
+    """95% interval of the mean of values (N,) over images, in the normal approximation."""
     mean, half = float(values.mean()), 1.96 * float(values.std()) / math.sqrt(len(values))
     return mean - half, mean + half

@@ -65,7 +65,7 @@ class Evaluation:
     key: Key  # the same, by hashes
     images: np.ndarray  # (N,) IMAGE
     probabilities: np.ndarray  # (N, K) float16, times SCALE
-    folder: Optional[Path]  # where it is saved; None when it is not
+    folder: Path  # where it is saved
     tested: int = 0  # number of images tested just now: N, or 0 for a saved evaluation
 
     @property
@@ -172,4 +172,4 @@ def _says_not_saved(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RuntimeError(f"evaluation (={path}) could not be written ({error.strerror}); mend this and give the same command "
-                           "again, or name another folder with --save, or say --no-save") from error
+                           "again, or name another folder with --save") from error

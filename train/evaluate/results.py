@@ -1,11 +1,8 @@
 """Print the results of a test as text or JSON: counts, errors, loss, 95% intervals; an ensemble beside its members."""
 
 import argparse
-import itertools
 import json
 from typing import Any, Sequence
-
-import numpy as np
 
 from pipeline.index.sample_index import SampleIndex
 from train.checkpoint.resolve import warn_on_stderr
@@ -22,65 +19,33 @@ def print_results(members: Sequence[Evaluation], args: argparse.Namespace) -> No
     if not first.labelled and args.submission is None:
         raise ValueError(f"split (={first.split}) of {first.index} has images without a label, so there is nothing to count; "
                          "write predictions with --submission, or choose a split with ground truth")
-    report: dict[str, Any] = {"split": first.split, "images": first.key.images, "members": [], "ensemble": None}
-    results = [member_result(member) for member in members] if first.labelled else []
-    for number, member in enumerate(members):
-        entry: dict[str, Any] = {"checkpoint": member.checkpoint, "split": member.split, "views": member.key.views,
-                                 "evaluation": str(member.folder) if member.folder else None, "tested": member.tested}
-        report["members"].append(entry | (_numbers(results[number]) if results else {}))
+    report: dict[str, Any] = {"split": first.split, "images": first.key.images, "members": [
+        {"checkpoint": member.checkpoint, "split": member.split, "views": member.key.views, "evaluation": str(member.folder),
+         "tested": member.tested, **(_numbers(member_result(member)) if first.labelled else {})} for member in members],
+        "ensemble": _numbers(ensemble_result(members)) if first.labelled and len(members) > 1 else None}
     if len(members) == 1:
         report = {**report["members"][0], **report}
-    elif results:
-        mean = ensemble_result(members)
-        scores = [result.score for result in results]
-        best = min(range(len(scores)), key=lambda k: (scores[k].top1_errors, scores[k].top5_errors, scores[k].loss))
-        report["ensemble"] = {**_numbers(mean), "best_member": best, "less_best_member": {
-            name: {"difference": value, "interval": limits} for name, (value, limits) in mean.minus(results[best]).items()}}
-        results.append(mean)
     if args.submission is not None:
         _submit(members, args)
         report["submission"] = str(args.submission)
     print(json.dumps(report) if args.json else "\n".join(_lines(members, report)))
-    for one, other in itertools.combinations(members, 2):  # `check_compatible` has refused the same checkpoint only
-        if one.key.views == other.key.views and np.array_equal(one.probabilities, other.probabilities):
-            warn_on_stderr(f"members {one.name} and {other.name} gave the same probabilities to the bit; if they are one network,"
-                           " give it once")
-    for name, result in zip([member.name for member in members] + ["ensemble"], results):
-        if result.score.at_chance:
-            warn_on_stderr(CHANCE if len(members) == 1 else f"{name}: {CHANCE}")
+    for name, entry in zip([*(member.name for member in members), "ensemble"], [*report["members"], report["ensemble"]]):
+        if entry and entry.get("at_chance"):
+            warn_on_stderr(f"{name}: {CHANCE}")
 
 
 def _numbers(result: Result) -> dict[str, Any]:
-    return {**result.score.as_dict(), "intervals": result.intervals()}
-
-
-def _crops(count: int) -> str:
-    return f"{count} crop{'s' if count > 1 else ''}"
+    return {**result.score.as_dict(), "intervals": result.intervals(), "at_chance": result.score.at_chance}
 
 
 def _lines(members: Sequence[Evaluation], report: dict[str, Any]) -> list[str]:
-    first, several = members[0], len(members) > 1
-    counts = sorted({member.key.views for member in members})
-    lines = [] if several else [first.checkpoint]
-    lines.append(f"split {first.split}: {first.key.images} images, {' or '.join(map(_crops, counts))} each")
+    lines = [f"split {report['split']}: {report['images']} images"]
     for member, entry in zip(members, report["members"]):
-        if several:
-            lines.append(member.name + (f", {_crops(member.key.views)}" if len(counts) > 1 else ""))
-        if not first.labelled:
-            lines.append("no labels, so no errors were counted")
-        else:
-            lines += _errors(entry)
-        if member.folder:
-            lines.append(f"{'saved in' if member.tested else 'no image was read: as saved in'} {member.folder}")
+        lines.append(f"{member.checkpoint}, {entry['views']} crop{'s' if entry['views'] > 1 else ''}")
+        lines += _errors(entry) if member.labelled else ["no labels, so no errors were counted"]
+        lines.append(f"{'saved in' if member.tested else 'no image was read: as saved in'} {member.folder}")
     if entry := report["ensemble"]:
         lines += [f"ensemble of {len(members)}, probabilities averaged", *_errors(entry)]
-        parts = []
-        for name, less in entry["less_best_member"].items():
-            form, scale = ("loss {:+.4f}{} ({:+.4f} to {:+.4f})", 1) if name == "loss" else (
-                name.replace("p", "p-") + " {:+.2f}{} ({:+.2f} to {:+.2f})", 100)
-            low, high = less["interval"]
-            parts.append(form.format(scale * less["difference"], " points" * (scale > 1), scale * low, scale * high))
-        lines.append(f"against its best member, {members[entry['best_member']].name}: {', '.join(parts)}")
     if "submission" in report:
         lines.append(f"predictions in {report['submission']}")
     return lines

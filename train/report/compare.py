@@ -2,7 +2,6 @@
 difference with its 95% interval (Welch's, over seeds); averages of networks with single ones; ReLU with tanh (figure 1).
 """
 
-import collections
 import itertools
 import math
 from collections.abc import Sequence
@@ -97,14 +96,12 @@ def _saved(run: Run) -> list[Test]:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """A test of the mean of the probabilities of a group's networks (paper §6), one a seed; differences are from the mean of its
-    members' errors."""
+    """A test of the mean of the probabilities of a group's networks (paper §6), one a seed, with ten crops; differences are from
+    the mean of its members' errors."""
 
     group: Group
     members: int
-    split: str
     images: int
-    views: int
     top1: float
     top5: float
     less_top1: Difference
@@ -112,31 +109,29 @@ class Ensemble:
 
 
 def ensembles(groups: Sequence[Group]) -> tuple[list[Ensemble], list[str]]:
-    """Of each group with saved evaluations of several runs; and which could not be averaged."""
+    """Of each group with evaluations of several runs, ten crops of the test split; and which could not be averaged."""
     found, problems = [], []
     for one in groups:
-        saved = [(run, {(test.views, test.split): test for test in _saved(run)}) for run in one.counted]
-        counts = collections.Counter(key for _, tests in saved for key in tests)
-        (views, split), count = max(counts.items(), key=lambda item: (item[1], item[0]), default=((0, ""), 0))
-        if count < 2:
+        members = {run.seed: (run, test) for run in one.counted for test in _saved(run)
+                   if (test.views, test.split) == (10, one.config["data"].get("test_split"))}
+        if len(members) < 2:
             continue
-        members = [(run, tests[views, split]) for run, tests in saved if (views, split) in tests]
         try:
-            loaded = [predictions.load(run.folder / EVALUATIONS / test.source) for run, test in members]
+            loaded = [predictions.load(run.folder / EVALUATIONS / test.source) for run, test in members.values()]
             ensemble.check_compatible(loaded)
             score = ensemble.ensemble_result(loaded).score
         except (ValueError, RuntimeError, OSError) as error:
             problems.append(f"{one.name}: its networks cannot be averaged ({str(error).partition(';')[0]})")
             continue
-        less = [Difference(whole - sum(getattr(test, name) for _, test in members) / len(members), None)
+        less = [Difference(whole - sum(getattr(test, name) for _, test in members.values()) / len(members), None)
                 for name, whole in (("top1", score.top1), ("top5", score.top5))]
-        found.append(Ensemble(one, len(members), split, score.images, views, score.top1, score.top5, *less))
+        found.append(Ensemble(one, len(members), score.images, score.top1, score.top5, *less))
     return found, problems
 
 
 def five(row: paper.Row, ensembles: Sequence[Ensemble]) -> list[Ensemble]:
-    """What stands beside the paper's average of five: averages of five full networks on the same images, with ten crops."""
-    return [one for one in ensembles if (one.members, one.images, one.views) == (5, paper.DATA_SETS[row.data].test, 10)
+    """What stands beside the paper's average of five: averages of five full networks on the same images."""
+    return [one for one in ensembles if (one.members, one.images) == (5, paper.DATA_SETS[row.data].test)
             and matches(row, [one.group])]
 
 

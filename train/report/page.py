@@ -91,7 +91,7 @@ def commit(start: Mapping[str, Any]) -> str | None:
     return f"{git.get('commit')}{' with changes' * bool(git.get('changed'))}" if isinstance(git, dict) else None
 
 
-def crops(test: Test | Ensemble) -> str:
+def crops(test: Test) -> str:
     """How it was tested."""
     return f"{test.split}, {test.views} crop{'s' * (test.views > 1)}"
 

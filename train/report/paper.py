@@ -5,8 +5,6 @@ digits are the release's. A run is held against a row only when its data set (by
 (layer by layer) and its augmentation are those of the row: names of runs and recipes mean nothing here.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Mapping
 
@@ -113,13 +111,7 @@ _DEFAULTS = {"stride": 1, "pad": 0, "lrn": "none", "pool": False, "dropout": Fal
 
 
 def data_set(classes: int | None, train: tuple[int, int] | None, test: int | None) -> str:
-    """Key of DATA_SETS with these counts, "" for another.
-
-    Args:
-        classes: of the network.
-        train: least and greatest number of training images it can have.
-        test: images it was tested on (or, before a test, validated on).
-    """
+    """Key of DATA_SETS with so many classes, training images (least, most) and images tested (or validated), "" for another."""
     for key, known in DATA_SETS.items():
         fits = known.train is None or (train is not None and train[0] <= known.train
                                        and train[1] >= known.train * (1 - _EXCLUDED))

@@ -21,7 +21,6 @@ from train.report import paper
 from train.run_folder import CHECKPOINTS, CONFIG, METRICS, VERSIONS
 
 EVALUATIONS = "evaluations"  # folder of a run's saved evaluations
-MOST_PROBLEMS = 6
 
 
 class NoRun(ValueError):
@@ -161,8 +160,6 @@ def read_run(folder: Path) -> Run:
     samples = _whole(loader.get("samples"))
     train_images = (samples, samples) if samples else _train_images(_whole(config["train"].get("batch")), steps_done)
     tests = [*tests, *_evaluations(folder / EVALUATIONS, problems)]
-    if len(problems) > MOST_PROBLEMS:
-        problems[MOST_PROBLEMS:] = [f"and {len(problems) - MOST_PROBLEMS} more"]
     return Run(folder, folder.resolve().name, config, starts, tuple(epochs[number] for number in sorted(epochs)), began,
                tuple(tests), checkpoints, train_images, validation_images, str(loader.get("images") or ""), tuple(problems))
 
