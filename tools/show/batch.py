@@ -12,7 +12,6 @@ import numpy as np
 from pipeline.config import DataConfig
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.batch import Batch
-from pipeline.loading.train_loader import TrainLoader
 from pipeline.sampling.augment import Augmentation, lighting_shift
 from pipeline.stats import Stats
 from pipeline.tiers import train_loader
@@ -65,34 +64,27 @@ def draw(crops: np.ndarray, texts: list[str], title: str) -> Sheet:
     return sheet
 
 
-def _loader(args: argparse.Namespace, scratch: str) -> tuple[TrainLoader, Stats, str]:
-    config = load(args.config)
-    data = replace(config.data, index=str(args.index or config.data.images), packed="")
-    archives = args.archives or config.machine.archives
-    store = str(archives) if str(archives).startswith("s3://") else ""
-    index = SampleIndex.load(data.index, None if store else archives or None)
-    stats = Stats.for_index(index, data.square_px)
-    # Tier resident would begin to fill its file: not for a sheet.
-    machine = replace(config.machine.loader(0), resident_memory="ram", resident_folder=scratch)
-    loader = train_loader(data.tier, index, data.train_split, data.pixels(), args.count, config.train.seed, stats,
-                          resident=data.resident, window=data.window, lanes=data.lanes, store=store, machine=machine)
-    loader.load_state_dict({**loader.state_dict(), "step": args.step})
-    return loader, stats, data.tier
-
-
 def run(args: argparse.Namespace) -> None:
     """Load one batch and draw it. Raises ValueError or RuntimeError."""
     if not 1 <= args.count <= 200:
         raise ValueError(f"--count (={args.count}) must lie in 1..200; larger sheets cannot be read")
     if args.step < 0:
         raise ValueError(f"--step (={args.step}) must be at least 0; batches are counted from 0")
-    with tempfile.TemporaryDirectory() as scratch:
-        loader, stats, tier = _loader(args, scratch)
-        with loader:
+    config = load(args.config)
+    data = replace(config.data, index=str(args.index or config.data.images), packed="")
+    archives = str(args.archives or config.machine.archives)
+    store = archives if archives.startswith("s3://") else ""
+    index = SampleIndex.load(data.index, None if store else archives or None)
+    stats = Stats.for_index(index, data.square_px)
+    with tempfile.TemporaryDirectory() as scratch:  # tier resident would begin to fill its file: not for a sheet
+        machine = replace(config.machine.loader(0), resident_memory="ram", resident_folder=scratch)
+        with train_loader(data.tier, index, data.train_split, data.pixels(), args.count, config.train.seed, stats, store=store,
+                          resident=data.resident, window=data.window, lanes=data.lanes, machine=machine) as loader:
+            loader.load_state_dict({**loader.state_dict(), "step": args.step})
             batch = next(iter(loader))
             augmentation = loader.augmentation(batch.ids, batch.epochs)
-    first = batch.step * args.count
-    title = f"{loader.index.path}, tier {tier}, training crops {first} to {first + args.count - 1}, {loader.data}"
-    texts = captions(loader.index, batch, augmentation, stats)
+    first = args.step * args.count
+    title = f"{index.path}, tier {data.tier}, training crops {first} to {first + args.count - 1}, {loader.data}"
+    texts = captions(index, batch, augmentation, stats)
     draw(restore(batch, augmentation, loader.data, stats), texts, title).save(args.out)
     print(f"{len(batch.ids)} crops in {args.out}")

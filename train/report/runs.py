@@ -144,7 +144,8 @@ def read_run(folder: Path) -> Run:
     starts = tuple(_json_lines(folder / VERSIONS, problems))
     epochs: dict[int, Epoch] = {}
     steps_done: dict[int, int] = {}  # at the end of an epoch
-    tests, validation_images, began = [], None, False
+    tests: list[Test] = []
+    validation_images, began = None, False
     for line in _json_lines(folder / METRICS, problems):
         kind, step, epoch = line.get("kind"), _whole(line.get("step")), _whole(line.get("epoch"))
         began = began or kind == "step"
@@ -196,7 +197,7 @@ def _json_lines(path: Path, problems: list[str]) -> list[Mapping[str, Any]]:
     except OSError as error:
         problems.append(f"{path.name} cannot be read ({error.strerror})" if path.exists() else f"{path.name} is missing")
         return []
-    found = []
+    found: list[Mapping[str, Any]] = []
     for text in lines:
         try:
             line = json.loads(text)
