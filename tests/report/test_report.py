@@ -145,21 +145,6 @@ def test_changes_stand_beside_the_papers_with_what_else_differs(tmp_path: Path) 
     assert {one.group.name for one in found} == {"no_lrn", "shallow"}, "those on other images have no full network"
 
 
-def test_a_network_that_learned_nothing_is_named(tmp_path: Path) -> None:
-    tiny = recipe("tiny100")
-    normalised = copy.deepcopy(tiny)
-    normalised["model"]["lrn"] = None
-    longer = copy.deepcopy(tiny)
-    longer["train"]["epochs"] = 99
-    runs = [write_run(tmp_path / name, config, test=error, images=5000, train=50_000) for name, config, error in (
-        ("full", tiny, 0.5), ("no_lrn", normalised, 0.99), ("longer", longer, 0.9862))]
-    page = checked(report(tmp_path / "r.html", *runs)[0])
-    assert "no_lrn (seed 1): its test is at chance: it learned nothing" in page.text and "full (seed 1): its" not in page.text
-    assert "longer (seed 1): its test" in page.text  # 69 right of 5,000; chance is 50 ± 7
-    row, = (row for row in page.rows("Changes to the network") if "no_lrn" in row["change"])
-    assert row["source of the paper’s figure"].endswith("release 148at chance: nothing was learned")
-
-
 def test_results_of_one_name_are_told_apart(tmp_path: Path) -> None:
     tiny = recipe("tiny100")
     longer, longest, other = (copy.deepcopy(tiny) for _ in range(3))

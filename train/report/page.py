@@ -115,7 +115,6 @@ def result(group: Group) -> Cells:
 def notes(run: Run, group: Group) -> list[str]:
     """What a reader must know about a run."""
     return [*([] if run.test else [run.state]),
-            *(["its test is at chance: it learned nothing, or its labels are in another order"] if run.at_chance else []),
             *([] if run in group.counted else ["another run of this seed is counted in its place"]), *run.problems]
 
 

@@ -15,7 +15,6 @@ import yaml
 from pipeline.files import file_sha256
 from train.checkpoint import checkpoint
 from train.evaluate import ensemble, predictions
-from train.evaluate.metrics import Score
 from train.recipe import load_yaml
 from train.report import paper
 from train.run_folder import CHECKPOINTS, CONFIG, METRICS, VERSIONS
@@ -95,13 +94,6 @@ class Run:
     def test(self) -> Test | None:
         """The test at the end of training; None before."""
         return next((test for test in self.tests if not test.source), None)
-
-    @property
-    def at_chance(self) -> bool:
-        """Whether the test at the end is no better than guessing: then its distance from others means nothing."""
-        test, classes = self.test, self.config["model"].get("classes")
-        return bool(test and isinstance(classes, int) and classes > 0
-                    and Score(test.images, round(test.top1 * test.images), 0, 0.0, classes).at_chance)
 
     @property
     def state(self) -> str:
