@@ -110,11 +110,6 @@ def test_resident_set_fits_or_is_said_not_to() -> None:
     assert "cannot serve this recipe" in full.advice_yaml and "data" not in pasted(full)
 
 
-def test_uneven_batches_get_a_longer_queue() -> None:
-    uneven = replace(loader(1000, decode=0.9), latency_ms=(10.0, 20.0, 50.0, 90.0))
-    assert pasted(judge(uneven))["machine"]["queue"] == 4
-
-
 def test_the_network_limits_when_nobody_waits() -> None:
     quiet = together(990.0, 0.001, {})
     found = judge(loader(4000, decode=0.9), need=1000, together=quiet)
@@ -122,13 +117,6 @@ def test_the_network_limits_when_nobody_waits() -> None:
     assert judge(loader(4000, decode=0.9), need=1000).limit == NETWORK
     assert judge(loader(950, decode=0.9), need=1000).limit == "decode"
     assert judge(loader(950, decode=0.9), need=1000, together=quiet).limit == NETWORK
-
-
-def test_a_network_on_the_same_cores_is_left_some() -> None:
-    setup = replace(SETUP, settings=LoaderConfig(threads=8))
-    slow = together(700.0, 0.01, {})
-    found = judge(loader(4000, decode=0.9), setup, need=1000, together=slow, network_here=True)
-    assert pasted(found) == {"machine": {"threads": 3}} and "share the cores" in found.sentence
 
 
 def test_a_loop_that_waits_names_the_loaders_stage_whatever_the_rates() -> None:

@@ -82,6 +82,7 @@ class CropDataset:
 def dataloader(kind: str, crop: Crop | None, task: Task) -> Running:
     """torch's DataLoader with worker processes, which send uint8 batches."""
     cropper = Cropper(Photographs(task, kind), crop)
+    cropper(int(cropper.photographs.ids[0]), 0, 0)  # a missing package is named here, not by a worker process
     sampler: Any = cropper.photographs.batches()
     loader: Any = DataLoader(CropDataset(cropper), batch_sampler=sampler, num_workers=task.workers,  # type: ignore[arg-type]
                              collate_fn=unchanged, worker_init_fn=one_thread, multiprocessing_context="spawn")

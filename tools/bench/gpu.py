@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,6 @@ def rates(work: Callable[[], float], args: argparse.Namespace) -> Spread:
 
 
 def copies(args: argparse.Namespace) -> Iterator[tuple[str, Spread]]:
-    """GB/s."""
     import torch
 
     source, target = (torch.empty(COPIED, dtype=torch.uint8, device="cuda") for _ in range(2))
@@ -64,7 +64,6 @@ def copies(args: argparse.Namespace) -> Iterator[tuple[str, Spread]]:
 
 
 def decoder(args: argparse.Namespace) -> Iterator[tuple[str, Spread]]:
-    """Images a second."""
     from pipeline.config import LoaderConfig
     from pipeline.decoding.dali import Graph
     from pipeline.index.sample_index import SampleIndex
@@ -93,7 +92,6 @@ def decoder(args: argparse.Namespace) -> Iterator[tuple[str, Spread]]:
 
 
 def lrn(args: argparse.Namespace) -> Iterator[tuple[str, Spread]]:
-    """Images a second. Windows do not cross the two towers."""
     import torch
     from torch.nn import functional
 
@@ -102,13 +100,11 @@ def lrn(args: argparse.Namespace) -> Iterator[tuple[str, Spread]]:
 
     config = LrnConfig(k=2.0, n=5, alpha=1e-4, beta=0.75)
 
-    def theirs(x: torch.Tensor) -> torch.Tensor:
+    def theirs(x: torch.Tensor) -> torch.Tensor:  # windows do not cross the two towers
         maps = functional.relu(x).unflatten(1, (2, -1)).flatten(0, 1)
         return functional.local_response_norm(maps, config.n, config.alpha * config.n, config.beta, config.k).reshape(x.shape)
 
-    def ours(x: torch.Tensor) -> torch.Tensor:
-        return local_response_norm(x, config, groups=2, relu=True)
-
+    ours = partial(local_response_norm, config=config, groups=2, relu=True)
     for shape, layout in itertools.product(LRN_SHAPES, (torch.contiguous_format, torch.channels_last)):
         x, grad = (torch.randn((LRN_BATCH, *shape), device="cuda").bfloat16().to(memory_format=layout) for _ in range(2))
         x.requires_grad_()
@@ -123,7 +119,6 @@ def lrn(args: argparse.Namespace) -> Iterator[tuple[str, Spread]]:
 
 
 def steps(args: argparse.Namespace) -> Iterator[tuple[str, Spread]]:
-    """Images a second."""
     from tools.profile.network import NetworkStep
     from train.parallel.topology import process_group
     from train.recipe import parse
@@ -147,7 +142,6 @@ PARTS = {"copies": copies, "decoder": decoder, "lrn": lrn, "steps": steps}
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure what was asked for, and print it."""
     if args.only and "decoder" in args.only and args.index is None:
         raise ValueError("--index (=none) must name an index with statistics, whose images the decoder takes; give it")
     for name in ("repeats", "seconds"):
@@ -170,7 +164,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m tools.bench.gpu", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, metavar="RECIPE")

@@ -65,7 +65,7 @@ def profile(args: argparse.Namespace, config: Config) -> tuple[Profile, Sequence
         setup = Setup(data.tier, machine, cores(), gpu, images, data.square_px, data.region == "square", memory()[0],
                       torch.cuda.mem_get_info(topology.device)[0] if gpu else 0)
     measured = Measured(tuple(figures[stage.name] for stage in alone), figures["loader"],
-                        figures["network"].rate if args.model else args.need, figures.get("together"), args.model)
+                        figures["network"].rate if args.model else args.need, figures.get("together"))
     cumulative = [replace(figures[stage.name], name=stage.name.removeprefix("up to ")) for stage in cut]
     versions = {name: metadata.version(name) for name in _PACKAGES if any(metadata.distributions(name=name))}
     return Profile(title, config.train.batch, measured, setup, verdict(measured, setup),

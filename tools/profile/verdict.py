@@ -28,7 +28,6 @@ class Measured:
     loader: Figures  # end to end, asked for batches as fast as it gives them
     need: float | None = None  # images/s that training takes, or None when nobody asked
     together: Figures | None = None  # the loader feeding the network, or a consumer of that rate
-    network_here: bool = False  # the need is that of a network measured on the same machine
 
     @property
     def headroom(self) -> float | None:
@@ -97,7 +96,10 @@ def verdict(measured: Measured, setup: Setup) -> Verdict:
     loader, need, together = measured.loader, measured.need, measured.together
     if need is not None and (loader.rate >= need if together is None else
                              together.waited <= _STALL and loader.rate >= 0.9 * need):
-        name, sentence, advice = NETWORK, _network_sentence(measured, setup), _network_advice(measured, setup)
+        name, sentence, advice = NETWORK, _network_sentence(measured), _Advice()
+        advice.remarks.append("the loader needs nothing; what makes the network faster makes the run faster"
+                              if loader.rate > 1.2 * need else
+                              "loader and network are about equal: a faster tier, or more cores, would give room")
     else:
         name, evidence = limiting(measured)
         sentence, advice = _sentence(measured, setup, name, evidence), _advise(measured, setup, name)
@@ -152,28 +154,16 @@ def _sentence(measured: Measured, setup: Setup, name: str, evidence: str) -> str
     return "; ".join(parts) + "."
 
 
-def _network_sentence(measured: Measured, setup: Setup) -> str:
+def _network_sentence(measured: Measured) -> str:
     loader, together = measured.loader, measured.together
     text = (f"the network limits: it takes {measured.need:,.0f} img/s and the loader alone gives {loader.rate:,.0f}: "
             f"{measured.headroom:.1f}× headroom")
     if together is not None:
         text += f"; together {together.rate:,.0f} img/s, {together.waited:.1%} data stall"
-        if together.rate < 0.9 * min(measured.need or 0, loader.rate) and measured.network_here and not setup.gpu:
-            text += "; that is less than either alone: loader and network share the cores"
     return text + "."
 
 
 # --- what to do
-
-def _network_advice(measured: Measured, setup: Setup) -> _Advice:
-    advice, headroom, threads = _Advice(), measured.headroom or 1, setup.settings.threads
-    advice.remarks.append("the loader needs nothing; what makes the network faster makes the run faster" if headroom > 1.2 else
-                          "loader and network are about equal: a faster tier, or more cores, would give room")
-    fewer = max(1, int(threads * 1.5 / headroom))
-    if measured.network_here and not setup.gpu and headroom > 2 and fewer < threads:
-        advice.machine.append(f"threads: {fewer}    # of {threads}: leaves cores to a network on the CPU")
-    return advice
-
 
 def _advise(measured: Measured, setup: Setup, name: str) -> _Advice:
     advice, settings = _Advice(), setup.settings
@@ -188,9 +178,6 @@ def _advise(measured: Measured, setup: Setup, name: str) -> _Advice:
         advice.machine.append("check_crc: false    # flipped bits pass unnoticed; `build_index.py verify` finds them beforehand")
     if name == "decode" and setup.gpu:
         advice.machine.append(f"hw_decoder_load: {settings.hw_decoder_load}    # python -m tools.bench.gpu measures others")
-    p50, _, p99, _ = measured.loader.latency_ms
-    if p99 > 3 * p50 and settings.queue < 4:
-        advice.machine.append(f"queue: 4    # p99 of a batch is {p99 / p50:.1f}× its median; more batches ready even that out")
     if name == "hand-over":
         advice.remarks.append("no setting lifts this: it is the consumer's own thread that takes batches over")
     if "packed" in chosen:
