@@ -23,8 +23,7 @@ from train.parallel import topology as distributed
 from train.checkpoint.checkpoint import DamagedCheckpoint
 from train.config import Config
 from train.parallel.topology import Topology
-from train.checkpoint.pretrained import find_pretrained, load_pretrained
-from train.checkpoint.resolve import resolve
+from train.checkpoint.resolve import find_pretrained, load_pretrained, resolve
 from train.recipe import dump, parse
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
@@ -194,6 +193,7 @@ def export(folder: Path, config: Config, classes: str) -> Path:
     folder.mkdir()
     facts = {"classes_sha256": classes} if classes else {}
     (folder / exported.WEIGHTS).write_bytes(exported.pack(config, network_of(config), facts))
+    (folder / checkpoint.CONFIG).write_text(dump(config), encoding="utf-8")
     exported.write_manifest(folder)
     return folder
 

@@ -147,7 +147,7 @@ def test_an_exported_folder_is_tested_as_its_checkpoint(copy: Path, exported: Pa
     ({"classes_sha256": "0" * 64}, 2, "has other classes, or another order of them, than the one the network was trained on")])
 def test_classes_of_an_exported_folder(exported: Path, tiny_set: TinySet, said: dict[str, str], code: int, message: str) -> None:
     _, tensors = weights.load_safetensors(exported)
-    (exported / weights.WEIGHTS).write_bytes(weights.pack(load(exported / weights.CONFIG), tensors, said))
+    (exported / weights.WEIGHTS).write_bytes(weights.pack(load(exported / "config.yaml"), tensors, said))
     weights.write_manifest(exported)
     assert message in evaluate("--checkpoint", exported, "--index", tiny_set.index, code=code)[1]
 

@@ -56,7 +56,7 @@ def row(split: str, views: int, score: dict[str, Any]) -> str:
 
 def test_command_exports_a_run(tiny_set: TinySet, trained: Path, tmp_path: Path) -> None:
     out, last = tmp_path / "out", sorted((trained / "checkpoints").iterdir())[-1]
-    said, warned = exported(trained, out, "--which", "last", "--onnx", "--licence", "CC0.")
+    said, warned = exported(trained, out, "--which", "last", "--onnx")
     assert warned == "" and "model.safetensors 0, model.onnx " in said and f"{out}: " in said and len(said.splitlines()) == 2
     config, index = load(last / "config.yaml"), SampleIndex.load(tiny_set.index)
     network = weights.from_pretrained(out)
@@ -71,7 +71,7 @@ def test_command_exports_a_run(tiny_set: TinySet, trained: Path, tmp_path: Path)
     test, epoch = of_run(trained, "test")[0], of_run(trained, "epoch")[1]
     assert row("val", 10, test) + " the end of training |" in text
     assert row("val", 1, epoch["validation"]) + " the validation after epoch 1, counted from 0 |" in text
-    assert text.count("| val |") == 2 and "CC0." in text and "6 of the 6 outputs" in text
+    assert text.count("| val |") == 2 and "6 of the 6 outputs" in text
     state, metadata = checkpoint.read_state(last), weights.read_metadata(out)
     manifest = file_sha256(last / "manifest.json")
     assert (metadata["classes_sha256"], metadata["checkpoint_sha256"]) == (state["classes"], manifest)

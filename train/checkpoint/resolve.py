@@ -1,11 +1,6 @@
-"""Find the checkpoint that a path means: best or last of a run folder, or a checkpoint, export or saved evaluation itself.
-
-A path may be a run folder (then `which` chooses among its checkpoints), a checkpoint folder, a folder that train.export wrote, or
-a saved evaluation. What is found is compared with its manifest before it is returned.
+"""Find the checkpoint that a path means, and load weights from it: best or last of a run folder, or a checkpoint, a folder that
+train.export wrote, or a saved evaluation itself. What is found is compared with its manifest before it is returned.
 """
-
-from __future__ import annotations
-
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -38,17 +33,10 @@ def warn_on_stderr(message: str) -> None:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A checkpoint, exported network or saved evaluation on disk, verified.
-
-    Attributes:
-        path: its folder.
-        kind: which of the three it is. Of a saved evaluation only the path is of use, to train.evaluate.predictions.
-        sha256: SHA-256 (hex) of its manifest, which holds those of its files: the identity of the weights.
-    """
-
-    path: Path
-    kind: Kind
-    sha256: str
+    """A checkpoint, exported network or saved evaluation on disk, verified."""
+    path: Path  # its folder
+    kind: Kind  # of a saved evaluation only the path is of use, to train.evaluate.predictions
+    sha256: str  # hex, of its manifest, which holds those of its files: the identity of the weights
 
     @property
     def run(self) -> Optional[Path]:
@@ -63,19 +51,12 @@ class Resolved:
         return str(checkpoint.read_state(self.path)["classes"])
 
     def config(self) -> Config:
-        """The recipe it was trained with."""
         return load(self.path / checkpoint.CONFIG)
 
     def inference_config(self, index: str | Path | None, archives: str | Path | None, device: Optional[str],
                          batch: Optional[int]) -> Config:
-        """The recipe for inference by processes that each hold the whole network.
-
-        Args:
-            index, archives, device, batch: data.index, machine.archives, .device and .test_batch; None: the run's.
-
-        Raises:
-            ValueError: an exported network needs an index.
-        """
+        """The recipe for inference by processes that each hold the whole network, with this data.index, machine.archives, .device
+        and .test_batch; None: the run's. Raises ValueError when an exported network needs an index."""
         config = self.config()
         if self.kind == "exported" and not index and not Path(config.data.images).exists():
             raise ValueError(f"index (={config.data.images}) that {self.path} was trained on is not here, of its place only the "
@@ -98,23 +79,10 @@ class Resolved:
         """The training set's statistics, whose mean is subtracted from images."""
         return Stats.load(self.path / checkpoint.STATS)
 
-    def layers(self) -> list[str]:
-        """Names of the layers it has weights of."""
-        if self.kind == "exported":
-            return list(safetensors_io.read_model(self.path / safetensors_io.WEIGHTS).layers)
-        return list(self.config().model.layers)
-
     def load_weights(self, network: AlexNet, config: Config, topology: Topology,
                      layers: Optional[Collection[str]] = None) -> None:
-        """Copy its weights into a network, or into the tower that this process holds.
-
-        Args:
-            network, config, topology: the network and what it was built from.
-            layers: only these; by default all.
-
-        Raises:
-            ValueError: a name or shape differs; nothing was copied then.
-        """
+        """Copy its weights, of all or of these `layers`, into a network or the tower of it that this process holds. Raises
+        ValueError when a name or shape differs; nothing was copied then."""
         tensors, shapes = build.parameters(network, config)
         tensors = {name: tensor for name, tensor in tensors.items() if layers is None or name.split(".")[1] in layers}
         if self.kind == "checkpoint":
@@ -131,37 +99,28 @@ class Resolved:
 def resolve(path: Path, which: Optional[str] = None, *, default: Literal["best", "last"] = "last",
             kinds: Sequence[Kind] = ("checkpoint",), name: str = "checkpoint",
             warn: Callable[[str], None] = warn_on_stderr) -> Resolved:
-    """Find and verify the checkpoint that `path` means.
+    """Find and verify the checkpoint that `path`, a run folder or a folder of one of `kinds`, means.
 
-    Args:
-        path: a run folder, or a folder of one of `kinds`.
-        which: of a run's checkpoints, the validated one of lowest error ("best") or the newest that is whole ("last").
-        default: which of them when `which` is None. Without a validated checkpoint, "best" is then the last.
-        kinds: what is acceptable besides a run folder.
-        name: what error messages call `path`: the option or recipe key that holds it.
-        warn: called for each damaged checkpoint that is passed over.
-
-    Raises:
-        ValueError: there is no such checkpoint.
-        DamagedCheckpoint: its files are not the ones that were written.
+    `which` of a run's: the validated one of lowest error ("best") or the newest that is whole ("last"). By `default` "best" is
+    the last where none is validated. `name`: the option or recipe key that holds `path`, for messages. `warn` is called for each
+    damaged checkpoint that is passed over. Raises ValueError when there is none, DamagedCheckpoint when its files are others than
+    were written.
     """
-    return resolve_all([path], which, default=default, kinds=kinds, name=name, warn=warn)[0]
-
-
-def resolve_all(paths: Sequence[Path], which: Optional[str] = None, *, default: Literal["best", "last"] = "last",
-                kinds: Sequence[Kind] = ("checkpoint",), name: str = "checkpoint",
-                warn: Callable[[str], None] = warn_on_stderr) -> list[Resolved]:
-    """`resolve` for several paths; `which` is refused unless one of them is a run folder."""
-    is_run = [(path / CHECKPOINTS).is_dir() for path in paths]
-    if which is not None and not any(is_run):
-        raise ValueError(f"--which (={which}) chooses among a run's checkpoints; leave it out, or give a run folder")
-    resolved = [_of_run(path, which, default, warn) if run else _folder(path, kinds, name) for path, run in zip(paths, is_run)]
+    kind: Kind = "checkpoint"
+    if (path / CHECKPOINTS).is_dir():
+        path = _of_run(path, which, default, warn)
+    elif which is not None:
+        raise ValueError(f"--which (={which}) chooses among a run's checkpoints, and {path} is no run folder; leave it out")
+    else:
+        kind = _kind(path, kinds, name)
+        if kind != "evaluation":
+            (safetensors_io if kind == "exported" else checkpoint).verify(path)
+    sha256 = file_sha256(path / (predictions.MANIFEST if kind == "evaluation" else checkpoint.MANIFEST))
     # Evaluations and reports name a checkpoint by the names of its run and itself, which the path must hold.
-    return [replace(one, path=Path(os.path.abspath(one.path))) if predictions.run_folder(one.path).name in ("", "..") else one
-            for one in resolved]
+    return Resolved(Path(os.path.abspath(path)) if predictions.run_folder(path).name in ("", "..") else path, kind, sha256)
 
 
-def _of_run(run: Path, which: Optional[str], default: str, warn: Callable[[str], None]) -> Resolved:
+def _of_run(run: Path, which: Optional[str], default: str, warn: Callable[[str], None]) -> Path:
     root = run / CHECKPOINTS
     path = checkpoint.best(root) if (which or default) == "best" else None
     if path is not None:
@@ -171,10 +130,10 @@ def _of_run(run: Path, which: Optional[str], default: str, warn: Callable[[str],
     if path is None:
         raise ValueError(f"run (={run}) has no {'validated ' if which == 'best' else ''}checkpoint yet; wait for its first, or "
                          "give another")
-    return Resolved(path, "checkpoint", file_sha256(path / checkpoint.MANIFEST))
+    return path
 
 
-def _folder(path: Path, kinds: Sequence[Kind], name: str) -> Resolved:
+def _kind(path: Path, kinds: Sequence[Kind], name: str) -> Kind:
     manifests: dict[str, Kind] = {predictions.MANIFEST: "evaluation", safetensors_io.WEIGHTS: "exported",
                                   checkpoint.STATE: "checkpoint", checkpoint.MANIFEST: "checkpoint"}
     kind = next((kind for file, kind in manifests.items() if (path / file).is_file()), None)
@@ -182,7 +141,58 @@ def _folder(path: Path, kinds: Sequence[Kind], name: str) -> Resolved:
         problem = "does not exist" if not path.exists() else f"is {NAMES[kind]}" if kind else "is something else"
         choices = ["a run folder", *(NAMES[accepted] for accepted in kinds)]
         raise ValueError(f"{name} (={path}) {problem}; give {', '.join(choices[:-1])} or {choices[-1]}")
-    if kind == "evaluation":
-        return Resolved(path, kind, file_sha256(path / predictions.MANIFEST))
-    (safetensors_io if kind == "exported" else checkpoint).verify(path)
-    return Resolved(path, kind, file_sha256(path / checkpoint.MANIFEST))
+    return kind
+
+
+def find_pretrained(config: Config, resume: bool, warn: Callable[[str], None]) -> Optional[Resolved]:
+    """Find what `init_from.checkpoint` of a recipe names (paper §6; of a run folder the best checkpoint, or else the newest).
+    None when it is empty, or, before a resume, which mostly has its own, when nothing usable is there: else an error."""
+    if not config.init_from.checkpoint:
+        return None
+    try:
+        return resolve(Path(config.init_from.checkpoint), default="best", kinds=("checkpoint", "exported"),
+                       name="init_from.checkpoint", warn=warn)
+    except (ValueError, OSError, checkpoint.DamagedCheckpoint):
+        if not resume:
+            raise
+        return None
+
+
+def load_pretrained(source: Optional[Resolved], network: AlexNet, config: Config, topology: Topology, index: SampleIndex) -> str:
+    """Give the network these weights, but for the layers that `init_from.renew` names. A collective call. Returns a message that
+    says what was done; empty for nothing.
+
+    Raises ValueError when there is no checkpoint, though one is named, or processes have found different ones; when a layer is
+    not in it, has another shape there, or gives other classes, and is not renewed.
+    """
+    name, renew, last = config.init_from.checkpoint, config.init_from.renew, config.model.last
+    if not name:
+        return ""
+    digests = set(topology.gather_objects(source.sha256 if source is not None else ""))  # each process has looked by itself
+    if len(digests) > 1:
+        raise ValueError(f"init_from.checkpoint (={name}) is not the same in all processes "
+                         f"({', '.join(sorted(f'{digest[:16]}…' if digest else 'none' for digest in digests))}); name one "
+                         "checkpoint that all of them see, or wait until its run has ended")
+    if source is None:
+        raise ValueError(f"init_from.checkpoint (={name}) is no longer there, or damaged, and this run has no checkpoint of its "
+                         "own yet; put it back")
+    path, stored = source.path, source.config().model.layers
+    kept = [layer for layer in config.model.layers if layer not in renew]
+    if not kept:
+        raise ValueError(f"init_from.renew (={list(renew)}) leaves no layer to take from {path}; take layers out of it")
+    for layer in kept:
+        if layer not in stored:
+            raise ValueError(f"layer (={layer}) is not in {path}, only {', '.join(stored)}; add it to init_from.renew")
+    classes = source.classes_sha256
+    if last in kept and build.classes_sha256(index) != classes:
+        raise ValueError(f"classes of the index (={index.path}) " + (
+            f"are others, or in another order, than those of {path}" if classes else
+            f"cannot be compared: {path} does not say which its are") + f"; add {last} to init_from.renew")
+    try:
+        source.load_weights(network, config, topology, kept)
+    except ValueError as error:
+        raise ValueError(f"{str(error).rpartition(';')[0]}; add the layer to init_from.renew, or give a checkpoint of this "
+                         "network") from None
+    unused = [layer for layer in stored if layer not in config.model.layers]
+    return (f"weights of {', '.join(kept)} from {path}" + (f"; {', '.join(renew)} start anew" if renew else "")
+            + (f"; its {', '.join(unused)} are not used" if unused else ""))

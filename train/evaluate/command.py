@@ -16,7 +16,7 @@ import torch
 from pipeline.index.devkit import read_devkit
 from pipeline.index.sample_index import SampleIndex
 from train import build
-from train.checkpoint.resolve import Resolved, resolve_all, warn_on_stderr
+from train.checkpoint.resolve import Resolved, resolve, warn_on_stderr
 from train.config import Config
 from train.console import Console
 from train.evaluate import predictions
@@ -52,8 +52,8 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"submission (={args.submission}) cannot be written, its folder does not exist; give another "
                              "--submission")
         read_devkit(args.devkit)
-    found = resolve_all(args.run or args.checkpoint, args.which, kinds=("checkpoint", "exported", "evaluation"),
-                        name="--run" if args.run else "--checkpoint")
+    found = [resolve(path, args.which, kinds=("checkpoint", "exported", "evaluation"),
+                     name="--run" if args.run else "--checkpoint") for path in args.run or args.checkpoint]
     members = [predictions.load(entry.path) if entry.kind == "evaluation" else _plan(entry, args) for entry in found]
     check_compatible(members)
     evaluations: list[Optional[Evaluation]] = [member if isinstance(member, Evaluation) else None for member in members]

@@ -11,11 +11,7 @@
 
 Needs the extra `export` (safetensors). Whoever has only safetensors and torch reads the file too: the card says how.
 """
-
-from __future__ import annotations
-
 import contextlib
-import dataclasses
 import importlib
 import json
 from pathlib import Path
@@ -26,7 +22,7 @@ import torch
 from model.alexnet import AlexNet, canonical_shapes
 from model.config import LrnConfig, ModelConfig, PoolConfig
 from train.checkpoint import checkpoint
-from train.checkpoint.checkpoint import CONFIG, MANIFEST, STATS  # noqa: F401 (names of this folder's files too)
+from train.checkpoint.checkpoint import MANIFEST
 from train.config import Config
 
 FORMAT = 1
@@ -34,59 +30,42 @@ WEIGHTS, CLASSES, ONNX, CARD = "model.safetensors", "classes.txt", "model.onnx",
 
 
 def pack(config: Config, tensors: Mapping[str, torch.Tensor], hashes: Mapping[str, str]) -> bytes:
-    """The bytes of model.safetensors.
-
-    Args:
-        config: the recipe.
-        tensors: canonical name → float32 of the canonical shape.
-        hashes: for the metadata, such as `classes_sha256` and `checkpoint_sha256`.
-
-    Raises:
-        ValueError: a name or shape that is not the network's, or a value that is not finite.
-    """
+    """The bytes of model.safetensors: canonical name → float32 of the canonical shape; the metadata has the recipe and `hashes`,
+    such as `classes_sha256`. Raises ValueError for a tensor that is not the network's, or not finite."""
     _check(tensors, config.model, "weights")
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} (=NaN or infinite) must be finite; the weights are damaged, take an earlier checkpoint")
     metadata = {"format": "pt", "alexnet_dali_format": str(FORMAT), "config": json.dumps(config.as_dict(), sort_keys=True),
                 "fingerprint": config.fingerprint(), **hashes}
-    packed: bytes = _safetensors("torch").save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+    packed: bytes = library("safetensors.torch").save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
     return packed
 
 
 def load_safetensors(path: str | Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
     """The network of a file that `pack` made, or of the folder it lies in, and its weights, float32 on the CPU.
 
-    Raises:
-        ValueError: no such file, not made by this program, of another format, or with other tensors than its network has.
-        DamagedCheckpoint: the folder's manifest says other sizes or hashes.
+    Raises ValueError when there is no such file, or it is of another format, or has other tensors than its network;
+    DamagedCheckpoint when the folder's manifest says other sizes or hashes.
     """
-    file = _file(path)
-    config, tensors = read_model(file), read_weights(file)
-    _check(tensors, config, str(file))
-    return config, tensors
-
-
-def read_model(path: str | Path) -> ModelConfig:
-    """The network of a file that `pack` made, from its metadata. Raises as `load_safetensors`."""
     file = _file(path)
     metadata = read_metadata(file)
     if metadata.get("alexnet_dali_format") != str(FORMAT):
         raise ValueError(f"weights (={file}) have format {metadata.get('alexnet_dali_format', 'none')}, not {FORMAT}; give a "
                          "file that train.export of this version wrote")
     try:
-        return _model_config(json.loads(metadata["config"])["model"])
+        config = _model_config(json.loads(metadata["config"])["model"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"weights (={file}) have a config that this version does not read ({error}); use the version that "
                          "wrote them") from None
+    tensors = read_weights(file)
+    _check(tensors, config, str(file))
+    return config, tensors
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """Tensors of a safetensors file, or of an exported folder: name → as stored, on the CPU. A folder is verified first.
-
-    Raises:
-        ValueError: no such file, or no safetensors. DamagedCheckpoint: the folder's manifest says other sizes or hashes.
-    """
+    """Tensors of anyone's safetensors file, or of an exported folder: name → as stored, on the CPU. A folder is verified first.
+    Raises ValueError and DamagedCheckpoint."""
     with _opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}
 
@@ -107,14 +86,6 @@ def from_pretrained(folder: str | Path) -> AlexNet:
     return network.eval()
 
 
-def _model_config(values: Mapping[str, Any]) -> ModelConfig:
-    """A network's config from plain values. Raises ValueError, KeyError or TypeError."""
-    lrn = values["lrn"]
-    if lrn is not None:  # files of version 0.1 say across: false; windows never cross towers now
-        lrn = LrnConfig(**{key: value for key, value in lrn.items() if (key, value) != ("across", False)})
-    return ModelConfig(**{**values, "lrn": lrn, "pool": PoolConfig(**values["pool"])})
-
-
 def write_manifest(folder: Path) -> None:
     """Write manifest.json of all files of a folder but the card."""
     checkpoint.write_manifest(folder, [path.name for path in folder.iterdir() if path.name not in (CARD, MANIFEST)])
@@ -125,16 +96,21 @@ def verify(folder: Path) -> None:
     checkpoint.verify_manifest(folder, [WEIGHTS], "exported file", "export again")
 
 
-def without_machine(config: Config) -> Config:
-    """The recipe without machine settings and without the parents of absolute paths. The fingerprint stays."""
-    bare = dataclasses.replace(config, machine=type(config.machine)(), parallel=type(config.parallel)())
-    data = dataclasses.replace(bare.data, index=_relative(bare.data.index), packed=_relative(bare.data.packed))
-    init = dataclasses.replace(bare.init_from, checkpoint=_relative(bare.init_from.checkpoint))
-    return dataclasses.replace(bare, data=data, init_from=init)
+def library(name: str, purpose: str = "read and write model.safetensors") -> Any:
+    """A module of an optional library. Raises RuntimeError, saying how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        package = name.partition(".")[0]
+        raise RuntimeError(f"{package} (=not installed) is needed to {purpose}; pip install {package}, or this package with its "
+                           "extra export") from None
 
 
-def _relative(path: str) -> str:
-    return Path(path).name if Path(path).is_absolute() else path
+def _model_config(values: Mapping[str, Any]) -> ModelConfig:
+    lrn = values["lrn"]
+    if lrn is not None:  # files of version 0.1 say across: false; windows never cross towers now
+        lrn = LrnConfig(**{key: value for key, value in lrn.items() if (key, value) != ("across", False)})
+    return ModelConfig(**{**values, "lrn": lrn, "pool": PoolConfig(**values["pool"])})
 
 
 def _file(path: str | Path) -> Path:
@@ -151,9 +127,7 @@ def _file(path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def _opened(path: str | Path) -> Iterator[Any]:
-    """A safetensors file, open."""
-    file = _file(path)
-    safetensors = _safetensors()
+    file, safetensors = _file(path), library("safetensors")
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
             yield opened
@@ -170,12 +144,3 @@ def _check(tensors: Mapping[str, torch.Tensor], config: ModelConfig, what: str) 
             given = "none" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
             expected = f"float32 {wanted[name]}" if name in wanted else "absent"
             raise ValueError(f"{name} (={given} in {what}) must be {expected}; give the weights of this network")
-
-
-def _safetensors(part: str = "") -> Any:
-    """The library, which is an extra, or its submodule."""
-    try:
-        return importlib.import_module("safetensors" + (f".{part}" if part else ""))
-    except ImportError:
-        raise RuntimeError("safetensors (=not installed) is needed to read and write model.safetensors; pip install safetensors, "
-                           "or this package with its extra export") from None
