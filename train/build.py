@@ -1,10 +1,6 @@
 """The parts of a run, built from its config: torch's settings, index, loaders, network, and the tensors of a checkpoint."""
-
-from __future__ import annotations
-
 import contextlib
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, ContextManager, Optional
 
@@ -43,17 +39,14 @@ def configure_torch(config: Config, topology: Topology) -> None:
 def loader_config(config: Config, topology: Topology) -> LoaderConfig:
     """The loader's settings. By default it gets all of this process's cores before a GPU, and a quarter of them beside a network
     on the CPU, which costs far more than its images."""
-    own_cores = max(1, cores() // topology.local_ranks)
-    return config.machine.loader(config.machine.threads or (
-        own_cores if topology.device.type == "cuda" else max(1, own_cores // 4)))
+    own_cores = cores() // topology.local_ranks
+    default = max(1, own_cores if topology.device.type == "cuda" else own_cores // 4)
+    return config.machine.loader(config.machine.threads or default)
 
 
 def index(config: Config, *splits: str) -> SampleIndex:
-    """The index of the recipe, checked for these splits.
-
-    Raises:
-        ValueError: it is no index, lacks a split, an image's label or an archive, or has more classes than the network.
-    """
+    """The index of the recipe. Raises ValueError when it is none, has more classes than the network, or lacks one of these
+    splits, an image's label or an archive."""
     if config.data.images != config.data.index and not (Path(config.data.images) / "index.json").is_file():
         raise ValueError(f"data.packed (={config.data.images}) is no packed folder yet; write it with `python "
                          f"tools/pack_shards.py {config.data.index} {config.data.images}`, all of its ranks to the end")
@@ -98,11 +91,8 @@ def train_loader(config: Config, topology: Topology, found: SampleIndex, stats: 
                  quarantine: Path) -> TrainLoader | PairLoader:
     """Training batches from the recipe's tier: this data rank's rows of each, the same in both towers.
 
-    Args:
-        quarantine: file that lists unreadable images; further processes write to files beside it, and all count all of them.
-
-    Raises:
-        ValueError: the index is not of the kind that the tier reads. RuntimeError: the images do not fit into memory.
+    `quarantine`: file that lists unreadable images; further processes write to files beside it, and all count all of them. Raises
+    ValueError when the index is not of the kind that the tier reads, RuntimeError when the images do not fit into memory.
     """
     data, machine = config.data, loader_config(config, topology)
     budget = quarantine_budget(machine, len(found.ids(data.train_split)))
@@ -119,42 +109,11 @@ def train_loader(config: Config, topology: Topology, found: SampleIndex, stats: 
 
 def eval_loader(config: Config, topology: Topology, found: SampleIndex, stats: Stats, split: str, *,
                 keep: bool = False, ids: Optional[Ids] = None) -> EvalLoader:
-    """Every image of a split once, divided among the data ranks; both towers of a pair get the same.
-
-    Args:
-        keep: tier resident keeps the images in memory, for repeated tests; else it reads them if a run has kept all of them.
-        ids: only these samples, in this order.
-
-    Raises:
-        RuntimeError: the images do not fit into memory.
-    """
+    """Every image of a split once, or of `ids` in their order, divided among the data ranks; both towers of a pair get the same.
+    With `keep` tier resident keeps the images in memory, for repeated tests; else it reads them if a run has kept all of them."""
     return tiers.eval_loader(config.data.tier, found, split, config.data.pixels(), config.machine.test_batch, stats,
                              resident=config.data.resident, keep=keep, machine=loader_config(config, topology),
                              shard=(topology.data_rank, topology.data_ranks), device_id=topology.device.index, ids=ids)
-
-
-@dataclass(frozen=True)
-class Loaders:
-    """A run's index and statistics, its training loader, and the loader of each split that is tested."""
-
-    index: SampleIndex
-    stats: Stats
-    train: TrainLoader | PairLoader
-    tests: dict[str, EvalLoader]
-
-    def close(self) -> None:
-        """Free threads and buffers."""
-        with contextlib.ExitStack() as stack:
-            for loader in (self.train, *self.tests.values()):
-                stack.callback(loader.close)
-
-
-def loaders(config: Config, topology: Topology, found: SampleIndex, stats: Stats, quarantine: Path) -> Loaders:
-    """All loaders of a run; see `train_loader` and `eval_loader`."""
-    train = train_loader(config, topology, found, stats, quarantine)
-    tests = {split: eval_loader(config, topology, found, stats, split, keep=True)
-             for split in dict.fromkeys((config.data.validation_split, config.data.test_split))}
-    return Loaders(found, stats, train, tests)
 
 
 def network(config: Config, topology: Topology) -> AlexNet:

@@ -5,9 +5,6 @@ every value; exceptions are keys added later, whose default is the earlier behav
 have defaults, and are left out of the fingerprint, as are paths. The docstrings are the text of `--help`. Recipes and command
 lines are read in train/recipe.py. Imports nothing heavy, so that `--help` answers at once.
 """
-
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
@@ -32,10 +29,9 @@ class Data(DataConfig):
         train_split: split trained on.
         validation_split: split whose error is measured after each epoch.
         test_split: split tested at the end; may be the validation split (ILSVRC2012 has no test labels).
-        tier: source of training images: archives, the files as downloaded; packed, the 256-pixel JPEGs of
-            tools/pack_shards.py; streamed, those read sequentially and shuffled within a window; resident, decoded images in
-            memory.
-        packed: folder written by tools/pack_shards.py, read by tiers packed and streamed (tests too) instead of the index;
+        tier: source of training images: archives, as downloaded; packed, the 256-pixel JPEGs of tools/pack_shards.py; streamed,
+            those read sequentially and shuffled within a window; resident, decoded images in memory.
+        packed: folder written by tools/pack_shards.py, which tiers packed and streamed read instead of the index (tests too);
             empty: the index is that folder. A path, so not in the fingerprint.
         resident: tier resident: format of the images, rgb, or yuv420 of half the size and slightly different pixels.
         window: tier streamed: samples among which the order is shuffled.
@@ -71,10 +67,9 @@ class InitConfig:
     """Initial weights from a checkpoint instead of random ones: fine-tuning (paper §6).
 
     Attributes:
-        checkpoint: a checkpoint, a run folder (its best checkpoint, or else its newest), or a folder written by train.export;
-            empty for none. A path, so not in the fingerprint; a resume compares the checkpoint's hash.
-        renew: layers that start from random values all the same: the softmax layer for other classes, and layers that the
-            checkpoint lacks.
+        checkpoint: a checkpoint, a run folder (its best checkpoint, else its newest), or a folder written by train.export; empty
+            for none. A path, so not in the fingerprint; a resume compares the checkpoint's hash.
+        renew: layers that start from random values all the same: the last one for other classes, and those the checkpoint lacks.
     """
     checkpoint: str = ""
     renew: tuple[str, ...] = ()
@@ -116,13 +111,12 @@ class ParallelConfig:
     """How the processes of torchrun share one run. Changes no result, up to the rounding of sums in another order.
 
     Attributes:
-        towers: processes that hold one network together: 2, a tower each (paper §3.2), which exchange activations; 1, each holds
-            all of it. Further processes share the batch. 0 is 2 when the network has two towers and the number of processes is
-            even, else 1.
+        towers: processes that hold one network together: 2, a tower each (paper §3.2); 1, each holds all of it. Further ones
+            share the batch. 0 is 2 when the network has two towers and the number of processes is even, else 1.
         scheme: towers, or weird ("one weird trick", arXiv 1404.5997): every process has all convolutions and an equal share of
             the images, only the fully connected layers are split in towers.
-        feed: how the two towers get the same images: split, each decodes half of them and they swap halves (from archives 1.2 to
-            1.5 times the throughput on two cores); replicate, each decodes all (faster on CPUs for packed and resident images).
+        feed: how the two towers get the same images: split, each decodes half of them and they swap halves; replicate, each
+            decodes all (faster on CPUs for packed and resident images).
         overlap: compute while activations and gradients are communicated.
         accumulate: micro-batches into which each process divides its images, to need less memory.
     """
@@ -147,13 +141,11 @@ class MachineConfig(LoaderConfig):
 
     Attributes:
         device: auto takes a GPU when there is one.
-        precision: fp32 is full float32, without TF32 on a GPU; bf16 computes the network under autocast, with weights, velocity
-            and loss in float32; fp64 is all float64, to compare implementations.
+        precision: fp32 is without TF32 on a GPU; bf16 is autocast, weights and velocity stay float32; fp64 is all float64.
         channels_last: memory layout of images and kernels.
         deterministic: on a GPU, use only kernels with reproducible results.
         torch_threads: threads of the network on a CPU, per process; 0: the cores divided by the processes.
-        archives: folder in which archives are searched that are no longer where the index says; empty for none. For tier streamed
-            also s3://bucket/prefix of the shards.
+        archives: folder of archives that are no longer where the index says, or, tier streamed, s3://bucket/prefix; empty: none.
         runs: folder of run folders.
         name: name of the run folder; empty: the recipe's file name.
         checkpoint_steps: steps between two checkpoints, besides those at ends of epochs; 0 for none.

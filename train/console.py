@@ -1,27 +1,30 @@
-"""Console output of a run: a live line in a terminal, plain lines elsewhere, one table row per epoch. Only one process prints."""
-
-from __future__ import annotations
-
+"""Console output of a run: a live line in a terminal, plain lines elsewhere, one table row per epoch, and at the end one line on
+data wait, its cause and the loader's headroom. Only one process prints.
+"""
+import contextlib
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass
-from typing import IO, Any, Callable, Optional
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import IO, Any, Callable, Iterator, Optional
 
 from rich.console import Console as Terminal
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.live import Live
 from rich.text import Text
 
-from pipeline.monitor import RECORDED, STAGES, Monitor, Waits, cause_of
+from pipeline.config import LoaderConfig
+from pipeline.monitor import (RECORDED, REMEDIES, STAGES, Monitor, Usage, Waits, cause_of, headroom, remedies,
+                              usage)
 from train.evaluate.metrics import Score
 
 RECENT_STEPS = 50  # over which the displayed throughput is taken
+SMALL_WAIT = 0.01  # a data wait below this share of the time needs no advice
 
 
 @dataclass(frozen=True)
 class Throughput:
     """Images per second, the share of the time spent waiting for data, and its division by cause (one of STAGES)."""
-
     images_per_s: float
     waited: float
     causes: dict[str, float]
@@ -37,12 +40,7 @@ class Throughput:
 
 
 class ThroughputMeter:
-    """Throughput of training steps, over the recent ones and over all.
-
-    Args:
-        monitor: the loader's, whose waits are counted.
-        now: clock in seconds.
-    """
+    """Throughput of training steps, over the recent ones and over all. `monitor` is the loader's, whose waits are counted."""
 
     def __init__(self, monitor: Monitor, now: Callable[[], float] = time.perf_counter) -> None:
         self._monitor, self._now = monitor, now
@@ -54,11 +52,9 @@ class ThroughputMeter:
         self._ends.append((self._now(), self._ends[-1][1] + images, self._monitor.waits))
 
     def recent(self) -> Throughput:
-        """Throughput of the last steps."""
         return _throughput(self._ends[0], self._ends[-1])
 
     def overall(self) -> Throughput:
-        """Throughput of all steps."""
         return _throughput(self._start, self._ends[-1])
 
     @property
@@ -73,33 +69,15 @@ def _throughput(start: tuple[float, int, Waits], end: tuple[float, int, Waits]) 
                       {stage: min(1.0, getattr(waits, stage) / seconds) for stage in STAGES})
 
 
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds: 1:02:03, or 2:03."""
-    minutes, rest = divmod(int(round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
 class Console:
-    """Everything a run prints on stdout.
-
-    Args:
-        enabled: false in all processes but the main one, which print nothing.
-        log_s: seconds between two plain lines.
-        stream: output; whether it is a terminal decides between live and plain.
-    """
+    """Everything a run prints on stdout. Not `enabled`, in all processes but the main one, it prints nothing. Whether `stream` is
+    a terminal decides between a live line and plain ones, `log_s` seconds apart."""
 
     def __init__(self, enabled: bool, log_s: float, stream: Optional[IO[str]] = None) -> None:
         self._enabled, self._log_s, self._stream = enabled, log_s, stream or sys.stdout
-        self._live: Optional[Progress] = None
-        self._task: Optional[TaskID] = None
-        self._last_line_s = -float("inf")
-        self._has_header = False
+        self._last_line_s, self._has_header = -float("inf"), False
         terminal = Terminal(file=self._stream, highlight=False)
-        if enabled and terminal.is_terminal:
-            self._live = Progress(TextColumn("{task.description}"), BarColumn(bar_width=24),
-                                  TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[figures]}"),
-                                  console=terminal, transient=True)
+        self._live = Live(console=terminal, transient=True) if enabled and terminal.is_terminal else None
 
     def print(self, text: str) -> None:
         """A line, above the live one."""
@@ -111,21 +89,20 @@ class Console:
             print(text, file=self._stream, flush=True)
 
     def warn(self, text: str) -> None:
-        """A line with WARNING before it."""
         self.print(f"WARNING: {text}")
 
     def step(self, epoch: str, step: int, done: int, total: int, loss: float, error: float, throughput: Throughput,
              left_s: float) -> None:
         """Progress of an epoch (`1/90`) after a training step; loss and error are means over the epoch so far."""
         if self._is_due():
-            self._show(f"epoch {epoch}", f"step {step}", done, total,
-                       f"loss {loss:.4f} error {error:.1%} {throughput} left {duration(left_s)}")
+            self._show(f"epoch {epoch} step {step} {done}/{total} loss {loss:.4f} error {error:.1%} {throughput} "
+                       f"left {timedelta(seconds=round(left_s))}")
 
     def testing(self, title: str) -> Callable[[int, int], None]:
         """A function that shows the progress of a test, given images done and in all."""
         def show(done: int, total: int) -> None:
             if self._is_due():
-                self._show(title, "", done, total, "images")
+                self._show(f"{title} {done}/{total} images")
         self._last_line_s = time.monotonic()  # a short test needs no line
         return show
 
@@ -136,10 +113,9 @@ class Console:
             self._has_header = True
             self.print(" epoch   loss   error  val top-1  val top-5      lr    img/s  data wait     time")
         self.print(f"{epoch:>7} {loss:6.4f} {error:6.2%} {validation.top1:9.2%} {validation.top5:10.2%} {lr:8.2g} "
-                   f"{throughput.images_per_s:7.1f} {throughput.waited:9.1%} {duration(seconds):>9}")
+                   f"{throughput.images_per_s:7.1f} {throughput.waited:9.1%} {timedelta(seconds=round(seconds))!s:>9}")
 
     def close(self) -> None:
-        """Remove the live line."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -153,11 +129,53 @@ class Console:
         self._last_line_s = time.monotonic()
         return True
 
-    def _show(self, title: str, position: str, done: int, total: int, figures: str) -> None:
+    def _show(self, text: str) -> None:
         if self._live is None:
-            self.print(" ".join(part for part in (title, position, f"{done}/{total}", figures) if part))
-            return
-        if self._task is None:
+            self.print(text)
+        else:
             self._live.start()
-            self._task = self._live.add_task(title, total=total, figures="")
-        self._live.update(self._task, description=title, completed=done, total=total, figures=figures)
+            self._live.update(Text(text))
+
+
+@dataclass
+class DataWait:
+    """What the loop waited for its loader, and how busy the loader's threads were, during training without validation."""
+    waits: Waits = field(default_factory=Waits)
+    used: Usage = field(default_factory=Usage)
+    _start: tuple[Waits, Usage] = (Waits(), Usage())
+    _has_batch: bool = False
+
+    @contextlib.contextmanager
+    def measured(self, monitor: Monitor) -> Iterator[None]:
+        self._start = monitor.waits, usage(monitor)
+        try:
+            yield
+        finally:
+            waits, used = self._start
+            self.waits = self.waits.plus(monitor.waits.since(waits))
+            self.used = self.used.plus(usage(monitor).since(used))
+
+    def batch_arrived(self, monitor: Monitor) -> None:
+        """The first batch of a run is not counted: until then the loader has been starting."""
+        if not self._has_batch:
+            self._has_batch, self._start = True, (monitor.waits, usage(monitor))
+
+    def summary(self, machine: LoaderConfig, threads: int, on_gpu: bool, tier: str = "archives", swaps: bool = False) -> str:
+        """The line, with headroom or advice for a loader of so many decoding `threads`; empty when nothing was trained. `on_gpu`:
+        decoding is on a GPU, whose headroom the CPU's threads do not show. `swaps`: half of each batch comes from another
+        process, and waiting for it counts as copying."""
+        if self.used.time <= 0 or not self.waits.batches:
+            return ""
+        share = min(1.0, self.waits.seconds / self.used.time)
+        if share < SMALL_WAIT:
+            room = headroom(self.used, machine, threads)
+            return f"data wait: {share:.1%} of the time" + (
+                "" if on_gpu else f"; the loader has {room.times:.1f}× headroom ({room.stage} is its busiest part)")
+        cause = self.waits.cause
+        advice = ("try --parallel.feed=replicate" if swaps and cause == "copy" else
+                  "; or ".join(REMEDIES[remedy] for remedy in remedies(tier, cause)))
+        shares = {stage: getattr(self.waits, stage) / self.waits.seconds for stage in STAGES}
+        shares["other"] = max(0.0, 1 - sum(shares.values()))
+        parts = ", ".join(f"{stage} {part:.0%}" for stage, part in shares.items() if part >= 0.005)
+        return (f"data wait: {share:.1%} of the time (of that {parts}): {advice}; `python tools/profile_pipeline.py --config "
+                "RECIPE` measures what would help")

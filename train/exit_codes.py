@@ -2,14 +2,16 @@
 
 Reads torchrun's variables by itself: a command line is parsed, and refused, before torch is imported.
 """
-
-from __future__ import annotations
-
 import os
 import sys
-from typing import Callable, NoReturn, Sequence
+from typing import Callable, NoReturn, Optional, Sequence
 
 DONE, MISTAKE, NOT_FINITE, FAILED, STOPPED, INTERRUPTED = 0, 2, 3, 4, 75, 130
+
+
+class CommonError(RuntimeError):
+    """An error that all processes of a run raise alike, so one of them prints it."""
+    code = FAILED
 
 
 def speaks() -> bool:
@@ -17,28 +19,31 @@ def speaks() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def exit_code(work: Callable[[], None], memory_advice: str) -> int:
-    """Do the work of a command; returns its exit code, after one line on stderr when it failed.
-
-    Args:
-        memory_advice: what to do when memory does not suffice.
-    """
+def exit_code(work: Callable[[], Optional[int]], memory_advice: str) -> int:
+    """Do the work of a command; returns its exit code, after one line on stderr when it failed. `memory_advice`: what to do when
+    memory does not suffice."""
     try:
-        work()
+        return work() or DONE
     except ValueError as error:
-        if speaks():
-            print(f"error: {error}", file=sys.stderr)
-        return MISTAKE
-    except MemoryError as error:
-        print(f"error: memory (={str(error) or 'used up'}) does not suffice; {memory_advice}", file=sys.stderr)
-        return FAILED
-    except (RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
+        return _fail(error, MISTAKE, speaks())
+    except CommonError as error:
+        return _fail(error, error.code, speaks())
+    except MemoryError as error:  # Python's own has no text
+        return _fail(MemoryError(f"memory (={str(error) or 'used up'}) does not suffice; {memory_advice}"), FAILED)
+    except (RuntimeError, OSError) as error:  # each process has its own: after rank, step and phase, which failure.py notes
+        return _fail(error, FAILED, position="".join(f"{note}: " for note in getattr(error, "__notes__", ())))
+    except KeyboardInterrupt:  # before signal handlers are installed, or a second one
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    return DONE
+
+
+def _fail(error: Exception, code: int, speaks: bool = True, position: str = "") -> int:
+    """Print an error on one line, without a traceback (with one under `python -X dev`)."""
+    if sys.flags.dev_mode:
+        raise error
+    if speaks:
+        print(f"error: {position}{error}\n", end="", file=sys.stderr)  # in one write: processes share stderr
+    return code
 
 
 def recorded(command: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:

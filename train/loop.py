@@ -2,33 +2,32 @@
 
 Everything it computes is a function of the recipe and the step number: a run may stop after any step and resume bit-exactly.
 """
-
-from __future__ import annotations
-
 import os
 import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Optional
+from typing import Any, Mapping, Optional
 
+from pipeline.index.sample_index import SampleIndex
+from pipeline.loading.eval_loader import EvalLoader
+from pipeline.loading.train_loader import TrainLoader
 from pipeline.reading.quarantine import SampleError
 from pipeline.sampling.sampler import first_step
+from pipeline.stats import Stats
 from train import build
-from train.build import Loaders
 from train.checkpoint import checkpoint
 from train.checkpoint.async_saver import AsyncSaver
 from train.config import Config
-from train.console import Console, ThroughputMeter
-from train.data_wait import DataWait
+from train.console import Console, DataWait, ThroughputMeter
 from train.evaluate.metrics import Score
 from train.evaluate.predict import evaluate
 from train.parallel.failure import enter_phase
 from train.parallel.pair_loader import PairLoader
 from train.parallel.topology import Topology
 from train.recipe import dump
-from train.run_folder import CHECKPOINTS, METRICS, Metrics, check_same_recipe, check_sources
+from train.run_folder import CHECKPOINTS, METRICS, Metrics, check_same_recipe
 from train.step import StepResult, TrainStep
 
 SAME_SIGNAL_S = 1.0  # a second Ctrl-C sooner than this is the first one, passed on by torchrun
@@ -42,12 +41,10 @@ class StopRequest:
         self._since = 0.0
 
     def listen(self) -> None:
-        """Install the signal handlers."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.handle)
 
     def handle(self, number: int, frame: Optional[FrameType]) -> None:
-        """The signal handler."""
         now = time.monotonic()
         if self.received and number == signal.SIGINT and now - self._since > SAME_SIGNAL_S:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -59,14 +56,12 @@ class StopRequest:
 @dataclass
 class Progress:
     """The current epoch, from 0, and sums over its steps so far."""
-
     epoch: int = 0
     images: int = 0
     errors: int = 0
     loss: float = 0.0
 
     def add(self, images: int, errors: int, loss: float) -> None:
-        """Count a batch; `loss` is its mean."""
         self.images, self.errors, self.loss = self.images + images, self.errors + errors, self.loss + loss * images
 
     def means(self) -> tuple[float, float]:
@@ -75,19 +70,14 @@ class Progress:
 
 
 class Trainer:
-    """Trains, validates and tests a network; saves the state of its run and restores it. Close it at the end.
+    """Trains, validates and tests a network; saves the state of its run in `folder`, and restores it. Close it at the end.
+    `tests`: loader by split. `initial_weights`: SHA-256 of the checkpoint that training begins with; empty for random ones."""
 
-    Args:
-        train_step: the network with its optimizer and schedule.
-        loaders: the images.
-        folder: run folder, which this run has claimed.
-        stop: looked at between steps.
-        initial_weights: SHA-256 of the checkpoint whose weights training begins with; empty for random ones.
-    """
-
-    def __init__(self, config: Config, topology: Topology, train_step: TrainStep, loaders: Loaders, folder: Path,
-                 console: Console, stop: StopRequest, initial_weights: str) -> None:
-        self._config, self._topology, self._train_step, self._loaders = config, topology, train_step, loaders
+    def __init__(self, config: Config, topology: Topology, train_step: TrainStep, loader: TrainLoader | PairLoader,
+                 tests: Mapping[str, EvalLoader], index: SampleIndex, stats: Stats, folder: Path, console: Console,
+                 stop: StopRequest, initial_weights: str) -> None:
+        self._config, self._topology, self._train_step, self._loader, self._tests = config, topology, train_step, loader, tests
+        self._index, self._stats = index, stats
         self._console, self._stop, self.initial_weights = console, stop, initial_weights
         self._checkpoints = folder / CHECKPOINTS
         self._metrics = Metrics(folder / METRICS, topology.is_main)
@@ -97,28 +87,27 @@ class Trainer:
     @property
     def steps(self) -> int:
         """Steps of the whole run."""
-        images = len(self._loaders.index.ids(self._config.data.train_split))
-        return first_step(self._config.train.epochs, images, self._config.train.batch)
+        train, images = self._config.train, len(self._index.ids(self._config.data.train_split))
+        return first_step(train.epochs, images, train.batch)
 
     def train(self) -> bool:
         """Train until the last epoch is validated; False when stopped, and saved, before."""
         while self._progress.epoch < self._config.train.epochs:
-            throughput = ThroughputMeter(self._loaders.train.monitor)
+            throughput = ThroughputMeter(self._loader.monitor)
             score = self._validate() if self._train_epoch(throughput) else None
             if score is None:
                 self._save()
                 break
             self._finish_epoch(score, throughput)
         self._saver.wait()
-        loader, on_gpu = self._loaders.train, self._topology.device.type == "cuda"
-        if summary := self._data_wait.summary(self._config.machine, loader.threads, on_gpu, self._config.data.tier,
-                                              swaps=isinstance(loader, PairLoader)):
+        if summary := self._data_wait.summary(self._config.machine, self._loader.threads, self._topology.device.type == "cuda",
+                                              self._config.data.tier, swaps=isinstance(self._loader, PairLoader)):
             self._console.print(summary)
         return self._progress.epoch == self._config.train.epochs
 
     def _train_epoch(self, throughput: ThroughputMeter) -> bool:
         """Train the rest of the current epoch: none of it after a resume into its validation. False when asked to stop."""
-        loader, progress, machine = self._loaders.train, self._progress, self._config.machine
+        loader, progress, machine = self._loader, self._progress, self._config.machine
         if loader.epoch > progress.epoch:
             return True
         self._train_step.network.train()
@@ -142,17 +131,16 @@ class Trainer:
 
     def _is_due(self, steps: int) -> bool:
         """Whether something that happens every so many steps (0 for never) happens after the last one."""
-        return steps > 0 and self._loaders.train.step % steps == 0
+        return steps > 0 and self._loader.step % steps == 0
 
     def _log(self, step: int, result: StepResult, throughput: ThroughputMeter) -> None:
-        """Write a step to metrics.jsonl and the console."""
         train, recent = self._config.train, throughput.recent()
         if self._is_due(self._config.machine.metrics_steps):
             self._metrics.write("step", step=step, epoch=self._progress.epoch, lr=result.lr, loss=result.loss,
                                 error=result.errors / train.batch, **recent.as_dict())
         left_s = (self.steps - step - 1) * train.batch / recent.images_per_s
         self._console.step(f"{self._progress.epoch + 1}/{train.epochs}", step, self._progress.images // train.batch,
-                           len(self._loaders.train), *self._progress.means(), recent, left_s)
+                           len(self._loader), *self._progress.means(), recent, left_s)
 
     def _validate(self) -> Optional[Score]:
         """The validation score; None when stopped."""
@@ -163,8 +151,8 @@ class Trainer:
             raise
 
     def _evaluate(self, split: str, views: int, title: str) -> Optional[Score]:
-        enter_phase("test", max(0, self._loaders.train.step - 1))  # of the step that is done: the next one's phases come later
-        loader = self._loaders.tests[split]
+        enter_phase("test", max(0, self._loader.step - 1))  # of the step that is done: the next one's phases come later
+        loader = self._tests[split]
         try:
             return evaluate(self._train_step.network, loader, views, self._train_step.autocast, stop=lambda: self._stop.received,
                             progress=self._console.testing(title), topology=self._topology)
@@ -173,7 +161,7 @@ class Trainer:
 
     def _finish_epoch(self, score: Score, throughput: ThroughputMeter) -> None:
         """After an epoch's validation: log, adjust the learning rate, go to the next epoch, save if it is due."""
-        epoch, epochs, step = self._progress.epoch, self._config.train.epochs, self._loaders.train.step
+        epoch, epochs, step = self._progress.epoch, self._config.train.epochs, self._loader.step
         schedule, overall, (loss, error) = self._train_step.schedule, throughput.overall(), self._progress.means()
         lr = schedule.lr(step - 1, epoch)  # the optimizer has not been given it after a resume into a validation
         self._metrics.write("epoch", epoch=epoch, step=step, lr=lr, loss=loss, error=error, **overall.as_dict(),
@@ -191,33 +179,29 @@ class Trainer:
         data, views = self._config.data, self._config.train.test_views
         score = self._evaluate(data.test_split, views, "test")
         if score is not None:
-            self._metrics.write("test", split=data.test_split, views=views, step=self._loaders.train.step, **score.as_dict())
+            self._metrics.write("test", split=data.test_split, views=views, step=self._loader.step, **score.as_dict())
         return score
 
     def _save(self, score: Optional[Score] = None) -> None:
         """Start a checkpoint of this moment; `score` when it is the end of a validated epoch."""
-        loader = self._loaders.train
+        loader = self._loader
         enter_phase("save", max(0, loader.step - 1))
         state = {"step": loader.step, "progress": asdict(self._progress), "loader": loader.state_dict(),
                  "schedule": self._train_step.schedule.state_dict(), "metrics_bytes": self._metrics.length(),
                  "fingerprint": self._config.fingerprint(), "sources": self._sources(),
-                 "classes": build.classes_sha256(self._loaders.index), "validation_error": score.top1 if score else None}
+                 "classes": build.classes_sha256(self._index), "validation_error": score.top1 if score else None}
 
         def attach(folder: Path) -> None:
             self._metrics.sync()  # the lines a checkpoint counts are on disk before it is
             (folder / checkpoint.CONFIG).write_text(dump(self._config), encoding="utf-8")
-            self._loaders.stats.save(folder / checkpoint.STATS)
+            self._stats.save(folder / checkpoint.STATS)
 
         name = checkpoint.checkpoint_name(loader.step, self._progress.epoch if score else None)
         self._saver.save(name, *self._train_step.tensors(), state, attach)
 
     def restore(self) -> bool:
-        """Resume from the newest good checkpoint, renaming damaged ones that are newer; False when there is none yet.
-
-        Raises:
-            ValueError: it is of another recipe, index or network.
-            checkpoint.DamagedCheckpoint: all are damaged.
-        """
+        """Resume from the newest good checkpoint, renaming damaged ones that are newer; False when there is none yet. Raises
+        ValueError when it is of another recipe, index or network, checkpoint.DamagedCheckpoint when all are damaged."""
         newest = checkpoint.newest_good(self._checkpoints, self._console.warn) if self._topology.is_main else None
         name = self._topology.broadcast_object(newest.name if newest else "")
         if not name:
@@ -229,7 +213,7 @@ class Trainer:
         state = checkpoint.read_state(path)
         self._check_sources({"initial weights": "", **state["sources"]})
         checkpoint.load(path, *self._train_step.tensors(), self._topology)
-        self._loaders.train.load_state_dict(state["loader"])
+        self._loader.load_state_dict(state["loader"])
         self._train_step.schedule.load_state_dict(state["schedule"])
         self._progress = Progress(**state["progress"])
         self._metrics.truncate(state["metrics_bytes"])
@@ -239,22 +223,25 @@ class Trainer:
         return True
 
     def _check_sources(self, stored: dict[str, str]) -> None:
-        """Raise ValueError when images, statistics or initial weights are not those of the checkpoint."""
         named, weights = self._config.init_from.checkpoint, stored["initial weights"]
         if weights and self.initial_weights not in ("", weights) and (Path(named) / CHECKPOINTS).is_dir():
             self._console.warn(f"init_from.checkpoint (={named}) has another best checkpoint by now than the one this run began "
                                "with, which it no longer needs")
             self.initial_weights = weights
         self.initial_weights = self.initial_weights or weights  # the checkpoint they came from may be gone by now
-        check_sources(stored, self._sources())
+        for name, sha256 in self._sources().items():
+            if stored[name] != sha256:
+                new, old = (f"{digest[:16]}…" if digest else "random" for digest in (sha256, stored[name]))
+                raise ValueError(f"{name} (={new}) is not the one of this run (={old}); resume with the same "
+                                 f"{'init_from.checkpoint' if name == 'initial weights' else 'index'}, or start another run with "
+                                 "--machine.name")
 
     def _sources(self) -> dict[str, Any]:
         """Hashes of what a run's results come from, besides its recipe."""
-        return {"training images": self._loaders.index.split_sha256(self._config.data.train_split),
-                "stats": self._loaders.stats.sha256, "initial weights": self.initial_weights}
+        return {"training images": self._index.split_sha256(self._config.data.train_split),
+                "stats": self._stats.sha256, "initial weights": self.initial_weights}
 
     def close(self) -> None:
-        """Wait for the checkpoint under way and close metrics.jsonl."""
         try:
             self._saver.close()
         finally:

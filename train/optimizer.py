@@ -7,10 +7,7 @@ The learning rate is inside the velocity (paper §5). PyTorch's SGD has it outsi
 the rate, when the paper's velocity still carries the old one. Biases have no decay and a learning rate of their own (release:
 twice that of weights).
 """
-
-from __future__ import annotations
-
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Optional
 
 import torch
@@ -24,14 +21,10 @@ from train.optimizer_config import LarsConfig, OptimizerConfig, ScheduleConfig
 class Lars:
     """Layer-wise adaptive rates (You et al. 2017): factors trust ‖w‖ / (‖g‖ + weight_decay ‖w‖ + epsilon) of the learning rate.
 
-    Norms are of whole canonical weights: for a weight split between two towers each tower contributes its rows, so the factors
-    are the same, up to rounding, for one process and two. The factor is 1 where a norm is 0: a weight of zeros could never move
-    otherwise. Differs from timm's and apex's, whose rate is outside the velocity and whose norms are of one process's rows.
-
-    Args:
-        config: trust and epsilon.
-        split: the weights of which this process holds only its tower's rows.
-        group: the two towers; None when this process holds everything.
+    Norms are of whole canonical weights: of the weights in `split` this process holds its tower's rows, and `group`, the two
+    towers, add up theirs, so the factors are the same, up to rounding, for one process and two. The factor is 1 where a norm is
+    0: a weight of zeros could never move otherwise. Differs from timm's and apex's, whose rate is outside the velocity and whose
+    norms are of one process's rows.
     """
 
     def __init__(self, config: LarsConfig, split: Iterable[torch.Tensor] = (), group: Optional[dist.ProcessGroup] = None) -> None:
@@ -53,13 +46,8 @@ class Lars:
 class PaperSGD(torch.optim.Optimizer):
     """SGD with momentum and weight decay as in paper §5. State per parameter: `velocity`, of its shape, initially zero.
 
-    Args:
-        params: parameters or groups; a group may override `weight_decay`, `lr_factor` (its rate is lr times that), `layerwise`
-            (False: without `lars`) and `layer` (the name of its rate in `Schedule.layer_rates`). A rate of 0 freezes a group.
-        lr: learning rate of a group with `lr_factor` 1.
-        momentum: momentum.
-        weight_decay: weight decay.
-        lars: layer-wise adaptive rates, or None.
+    A group of `params` may override `weight_decay`, `lr_factor` (its rate is lr times that), `layerwise` (False: without `lars`)
+    and `layer` (the name of its rate in `Schedule.layer_rates`). A rate of 0 freezes a group.
     """
 
     def __init__(self, params: Iterable[Any], *, lr: float, momentum: float, weight_decay: float,
@@ -99,25 +87,20 @@ class PaperSGD(torch.optim.Optimizer):
         return velocity
 
 
-def build_optimizer(network: nn.Module, config: OptimizerConfig, layers: Iterable[str] = (),
+def build_optimizer(network: nn.Module, config: OptimizerConfig, layers: Collection[str] = (),
                     towers: Optional[dist.ProcessGroup] = None) -> PaperSGD:
     """The optimizer of a network: one group of weights, with decay, and one of biases, without decay and with their own rate
-    (paper §5, release layers-145.cfg).
-
-    Args:
-        layers: layers with a learning rate of their own at some time (`Schedule.layers`): each gets two groups of its own.
-        towers: the two processes of a network split in towers, for LARS; None when this process holds everything.
-    """
+    (paper §5, release layers-145.cfg). `layers` with a learning rate of their own at some time (`Schedule.layers`) get two groups
+    each. `towers`: the two processes of a network split in towers, for LARS."""
     lars = None
     if config.lars is not None:
         split = [p for name, p in network.named_parameters() if network.tower_of(name).count > 1] \
             if isinstance(network, AlexNet) else []
         lars = Lars(config.lars, split, towers)
-    alone = set(layers)
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, parameter in network.named_parameters():
         layer, is_bias = name.split(".")[0], name.endswith("bias")
-        layer = layer if layer in alone else ""
+        layer = layer if layer in layers else ""
         group = groups.setdefault((layer, is_bias), {"params": [], "layer": layer})
         if is_bias:
             group |= {"weight_decay": 0.0, "lr_factor": config.bias_lr_factor, "layerwise": False}
@@ -129,21 +112,15 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig, layers: Iterabl
 class Schedule:
     """The learning rate as a function of the step, the epoch, and (with a plateau) the validation errors so far.
 
-    Rates of the recipe are for batches of `optimizer.base_batch` images and are scaled linearly to `batch` (Goyal et al. 2017). A
-    warm-up climbs from the unscaled rate when scaling raises it (§2.2 there), else from 0.
-
-    Args:
-        config: plateau, milestones or neither.
-        optimizer: the initial rate, its base batch, and factors of single layers.
-        batch: images of a step over all processes.
+    Rates of the recipe are for batches of `optimizer.base_batch` images and are scaled linearly to `batch`, the images of a step
+    over all processes (Goyal et al. 2017). A warm-up climbs from the unscaled rate when scaling raises it, else from 0.
     """
 
     def __init__(self, config: ScheduleConfig, optimizer: OptimizerConfig, batch: int) -> None:
         self.config, self._optimizer = config, optimizer
         self._scale = batch / optimizer.base_batch if optimizer.base_batch else 1.0
-        self.drops = 0
         self.best: Optional[float] = None
-        self.stale = 0
+        self.drops, self.stale = 0, 0
 
     def lr(self, step: int, epoch: int) -> float:
         """The learning rate of a step (both counted from 0)."""
@@ -189,7 +166,6 @@ class Schedule:
         return {"drops": self.drops, "best": self.best, "stale": self.stale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from a `state_dict`."""
         self.drops, self.best, self.stale = int(state["drops"]), state["best"], int(state["stale"])
 
 

@@ -2,9 +2,6 @@
 
 The docstrings are the text of `--help`. Imports nothing heavy.
 """
-
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -36,8 +33,8 @@ def _layer_rates(rates: object, key: str) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class LarsConfig:
-    """LARS, layer-wise adaptive rates for large batches (You, Gitman, Ginsburg 2017, arXiv 1708.03888): the rate of a weight is
-    multiplied by trust ‖w‖ / (‖g‖ + weight_decay ‖w‖ + epsilon), by 1 where a norm is 0. Biases keep theirs.
+    """LARS, layer-wise adaptive rates for large batches (arXiv 1708.03888): the rate of a weight is multiplied by
+    trust ‖w‖ / (‖g‖ + weight_decay ‖w‖ + epsilon), by 1 where a norm is 0. Biases keep theirs.
 
     Attributes:
         trust: trust coefficient (the paper's AlexNet: 0.001).
@@ -60,9 +57,8 @@ class OptimizerConfig:
         momentum: momentum (paper: 0.9).
         weight_decay: weight decay of weights; biases have none (paper: 0.0005).
         bias_lr_factor: learning rate of biases over that of weights (release: 2).
-        base_batch: batch size for which the rates of `optimizer` and `schedule` were chosen: they are multiplied by train.batch /
-            base_batch (linear scaling, Goyal et al. 2017, arXiv 1706.02677), and schedule.warmup_steps climb from the unscaled
-            rate; 0 for no scaling.
+        base_batch: batch size for which the rates were chosen: they are multiplied by train.batch / base_batch (linear scaling,
+            arXiv 1706.02677), and schedule.warmup_steps climb from the unscaled rate; 0 for no scaling.
         lars: layer-wise adaptive rates, for batches of thousands; null for none.
         layer_rates: layer → factor of its rate, from the start; 0 freezes it. {} for none.
     """
@@ -112,8 +108,7 @@ class Milestone:
     Attributes:
         epoch: first epoch with this rate, counted from 0.
         lr: learning rate.
-        layer_rates: layer → factor of its rate from this epoch on, as in optimizer.layer_rates; layers not named keep theirs
-            (release run 145: conv1 slowed at epoch 68, frozen at 72).
+        layer_rates: layer → factor of its rate from this epoch on, as in optimizer.layer_rates; layers not named keep theirs.
     """
     epoch: int
     lr: float

@@ -4,9 +4,6 @@ A recipe has the groups of train/config.py; `--group.key=value` overrides a valu
 file) inherits all that a recipe does not state. Stricter than YAML: a repeated key is an error (PyYAML takes the last), 5e-4 is a
 number (PyYAML reads a string), and a value that changes results must be stated, null included.
 """
-
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import functools
@@ -52,11 +49,10 @@ StrictLoader.add_implicit_resolver(
 
 @dataclass(frozen=True)
 class Request:
-    """A parsed command line: the config, whether to resume, and the last recipe named."""
-
+    """A parsed command line."""
     config: Config
     resume: bool
-    recipe: Path | None
+    recipe: Path | None  # the last one named
 
 
 def load_yaml(text: str) -> Any:
@@ -65,14 +61,8 @@ def load_yaml(text: str) -> Any:
 
 
 def read_recipe(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The values of a recipe over those of the one it extends. Mappings are merged, all else is replaced.
-
-    Args:
-        children: the recipes that extend this one, the first of them the one that was asked for.
-
-    Raises:
-        ValueError: no such file, not YAML, not a mapping, or it extends itself.
-    """
+    """The values of a recipe over those of the one it extends: mappings are merged, all else is replaced. `children` are the
+    recipes that extend this one. Raises ValueError when there is no such file, or it is no mapping, or extends itself."""
     if not path.is_file():
         raise ValueError(f"recipe (={path}) does not exist; give one of train/recipes" + (
             f", or correct extends in {children[-1]}" if children else ""))
@@ -120,11 +110,8 @@ def build_parser() -> jsonargparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str]) -> Request:
-    """Parse a command line. `--help` and `--print_config` print and exit 0.
-
-    Raises:
-        ValueError: an unknown or missing key, a value of the wrong type or out of range.
-    """
+    """Parse a command line; `--help` and `--print_config` print and exit 0. Raises ValueError for an unknown or missing key, a
+    value of the wrong type or out of range."""
     if not any(word.startswith(("--config", "--help", "-h", "--print_config")) for word in argv):
         raise ValueError("--config (=none) must name a recipe; give one of train/recipes, such as --config "
                          "train/recipes/demo.yaml")
@@ -175,8 +162,7 @@ def _split(argv: Sequence[str]) -> tuple[list[Path], dict[str, Any], list[str]]:
 
 
 def _check_all_stated(values: dict[str, Any], argv: Sequence[str]) -> None:
-    """Raise ValueError for a field without default that neither recipe nor command line states; the parser would take null for an
-    Optional."""
+    """Raise ValueError for a field without default that is not stated: the parser would take null for an Optional."""
     for name, group in GROUPS.items():
         for item in dataclasses.fields(group):
             required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING

@@ -1,13 +1,11 @@
 """One run, called by train/main.py: build its parts, resume or begin, train, test; under torchrun resume after a restart."""
-
-from __future__ import annotations
-
 import contextlib
 from pathlib import Path
 
+from pipeline.files import atomic_write
 from pipeline.stats import Stats
 from train import build, run_folder
-from train.checkpoint.pretrained import find_pretrained, load_pretrained
+from train.checkpoint.resolve import find_pretrained, load_pretrained
 from train.config import Config
 from train.console import Console
 from train.evaluate.metrics import CHANCE
@@ -15,9 +13,8 @@ from train.exit_codes import DONE, MISTAKE, STOPPED
 from train.loop import StopRequest, Trainer
 from train.parallel.failure import reported
 from train.parallel.topology import Topology
-from train.recipe import Request
+from train.recipe import Request, dump
 from train.step import TrainStep
-
 
 ENDED = "ended"  # key in torchrun's store: the exit code of a run that must not be restarted
 
@@ -60,35 +57,38 @@ def train_and_test(request: Request, topology: Topology) -> int:
         train_step = TrainStep(config, topology)
         pretrained = find_pretrained(config, resume, console.warn)
         weights = "" if resume else load_pretrained(pretrained, train_step.network, config, topology, index)
-        loaders = stack.enter_context(contextlib.closing(
-            build.loaders(config, topology, index, stats, folder / run_folder.QUARANTINE)))
+        loader = stack.enter_context(contextlib.closing(
+            build.train_loader(config, topology, index, stats, folder / run_folder.QUARANTINE)))
+        tests = {split: stack.enter_context(contextlib.closing(
+            build.eval_loader(config, topology, index, stats, split, keep=True)))
+            for split in dict.fromkeys((config.data.validation_split, config.data.test_split))}
         claim(folder, config, resume, topology)
         trainer = stack.enter_context(contextlib.closing(
-            Trainer(config, topology, train_step, loaders, folder, console, stop,
+            Trainer(config, topology, train_step, loader, tests, index, stats, folder, console, stop,
                     pretrained.sha256 if pretrained is not None else "")))
         stack.enter_context(reported())
         if restarted:
             console.print("restarted by torchrun: resuming as with --resume")
         if resume and not trainer.restore():
             weights = load_pretrained(pretrained, train_step.network, config, topology, index)
-        if resume and 0 < config.machine.stop_after <= loaders.train.step:
-            raise ValueError(f"machine.stop_after (={config.machine.stop_after}) must lie after step {loaders.train.step}, where "
+        if resume and 0 < config.machine.stop_after <= loader.step:
+            raise ValueError(f"machine.stop_after (={config.machine.stop_after}) must lie after step {loader.step}, where "
                              "this run stands: it counts from the start of training; raise it or leave it out")
         if topology.is_main:
-            run_folder.record_start(folder, resumed_at=loaders.train.step, processes=topology.world_size,
+            run_folder.record_start(folder, resumed_at=loader.step, processes=topology.world_size,
                                     device=str(topology.device), index=index.sha256, stats=stats.sha256,
                                     fingerprint=config.fingerprint(), machine=config.as_dict()["machine"],
                                     initial_weights=trainer.initial_weights)
         console.print(f"{folder}: {len(index.ids(config.data.train_split))} images of {len(index.classes)} classes, "
                       f"{config.train.epochs} epochs, {trainer.steps} steps of {config.train.batch}, on {topology.device}")
-        for message in filter(None, (weights, loaders.train.note)):
+        for message in filter(None, (weights, loader.note)):
             console.print(message)
         if config.model.classes > len(index.classes):
             console.warn(f"model.classes (={config.model.classes}) is more than the {len(index.classes)} of the index; the "
                          "others have no images")
         score = trainer.test() if trainer.train() else None
         if score is None:
-            console.print(f"stopped and saved at step {loaders.train.step}; resume with --resume")
+            console.print(f"stopped and saved at step {loader.step}; resume with --resume")
             return STOPPED
         console.print(f"test ({config.data.test_split}, {score.images} images, {config.train.test_views} views): top-1 "
                       f"error {score.top1:.2%} ({score.top1_errors}), top-5 error {score.top5:.2%} ({score.top5_errors})")
@@ -105,13 +105,23 @@ def is_restarted(folder: Path, topology: Topology) -> bool:
 
 
 def claim(folder: Path, config: Config, resume: bool, topology: Topology) -> None:
-    """`run_folder.claim` in the main process, and a note in torchrun's store for `is_restarted`. Its error is raised in all."""
-    error = ""
+    """Create the folder of a new run, and note it in torchrun's store for `is_restarted`; or check the one to resume. Raises
+    ValueError, in all processes, when it holds a run already, or none to resume, or one of another recipe."""
+    error, settled = "", folder / run_folder.CONFIG
     if topology.is_main:
-        if not (folder / run_folder.CONFIG).exists():  # else it is resumed, or somebody else's
-            topology.store.set(_key(folder), "")
         try:
-            run_folder.claim(folder, config, resume)
+            if resume and not settled.exists():
+                raise ValueError(f"run folder (={folder}) holds no run to resume; start it without --resume")
+            if resume:
+                run_folder.check_same_recipe(config, settled)
+            elif settled.exists():
+                raise ValueError(f"run folder (={folder}) already holds a run; resume it with --resume, or give another "
+                                 "--machine.name")
+            else:
+                topology.store.set(_key(folder), "")
+                (folder / run_folder.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+                with atomic_write(settled) as file:
+                    file.write(dump(config).encode())
         except ValueError as refused:
             error = str(refused)
     if error := topology.broadcast_object(error):

@@ -1,7 +1,4 @@
 """One training step: forward, loss, backward, gradient all-reduce, check for NaN and infinity, optimizer update."""
-
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Callable, Sequence
@@ -12,31 +9,25 @@ from torch.nn import functional
 from pipeline.loading.batch import Batch
 from train import build
 from train.config import Config
+from train.exit_codes import NOT_FINITE, CommonError
 from train.optimizer import Schedule, build_optimizer, set_lr
 from train.parallel.failure import enter_phase
 from train.parallel.gradients import GradientReducer
 from train.parallel.topology import Topology
 
 
-class NotFinite(RuntimeError):
+class NotFinite(CommonError):
     """The loss or a gradient is NaN or infinite; the update was not made."""
+    code = NOT_FINITE
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gave, the same in all processes.
-
-    Attributes:
-        lr: learning rate.
-        loss: mean over the global batch.
-        errors: misclassified images of the global batch.
-        flags: for each flag given to the step, whether it is true in any process.
-    """
-
+    """What a step gave, the same in all processes."""
     lr: float
-    loss: float
-    errors: int
-    flags: list[bool]
+    loss: float  # mean over the global batch
+    errors: int  # misclassified images of the global batch
+    flags: list[bool]  # for each flag given to the step, whether it is true in any process
 
 
 class TrainStep:
@@ -51,15 +42,9 @@ class TrainStep:
         self._gradients = GradientReducer(self.network, topology, config.parallel.overlap)
 
     def __call__(self, batch: Batch, epoch: int, flags: Callable[[], Sequence[bool]] = tuple) -> StepResult:
-        """Update the network by this process's rows of a global batch. All processes call it together.
-
-        Args:
-            flags: called after the backward pass; what it gives travels with the sums of loss and errors, so that it costs no
-                communication of its own.
-
-        Raises:
-            NotFinite: before the update, in all processes, naming step and learning rate.
-        """
+        """Update the network by this process's rows of a global batch. All processes call it together. `flags` is called after
+        the backward pass; what it gives travels with the sums of loss and errors, and costs no communication of its own. Raises
+        NotFinite before the update, in all processes, naming step and learning rate."""
         lr = self.schedule.lr(batch.step, epoch)
         set_lr(self.optimizer, lr, self.schedule.layer_rates(epoch))
         loss, errors, norm = self._forward_backward(batch).tolist()  # waits for the device, once a step
@@ -77,11 +62,8 @@ class TrainStep:
         return build.parameters(self.network, self._config, self.optimizer)
 
     def _forward_backward(self, batch: Batch) -> torch.Tensor:
-        """Compute the gradients of the global batch's mean loss, in micro-batches.
-
-        Returns:
-            (3,): this process's share of the mean loss, how many of its images are misclassified, the norm of its gradient.
-        """
+        """Compute the gradients of the global batch's mean loss, in micro-batches. Returns (3,): this process's share of the mean
+        loss, how many of its images are misclassified, the norm of its gradient."""
         pieces, size, device = self._config.parallel.accumulate, self._config.train.batch, self._topology.device
         row = self._topology.data_rank * len(batch.labels)  # of the global batch
         loss, errors = torch.zeros((), device=device), torch.zeros((), device=device)
@@ -100,7 +82,6 @@ class TrainStep:
         return torch.stack([loss, errors, self._gradients.finish()])
 
     def _name_not_finite(self, loss: float, norm: float, step: int, lr: float) -> str:
-        """What is not finite, and in which process."""
         for rank, (rank_loss, rank_norm) in enumerate(self._topology.gather_objects((loss, norm))):
             if not math.isfinite(rank_loss) or not math.isfinite(rank_norm):
                 break

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from tests.helpers.monitored import SILENCE_S, TIMEOUT_S, end, start
 from tests.helpers.runs import ROOT
-from train.parallel.failure import enter_phase, monitored, position_of, reported
+from train.parallel.failure import enter_phase, monitored, reported
 from train.parallel.topology import agreed_prefix
 
 
@@ -85,7 +85,7 @@ def test_a_single_process_says_only_its_error() -> None:
     with pytest.raises(RuntimeError, match="gloo/transport") as raised, monitored(0, 1, 60, 9):
         enter_phase("load", 1)
         raise RuntimeError("gloo/transport")
-    assert position_of(raised.value) == ""
+    assert not hasattr(raised.value, "__notes__")
     with pytest.raises(OSError, match="no monitor"), reported():
         raise OSError("no monitor")
 

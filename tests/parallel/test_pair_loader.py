@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import time
@@ -82,17 +83,17 @@ def found(rank: int, folder: Path) -> dict[Any, Any]:
         parallel = {"split": SPLIT, "replicate": REPLICATE}[way]
         group = dist.new_group() if memory == "gpu" else None
         loader = make(folder, tier, memory, loader_shard(parallel, where, BATCH), group=group)
-        with pair_loader(loader, parallel, where) as batches:
+        with contextlib.closing(pair_loader(loader, parallel, where)) as batches:
             first = take(batches, 4)
             batches.close()  # a swap, or an exchange of squares, is under way
             assert (batches.step, batches.epoch, len(batches)) == (4, 0, 6)
             kept[tier, memory, way] = digest(first + take(batches, STEPS - 4)), batches.state_dict()
     weird = make(folder, "archives", "ram", loader_shard(WEIRD, where, BATCH))
-    with pair_loader(weird, WEIRD, where) as batches:
+    with contextlib.closing(pair_loader(weird, WEIRD, where)) as batches:
         kept["weird"] = take(batches, 7)
 
     loader = make(folder, "archives", "ram", loader_shard(SPLIT, where, BATCH))
-    with pair_loader(loader, SPLIT, where) as batches:
+    with contextlib.closing(pair_loader(loader, SPLIT, where)) as batches:
         assert isinstance(batches, PairLoader) and batches.threads == 1 and batches.note == ""
         assert [(batch.step, batches.step, batches.epoch) for batch in batches] == [(n, n + 1, n // 5) for n in range(6)]
         batches.load_state_dict({**batches.state_dict(), "step": 9})

@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 
 from pipeline.monitor import Monitor, Waits
-from train.console import Console, Throughput, ThroughputMeter, duration
+from train.console import Console, Throughput, ThroughputMeter
 from train.evaluate.metrics import Score
 
 VALIDATION = Score(images=1000, top1_errors=456, top5_errors=200, loss=1.0, classes=10)
@@ -45,11 +45,6 @@ def test_recent_throughput_forgets_the_start() -> None:
         now[0] += 10.0 if step < 10 else 1.0
         throughput.add(8)
     assert throughput.recent().images_per_s == 8.0 and throughput.overall().images_per_s < 4
-
-
-@pytest.mark.parametrize("seconds, text", [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3723, "1:02:03")])
-def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
 
 
 def steps(console: Console, count: int) -> None:
@@ -98,10 +93,10 @@ def test_tests_tell_their_progress(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_terminal_has_a_live_line() -> None:
     stream = Terminal()
     console = Console(True, 1e9, stream)
-    steps(console, 5)
     console.testing("validation")(20, 100)
     console.print("[not markup]")
     row(console)
+    steps(console, 5)
     console.close()
     text = stream.getvalue()
     assert "\x1b[" in text and "epoch 3/90" in text and "[not markup]" in text and "45.60%" in text

@@ -12,7 +12,7 @@ from pipeline.config import DataConfig, LoaderConfig
 from pipeline.monitor import Headroom, Usage, Waits, headroom
 from pipeline.compute_stats import compute
 from pipeline.tiers import train_loader
-from train.data_wait import DataWait
+from train.console import DataWait
 
 MACHINE = LoaderConfig(read_threads=2)
 

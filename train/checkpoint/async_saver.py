@@ -6,9 +6,6 @@ the slowest disk. One checkpoint is written at a time.
 
 Not dcp.async_save: its future ends before manifest, rename and pruning, which would need a thread and a group all the same.
 """
-
-from __future__ import annotations
-
 import dataclasses
 import datetime
 import sys
@@ -26,14 +23,8 @@ from train.parallel.topology import Topology
 
 
 class AsyncSaver:
-    """Writes the checkpoints of a run, one after the other. All processes make one together, and call it alike.
-
-    Args:
-        root: folder of the run's checkpoints.
-        topology: of this process.
-        keep_last: checkpoints kept besides the best one.
-        timeout_s: seconds that one process waits for another inside a save.
-    """
+    """Writes the checkpoints of a run into `root`, one after the other, and keeps the best and the last `keep_last`. All
+    processes make one together, and call it alike; one waits for another inside a save for up to `timeout_s`."""
 
     def __init__(self, root: Path, topology: Topology, keep_last: int, timeout_s: float) -> None:
         self._root, self._keep_last = root, keep_last
@@ -54,13 +45,8 @@ class AsyncSaver:
 
     def save(self, name: str, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]],
              state: Mapping[str, Any], attach: Callable[[Path], None]) -> None:
-        """Start a checkpoint of this moment, as in `checkpoint.save`; older ones are pruned when it is written.
-
-        `state` and what `attach` reads must not change afterwards.
-
-        Raises:
-            RuntimeError: the one before could not be written.
-        """
+        """Start a checkpoint of this moment, as in `checkpoint.save`; older ones are pruned when it is written. `state` and what
+        `attach` reads must not change afterwards. Raises RuntimeError when the one before could not be written."""
         self.wait()
         self._copy(tensors)
         copied = torch.cuda.current_stream(self._gpu).record_event() if self._gpu is not None else None
@@ -82,21 +68,16 @@ class AsyncSaver:
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is written.
-
-        Raises:
-            RuntimeError: it could not be written, here or in another process; raised once.
-        """
+        """Wait until the last checkpoint is written. Raises RuntimeError, once, when it could not be, here or elsewhere."""
         if self._pending is not None:
             futures.wait([self._pending])
             pending, self._pending = self._pending, None
             pending.result()
 
     def close(self) -> None:
-        """Let a save under way finish. Its failure is printed, not raised: the run ends, perhaps with an error of its own. A lost
-        process is reported by the collectives of training."""
+        """Let a save under way finish. Its failure is printed, not raised: the run ends, perhaps with an error of its own."""
         self._thread.shutdown()
-        error = self._pending.exception() if self._pending is not None else None
+        error = self._pending.exception() if self._pending is not None else None  # a lost process: training's collectives say so
         if error is not None and not is_collective_error(error):
             print(f"error: {error}", file=sys.stderr)
 

@@ -10,9 +10,6 @@ It is written beside its final path, synced, and renamed; one of the same name i
 checkpoint) and removed when the new one is there. Damaged ones that a resume passed over are `damaged-…`. No random
 state is kept: every draw is a function of the seed and the step.
 """
-
-from __future__ import annotations
-
 import contextlib
 import json
 import shutil
@@ -26,6 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from pipeline.files import difference, file_entries, read_manifest, sync, sync_tree
+from train.exit_codes import CommonError
 from train.parallel.topology import Topology
 
 FORMAT = 1
@@ -42,8 +40,8 @@ class DamagedCheckpoint(RuntimeError):
     """A checkpoint or exported network whose files are not the ones that were written."""
 
 
-class NotWritten(RuntimeError):
-    """A checkpoint that could not be written: raised in all processes."""
+class NotWritten(CommonError):
+    """A checkpoint that could not be written."""
 
 
 def checkpoint_name(step: int, epochs_done: int | None) -> str:
@@ -54,20 +52,13 @@ def checkpoint_name(step: int, epochs_done: int | None) -> str:
 def save(root: Path, name: str, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]],
          state: Mapping[str, Any], attach: Callable[[Path], None], topology: Topology,
          group: Optional[dist.ProcessGroup] = None) -> Path:
-    """Write one checkpoint; all processes call it together, and it returns in all of them when it is there.
+    """Write one checkpoint into `root`, the run's folder of them; all processes call it together, and it returns in all of them
+    when it is there. One of the same `name` is replaced, without a moment in which neither is there.
 
-    Args:
-        root: folder of the run's checkpoints.
-        name: from `checkpoint_name`; one of the same name is replaced, without a moment in which neither is there.
-        tensors: this process's part of each tensor: its tower's rows, or, where it has the canonical shape, all of it.
-        shapes: canonical shape of each.
-        state: JSON values for state.json.
-        attach: writes the other files into the folder it is given; called in the main process.
-        topology: of this process.
-        group: all processes, in a group that nobody else uses meanwhile; by default the one of training.
-
-    Raises:
-        NotWritten: a process could not write its part; in all of them, with its reason.
+    `tensors`: this process's part of each: its tower's rows, or, where it has the canonical shape (`shapes`), all of it. `state`:
+    JSON values for state.json. `attach` writes the other files into the folder it is given; called in the main process. `group`:
+    all processes, in a group that nobody else uses meanwhile; by default training's. Raises NotWritten in all processes, with
+    the reason, when one of them could not write its part.
     """
     staged, final, before = root / f".{name}.partial", root / name, root / f"{name}{BEFORE}"
 
@@ -98,17 +89,12 @@ def save(root: Path, name: str, tensors: Mapping[str, torch.Tensor], shapes: Map
             shutil.rmtree(staged, ignore_errors=True)  # a full disk needs the room
         others = "the ones before it are whole: mend this, then go on with --resume" if checkpoints(root) else \
             "there is none before it: mend this, then start again (--resume does)"
-        raise NotWritten(f"checkpoint (={final}) could not be written: {error}{_disk_full(root)}; {others}") from error
+        full = ""  # which torch's writer reports as "unexpected pos"
+        with contextlib.suppress(OSError):
+            if (free := shutil.disk_usage(root).free) < DISK_FULL_BYTES:
+                full = f" (the disk of {root} is full: {free} bytes left)"
+        raise NotWritten(f"checkpoint (={final}) could not be written: {error}{full}; {others}") from error
     return final
-
-
-def _disk_full(root: Path) -> str:
-    """A note when the disk is full, which torch's writer reports as "unexpected pos"."""
-    with contextlib.suppress(OSError):
-        free = shutil.disk_usage(root).free
-        if free < DISK_FULL_BYTES:
-            return f" (the disk of {root} is full: {free} bytes left)"
-    return ""
 
 
 def _in_main_process(work: Callable[[], None], topology: Topology, group: Optional[dist.ProcessGroup]) -> None:
@@ -130,10 +116,8 @@ def _in_main_process(work: Callable[[], None], topology: Topology, group: Option
 
 @contextlib.contextmanager
 def _one_line_error(prefix: str) -> Iterator[None]:
-    """Turn torch's CheckpointException into a RuntimeError of one line: `prefix`, then each failed process's reason.
-
-    It is a BaseException, which passes every `except Exception`, with a traceback for each process as its text.
-    """
+    """Turn torch's CheckpointException, a BaseException with tracebacks as its text, into a RuntimeError of one line: `prefix`,
+    then each failed process's reason."""
     try:
         yield
     except dcp.CheckpointException as error:
@@ -142,7 +126,6 @@ def _one_line_error(prefix: str) -> Iterator[None]:
 
 
 def write_manifest(folder: Path, names: Collection[str]) -> None:
-    """Write manifest.json of the files `names` of a folder."""
     manifest = {"format": FORMAT, "files": file_entries(folder, sorted(names))}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
@@ -153,15 +136,10 @@ def verify(path: Path) -> None:
 
 
 def verify_manifest(folder: Path, required: Collection[str], what: str, advice: str) -> None:
-    """Compare the files of a folder with its manifest.json.
+    """Compare the files of a folder with its manifest.json, which must list `required`. `what` and `advice`: for messages.
 
-    Args:
-        required: files that must be listed.
-        what, advice: what error messages call a file, and their advice.
-
-    Raises:
-        DamagedCheckpoint: naming the file that is missing, of another size, or has other bytes.
-        ValueError: it is of another format. OSError: it cannot be read now, which is no damage: nothing may pass it over.
+    Raises DamagedCheckpoint, naming the file that is missing, of another size, or has other bytes. Raises ValueError when it is
+    of another format, OSError when it cannot be read now: neither is damage, and nothing may pass it over.
     """
     path = folder / MANIFEST
     try:
@@ -193,15 +171,8 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def newest_good(root: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that equals its manifest; None when there is none at all.
-
-    Args:
-        root: folder of the run's checkpoints.
-        warn: called for each damaged one that is passed over.
-
-    Raises:
-        DamagedCheckpoint: there are checkpoints, and every one is damaged.
-    """
+    """The newest checkpoint that equals its manifest; None when there is none at all. `warn` is called for each damaged one that
+    is passed over; raises DamagedCheckpoint when every one is."""
     paths = checkpoints(root)
     for path in reversed(paths):
         try:
@@ -215,10 +186,8 @@ def newest_good(root: Path, warn: Callable[[str], None]) -> Path | None:
 
 
 def set_aside(root: Path, chosen: Path, warn: Callable[[str], None]) -> None:
-    """Rename the checkpoints newer than `chosen`, all of them damaged, to `damaged-…`: they count no longer.
-
-    Left in place, `prune` would keep them as the last ones, and remove new ones instead.
-    """
+    """Rename the checkpoints newer than `chosen`, all of them damaged, to `damaged-…`: else `prune` would keep them as the last
+    ones, and remove new ones instead."""
     paths = checkpoints(root)
     for path in paths[paths.index(chosen) + 1:]:
         renamed = path.with_name(f"damaged-{path.name}")
@@ -259,18 +228,8 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def load(path: Path, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]], topology: Topology,
          *, partial: bool = False) -> None:
-    """Fill this process's tensors in place from a checkpoint written by any number of processes.
-
-    Args:
-        path: a checkpoint that `verify` accepted.
-        tensors: this process's part of each tensor.
-        shapes: canonical shape of each.
-        topology: of this process.
-        partial: the checkpoint may hold other tensors too.
-
-    Raises:
-        ValueError: names or shapes differ from those in the checkpoint; both are printed.
-    """
+    """Fill this process's part of each tensor in place from a checkpoint that `verify` accepted, written by any number of
+    processes; with `partial` it may hold other tensors too. Raises ValueError when names or canonical shapes differ."""
     check_shapes(stored_shapes(path), {name: tuple(shapes[name]) for name in tensors}, path, exact=not partial)
     with _one_line_error(f"checkpoint (={path}) could not be read: "):
         dcp.load(_distributed(tensors, shapes, topology), storage_reader=dcp.FileSystemReader(path), no_dist=topology.is_single)

@@ -2,9 +2,6 @@
 
 B images of a batch, S side of the resized image, c side of the crop, D neurons of the last hidden layer.
 """
-
-from __future__ import annotations
-
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,21 +31,11 @@ def class_name(classes: Sequence[ClassInfo], label: int) -> str:
 
 @dataclass(frozen=True)
 class TrainedNetwork:
-    """A network with the weights of a checkpoint, in eval mode, and the data set that it is shown.
-
-    Attributes:
-        source: the checkpoint.
-        config: of its run, with the index and machine settings given to `load_trained`.
-        index: of the images.
-        stats: their mean is subtracted.
-        network: all of it.
-        topology: this process.
-    """
-
+    """A network with the weights of a checkpoint, in eval mode, and the data set that it is shown."""
     source: Resolved
-    config: Config
+    config: Config  # of its run, with the index and machine settings given to `load_trained`
     index: SampleIndex
-    stats: Stats
+    stats: Stats  # whose mean is subtracted
     network: AlexNet
     topology: Topology
 
@@ -59,12 +46,8 @@ class TrainedNetwork:
 
     def loader(self, index: SampleIndex, split: str, ids: np.ndarray | None = None, *, pixels: bool = False,
                skip_corrupt: bool = False) -> EvalLoader:
-        """Loader of a split in id order, or of `ids` in theirs.
-
-        Args:
-            pixels: load the resized images themselves, (B, S, S, 3) uint8, without subtracting the mean.
-            skip_corrupt: leave unreadable images out instead of raising SampleError.
-        """
+        """Loader of a split in id order, or of `ids` in theirs; with `pixels` of the resized images themselves, (B, S, S, 3)
+        uint8, without subtracting the mean. `skip_corrupt` leaves unreadable images out instead of raising SampleError."""
         device = self.topology.device
         return square_loader(index, split, self.config.data.pixels(), self.config.machine.test_batch,
                              None if pixels else self.stats, machine=build.loader_config(self.config, self.topology), ids=ids,
@@ -78,13 +61,8 @@ class TrainedNetwork:
             yield batch.ids, batch.images[:, low:low + px, low:low + px].clone()  # the batch's memory is reused
 
     def features(self, loader: EvalLoader) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(ids (B,), features (B, D) float32) of each batch, of the centre crops.
-
-        Computed in float32 whatever the run's precision: bfloat16 gives one query in 15 other neighbours (of 50,000 images).
-
-        Raises:
-            RuntimeError: a feature is not finite.
-        """
+        """(ids (B,), features (B, D) float32) of each batch, of the centre crops. Computed in float32 whatever the run's
+        precision: bfloat16 gives one query in 15 other neighbours of 50,000 images. Raises RuntimeError when not finite."""
         for batch in loader:
             with torch.no_grad():
                 features = self.network.features(next(loader.crops(batch.images, 1)).contiguous()).float()
@@ -97,15 +75,8 @@ class TrainedNetwork:
 @contextlib.contextmanager
 def load_trained(source: Resolved, *, index: str | Path | None = None, archives: str | Path | None = None,
                  device: Optional[str] = None, batch: Optional[int] = None) -> Iterator[TrainedNetwork]:
-    """Load the network of a checkpoint; the process's device and group are released at the end of the `with`.
-
-    Args:
-        source: from `resolve`.
-        index, archives, device, batch: see `Resolved.inference_config`.
-
-    Raises:
-        ValueError: the index has other classes than the network; started as several processes.
-    """
+    """Load the network of a checkpoint, configured as in `Resolved.inference_config`; the process's device and group are released
+    at the end of the `with`. Raises ValueError when the index has other classes, or there are several processes."""
     config = source.inference_config(index, archives, device, batch)
     machine = config.machine
     with process_group(towers=config.model.towers, parallel=config.parallel, device=machine.device, timeout_s=machine.timeout_s,

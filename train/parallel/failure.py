@@ -12,9 +12,6 @@ leaves open is done here, by those files and /proc, on each machine by itself:
   stacks of all its threads.
 * Processes outlive a killed torchrun: then the kernel sends them SIGTERM, so that they save and stop.
 """
-
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import faulthandler
@@ -44,11 +41,6 @@ def is_collective_error(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or "third_party/gloo" in str(error) or "gloo/transport" in str(error)
 
 
-def position_of(error: Exception) -> str:
-    """Rank, step and phase in which an error was raised, as `reported` notes them, and a colon; empty for a single process."""
-    return "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
-
-
 def enter_phase(phase: str, step: Optional[int] = None) -> None:
     """Training enters this phase (load, forward, backward, update, save, test) of a step, by default of the same one."""
     if _Monitor.active is not None:
@@ -57,11 +49,8 @@ def enter_phase(phase: str, step: Optional[int] = None) -> None:
 
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
-    """Put an exception that leaves this context into torchrun's report, and limit the time that this process takes to end.
-
-    Raises:
-        RuntimeError: in place of a failed collective, naming the process that failed first, its step and the cause.
-    """
+    """Put an exception that leaves this context into torchrun's report, and limit the time that this process takes to end. In
+    place of a failed collective raises RuntimeError, naming the process that failed first, its step and the cause."""
     try:
         yield
     except Exception as error:
@@ -87,8 +76,7 @@ def monitored(rank: int, world_size: int, timeout_s: float, silence_s: float) ->
 
 class _Monitor:
     """Where this process is, kept in its error file, and a thread that looks for hangs."""
-
-    active: Optional[_Monitor] = None
+    active: Optional["_Monitor"] = None
 
     def __init__(self, rank: int, world_size: int, timeout_s: float, silence_s: float) -> None:
         self._rank, self._world_size, self._timeout_s, self._silence_s = rank, world_size, timeout_s, silence_s
@@ -107,7 +95,6 @@ class _Monitor:
         return f"rank {self._rank} " + (f"at step {self._step} in {self._phase}" if self._phases else "at the start")
 
     def enter(self, phase: str, step: Optional[int]) -> None:
-        """As `enter_phase`."""
         self._phase, self._step, self._phases = phase, self._step if step is None else step, self._phases + 1
         self._write("runs")
         if time.monotonic() - self._armed > ARM_S and not self._ending:
@@ -120,7 +107,10 @@ class _Monitor:
             return ""
         self._phases, self._ending = self._phases + 1, True
         self._limit(GRACE_S)  # others wait for this process, and what it closes may wait for them
-        cause = self._first_failure() if is_collective_error(error) else ""
+        cause, until = "", time.monotonic() + NAMING_S
+        while is_collective_error(error) and not cause and time.monotonic() < until:
+            time.sleep(0.05)
+            cause = next(iter(self._failures()), "")
         if not cause and self._world_size > 1:
             error.add_note(self._position)
         self._write("failed", cause or f"{self._position}: {error or type(error).__name__}")
@@ -128,7 +118,6 @@ class _Monitor:
         return cause and f"{cause}; {self._position} ends"
 
     def close(self) -> None:
-        """Monitor no more."""
         faulthandler.cancel_dump_traceback_later()
         self._closed.set()
         self._thread.join()
@@ -161,12 +150,6 @@ class _Monitor:
         return [report["message"] + ("" if report["state"] == "failed" else ": ended without an error, as after kill -9, in a "
                                      "crash, or for want of memory")
                 for report in self._peers() if report["state"] == "failed" or report["state"] == "runs" and not report["proc"]]
-
-    def _first_failure(self) -> str:
-        until = time.monotonic() + NAMING_S
-        while not (failures := self._failures()) and time.monotonic() < until:
-            time.sleep(0.05)
-        return failures[0] if failures else ""
 
     def _watch(self) -> None:
         """The thread. It counts ticks, not seconds: while this process itself is stopped, none go by."""

@@ -7,9 +7,6 @@ hidden.
 Not DistributedDataParallel: it regroups its buckets after the first step, hence adds in another order there, and a run that is
 resumed with more than two data ranks is no longer bit-exact (4 ranks: a fifth of the entries differ).
 """
-
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Optional
 
@@ -25,7 +22,6 @@ SMALL_BYTES = 1 << 20  # gradients below are copied into one tensor; others are 
 @dataclass
 class _Bucket:
     """Parameters whose gradients are sent together in `group`."""
-
     group: dist.ProcessGroup
     parameters: list[torch.nn.Parameter] = field(default_factory=list)
     incomplete: int = 0
@@ -33,7 +29,6 @@ class _Bucket:
     work: Optional[dist.Work] = None
 
     def send(self) -> None:
-        """Begin the all-reduce; all gradients must be complete."""
         grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         assert len(grads) == len(self.parameters), "backward has missed a parameter"
         if len(grads) > 1:
@@ -41,7 +36,6 @@ class _Bucket:
         self.work = dist.all_reduce(grads[0] if len(grads) == 1 else self.flat, group=self.group, async_op=True)
 
     def receive(self) -> None:
-        """Wait for the sums and put them in place."""
         assert self.work is not None
         self.work.wait()
         self.work = None
@@ -53,13 +47,9 @@ class _Bucket:
 
 
 class GradientReducer:
-    """Sums gradients over processes. Each backward between `begin` and `finish` adds to them; those of the last one are sent.
-
-    Args:
-        network: parameters that are split between towers are summed over "data", others over all processes.
-        topology: this process.
-        overlap: send each gradient as soon as it is complete; else all of them in `finish`, with the same sums.
-    """
+    """Sums gradients over processes: of parameters that are split between towers over "data", of others over all. Each backward
+    between `begin` and `finish` adds to them; those of the last one are sent, with `overlap` each as soon as it is complete, else
+    all in `finish`, with the same sums."""
 
     def __init__(self, network: AlexNet, topology: Topology, overlap: bool) -> None:
         self._overlap, self._last = overlap, True
@@ -74,24 +64,22 @@ class GradientReducer:
             group = dist.group.WORLD if in_both_towers else topology.group("data")
             if group is None:
                 continue
+            bucket = _Bucket(group)
             if parameter.numel() * parameter.element_size() >= SMALL_BYTES:
-                bucket = _Bucket(group)
                 self._buckets.append(bucket)
             else:
-                bucket = small.setdefault(id(group), _Bucket(group))
+                bucket = small.setdefault(id(group), bucket)
             bucket.parameters.append(parameter)
             self._bucket_of[parameter] = bucket
         self._buckets += small.values()
 
     def begin(self, last: bool) -> None:
         """Before a backward; `last` when it completes the gradients of this step."""
-        self._last = last
-        self._norms = []
+        self._last, self._norms = last, []
         for bucket in self._buckets:
             bucket.incomplete = len(bucket.parameters)
 
     def _complete(self, parameter: torch.Tensor) -> None:
-        """Hook of each parameter: its gradient is complete."""
         bucket = self._bucket_of.get(parameter)  # type: ignore[call-overload]
         if not self._last or bucket is None:
             return

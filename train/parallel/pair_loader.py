@@ -2,14 +2,10 @@
 
 The exchange of a batch is begun while the network computes the one before it. P images of a pair, c side of a crop.
 """
-
-from __future__ import annotations
-
 import contextlib
 import datetime
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -17,7 +13,6 @@ import torch.distributed as dist
 
 from pipeline.loading.batch import Batch
 from pipeline.loading.train_loader import TrainLoader
-from pipeline.monitor import Monitor
 from train.config import ParallelConfig
 from train.parallel.topology import Topology
 
@@ -26,11 +21,8 @@ _CLOSE_S = 2.0  # a batch under way when the loader is closed has arrived by the
 
 
 def loader_shard(parallel: ParallelConfig, topology: Topology, batch: int) -> tuple[int, int]:
-    """(k, n): this process's loader makes rows [k·batch/n, (k+1)·batch/n) of each global batch.
-
-    Raises:
-        ValueError: the processes do not divide the batch.
-    """
+    """(k, n): this process's loader makes rows [k·batch/n, (k+1)·batch/n) of each global batch. Raises ValueError when the
+    processes do not divide the batch."""
     if parallel.accumulate > max(1, batch // topology.data_ranks):
         raise ValueError(f"parallel.accumulate (={parallel.accumulate}) must be at most the {batch // topology.data_ranks} "
                          "images that each process computes; lower it")
@@ -47,7 +39,7 @@ def loader_shard(parallel: ParallelConfig, topology: Topology, batch: int) -> tu
     return topology.global_rank, topology.world_size
 
 
-def pair_loader(loader: TrainLoader, parallel: ParallelConfig, topology: Topology) -> TrainLoader | PairLoader:
+def pair_loader(loader: TrainLoader, parallel: ParallelConfig, topology: Topology) -> "TrainLoader | PairLoader":
     """The loader of `loader_shard` itself, or, where each process makes half of a pair's images, one that joins the halves. A
     collective call."""
     if not _halved(parallel, topology):
@@ -65,65 +57,33 @@ def _halved(parallel: ParallelConfig, topology: Topology) -> bool:
 
 @dataclass(frozen=True)
 class _Exchange:
-    """A batch whose other half is under way.
-
-    Attributes:
-        half: what this process has made; kept, as it is being sent.
-        images: (P, 3, c, c), or this process's half where only that is wanted.
-        ids_epochs: (2, 2, P/2) int64 on the CPU: of each process's half, ids and epochs.
-        works: what to wait for.
-    """
-
-    half: Batch
-    images: torch.Tensor
-    ids_epochs: torch.Tensor
-    works: list[dist.Work]
+    """A batch whose other half is under way."""
+    half: Batch  # what this process has made; kept, as it is being sent
+    images: torch.Tensor  # (P, 3, c, c), or this process's half where only that is wanted
+    ids_epochs: torch.Tensor  # (2, 2, P/2) int64 on the CPU: of each process's half, ids and epochs
+    works: list[dist.Work]  # what to wait for
 
 
 class PairLoader(Iterator[Batch]):
-    """The batches of a pair, the same in both processes and the same as one process alone would make.
+    """The batches of a pair, the same in both processes and the same as one process alone would make. Used as `TrainLoader` is.
 
-    Used as `TrainLoader` is: each `for` gives the rest of an epoch. Close it after use.
-
-    Args:
-        loader: makes this process's half, rows in the order of the ranks of `pair`.
-        pair: the two processes, a group for this alone.
-        exchange_images: if not, images stay halves, while labels, ids and epochs are of the pair.
+    `loader` makes this process's half, rows in the order of the ranks of `pair`, a group of the two processes for this alone.
+    Without `exchange_images` images stay halves, while labels, ids and epochs are of the pair.
     """
 
-    def __init__(self, loader: TrainLoader, pair: dist.ProcessGroup, *, exchange_images: bool = True) -> None:
+    def __init__(self, loader: TrainLoader, pair: dist.ProcessGroup, *, exchange_images: bool) -> None:
         self.loader, self._pair, self._exchange_images, self._rank = loader, pair, exchange_images, dist.get_rank(pair)
+        self.monitor, self.note, self.threads = loader.monitor, loader.note, loader.threads
         self._next: _Exchange | Exception | None = None  # the next step's batch, or why there is none
-        self._step = loader.step
+        self.step = loader.step  # global batches consumed since the start of training
         self._end = loader.sampler.steps(self.epoch).stop
-
-    @property
-    def monitor(self) -> Monitor:
-        """The loader's; waiting for the exchange counts as copying."""
-        return self.loader.monitor
-
-    @property
-    def note(self) -> str:
-        """As `TrainLoader.note`."""
-        return self.loader.note
-
-    @property
-    def threads(self) -> int:
-        """Threads that decode."""
-        return self.loader.threads
-
-    @property
-    def step(self) -> int:
-        """Global batches consumed since the start of training."""
-        return self._step
 
     @property
     def epoch(self) -> int:
         """Epoch of the next batch, from 0."""
-        return self.loader.sampler.epoch(self._step)
+        return self.loader.sampler.epoch(self.step)
 
     def __len__(self) -> int:
-        """Batches of the current epoch, consumed ones included."""
         return len(self.loader.sampler.steps(self.epoch))
 
     def __iter__(self) -> Self:
@@ -131,14 +91,20 @@ class PairLoader(Iterator[Batch]):
         return self
 
     def __next__(self) -> Batch:
-        if self._step >= self._end:
+        if self.step >= self._end:
             raise StopIteration
         exchange, self._next = self._next or self._begin(), None
         if isinstance(exchange, Exception):
             raise exchange
-        batch = self._finish(exchange)
-        self._step += 1
-        if self._step < self._end:
+        device = exchange.images.device
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        with self.monitor.waiting(exchange.half.step, stream, swap=True):
+            for work in exchange.works:
+                work.wait()  # on a GPU: make the device's stream wait
+        ids, epochs = exchange.ids_epochs.transpose(0, 1).flatten(1).numpy()
+        batch = Batch(exchange.images, self.loader.labels(ids), ids, epochs, exchange.half.step)
+        self.step += 1
+        if self.step < self._end:
             try:
                 self._next = self._begin()
             except Exception as error:  # raised for the next batch: this one is good
@@ -164,24 +130,14 @@ class PairLoader(Iterator[Batch]):
         return dist.batch_isend_irecv([dist.P2POp(dist.isend, halves[self._rank], group=self._pair, tag=tag, group_peer=peer),
                                        dist.P2POp(dist.irecv, halves[peer], group=self._pair, tag=tag, group_peer=peer)])
 
-    def _finish(self, exchange: _Exchange) -> Batch:
-        """Wait for the other half (on a GPU: make the device's stream wait)."""
-        device, step = exchange.images.device, exchange.half.step
-        with self.monitor.waiting(step, torch.cuda.current_stream(device) if device.type == "cuda" else None, swap=True):
-            for work in exchange.works:
-                work.wait()
-        ids, epochs = exchange.ids_epochs.transpose(0, 1).flatten(1).numpy()
-        return Batch(exchange.images, self.loader.labels(ids), ids, epochs, step)
-
     def state_dict(self) -> dict[str, int | str]:
         """The loader's, of the batches consumed here: the same for any number of processes."""
-        return {**self.loader.state_dict(), "step": self._step}
+        return {**self.loader.state_dict(), "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As `TrainLoader.load_state_dict`."""
         self.close()
         self.loader.load_state_dict(state)
-        self._step = self.loader.step
+        self.step = self.loader.step
         self._end = self.loader.sampler.steps(self.epoch).stop
 
     def close(self) -> None:
@@ -192,11 +148,5 @@ class PairLoader(Iterator[Batch]):
                 for work in exchange.works:
                     work.wait(datetime.timedelta(seconds=_CLOSE_S))
         self.loader.close()
-        if self.loader.step != self._step:
+        if self.loader.step != self.step:
             self.loader.load_state_dict(self.state_dict())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()

@@ -3,9 +3,6 @@
 A mesh ("data", "tower"): `data_rank` says which slice of a batch a process gets, `tower_rank` which half of the network it
 holds. The two towers of a pair are neighbours, so they lie on one machine and on neighbouring GPUs.
 """
-
-from __future__ import annotations
-
 import contextlib
 import datetime
 import hashlib
@@ -13,7 +10,7 @@ import os
 import time
 import uuid
 from dataclasses import dataclass, field
-from typing import Any, Iterator, Optional, Sequence
+from typing import Any, Iterator, Optional, Self, Sequence
 
 import torch
 import torch.distributed as dist
@@ -29,31 +26,21 @@ LATER_S = 10.0  # a collective gives up so much later than the monitor, which na
 
 @dataclass(frozen=True)
 class Topology:
-    """Ranks, process groups and device of this process, and reductions over all processes. Every process must call a reduction.
-
-    Attributes:
-        data_rank, data_ranks: which slice of each batch it gets, of how many.
-        tower_rank, tower_ranks: which part of the network it holds, of how many; 1 means both towers.
-        local_rank, local_ranks: which process of this machine it is, of how many.
-        device: where its network lies.
-        mesh: of all processes, dimensions "data" and "tower"; None for one process.
-        timeout: of collectives, also of groups that others make.
-        store: torchrun's key-value store, which outlives a restart of the processes; of this process alone without torchrun.
-    """
-
-    data_rank: int
+    """Ranks, process groups and device of this process, and reductions over all processes, which every process must call."""
+    data_rank: int  # which slice of each batch it gets, of how many
     data_ranks: int
-    tower_rank: int
+    tower_rank: int  # which part of the network it holds, of how many; 1 means both towers
     tower_ranks: int
-    local_rank: int
+    local_rank: int  # which process of this machine it is, of how many
     local_ranks: int
-    device: torch.device
-    mesh: Optional[DeviceMesh] = None
-    timeout: datetime.timedelta = datetime.timedelta(minutes=10)
+    device: torch.device  # where its network lies
+    mesh: Optional[DeviceMesh] = None  # of all processes, dimensions "data" and "tower"; None for one process
+    timeout: datetime.timedelta = datetime.timedelta(minutes=10)  # of collectives, also of groups that others make
+    # torchrun's key-value store, which outlives a restart of the processes; of this process alone without torchrun.
     store: dist.Store = field(default_factory=dist.HashStore, compare=False, repr=False)
 
     @classmethod
-    def single(cls, device: torch.device | str = "cpu") -> Topology:
+    def single(cls, device: torch.device | str = "cpu") -> Self:
         """One process, which holds the whole network."""
         return cls(0, 1, 0, 1, 0, 1, torch.device(device))
 
@@ -64,7 +51,6 @@ class Topology:
 
     @property
     def world_size(self) -> int:
-        """How many processes there are."""
         return self.data_ranks * self.tower_ranks
 
     @property
@@ -74,7 +60,6 @@ class Topology:
 
     @property
     def is_single(self) -> bool:
-        """True when there is one process only."""
         return self.world_size == 1
 
     def group(self, dimension: str) -> Optional[dist.ProcessGroup]:
@@ -122,15 +107,9 @@ def process_group(*, towers: int, device: str, timeout_s: float, silence_s: floa
                   parallel: ParallelConfig = ParallelConfig()) -> Iterator[Topology]:
     """Join the process group, when there is one, and leave it at the end; meanwhile this process is monitored (failure.py).
 
-    Args:
-        towers: of the model, 1 or 2.
-        device: auto, cpu or cuda.
-        timeout_s, silence_s, parallel: train.config.MachineConfig and ParallelConfig.
-
-    Raises:
-        ValueError: a number of processes that makes no sense for the model.
-        RuntimeError: no GPU for this process, or torchrun's variables are incomplete.
-            Later, in place of a collective's error: another process of this machine was the cause.
+    `towers` are the model's, `device` is auto, cpu or cuda. Raises ValueError for a number of processes that makes no sense for
+    the model, RuntimeError when there is no GPU for this process or torchrun's variables are incomplete; later, in place of a
+    collective's error, when another process of this machine was the cause.
     """
     rank, world_size, local_rank, local_ranks = _variables(*VARIABLES) if "WORLD_SIZE" in os.environ else (0, 1, 0, 1)
     coordinates = _coordinates(world_size, rank, local_ranks, towers, parallel)
@@ -150,7 +129,6 @@ def process_group(*, towers: int, device: str, timeout_s: float, silence_s: floa
 
 
 def _variables(*names: str) -> list[int]:
-    """Numbers among the variables that torchrun sets."""
     if lacking := [name for name in names if name not in os.environ]:
         given = [name for name in VARIABLES if name in os.environ]
         raise RuntimeError(f"environment (={', '.join(given)}) lacks {', '.join(lacking)}; start with torchrun, or unset "
@@ -206,10 +184,8 @@ def agreed_prefix(store: dist.Store, rank: int, world_size: int, timeout_s: floa
 
     torchrun's store outlives a restart, and torch's own keys (`env://`, torch 2.13) would be taken for new: the restart hangs.
     torchrun's count of restarts is no name, as it can differ between machines. So each process writes a new word and reads all;
-    who has read the same words counts itself under their hash, which is the name once all are counted.
-
-    Raises:
-        RuntimeError: not all processes came in this time.
+    who has read the same words counts itself under their hash, which is the name once all are counted. Raises RuntimeError when
+    not all processes came in this time.
     """
     store.set(f"start/{rank}", uuid.uuid4().hex)
     keys, name, until = [f"start/{other}" for other in range(world_size)], "", time.monotonic() + timeout_s
