@@ -89,11 +89,8 @@ def classes_sha256(found: SampleIndex) -> str:
 
 def train_loader(config: Config, topology: Topology, found: SampleIndex, stats: Stats,
                  quarantine: Path) -> TrainLoader | PairLoader:
-    """Training batches from the recipe's tier: this data rank's rows of each, the same in both towers.
-
-    `quarantine`: file that lists unreadable images; further processes write to files beside it, and all count all of them. Raises
-    ValueError when the index is not of the kind that the tier reads, RuntimeError when the images do not fit into memory.
-    """
+    """Training batches from the recipe's tier: this data rank's rows of each, the same in both towers. `quarantine`: file that
+    lists unreadable images; further processes write to files beside it, and all count all of them."""
     data, machine = config.data, loader_config(config, topology)
     budget = quarantine_budget(machine, len(found.ids(data.train_split)))
     in_gpu_memory = data.tier == "resident" and machine.resident_memory == "gpu"

@@ -1,9 +1,8 @@
 """Configuration of a run: frozen dataclasses, one per group of a recipe, and the fingerprint that a resume compares.
 
-Groups that change results (`data`, `model`, `optimizer`, `schedule`, `train`, `init_from`) have no defaults, so a recipe states
-every value; exceptions are keys added later, whose default is the earlier behaviour. `machine` and `parallel` change speed only,
-have defaults, and are left out of the fingerprint, as are paths. The docstrings are the text of `--help`. Recipes and command
-lines are read in train/recipe.py. Imports nothing heavy, so that `--help` answers at once.
+Groups that change results have no defaults, so a recipe states every value; exceptions are keys added later, whose default is
+the earlier behaviour. `machine` and `parallel` change speed only, have defaults, and are left out of the fingerprint, as are
+paths. The docstrings are the text of `--help`. Imports nothing heavy, so that it answers at once.
 """
 import dataclasses
 import hashlib
@@ -131,8 +130,7 @@ class ParallelConfig:
         if self.scheme == "weird":
             check(self, "parallel.towers", self.towers != 1,
                   "must be 2 in scheme weird, which splits the fully connected layers; or use parallel.scheme: towers")
-            check(self, "parallel.accumulate", self.accumulate == 1,
-                  "must be 1 in scheme weird; or use parallel.scheme: towers")
+            check(self, "parallel.accumulate", self.accumulate == 1, "must be 1 in scheme weird; or use parallel.scheme: towers")
 
 
 @dataclass(frozen=True)
@@ -222,8 +220,7 @@ class Config:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values (tuples as lists), as in a YAML file."""
-        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
-        return plain
+        return dict(json.loads(json.dumps(dataclasses.asdict(self))))
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of everything that changes results: all groups except SPEED, without PATHS."""

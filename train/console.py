@@ -14,8 +14,7 @@ from rich.live import Live
 from rich.text import Text
 
 from pipeline.config import LoaderConfig
-from pipeline.monitor import (RECORDED, REMEDIES, STAGES, Monitor, Usage, Waits, cause_of, headroom, remedies,
-                              usage)
+from pipeline.monitor import RECORDED, REMEDIES, STAGES, Monitor, Usage, Waits, cause_of, headroom, remedies, usage
 from train.evaluate.metrics import Score
 
 RECENT_STEPS = 50  # over which the displayed throughput is taken
@@ -59,7 +58,6 @@ class ThroughputMeter:
 
     @property
     def seconds(self) -> float:
-        """Time from the start to the end of the last step."""
         return self._ends[-1][0] - self._start[0]
 
 

@@ -83,12 +83,7 @@ class Trainer:
         self._metrics = Metrics(folder / METRICS, topology.is_main)
         self._saver = AsyncSaver(self._checkpoints, topology, config.machine.keep_last, config.machine.timeout_s)
         self._progress, self._data_wait = Progress(), DataWait()
-
-    @property
-    def steps(self) -> int:
-        """Steps of the whole run."""
-        train, images = self._config.train, len(self._index.ids(self._config.data.train_split))
-        return first_step(train.epochs, images, train.batch)
+        self.steps = first_step(config.train.epochs, len(index.ids(config.data.train_split)), config.train.batch)  # of the run
 
     def train(self) -> bool:
         """Train until the last epoch is validated; False when stopped, and saved, before."""

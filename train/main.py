@@ -10,8 +10,7 @@ Exit codes (torchrun's own is 1 for any of them but 0; its report shows them):
     3   the loss or a gradient was not finite; the update was not made
     4   the machine failed: disk, memory, GPU, an archive, another process, all checkpoints damaged; or no progress
     75  stopped by SIGTERM, Ctrl-C or machine.stop_after, and saved: resume with --resume
-    130 interrupted by Ctrl-C before training began
-A second Ctrl-C kills at once.
+    130 interrupted by Ctrl-C before training began; a second Ctrl-C kills at once
 """
 import signal
 import sys
@@ -25,7 +24,6 @@ from train.recipe import parse
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command; returns its exit code."""
     def work() -> int:
         request = parse(argv)
         from train.parallel.topology import process_group  # parsing a command line needs neither torch nor DALI

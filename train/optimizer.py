@@ -4,8 +4,7 @@
     w <- w + v
 
 The learning rate is inside the velocity (paper §5). PyTorch's SGD has it outside; the two differ in the steps after a change of
-the rate, when the paper's velocity still carries the old one. Biases have no decay and a learning rate of their own (release:
-twice that of weights).
+the rate, when the paper's velocity still carries the old one. Biases have no decay and a rate of their own (release: twice).
 """
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Optional
@@ -20,12 +19,9 @@ from train.optimizer_config import LarsConfig, OptimizerConfig, ScheduleConfig
 
 class Lars:
     """Layer-wise adaptive rates (You et al. 2017): factors trust ‖w‖ / (‖g‖ + weight_decay ‖w‖ + epsilon) of the learning rate.
-
     Norms are of whole canonical weights: of the weights in `split` this process holds its tower's rows, and `group`, the two
     towers, add up theirs, so the factors are the same, up to rounding, for one process and two. The factor is 1 where a norm is
-    0: a weight of zeros could never move otherwise. Differs from timm's and apex's, whose rate is outside the velocity and whose
-    norms are of one process's rows.
-    """
+    0: a weight of zeros could never move otherwise. timm's and apex's differ: rate outside the velocity, norms of one process."""
 
     def __init__(self, config: LarsConfig, split: Iterable[torch.Tensor] = (), group: Optional[dist.ProcessGroup] = None) -> None:
         self._config, self._split, self._group = config, {id(weight) for weight in split}, group
@@ -45,10 +41,8 @@ class Lars:
 
 class PaperSGD(torch.optim.Optimizer):
     """SGD with momentum and weight decay as in paper §5. State per parameter: `velocity`, of its shape, initially zero.
-
     A group of `params` may override `weight_decay`, `lr_factor` (its rate is lr times that), `layerwise` (False: without `lars`)
-    and `layer` (the name of its rate in `Schedule.layer_rates`). A rate of 0 freezes a group.
-    """
+    and `layer` (the name of its rate in `Schedule.layer_rates`). A rate of 0 freezes a group."""
 
     def __init__(self, params: Iterable[Any], *, lr: float, momentum: float, weight_decay: float,
                  lars: Optional[Lars] = None) -> None:
@@ -111,10 +105,8 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig, layers: Collect
 
 class Schedule:
     """The learning rate as a function of the step, the epoch, and (with a plateau) the validation errors so far.
-
     Rates of the recipe are for batches of `optimizer.base_batch` images and are scaled linearly to `batch`, the images of a step
-    over all processes (Goyal et al. 2017). A warm-up climbs from the unscaled rate when scaling raises it, else from 0.
-    """
+    over all processes (Goyal et al. 2017). A warm-up climbs from the unscaled rate when scaling raises it, else from 0."""
 
     def __init__(self, config: ScheduleConfig, optimizer: OptimizerConfig, batch: int) -> None:
         self.config, self._optimizer = config, optimizer

@@ -34,8 +34,7 @@ class StrictLoader(PARSER):
             if key in seen:
                 raise ValueError(f"key {key!r} (line {key_node.start_mark.line + 1}) is given twice; keep one")
             seen.add(key)
-        found: dict[Hashable, Any] = super().construct_mapping(node, deep)
-        return found
+        return dict(super().construct_mapping(node, deep))
 
 
 StrictLoader.yaml_implicit_resolvers = {
@@ -83,8 +82,7 @@ def read_recipe(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
         return values
     if not isinstance(parent, str):
         raise ValueError(f"extends (={parent} in {path}) must be the name of a recipe beside it; correct it")
-    merged: dict[str, Any] = _merge(read_recipe(path.parent / parent, (*children, path)), values)
-    return merged
+    return dict(_merge(read_recipe(path.parent / parent, (*children, path)), values))
 
 
 def _merge(base: Any, values: Any) -> Any:

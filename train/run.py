@@ -99,9 +99,8 @@ def train_and_test(request: Request, topology: Topology) -> int:
 
 def is_restarted(folder: Path, topology: Topology) -> bool:
     """Whether torchrun has restarted the processes of a run that began with this folder: then it resumes by itself."""
-    restarted: bool = topology.broadcast_object(
-        topology.is_main and (folder / run_folder.CONFIG).exists() and topology.store.check([_key(folder)]))
-    return restarted
+    return bool(topology.broadcast_object(
+        topology.is_main and (folder / run_folder.CONFIG).exists() and topology.store.check([_key(folder)])))
 
 
 def claim(folder: Path, config: Config, resume: bool, topology: Topology) -> None:

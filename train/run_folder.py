@@ -1,7 +1,6 @@
 """Run folder: config.yaml (the resolved recipe), versions.jsonl (one line per start), metrics.jsonl, checkpoints/.
 
-metrics.jsonl has one JSON object per line. A checkpoint records its length, and a resume truncates it to that, so that no step
-appears twice.
+A checkpoint records the length of metrics.jsonl, and a resume truncates it to that, so that no step appears twice.
 """
 import importlib.metadata
 import json

@@ -1,8 +1,6 @@
-"""Checkpoints written in a thread while training continues.
-
-`AsyncSaver.save` copies the tensors to host memory and returns; a thread writes the copies (train/checkpoint/checkpoint.py), with
-a process group of its own, so that its collectives never mix with those of training. No process waits for another, not even for
-the slowest disk. One checkpoint is written at a time.
+"""Checkpoints written in a thread while training continues: `AsyncSaver.save` copies the tensors to host memory and returns; a
+thread writes the copies, with a process group of its own, so that its collectives never mix with those of training. No process
+waits for another, not even for the slowest disk. One checkpoint is written at a time.
 
 Not dcp.async_save: its future ends before manifest, rename and pruning, which would need a thread and a group all the same.
 """

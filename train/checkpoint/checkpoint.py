@@ -1,8 +1,7 @@
 """Save, verify and load checkpoints; newest, best and old ones. Whole or not at all; readable by any number of processes.
 
 A folder `step-000001234` (or `step-000001234-epoch-0003`, taken after the validation of that many epochs) holds
-  *.distcp, .metadata   weights and velocities in canonical shapes (torch.distributed.checkpoint); a tower is Shard(0).
-                        A tensor that several processes hold alike is written by one of them
+  *.distcp, .metadata   weights and velocities in canonical shapes (torch.distributed.checkpoint); a tower is Shard(0)
   state.json            everything else: step, epoch, loader cursor, schedule, sums of the epoch so far
   config.yaml, stats.npz   the resolved recipe and the training set's statistics, so that it can be tested anywhere
   manifest.json         size and SHA-256 of each of these files, compared before any of them is used
@@ -53,13 +52,11 @@ def save(root: Path, name: str, tensors: Mapping[str, torch.Tensor], shapes: Map
          state: Mapping[str, Any], attach: Callable[[Path], None], topology: Topology,
          group: Optional[dist.ProcessGroup] = None) -> Path:
     """Write one checkpoint into `root`, the run's folder of them; all processes call it together, and it returns in all of them
-    when it is there. One of the same `name` is replaced, without a moment in which neither is there.
-
-    `tensors`: this process's part of each: its tower's rows, or, where it has the canonical shape (`shapes`), all of it. `state`:
-    JSON values for state.json. `attach` writes the other files into the folder it is given; called in the main process. `group`:
-    all processes, in a group that nobody else uses meanwhile; by default training's. Raises NotWritten in all processes, with
-    the reason, when one of them could not write its part.
-    """
+    when it is there. One of the same `name` is replaced, without a moment in which neither is there. `tensors`: this process's
+    part of each: its tower's rows, or, where it has the canonical shape (`shapes`), all of it. `state`: JSON values for
+    state.json. `attach` writes the other files into the folder it is given; called in the main process. `group`: all processes,
+    in a group that nobody else uses meanwhile. Raises NotWritten in all processes, with the reason, when one could not write
+    its part."""
     staged, final, before = root / f".{name}.partial", root / name, root / f"{name}{BEFORE}"
 
     def begin() -> None:
@@ -137,10 +134,8 @@ def verify(path: Path) -> None:
 
 def verify_manifest(folder: Path, required: Collection[str], what: str, advice: str) -> None:
     """Compare the files of a folder with its manifest.json, which must list `required`. `what` and `advice`: for messages.
-
     Raises DamagedCheckpoint, naming the file that is missing, of another size, or has other bytes. Raises ValueError when it is
-    of another format, OSError when it cannot be read now: neither is damage, and nothing may pass it over.
-    """
+    of another format, OSError when it cannot be read now: neither is damage, and nothing may pass it over."""
     path = folder / MANIFEST
     try:
         manifest = read_manifest(path)
@@ -250,8 +245,7 @@ def check_shapes(stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tup
                              "load it with the recipe it was written with")
 
 
-def _distributed(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]],
-                 topology: Topology) -> dict[str, Any]:
+def _distributed(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]], topology: Topology) -> dict[str, Any]:
     """The tensors as DTensors of canonical shape, where this process holds a tower's rows: Shard(0) over the pair."""
     parts: dict[str, Any] = {}
     for name, tensor in tensors.items():

@@ -99,13 +99,10 @@ class Resolved:
 def resolve(path: Path, which: Optional[str] = None, *, default: Literal["best", "last"] = "last",
             kinds: Sequence[Kind] = ("checkpoint",), name: str = "checkpoint",
             warn: Callable[[str], None] = warn_on_stderr) -> Resolved:
-    """Find and verify the checkpoint that `path`, a run folder or a folder of one of `kinds`, means.
-
-    `which` of a run's: the validated one of lowest error ("best") or the newest that is whole ("last"). By `default` "best" is
-    the last where none is validated. `name`: the option or recipe key that holds `path`, for messages. `warn` is called for each
-    damaged checkpoint that is passed over. Raises ValueError when there is none, DamagedCheckpoint when its files are others than
-    were written.
-    """
+    """Find and verify the checkpoint that `path`, a run folder or a folder of one of `kinds`, means. `which` of a run's: the
+    validated one of lowest error ("best") or the newest that is whole ("last"). By `default` "best" is the last where none is
+    validated. `name`: the option or recipe key that holds `path`, for messages. `warn` is called for each damaged checkpoint that
+    is passed over. Raises ValueError when there is none, DamagedCheckpoint when its files are not those that were written."""
     kind: Kind = "checkpoint"
     if (path / CHECKPOINTS).is_dir():
         path = _of_run(path, which, default, warn)
@@ -159,12 +156,9 @@ def find_pretrained(config: Config, resume: bool, warn: Callable[[str], None]) -
 
 
 def load_pretrained(source: Optional[Resolved], network: AlexNet, config: Config, topology: Topology, index: SampleIndex) -> str:
-    """Give the network these weights, but for the layers that `init_from.renew` names. A collective call. Returns a message that
-    says what was done; empty for nothing.
-
-    Raises ValueError when there is no checkpoint, though one is named, or processes have found different ones; when a layer is
-    not in it, has another shape there, or gives other classes, and is not renewed.
-    """
+    """Give the network these weights, but for the layers that `init_from.renew` names. A collective call. Returns a message
+    that says what was done; empty for nothing. Raises ValueError when there is no checkpoint, though one is named, processes
+    have found different ones, or a layer that is not renewed is not in it, has another shape there, or gives other classes."""
     name, renew, last = config.init_from.checkpoint, config.init_from.renew, config.model.last
     if not name:
         return ""

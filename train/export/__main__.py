@@ -16,7 +16,6 @@ from train.exit_codes import exit_code, leave
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m train.export", description="Write a trained network as safetensors with a model card, and as ONNX. Exit "
         "codes: 0 done, 2 a mistake in what was asked, 4 the machine failed or the check did.")
@@ -60,7 +59,6 @@ def export(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command; returns its exit code."""
     args = arguments(argv)
     return exit_code(lambda: export(args), "use a machine with more")
 

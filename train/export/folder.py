@@ -41,12 +41,10 @@ class About:
 
 def write_folder(out: Path, config: Config, network: AlexNet, stats: Stats, about: About, *, classes: Sequence[ClassInfo] = (),
                  hashes: Mapping[str, str] = {}, onnx: bool = False) -> dict[str, float]:
-    """Write a network that anyone can load; train/export/safetensors_io.py lists the files.
-
-    `network`: all of it, float32 on the CPU. `classes`: in the order of the outputs; empty when not known. `hashes`: for the
-    metadata. Returns by how much the logits of each file differ from the network's at most. Raises ValueError when the folder
-    exists or a weight is not finite, RuntimeError when a library is missing or a difference too large; nothing is left then.
-    """
+    """Write a network that anyone can load; train/export/safetensors_io.py lists the files. `network`: all of it, float32 on
+    the CPU. `classes`: in the order of the outputs; empty when not known. `hashes`: for the metadata. Returns by how much the
+    logits of each file differ from the network's at most. Raises ValueError when the folder exists or a weight is not finite,
+    RuntimeError when a library is missing or a difference too large; nothing is left then."""
     if os.path.lexists(out):
         raise ValueError(f"--out (={out}) exists already; give a folder that does not")
     data, init = config.data, config.init_from

@@ -4,8 +4,7 @@
     logits   (N, K) float32
 
 Towers are groups of convolutions. LRN is ONNX's own operator, one for each tower, so that windows do not cross between them; it
-divides alpha by n (ours does not), so it is given alpha·n. Fully connected layers whose towers are apart are two products. Needs
-the extra `export` (onnx).
+divides alpha by n (ours does not), so it is given alpha·n. Fully connected layers whose towers are apart are two products.
 """
 from typing import Any, Mapping
 

@@ -1,13 +1,11 @@
 """Read and write model.safetensors and the folder around it that train.export writes.
 
-    model.safetensors   every parameter under its canonical name (conv1.weight … fc8.bias), float32; in its metadata the recipe
-                        and hashes (see `pack`)
-    config.yaml, stats.npz, classes.txt   the recipe without the machine's part, the statistics whose mean is subtracted, and a
-                        line `wnid words` for each class, where they are known
+    model.safetensors   every parameter under its canonical name (conv1.weight … fc8.bias), float32; metadata: recipe and hashes
+    config.yaml, stats.npz   the recipe without the machine's part, the statistics whose mean is subtracted
+    classes.txt         a line `wnid words` for each class, where they are known
     model.onnx          when asked for
     README.md           the model card; yours to edit
-    manifest.json       size and SHA-256 of all but the card, compared before a file is used: safetensors itself does not notice
-                        a flipped bit
+    manifest.json       size and SHA-256 of all but the card, compared before use: safetensors does not notice a flipped bit
 
 Needs the extra `export` (safetensors). Whoever has only safetensors and torch reads the file too: the card says how.
 """
@@ -44,10 +42,8 @@ def pack(config: Config, tensors: Mapping[str, torch.Tensor], hashes: Mapping[st
 
 def load_safetensors(path: str | Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
     """The network of a file that `pack` made, or of the folder it lies in, and its weights, float32 on the CPU.
-
-    Raises ValueError when there is no such file, or it is of another format, or has other tensors than its network;
-    DamagedCheckpoint when the folder's manifest says other sizes or hashes.
-    """
+    Raises ValueError when it is not there, of another format, or has other tensors than its network, DamagedCheckpoint when the
+    folder's manifest says other sizes or hashes."""
     file = _file(path)
     metadata = read_metadata(file)
     if metadata.get("alexnet_dali_format") != str(FORMAT):

@@ -1,8 +1,7 @@
 """All-reduce of gradients over the processes that hold the same parameters, overlapped with the backward pass.
 
 A large gradient is sent as soon as it is complete; small ones (biases, conv1) are sent together. AlexNet's fully connected
-layers, 94% of the bytes, are complete first, and its convolutions, 90% of the work, come after them: nearly all communication is
-hidden.
+layers, 94% of the bytes, are complete first, and its convolutions, 90% of the work, come after: nearly all is hidden.
 
 Not DistributedDataParallel: it regroups its buckets after the first step, hence adds in another order there, and a run that is
 resumed with more than two data ranks is no longer bit-exact (4 ranks: a fifth of the entries differ).

@@ -66,10 +66,8 @@ class _Exchange:
 
 class PairLoader(Iterator[Batch]):
     """The batches of a pair, the same in both processes and the same as one process alone would make. Used as `TrainLoader` is.
-
     `loader` makes this process's half, rows in the order of the ranks of `pair`, a group of the two processes for this alone.
-    Without `exchange_images` images stay halves, while labels, ids and epochs are of the pair.
-    """
+    Without `exchange_images` images stay halves, while labels, ids and epochs are of the pair."""
 
     def __init__(self, loader: TrainLoader, pair: dist.ProcessGroup, *, exchange_images: bool) -> None:
         self.loader, self._pair, self._exchange_images, self._rank = loader, pair, exchange_images, dist.get_rank(pair)

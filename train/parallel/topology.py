@@ -82,8 +82,7 @@ class Topology:
             return list(values)
         numbers = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(numbers)
-        sums: list[float] = numbers.tolist()
-        return sums
+        return list(numbers.tolist())
 
     def gather_objects(self, value: Any) -> list[Any]:
         """The value of every process (anything that can be pickled), by global rank."""
@@ -106,11 +105,8 @@ class Topology:
 def process_group(*, towers: int, device: str, timeout_s: float, silence_s: float = 30.0,
                   parallel: ParallelConfig = ParallelConfig()) -> Iterator[Topology]:
     """Join the process group, when there is one, and leave it at the end; meanwhile this process is monitored (failure.py).
-
-    `towers` are the model's, `device` is auto, cpu or cuda. Raises ValueError for a number of processes that makes no sense for
-    the model, RuntimeError when there is no GPU for this process or torchrun's variables are incomplete; later, in place of a
-    collective's error, when another process of this machine was the cause.
-    """
+    `towers` are the model's. Raises ValueError for a number of processes that makes no sense for the model, RuntimeError when
+    there is no GPU for this process or torchrun's variables are incomplete."""
     rank, world_size, local_rank, local_ranks = _variables(*VARIABLES) if "WORLD_SIZE" in os.environ else (0, 1, 0, 1)
     coordinates = _coordinates(world_size, rank, local_ranks, towers, parallel)
     chosen = _device(device, local_rank)
@@ -184,9 +180,7 @@ def agreed_prefix(store: dist.Store, rank: int, world_size: int, timeout_s: floa
 
     torchrun's store outlives a restart, and torch's own keys (`env://`, torch 2.13) would be taken for new: the restart hangs.
     torchrun's count of restarts is no name, as it can differ between machines. So each process writes a new word and reads all;
-    who has read the same words counts itself under their hash, which is the name once all are counted. Raises RuntimeError when
-    not all processes came in this time.
-    """
+    who has read the same words counts itself under their hash, which is the name once all are counted. Not all in time: error."""
     store.set(f"start/{rank}", uuid.uuid4().hex)
     keys, name, until = [f"start/{other}" for other in range(world_size)], "", time.monotonic() + timeout_s
     while time.monotonic() < until:
