@@ -128,7 +128,7 @@ def test_best_and_last_are_asked_of_a_run(tmp_path: Path, capsys: pytest.Capture
     assert "has no validated checkpoint yet; wait for its first" in capsys.readouterr().err
     (only,) = checkpoint.checkpoints(tmp_path / "small/checkpoints")
     assert evaluate_main(["--checkpoint", str(only), "--which", "last"]) == 2
-    assert "--which (=last) chooses among a run's checkpoints; leave it out" in capsys.readouterr().err
+    assert "--which (=last) chooses among a run's checkpoints, and" in capsys.readouterr().err
 
 
 def test_an_index_to_test_on_needs_only_the_split_tested(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
