@@ -22,8 +22,7 @@ from tests.helpers.figures import brute_force, check_apart, show
 from tests.helpers.small_set import photographs, write_set
 from tests.helpers.trained_run import write_run
 from tools.show.similar import Picture, draw
-from train.checkpoint.load_trained import class_name, load_trained
-from train.checkpoint.resolve import resolve
+from train.checkpoint.resolve import class_name, load_trained, resolve
 from train.figures.features import FEATURES, IDS, MANIFEST, Features, build
 from train.figures.neighbours import Queries, chosen_ids, precision, search
 

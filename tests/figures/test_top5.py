@@ -18,8 +18,7 @@ from tests.conftest import TinySet
 from tests.helpers.figures import check_apart, show
 from tests.helpers.trained_run import write_run
 from tools.show import top5
-from train.checkpoint.load_trained import class_name, load_trained
-from train.checkpoint.resolve import resolve
+from train.checkpoint.resolve import class_name, load_trained, resolve
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeRemainingColumn
 
-from train.checkpoint.load_trained import TrainedNetwork, class_name, load_trained
-from train.checkpoint.resolve import resolve
+from train.checkpoint.resolve import TrainedNetwork, class_name, load_trained, resolve
 from train.figures import features as feature_folder
 from train.figures.features import Features, Progress
 from train.figures.kernels import need_matplotlib

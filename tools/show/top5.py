@@ -12,8 +12,7 @@ import torch
 
 from tools.show.sheet import Sheet, fitting
 from train.build import autocast
-from train.checkpoint.load_trained import TrainedNetwork, class_name, load_trained
-from train.checkpoint.resolve import resolve
+from train.checkpoint.resolve import TrainedNetwork, class_name, load_trained, resolve
 from train.evaluate.metrics import label_ranks
 from train.evaluate.predict import average_softmax
 from train.figures.neighbours import centre_crops, chosen_ids

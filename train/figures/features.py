@@ -14,7 +14,7 @@ from typing import BinaryIO, Callable, Iterator
 import numpy as np
 
 from pipeline.files import atomic_folder, difference, file_entries, read_manifest, remove_dead, with_own_hash, write_json
-from train.checkpoint.load_trained import TrainedNetwork
+from train.checkpoint.resolve import TrainedNetwork
 
 FORMAT = 1
 MANIFEST, FEATURES, IDS = "manifest.json", "features.npy", "ids.npy"

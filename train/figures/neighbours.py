@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pipeline.index.sample_index import SampleIndex
-from train.checkpoint.load_trained import TrainedNetwork
+from train.checkpoint.resolve import TrainedNetwork
 from train.figures.features import Features, Progress
 
 _BLOCK = 256  # crops compared at once
