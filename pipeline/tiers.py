@@ -92,7 +92,7 @@ def train_loader(tier: str, index: SampleIndex, split: str, data: DataConfig, ba
         chain = train_chain(context, resident, sampler, planner, stand_ins, mean_image, group)
     else:
         chain = DecodingChain(context, lambda step: planner.plan(step, *sampler.take(step)), source, stand_ins,
-                              context.graph(context.ids, sampler.share, data.crop_px), mean_image)
+                              context.decoding(context.ids, sampler.share, data.crop_px), mean_image)
     return TrainLoader(context, chain, sampler, planner)
 
 

@@ -107,7 +107,7 @@ def train_loader(config: Config, topology: Topology, found: SampleIndex, stats: 
 def eval_loader(config: Config, topology: Topology, found: SampleIndex, stats: Stats, split: str, *,
                 keep: bool = False, ids: Optional[Ids] = None) -> EvalLoader:
     """Every image of a split once, or of `ids` in their order, divided among the data ranks; both towers of a pair get the same.
-    With `keep` tier resident keeps the images in memory, for repeated tests; else it reads them if a run has kept all of them."""
+    With `keep` tier resident keeps the images in memory, for repeated tests; else it decodes them each time."""
     return tiers.eval_loader(config.data.tier, found, split, config.data.pixels(), config.machine.test_batch, stats,
                              resident=config.data.resident, keep=keep, machine=loader_config(config, topology),
                              shard=(topology.data_rank, topology.data_ranks), device_id=topology.device.index, ids=ids)

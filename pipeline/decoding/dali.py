@@ -38,41 +38,27 @@ class DecodeError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class GraphSettings:
-    """What a `Graph` computes.
-
-    Attributes:
-        batch: largest batch.
-        side_px: side S of the output.
-        resample: False when every image has the output's scale already, so that the region decoded is the output.
-        machine: prefetch and decoder settings.
-        threads: DALI's worker threads.
-        device_id: GPU, or None for the CPU.
-        decode_only: end after the decoder, to measure it: shapes, (B, 3) int64, come out instead of pixels.
-    """
-    batch: int
-    side_px: int
-    resample: bool
+class DecodeSettings:
+    """What a `RegionPipeline` computes."""
+    batch: int  # largest
+    side_px: int  # side S of the output
+    resample: bool  # False when every image has the output's scale already, so that the region decoded is the output
     machine: LoaderConfig
-    threads: int
-    device_id: int | None
-    decode_only: bool = False
+    threads: int  # DALI's worker threads
+    device_id: int | None  # GPU, or None for the CPU
+    decode_only: bool = False  # end after the decoder, to measure it: shapes, (B, 3) int64, come out
 
     @property
-    def alone(self) -> "GraphSettings":
-        """Those of a graph that decodes one image at a time."""
+    def alone(self) -> "DecodeSettings":
+        """Those of a pipeline that decodes one image at a time."""
         return replace(self, batch=1, machine=replace(self.machine, prefetch=1))
 
 
-class Graph:
-    """A built DALI pipeline that pulls plans with their bytes and gives (B, S, S, 3) uint8 pixels, RGB, in the same order.
+class RegionPipeline:
+    """A built DALI pipeline that pulls plans with their bytes and gives (B, S, S, 3) uint8 pixels, RGB, in the same order. The
+    plans are read ahead by `machine.prefetch` batches, in the collecting thread. DALI reads their bytes in place."""
 
-    Args:
-        plans: read ahead by `machine.prefetch` batches, in the collecting thread. DALI reads their bytes in place.
-        settings: what is computed.
-    """
-
-    def __init__(self, plans: Iterator[BatchPlan], settings: GraphSettings) -> None:
+    def __init__(self, plans: Iterator[BatchPlan], settings: DecodeSettings) -> None:
         self._plans, self._settings = plans, settings
         self._failure: Exception | None = None
         self._alive: deque[BatchPlan] = deque()
@@ -121,10 +107,7 @@ class Graph:
         return (plan.encoded, regions.anchor, regions.shape, *ends)
 
     def collect(self) -> torch.Tensor:
-        """The next batch, (B, S, S, 3) uint8 on the graph's device.
-
-        Raises: see `rows`.
-        """
+        """The next batch, (B, S, S, 3) uint8 on the pipeline's device. Raises as `rows`."""
         output, plan = self._run()
         if self._resizer is not None:
             return self._resizer([torch.from_dlpack(image) for image in output], plan.regions)
@@ -132,11 +115,8 @@ class Graph:
 
     def rows(self) -> Sequence[torch.Tensor]:
         """The next batch as B views (3, S, S) uint8 in CPU memory, each to be used before the same thread asks for another.
-
-        Raises:
-            DecodeError: some sample of this batch could not be decoded. The batches after it are not touched.
-            StopIteration: the source has ended. What the source raised, if it failed.
-        """
+        Raises DecodeError when a sample of this batch could not be decoded (the batches after it are not touched);
+        StopIteration when the source has ended; and what the source raised, if it failed."""
         output, plan = self._run()
         if self._resizer is not None:
             return planar_crops([torch.from_dlpack(image) for image in output], plan.regions, self._settings.side_px)
@@ -162,7 +142,7 @@ class Graph:
         """Free DALI's threads and buffers. Batches already collected stay valid: they own their memory."""
         if self._resizer is not None:
             self._resizer.close()
-        # What DALI still reads lives as long as its pipe, whose callback holds this graph. A failure's traceback would too.
+        # What DALI still reads lives as long as its pipe, whose callback holds this object. A failure's traceback would too.
         self._pipe = self._failure = None
 
 
@@ -172,12 +152,7 @@ def planar(pixels: torch.Tensor) -> torch.Tensor:
 
 
 class WholeImages:
-    """Decodes whole images on the CPU.
-
-    Args:
-        batch: largest batch.
-        threads: DALI's worker threads.
-    """
+    """Decodes whole images on the CPU, `batch` at most."""
 
     def __init__(self, batch: int, threads: int) -> None:
         self._pipe: Any = Pipeline(batch_size=batch, num_threads=threads, device_id=None, prefetch_queue_depth=1, seed=0)
@@ -199,22 +174,18 @@ class WholeImages:
         return np.asarray(self._decode(encoded)[1].as_array(), np.int64)[:, :2]
 
     def images(self, encoded: list[Bytes], sizes: npt.NDArray[np.int64], resized: npt.NDArray[np.int64]) -> list[Bytes]:
-        """B images (H, W, 3) uint8 of `sizes` (B, 2), resized to `resized` (B, 2): those that `Graph` crops from. Raises as
-        `sizes`."""
+        """B images (H, W, 3) uint8 of `sizes` (B, 2), resized to `resized` (B, 2): those that `RegionPipeline` crops from. Raises
+        as `sizes`."""
         scales = sizes / resized
         return [resize(torch.from_dlpack(image), (0, 0), size, scale).numpy().reshape(*size, 3)
                 for image, size, scale in zip(self._decode(encoded)[0], resized.tolist(), scales.tolist(), strict=True)]
 
 
 class ShardReader:
-    """Ranges of bytes of tars, one after the other, read ahead in DALI's own threads by its WebDataset reader.
-
-    Args:
-        paths: tars, in the order they are read: local paths, or ``s3://bucket/key`` (credentials and `AWS_ENDPOINT_URL` from the
-            environment).
-        index_paths: for each its index file as wds2idx writes it; a line is a range. Needed until the first range is there.
-        ahead: ranges read ahead, at least 1.
-    """
+    """Ranges of bytes of tars, one after the other, read ahead in DALI's own threads by its WebDataset reader. `paths`: local,
+    or ``s3://bucket/key`` (credentials and `AWS_ENDPOINT_URL` from the environment), in the order they are read;
+    `index_paths`: for each its index file as wds2idx writes it, where a line is a range, needed until the first range is
+    there. `ahead`: ranges read ahead, at least 1."""
 
     def __init__(self, paths: list[str], index_paths: list[str], ahead: int) -> None:
         self._pipe: Any = Pipeline(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, seed=0)
@@ -227,11 +198,8 @@ class ShardReader:
         self._pipe.schedule_run()
 
     def next(self) -> Bytes:
-        """The next range, (size,) uint8. After the last one it begins again.
-
-        Raises:
-            RuntimeError: DALI cannot read it; no later range will come. In one line what DALI says.
-        """
+        """The next range, (size,) uint8. After the last one it begins again. Raises RuntimeError with what DALI says, in one
+        line, when it cannot read it; no later range will come then."""
         try:
             (output,) = self._pipe.outputs()
             self._pipe.schedule_run()

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pipeline.decoding.dali import DecodeError, Graph, GraphSettings, planar
+from pipeline.decoding.dali import DecodeError, RegionPipeline, DecodeSettings, planar
 from pipeline.monitor import Monitor, decoder_threads, threads
 from pipeline.sampling.batch_plan import BatchPlan
 
@@ -14,24 +14,19 @@ Pixels = torch.Tensor | Sequence[torch.Tensor]
 
 
 class Decoder(Iterator[tuple[BatchPlan, Pixels]]):
-    """Gives each batch with its pixels: on a GPU (B, 3, S, S) uint8; on a CPU B views (3, S, S) uint8, each to be used before
-    the same thread asks for another; or `whole`, (B, S, S, 3) uint8 on either.
+    """Gives each of the `plans` (with their bytes, maybe without end) with its pixels: on a GPU (B, 3, S, S) uint8; on a CPU B
+    views (3, S, S) uint8, each to be used before the same thread asks for another; or `whole`, (B, S, S, 3) uint8 on either.
+    Batches of which nothing is left are passed over. `recover`: (plan, row, reason) → the plan without that row's sample,
+    which cannot be decoded; may raise instead."""
 
-    Args:
-        plans: with their bytes, maybe without end. Batches of which nothing is left are passed over.
-        settings: of the DALI graph.
-        recover: (plan, row, reason) → the plan without that row's sample, which cannot be decoded; may raise instead.
-        monitor: told whether bytes or pixels are waited for.
-    """
-
-    def __init__(self, plans: Iterator[BatchPlan], settings: GraphSettings, recover: Callable[[BatchPlan, int, str], BatchPlan],
+    def __init__(self, plans: Iterator[BatchPlan], settings: DecodeSettings, recover: Callable[[BatchPlan, int, str], BatchPlan],
                  monitor: Monitor, *, whole: bool = False) -> None:
         self._plans, self._settings, self._recover, self._monitor, self._whole = plans, settings, recover, monitor, whole
         self._rows = not whole and settings.device_id is None
         self._waiting: deque[BatchPlan] = deque()  # pulled by DALI, not yet collected
         monitor.enter("decode")  # DALI is being started
         self._before: set[int] | None = threads()
-        self._graph = Graph(self._pull(), settings)
+        self._pipeline = RegionPipeline(self._pull(), settings)
 
     def _pull(self) -> Iterator[BatchPlan]:
         self._monitor.enter("read")
@@ -49,7 +44,7 @@ class Decoder(Iterator[tuple[BatchPlan, Pixels]]):
             self._monitor.enter("decode")
             try:
                 with self._monitor.span("decode", self._waiting[0].step if self._waiting else -1):
-                    pixels: Any = self._graph.rows() if self._rows else self._graph.collect()
+                    pixels: Any = self._pipeline.rows() if self._rows else self._pipeline.collect()
             except DecodeError as error:
                 plan, pixels = self._one_by_one(self._waiting.popleft(), error)
                 if not len(plan.ids):
@@ -67,11 +62,11 @@ class Decoder(Iterator[tuple[BatchPlan, Pixels]]):
         slot: list[BatchPlan] = []
         pixels: list[torch.Tensor] = []
         recovered = False
-        with contextlib.closing(Graph(iter(slot.pop, None), self._settings.alone)) as graph:
+        with contextlib.closing(RegionPipeline(iter(slot.pop, None), self._settings.alone)) as single:
             while len(pixels) < len(plan.ids):
                 slot.append(plan.rows([len(pixels)]))
                 try:
-                    pixels.append(graph.collect().clone())
+                    pixels.append(single.collect().clone())
                 except DecodeError as failure:
                     plan, recovered = self._recover(plan, len(pixels), failure.reason), True
         if not recovered:
@@ -79,5 +74,5 @@ class Decoder(Iterator[tuple[BatchPlan, Pixels]]):
         return plan, torch.cat(pixels) if pixels else torch.empty(0)
 
     def close(self) -> None:
-        """Free the graph; whoever made the plans closes them."""
-        self._graph.close()
+        """Free the pipeline; whoever made the plans closes them."""
+        self._pipeline.close()

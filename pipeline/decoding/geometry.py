@@ -19,21 +19,13 @@ _EXACT_BITS = 23  # of a float32 coordinate, before and after the binary point t
 
 @dataclass(frozen=True)
 class Regions:
-    """What to decode of each image and where to sample it.
-
-    Attributes:
-        anchor: (B, 2) int32 first source pixel to decode.
-        shape: (B, 2) int32 source pixels to decode.
-        start, end: (B, 2) float32 corners of the crop in continuous coordinates of the decoded rectangle.
-        scale: (B, 2) float64 source pixels for one of the resized image.
-        offset: (B, 2) int64 the crop's offset in the resized image.
-    """
-    anchor: npt.NDArray[np.int32]
-    shape: npt.NDArray[np.int32]
-    start: npt.NDArray[np.float32]
-    end: npt.NDArray[np.float32]
-    scale: npt.NDArray[np.float64]
-    offset: Pairs
+    """What to decode of each image and where to sample it."""
+    anchor: npt.NDArray[np.int32]  # (B, 2) first source pixel to decode
+    shape: npt.NDArray[np.int32]  # (B, 2) source pixels to decode
+    start: npt.NDArray[np.float32]  # (B, 2) corner of the crop in continuous coordinates of the decoded rectangle
+    end: npt.NDArray[np.float32]  # (B, 2) its other corner
+    scale: npt.NDArray[np.float64]  # (B, 2) source pixels for one of the resized image
+    offset: Pairs  # (B, 2) the crop's offset in the resized image
 
     @property
     def reach(self) -> npt.NDArray[np.int32]:
@@ -41,7 +33,6 @@ class Regions:
         return self.anchor + self.shape
 
     def rows(self, rows: list[int]) -> "Regions":
-        """Those of some of the images."""
         return Regions(self.anchor[rows], self.shape[rows], self.start[rows], self.end[rows], self.scale[rows], self.offset[rows])
 
 
@@ -63,19 +54,13 @@ def central(resized_sizes: Pairs, side_px: int) -> Pairs:
 
 
 def regions(source: Pairs, resized_sizes: Pairs, offsets: Pairs, crop_px: int) -> Regions:
-    """Source regions of square crops.
+    """Source regions of square crops, of side `crop_px` at `offsets` (B, 2) in images of sizes `source`, resized to
+    `resized_sizes`.
 
-    The scale is rounded to a multiple of 2^-14 (for short sides of 257 to 512; half as fine for an image twice as large), which
-    moves no sample by more than 1/128 of a source pixel. Then every coordinate is exact in float32, and a crop's pixels are
-    those of the whole square at its place but for about one in a million, by one grey level (DALI adds up in another order);
-    without it 110 in a million differ. Images that have the size already are copied.
-
-    Args:
-        source: (B, 2) source sizes.
-        resized_sizes: (B, 2) sizes after the resize.
-        offsets: (B, 2) the crop's offset in the resized image.
-        crop_px: side of the crop.
-    """
+    The scale is rounded to a multiple of 2^-14 (for short sides of 257 to 512; half as fine for an image twice as large),
+    which moves no sample by more than 1/128 of a source pixel. Then every coordinate is exact in float32, and a crop's pixels
+    are those of the whole square at its place but for about one in a million, by one grey level (DALI adds up in another
+    order); without it 110 in a million differ. Images that have the size already are copied."""
     grid = 2.0 ** (_EXACT_BITS - np.ceil(np.log2(source.min(axis=1, keepdims=True))))
     scale = np.round(source / resized_sizes * grid) / grid
     first = np.round((source - scale * resized_sizes) / 2 * grid) / grid  # what the rounding leaves over, on both sides alike

@@ -19,16 +19,9 @@ _SERIAL = 32768  # values from which torch works in several threads (at::interna
 
 
 class Normalizer:
-    """Flips crops, subtracts the mean and adds the shift.
-
-    Args:
-        crop_px: side of the images.
-        mean_image: (3, S, S) float32, of which the piece at each crop's position, flipped with it, is subtracted; None:
-            nothing, a channel mean is in the shift.
-        centered: subtract the central piece instead, whatever the position and never flipped (the release).
-        threads: of a CPU; unused on a GPU.
-        device: of the pixels and the images.
-    """
+    """Flips crops, subtracts the mean and adds the shift. `mean_image` (3, S, S) float32: the piece at each crop's position,
+    flipped with it, is subtracted; None: nothing, a channel mean is in the shift. `centered`: the central piece instead,
+    whatever the position and never flipped (the release). `threads` of a CPU; unused on a GPU."""
 
     def __init__(self, crop_px: int, mean_image: npt.NDArray[np.float32] | None, *, centered: bool = False, threads: int,
                  device: torch.device = torch.device("cpu")) -> None:
@@ -106,7 +99,6 @@ class Normalizer:
 
 
 def _flip(images: torch.Tensor, mirror: npt.NDArray[np.bool_]) -> torch.Tensor:
-    """Those of (B, …, W) that `mirror` names flipped horizontally."""
     if not mirror.any():
         return images
     return torch.where(torch.from_numpy(mirror).to(images.device)[:, None, None, None], images.flip(-1), images)

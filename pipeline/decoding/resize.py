@@ -27,18 +27,11 @@ _linear = getattr(torch.ops.aten, "_upsample_bilinear2d_aa").out
 
 def resize(image: torch.Tensor, offset: Sequence[int], size: Sequence[int], scale: Sequence[float],
            memory: torch.Tensor | None = None) -> torch.Tensor:
-    """A crop of a resized image.
+    """A crop of a resized image: (H, W·3) uint8, a view of the memory, the channels of a pixel side by side.
 
-    Args:
-        image: (h, w, 3) uint8, from its corner at least as far as the crop reaches.
-        offset: of the crop in the resized image, (rows, columns).
-        size: of the crop, (H, W).
-        scale: source pixels for one of the resized image, (vertical, horizontal).
-        memory: (n,) uint8 to work in, or None; used when it is large enough, see `needed`.
-
-    Returns:
-        (H, W·3) uint8, a view of the memory: the channels of a pixel side by side.
-    """
+    `image` (h, w, 3) uint8 reaches from its corner at least as far as the crop; `offset` and `size` of the crop are in the
+    resized image, (rows, columns); `scale`: source pixels for one of the resized image, (vertical, horizontal); `memory` (n,)
+    uint8 to work in, or None; used when it is large enough, see `needed`."""
     (top, left), (height, width) = offset, size
     if needed(offset, size) > _MOST:
         image, top, left = _nearer(image, offset, scale)
@@ -71,12 +64,8 @@ def _nearer(image: torch.Tensor, offset: Sequence[int], scale: Sequence[float]) 
 
 
 class LazyRows(Sequence[torch.Tensor]):
-    """The B images of a batch, each made by the thread that asks for it, in whose core's cache the pixels then lie.
-
-    Args:
-        count: B.
-        make: row → image.
-    """
+    """The images of a batch, each made (by `make`, row → image) by the thread that asks for it, in whose core's cache the
+    pixels then lie."""
 
     def __init__(self, count: int, make: Callable[[int], torch.Tensor]) -> None:
         self._count, self._make = count, make
@@ -89,14 +78,9 @@ class LazyRows(Sequence[torch.Tensor]):
 
 
 def crops(decoded: Sequence[torch.Tensor], regions: Regions, side_px: int) -> LazyRows:
-    """The crops of a batch, (S, S·3) uint8 each, the channels of a pixel side by side; overwritten when the same thread asks for
-    another crop, of whatever batch.
-
-    Args:
-        decoded: B tensors (h, w, 3) uint8, each from its image's corner to the end of the region (or the image's end).
-        regions: where the crops lie.
-        side_px: side S of a crop.
-    """
+    """The crops of a batch, (S, S·3) uint8 each, the channels of a pixel side by side; overwritten when the same thread asks
+    for another crop, of whatever batch. `decoded`: B tensors (h, w, 3) uint8, each from its image's corner to the end of the
+    region (or the image's end)."""
     offsets, scales, size = regions.offset.tolist(), regions.scale.tolist(), (side_px, side_px)
 
     def make(row: int) -> torch.Tensor:
@@ -143,12 +127,7 @@ class Buffers:
 
 
 class Resizer:
-    """Resizes decoded images and cuts the crop: a whole batch.
-
-    Args:
-        side_px: side S of the crop.
-        threads: that share a batch.
-    """
+    """Resizes decoded images and cuts the crop, of side S: a whole batch, in threads."""
 
     def __init__(self, side_px: int, threads: int) -> None:
         self._side, self._threads, self._buffers = side_px, threads, Buffers(np.uint8)

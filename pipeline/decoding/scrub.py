@@ -18,8 +18,8 @@ _BATCH_PIXELS = 64_000_000  # 200 MB decoded; larger batches are cut
 
 
 def scrub(index: SampleIndex, threads: int, progress: Progress = Silent()) -> list[Finding]:
-    """Decode all images that are not excluded, in the order they lie on disk; those that fail or come out in another
-    size than the index says."""
+    """Decode all images that are not excluded, in the order they lie on disk; those that fail or come out in another size than
+    the index says."""
     samples = index.samples
     ids = np.flatnonzero(samples["excluded"] == 0)
     ids = ids[np.lexsort((samples["offset"][ids], samples["archive"][ids]))]
@@ -43,7 +43,6 @@ def scrub(index: SampleIndex, threads: int, progress: Progress = Silent()) -> li
 
 
 def _batches(index: SampleIndex, ids: np.ndarray) -> list[list[int]]:
-    """The ids in batches of at most BATCH images and _BATCH_PIXELS."""
     pixels = (index.samples["width"][ids].astype(np.int64) * index.samples["height"][ids]).tolist()
     batches: list[list[int]] = []
     total = 0

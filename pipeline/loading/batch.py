@@ -9,7 +9,7 @@ import torch
 
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.decoding import geometry
-from pipeline.decoding.dali import GraphSettings
+from pipeline.decoding.dali import DecodeSettings
 from pipeline.decoding.normalize import Normalizer
 from pipeline.index.sample_index import SampleIndex
 from pipeline.monitor import Monitor
@@ -19,34 +19,22 @@ from pipeline.sampling.sampler import Ids
 
 @dataclass(frozen=True)
 class Batch:
-    """What a loader gives.
-
-    Attributes:
-        images: training (B, 3, crop, crop), evaluation (B, 3, S, S); float32, mean subtracted, on the loader's device.
-        labels: (B,) int64 class indices on the same device; -1 where unknown.
-        ids: (B,) int64 sample ids, after any stand-in took a corrupt sample's place.
-        epochs: (B,) int64 epoch of each sample (0 in evaluation).
-        step: number of the batch: counted from the start of training, or of this pass.
-    """
-    images: torch.Tensor
-    labels: torch.Tensor
-    ids: Ids
-    epochs: Ids
-    step: int
+    images: torch.Tensor  # training (B, 3, crop, crop), evaluation (B, 3, S, S); float32, mean subtracted, on the loader's device
+    labels: torch.Tensor  # (B,) int64 class indices on the same device; -1 where unknown
+    ids: Ids  # (B,) int64 sample ids, after any stand-in took a corrupt sample's place
+    epochs: Ids  # (B,) int64 epoch of each sample (0 in evaluation)
+    step: int  # number of the batch: counted from the start of training, or of this pass
 
 
 @dataclass(frozen=True)
 class LoaderContext:
-    """What all stages of a loader share: the samples, settings, the device and the monitor.
-
-    `device_id`: GPU that decodes and holds the batches, or None for the CPU. Raises ValueError when there is no such GPU, or the
-    split is empty.
-    """
+    """What all stages of a loader share: the samples, settings, the device and the monitor. Raises ValueError when there is no
+    such GPU, or the split is empty."""
     index: SampleIndex
     split: str
     data: DataConfig
     machine: LoaderConfig
-    device_id: int | None
+    device_id: int | None  # GPU that decodes and holds the batches, or None for the CPU
     monitor: Monitor
 
     def __post_init__(self) -> None:
@@ -75,14 +63,13 @@ class LoaderContext:
         """Finished batches that may wait for the consumer; 0, no thread, on a GPU: the device is ahead anyway."""
         return self.machine.queue if self.device_id is None else 0
 
-    def graph(self, ids: Ids, batch: int, side_px: int) -> GraphSettings:
-        """Settings of the graph that decodes samples `ids`, at most `batch` at a time, to a side of `side_px`."""
+    def decoding(self, ids: Ids, batch: int, side_px: int) -> DecodeSettings:
+        """How samples `ids` are decoded, at most `batch` at a time, to a side of `side_px`."""
         sizes = geometry.sizes(self.index, ids)
         resample = bool((sizes != geometry.resized(sizes, self.data.square_px)).any())
-        return GraphSettings(batch, side_px, resample, self.machine, self.threads, self.device_id)
+        return DecodeSettings(batch, side_px, resample, self.machine, self.threads, self.device_id)
 
     def normalizer(self, side_px: int, mean_image: npt.NDArray[np.float32] | None) -> Normalizer:
-        """What normalizes images of this side."""
         return Normalizer(side_px, mean_image, centered=self.data.mean == "image_center", threads=self.threads,
                           device=self.device)
 

@@ -1,15 +1,16 @@
 """`Chain`: the stages of a loader, each an iterator over the one before. `DecodingChain`: plan, read, decode, normalize."""
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.decoding.dali import GraphSettings
+from pipeline.decoding.dali import DecodeSettings
 from pipeline.decoding.decoder import Decoder, Pixels
 from pipeline.decoding.normalize import Normalizer
 from pipeline.loading.batch import Batch, LoaderContext
@@ -19,29 +20,27 @@ from pipeline.reading.source import BatchReader, Source
 from pipeline.sampling.batch_plan import BatchPlan
 
 
-class Chain(Protocol):
+class Chain(ABC):
     """What makes batches: a `DecodingChain`, or a `pipeline.resident.chain.ResidentChain`, whose store takes the place of reading
-    and decoding.
+    and decoding."""
+    stages: tuple[str, ...]  # names of those that `until` can end after, in order; they are the monitor's
+    queue: int  # finished batches that may wait for the consumer; 0: it makes them itself
+    note = ""  # what a person should know before it begins
 
-    Attributes:
-        stages: names of those that `until` can end after, in order; they are the monitor's.
-        queue: finished batches that may wait for the consumer; 0: it makes them itself.
-        note: what a person should know before it begins; mostly nothing.
-    """
-    stages: tuple[str, ...]
-    queue: int
-    note: str
-
+    @abstractmethod
     def batches(self, steps: range) -> Generator[Batch, None, None]:
         """The batches of these steps; what the stages hold is freed when the generator is closed."""
 
     def until(self, stage: str, steps: range) -> Generator[object, None, None]:
         """The stages up to and including `stage`, to measure them: they run at once as in `batches`, and what the last one makes
         of each step comes out."""
+        assert stage == self.stages[-1]
+        return self.batches(steps)
 
     @property
     def filled(self) -> tuple[int, int]:
         """(samples that are kept in memory, samples there is room for)."""
+        return 0, 0
 
     def fill(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Load into memory now what else the first epoch would. `progress`: called with (samples done, samples to do)."""
@@ -50,31 +49,23 @@ class Chain(Protocol):
         """Finish what is under way outside of `batches`."""
 
 
-class DecodingChain:
+class DecodingChain(Chain):
     """A `Chain` that reads and decodes every sample:
 
         steps ─plan→ BatchPlan ─read→ with its bytes ─decode→ and pixels ─normalize→ Batch
 
-    Args:
-        context: settings, device, monitor.
-        plan: step → plan of the batch, without its bytes; called in the reading threads.
-        source: of the bytes.
-        policy: for corrupt samples.
-        graph: settings of the DALI graph.
-        mean_image: (3, S, S) to be subtracted, or None, see `Normalizer`.
-        raw: no normalizing: images are the pixels (B, S, S, 3) uint8.
-        convert: changes pixels (B, S, S, 3) uint8 before they are normalized, giving (B, 3, S, S).
+    `plan` is called in the reading threads; `policy` is for corrupt samples; `mean_image` (3, S, S) or None, see `Normalizer`;
+    `raw`: no normalizing, images are the pixels (B, S, S, 3) uint8; `convert` changes pixels (B, S, S, 3) uint8 before they are
+    normalized, giving (B, 3, S, S).
     """
-    stages: tuple[str, ...] = ("read", "decode", "normalize")
-    note = ""
-    filled = 0, 0
+    stages = ("read", "decode", "normalize")
 
     def __init__(self, context: LoaderContext, plan: Callable[[int], BatchPlan], source: Source, policy: Policy,
-                 graph: GraphSettings, mean_image: npt.NDArray[np.float32] | None = None, *, raw: bool = False,
+                 settings: DecodeSettings, mean_image: npt.NDArray[np.float32] | None = None, *, raw: bool = False,
                  convert: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
-        self.context, self.plan, self.source, self.graph, self.queue = context, plan, source, graph, context.queue
+        self.context, self.plan, self.source, self.settings, self.queue = context, plan, source, settings, context.queue
         self.reader = BatchReader(context.index, source, policy)
-        self.normalizer = partial(context.normalizer, graph.side_px, mean_image)
+        self.normalizer = partial(context.normalizer, settings.side_px, mean_image)
         self._raw, self._convert = raw, convert
 
     def read(self, steps: Iterable[int]) -> Generator[BatchPlan, None, None]:
@@ -96,14 +87,13 @@ class DecodingChain:
         """The stages up to "decode": plans and pixels, as `Decoder` gives them."""
         whole = self._raw or self._convert is not None
         with closing(self.read(steps)) as plans, \
-                closing(Decoder(plans, self.graph, self.reader.recover, self.context.monitor, whole=whole)) as decoder:
+                closing(Decoder(plans, self.settings, self.reader.recover, self.context.monitor, whole=whole)) as decoder:
             for item in decoder:
                 self.source.release(item[0].step)
                 yield item
                 del item  # the pixels: while the next ones are decoded, whoever took them decides how long they live
 
     def batches(self, steps: Iterable[int]) -> Generator[Batch, None, None]:
-        """All stages."""
         with closing(self.normalizer()) as normalizer, closing(self.decode(steps)) as decoded:
             yield from one_ahead(itertools.starmap(partial(self._begin, normalizer), decoded))
 
@@ -117,9 +107,3 @@ class DecodingChain:
     def until(self, stage: str, steps: Iterable[int]) -> Generator[object, None, None]:
         """Gives plans with their bytes, plans and pixels, or batches."""
         return {"read": self.read, "decode": self.decode, "normalize": self.batches}[stage](steps)
-
-    def fill(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Nothing is kept in memory."""
-
-    def close(self) -> None:
-        """Nothing is held outside of `batches`."""

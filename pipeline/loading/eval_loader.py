@@ -25,20 +25,10 @@ from pipeline.stats import Stats
 class Evaluation:
     """What a pass of an evaluation is: which samples come in which batch, what is subtracted, what happens to corrupt ones.
 
-    Args:
-        batch: global batch, over all ranks.
-        stats: what to subtract; None gives the pixels as they are, (B, S, S, 3) uint8.
-        shard: (k, n): this rank gets every n-th batch, beginning with the k-th.
-        skip_corrupt: leave unreadable samples out, listed in `skipped`, instead of raising.
-        first: number of the batch to begin with.
-        ids: (N,) only these samples, in this order, instead of the whole split in id order.
-
-    Attributes:
-        steps: numbers of this rank's batches.
-        skipped: samples left out, id → reason.
-        mean_image: (3, S, S) that the loader subtracts, or None; so `channel_mean`, (3,).
-        central_mean: (3, crop, crop) that its crops subtract, or None.
-    """
+    `batch`: global, over all ranks. `stats`: what to subtract; None gives the pixels as they are, (B, S, S, 3) uint8. `shard`
+    (k, n): this rank gets every n-th batch, beginning with the k-th. `skip_corrupt`: leave unreadable samples out, listed in
+    `skipped` (id → reason), instead of raising. `first`: number of the batch to begin with. `ids` (N,): only these samples, in
+    this order, instead of the whole split in id order."""
 
     def __init__(self, context: LoaderContext, batch: int, stats: Stats | None, *, shard: tuple[int, int] = (0, 1),
                  skip_corrupt: bool = False, first: int = 0, ids: Ids | None = None) -> None:
@@ -58,31 +48,22 @@ class Evaluation:
             self.central_mean = stats.mean_image_chw[:, low:low + data.crop_px, low:low + data.crop_px]
 
     def samples(self, step: int) -> Ids:
-        """The samples of batch `step`."""
         return self.ids[step * self.batch:(step + 1) * self.batch]
 
     def plan(self, step: int) -> BatchPlan:
-        """The plan of batch `step`."""
         return plan_squares(self.context.index, self.context.data.square_px, step, self.samples(step), self.channel_mean)
 
     def decoding_chain(self, convert: Callable[[torch.Tensor], torch.Tensor] | None = None) -> DecodingChain:
         """The chain that reads the index and decodes, whatever the tier of the training. `convert`: see `DecodingChain`."""
         context = self.context
         return DecodingChain(context, self.plan, ArchiveSource(context.index, check_crc=context.machine.check_crc), self.policy,
-                             context.graph(self.ids, self.batch, context.data.square_px), self.mean_image, raw=self.raw,
+                             context.decoding(self.ids, self.batch, context.data.square_px), self.mean_image, raw=self.raw,
                              convert=convert)
 
 
 class EvalLoader(Loader):
-    """Every sample of a split exactly once, in id order, as its central square; the last batch may be shorter.
-
-    Args:
-        evaluation: which samples come when.
-        chain: makes the batches.
-
-    Raises:
-        SampleError: a sample is unreadable. An evaluation counts every image, so there is no stand-in.
-    """
+    """Every sample of a split exactly once, in id order, as its central square; the last batch may be shorter. Raises
+    SampleError for an unreadable one: an evaluation counts every image, so there is no stand-in."""
 
     def __init__(self, evaluation: Evaluation, chain: Chain) -> None:
         super().__init__(evaluation.context, chain)
@@ -119,16 +100,8 @@ class EvalLoader(Loader):
 
 
 def crops(images: torch.Tensor, crop_px: int, count: int) -> Iterator[torch.Tensor]:
-    """Crops of squares for evaluation, lazily: (B, 3, crop, crop) each, views of `images` where not flipped.
-
-    Args:
-        images: (B, 3, S, S).
-        crop_px: side of a crop, at most S.
-        count: 1, the centre; or 10, the four corners and the centre, then all of them flipped (paper §4.1).
-
-    Raises:
-        ValueError: another count.
-    """
+    """Crops of squares (B, 3, S, S) for evaluation, lazily: (B, 3, crop, crop) each, views where not flipped. `count`: 1, the
+    centre; or 10, the four corners and the centre, then all of them flipped (paper §4.1); else ValueError."""
     if count not in (1, 10):
         raise ValueError(f"views (={count}) must be 1 (centre) or 10 (paper §4.1); correct the recipe")
     far, middle = images.shape[-1] - crop_px, (images.shape[-1] - crop_px) // 2

@@ -13,11 +13,7 @@ from pipeline.loading.prefetch import Prefetcher
 
 class Pairs:
     """(images, labels) of each batch, for loops that expect what a DataLoader gives. Iterating again gives the next epoch.
-
-    Args:
-        loader: gives the batches.
-        image: what is made of a batch's images.
-    """
+    `image` says what is made of a batch's images."""
 
     def __init__(self, loader: "Loader", image: Callable[[torch.Tensor], torch.Tensor] = lambda images: images) -> None:
         self._loader, self._image = loader, image
@@ -30,13 +26,8 @@ class Pairs:
 
 
 class Loader(ABC):
-    """Batches of a chain. Close it, or use it in a `with`: its threads and buffers go when it is closed, or with the process, not
-    with the last reference.
-
-    Args:
-        context: what the chain's stages share.
-        chain: makes the batches.
-    """
+    """Batches of a chain. Close it, or use it in a `with`: its threads and buffers go when it is closed, or with the process,
+    not with the last reference."""
 
     def __init__(self, context: LoaderContext, chain: Chain) -> None:
         self.context, self.chain, self.monitor = context, chain, context.monitor

@@ -53,13 +53,9 @@ def one_ahead(begun: Iterator[Callable[[], T]]) -> Generator[T, None, None]:
 
 
 class Prefetcher(Generic[T]):
-    """An iterator over what `produce` yields, in order, made by another thread.
-
-    Args:
-        produce: a generator; run in the thread, closed by `close`.
-        depth: items that may wait finished, at least 1; 0 means no thread: the consumer runs the generator itself.
-        monitor: told when the thread is idle, and how many items were ready.
-    """
+    """An iterator over what the generator `produce` yields, in order, made by another thread, and closed by `close`. `depth`:
+    items that may wait finished; 0 means no thread: the consumer runs the generator itself. `monitor` is told when the thread
+    is idle, and how many items were ready."""
 
     def __init__(self, produce: Generator[T, None, None], depth: int, monitor: Monitor) -> None:
         self._produce, self._depth, self._monitor = produce, depth, monitor

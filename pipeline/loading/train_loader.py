@@ -12,20 +12,11 @@ from pipeline.sampling.sampler import Ids, Sampler
 
 
 class TrainLoader(Loader, Iterator[Batch]):
-    """Training batches: shuffled, cropped, flipped, colour-jittered (paper §4.1), without end.
+    """Training batches: shuffled, cropped, flipped, colour-jittered (paper §4.1), without end. Raises ValueError when a sample
+    has no label.
 
-    `for batch in loader` gives the batches of the current epoch, or what is left of it; the next `for` gives the next
-    epoch. Prefetching crosses the boundary.
-
-    Args:
-        context: index, settings, device.
-        chain: makes the batches.
-        sampler: the order; says how many steps an epoch has.
-        planner: of the random crops.
-
-    Raises:
-        ValueError: a sample has no label.
-    """
+    `for batch in loader` gives the batches of the current epoch, or what is left of it; the next `for` gives the next epoch.
+    Prefetching crosses the boundary."""
 
     def __init__(self, context: LoaderContext, chain: Chain, sampler: Sampler, planner: CropPlanner) -> None:
         super().__init__(context, chain)
@@ -47,7 +38,6 @@ class TrainLoader(Loader, Iterator[Batch]):
         return self.sampler.epoch(self._step)
 
     def augmentation(self, ids: Ids, epochs: Ids) -> Augmentation:
-        """How samples `ids` are augmented in `epochs`, both (B,)."""
         return self._planner.augmentation(ids, epochs)
 
     def __len__(self) -> int:
@@ -77,11 +67,8 @@ class TrainLoader(Loader, Iterator[Batch]):
                 "images": self.index.split_sha256(self.split), "split": self.split, **sampler.settings}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume after the batches that `state` has seen, on any number of ranks.
-
-        Raises:
-            ValueError: the state belongs to another seed, batch, split or index, or to an order with other settings.
-        """
+        """Resume after the batches that `state` has seen, on any number of ranks. Raises ValueError when it belongs to another
+        seed, batch, split or index, or to an order with other settings."""
         for key, own in self.state_dict().items():
             if key != "step" and state.get(key) != own:
                 raise ValueError(f"loader state {key} (={state.get(key)}) must equal this loader's (={own}); resume with the "

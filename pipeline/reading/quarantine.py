@@ -52,8 +52,6 @@ def refuse(plan: BatchPlan, row: int, error: SampleError, pool: Pool) -> BatchPl
 
 
 class Skip:
-    """The policy that leaves corrupt samples out. `skipped`: id → reason."""
-
     def __init__(self) -> None:
         self.skipped: dict[int, str] = {}
 
@@ -63,19 +61,14 @@ class Skip:
 
 
 def quarantine_budget(machine: LoaderConfig, samples: int) -> int:
-    """How many of `samples` may be unreadable: the share in `machine`, rounded up."""
     return int(np.ceil(machine.quarantine_budget * samples))
 
 
 class Quarantine:
-    """The samples training could not use: named, counted, bounded. Of several processes each writes what it finds into a file
-    of its own, and reads the others' whenever it finds something, so that the budget is the whole run's.
-
-    Args:
-        budget: how many distinct samples may fail before training stops.
-        path: quarantine.jsonl, or None. Samples that it or the other processes' files name count.
-        process: number of this process: 0 appends to `path`, 3 to quarantine-3.jsonl beside it.
-    """
+    """The samples training could not use: named, counted, bounded: more than `budget` distinct ones stop training. `path`:
+    quarantine.jsonl, or None; the samples it names count. Of several processes each writes what it finds into a file of its
+    own (`process` 0 into `path`, 3 into quarantine-3.jsonl beside it), and reads the others' whenever it finds something, so
+    that the budget is the whole run's."""
 
     def __init__(self, budget: int, path: str | Path | None = None, *, process: int = 0) -> None:
         self.budget = budget
@@ -106,11 +99,8 @@ class Quarantine:
                         self.ids.add(int(json.loads(line)["id"]))
 
     def add(self, error: SampleError, pool: Pool, **context: Any) -> None:
-        """Record a sample of `pool`. `context` (epoch, step, substitute …) goes into its line.
-
-        Raises:
-            RuntimeError: more samples than the budget allows have failed.
-        """
+        """Record a sample of `pool`. `context` (epoch, step, substitute …) goes into its line. Raises RuntimeError when more
+        samples than the budget allows have failed."""
         with self._lock:
             if error.id not in self.ids:
                 self._catch_up()  # another process may have found it
@@ -131,18 +121,11 @@ class Quarantine:
 
 @dataclass(frozen=True)
 class StandIns:
-    """The policy of training: another sample of the pool stands in for a corrupt one.
-
-    Attributes:
-        seed: the run's.
-        quarantine: records the corrupt ones.
-        plan: (step, ids, epochs, origins, attempts) → the plan of a batch.
-        remedy: what else the user may do when no stand-in can be read.
-    """
-    seed: int
+    """The policy of training: another sample of the pool stands in for a corrupt one."""
+    seed: int  # the run's
     quarantine: Quarantine
-    plan: Callable[[int, Ids, Ids, Ids, Ids], BatchPlan]
-    remedy: str = ""
+    plan: Callable[[int, Ids, Ids, Ids, Ids], BatchPlan]  # (step, ids, epochs, origins, attempts) → the plan of a batch
+    remedy: str = ""  # what else the user may do when no stand-in can be read
 
     def choose(self, error: SampleError, pool: Pool, origin: int, attempts: int, epoch: int, step: int) -> tuple[int, int]:
         """The next stand-in for `origin` after so many `attempts`, and its number. `error` is what the last one suffers from.

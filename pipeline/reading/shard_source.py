@@ -32,19 +32,13 @@ Key = tuple[int, int]  # epoch, number of a window in it
 
 @dataclass(frozen=True)
 class Runs:
-    """Ranges of bytes that hold a passage's samples.
-
-    Attributes:
-        archives, starts, sizes, windows: (r,) int64; positions in the index's archives, bytes, bytes, numbers of windows.
-        of: (n,) int64 run of each sample.
-        at: (n,) int64 first byte of each sample's image in its run.
-    """
-    archives: Ids
-    starts: Ids
-    sizes: Ids
-    windows: Ids
-    of: Ids
-    at: Ids
+    """Ranges of bytes that hold a passage's samples."""
+    archives: Ids  # (r,) int64 position in the index's archives; so the next three
+    starts: Ids  # bytes
+    sizes: Ids  # bytes
+    windows: Ids  # numbers of windows
+    of: Ids  # (n,) int64 run of each sample
+    at: Ids  # (n,) int64 first byte of each sample's image in its run
 
 
 def runs(rows: npt.NDArray[np.void], windows: Ids, run_bytes: int = RUN_BYTES) -> Runs:
@@ -64,13 +58,8 @@ def runs(rows: npt.NDArray[np.void], windows: Ids, run_bytes: int = RUN_BYTES) -
 
 
 class Window:
-    """The bytes of n samples, in memory: the `Pool` of each of them.
-
-    Attributes:
-        ids: (n,) int64, in the order they lie in the shards.
-        last_step: last global batch that uses it.
-        nbytes: held.
-    """
+    """The bytes of n samples, in memory: the `Pool` of each of them. `ids`: in the order they lie in the shards, their images
+    at `at` in `content`; `last_step`: last global batch that uses it."""
 
     def __init__(self, index: SampleIndex, ids: Ids, last_step: int, content: Bytes, at: Ids, crc: bool,
                  path_of: Callable[[int], str]) -> None:
@@ -85,11 +74,8 @@ class Window:
         return {"member": name, "archive": self._path_of(int(self._index.samples[id]["archive"]))}
 
     def read(self, id: int) -> Bytes:
-        """(size,) uint8 bytes of a sample of this window, a view.
-
-        Raises:
-            SampleError: another file lies in its place, or its bytes differ from what the index recorded.
-        """
+        """(size,) uint8 bytes of a sample of this window, a view. Raises SampleError when another file lies in its place, or
+        its bytes differ from what the index recorded."""
         at, size = self._places[id]
         header = self._content[at - BLOCK:at].tobytes()
         # Holds for indexes without CRC-32 too: a shard that was written anew has its headers elsewhere.
@@ -176,14 +162,9 @@ def _plain(message: str) -> str:
 
 
 class Lane:
-    """The windows of a lane, in order; threads may ask for them.
-
-    Args:
-        index: the data set.
-        passages: what to read, epoch after epoch; each is opened when the one before it has been taken, before it is needed.
-        path_of: path or URI of an archive, by its position. Raises RuntimeError when it is not as it was indexed.
-        crc: compare bytes with the index's CRC-32, where it has them.
-    """
+    """The windows of a lane, in order; threads may ask for them. Each of the `passages`, epoch after epoch, is opened when the
+    one before it has been taken, before it is needed. `path_of`: path or URI of an archive, by its position; raises
+    RuntimeError when it is not as it was indexed. `crc`: compare bytes with the index's CRC-32, where it has them."""
 
     def __init__(self, index: SampleIndex, passages: Iterator[Passage], path_of: Callable[[int], str], *,
                  crc: bool = True) -> None:
@@ -200,11 +181,8 @@ class Lane:
         self._windows = iter(self._reader)
 
     def window(self, key: Key, needed: int) -> Window:
-        """The window `key`; windows only used by batches before step `needed` are dropped.
-
-        Raises:
-            RuntimeError: a shard is missing, cut, or cannot be read.
-        """
+        """The window `key`; windows only used by batches before step `needed` are dropped. Raises RuntimeError when a shard is
+        missing, cut, or cannot be read."""
         with self._lock:
             for old in [old for old, window in self._held.items() if window.last_step < needed]:
                 del self._held[old]
@@ -235,17 +213,9 @@ class Lane:
 
 
 class ShardSource:
-    """Packed shards as a `Source`: the lanes of a rank.
-
-    Args:
-        index: of a packed folder (tools/pack_shards.py): its shards are random already, so that windows are.
-        sampler: whose order is read.
-        store: ``s3://bucket/prefix`` under which the shards lie by base name; empty: where the index finds them.
-        check_crc: compare the bytes with the CRC-32 of the index, where it has one.
-
-    Raises:
-        ValueError: `store` is no s3 address.
-    """
+    """Packed shards (tools/pack_shards.py: random already, so that windows are) as a `Source`: the lanes of a rank, in the
+    sampler's order. `store`: ``s3://bucket/prefix`` under which the shards lie by base name; empty: where the index finds
+    them. Raises ValueError when it is no s3 address."""
 
     def __init__(self, index: SampleIndex, sampler: WindowSampler, *, store: str = "", check_crc: bool = True) -> None:
         if store and not (store.startswith("s3://") and len(store) > len("s3://")):

@@ -35,14 +35,11 @@ class Source(Protocol):
 
 
 def check(index: SampleIndex, id: int, view: Bytes, crc: bool) -> None:
-    """Whether these are the bytes that were indexed: by their CRC-32, or at least by their header.
+    """Whether these are the bytes that were indexed: by their CRC-32, or at least by their header. Raises SampleError when they
+    are not.
 
-    One that cannot be read must not reach DALI 2.4: it throws while its other threads still work on the batch, and now and then
-    the process dies of it.
-
-    Raises:
-        SampleError: they are not.
-    """
+    One that cannot be read must not reach DALI 2.4: it throws while its other threads still work on the batch, and now and
+    then the process dies of it."""
     row = index.samples[id]
     if crc:
         if zlib.crc32(view.data) != int(row["crc32"]):
@@ -57,13 +54,8 @@ def check(index: SampleIndex, id: int, view: Bytes, crc: bool) -> None:
 
 
 class ArchiveSource:
-    """Reads samples of tars and folders in any order: a `Source`, and its one `Pool`.
-
-    Args:
-        index: the data set.
-        ids: samples that may stand in for one another; by default none.
-        check_crc: compare the bytes with the CRC-32 of the index, where it has one.
-    """
+    """Reads samples of tars and folders in any order: a `Source`, and its one `Pool`, of samples `ids` that may stand in for
+    one another (by default none). `check_crc`: compare the bytes with the CRC-32 of the index, where it has one."""
 
     def __init__(self, index: SampleIndex, ids: Ids | None = None, *, check_crc: bool = True) -> None:
         self.ids = np.empty(0, np.int64) if ids is None else ids
@@ -92,12 +84,8 @@ class ArchiveSource:
                 archive.madvise(mmap.MADV_WILLNEED, start, int(row["offset"]) + int(row["size"]) - start)
 
     def read(self, id: int) -> Bytes:
-        """(size,) uint8 bytes of a sample: a read-only view for an archive, a copy for a file of a folder.
-
-        Raises:
-            SampleError: the bytes differ from what the index recorded.
-            RuntimeError: the archive itself is missing or has another size.
-        """
+        """(size,) uint8 bytes of a sample: a read-only view for an archive, a copy for a file of a folder. Raises SampleError
+        when they differ from what the index recorded, RuntimeError when the archive itself is missing or has another size."""
         row = self._index.samples[id]
         size = int(row["size"])
         if self._index.archives[int(row["archive"])].kind == "folder":
@@ -143,13 +131,7 @@ class ArchiveSource:
 
 
 class BatchReader:
-    """Reads the encoded bytes of batches; a corrupt sample is taken out by the policy.
-
-    Args:
-        index: the data set.
-        source: of the bytes.
-        policy: for samples that cannot be read, or later not be decoded.
-    """
+    """Reads the encoded bytes of batches; a sample that cannot be read, or later not be decoded, is taken out by the policy."""
 
     def __init__(self, index: SampleIndex, source: Source, policy: Policy) -> None:
         self._index, self._source, self._policy = index, source, policy

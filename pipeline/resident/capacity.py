@@ -1,13 +1,10 @@
 """Memory and disk checks of a resident store: what it needs, what is free, and what to use instead when it does not fit.
 
 ImageNet, 1,281,167 training squares of 256 px: 252 GB as rgb (196,608 bytes each), 126 GB as yuv420. 1 GB is 10^9 bytes.
-Each check raises RuntimeError that names what would fit. Its first arguments are `kind`, rgb or yuv420, and `count` squares of
-`row_bytes` each; `limit` is what `memory` says, asked when None.
+Each check is of `count` squares of `kind` (rgb or yuv420), `row_bytes` each, and raises RuntimeError that names what would fit.
 """
 import os
 from pathlib import Path
-
-import torch
 
 RAM_SHARE = 0.9  # of a machine's memory for the squares; the rest is for the processes themselves
 NETWORK_BYTES = 8 << 30  # of a GPU, for the network, its activations and the decoder
@@ -33,86 +30,52 @@ def memory(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> tuple[int, str]:
     return min(found)
 
 
-def available(proc: Path = _PROC) -> int:
-    """Bytes of memory that are free, or would be when asked for."""
-    return _meminfo("MemAvailable", proc)
-
-
 def _meminfo(key: str, proc: Path) -> int:
     lines = (proc / "meminfo").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
-def is_memory(folder: Path, proc: Path = _PROC) -> bool:
-    """Whether files in `folder` lie in memory (tmpfs, as /dev/shm)."""
+def free_bytes(folder: Path, proc: Path = _PROC) -> int:
+    """Bytes free for files in `folder`. Those in tmpfs (as /dev/shm) take memory, and stay in it."""
+    system, resolved = os.statvfs(folder), folder.resolve()
     mounts = [(line.split()[4], line.split(" - ")[1].split()[0]) for line in
               (proc / "self" / "mountinfo").read_text().splitlines()]
-    resolved = folder.resolve()
     around = [(len(Path(mount).parts), kind) for mount, kind in mounts if resolved.is_relative_to(mount)]
-    return bool(around) and max(around)[1] in ("tmpfs", "ramfs")
+    free = system.f_bavail * system.f_frsize
+    return min(free, _meminfo("MemAvailable", proc)) if around and max(around)[1] in ("tmpfs", "ramfs") else free
 
 
-def check_ram(kind: str, count: int, row_bytes: int, folder: Path, present: int, *, promised: int = 0, gpus: int | None = None,
-              limit: tuple[int, str] | None = None, free: int | None = None) -> None:
-    """Refuse a file of squares that memory or the disk does not hold.
-
-    Args:
-        folder: where the file lies or will lie.
-        present: bytes of it that are on the disk already.
-        promised: bytes that other files of squares there have yet to get.
-        gpus: bytes of all GPUs of the machine, asked when None.
-        free: bytes free in the folder's file system, asked when None.
-    """
-    check_memory(kind, count, row_bytes, gpus=gpus, limit=limit)
-    need = count * row_bytes - present
-    if free is None:
-        system = os.statvfs(folder)
-        free = system.f_bavail * system.f_frsize
-        if is_memory(folder):  # its pages cannot be dropped as those of a disk's file can
-            free = min(free, available())
-    left = max(free - promised, 0)
-    if need > left:
-        others = f" (of {_gb(free)}: other squares there are being filled)" if promised else ""
-        raise RuntimeError(f"data.resident (={kind}) needs {_gb(need)} more in {folder}, where {_gb(left)} are free{others}; "
-                           f"{_instead(kind, need, left, 'machine.resident_folder on another disk')}")
+def check_disk(kind: str, count: int, row_bytes: int, folder: Path, present: int = 0) -> None:
+    """Refuse a file of squares that its file system does not hold; `present` bytes of it are there already."""
+    need, free = count * row_bytes - present, free_bytes(folder)
+    if need > free:
+        raise RuntimeError(f"data.resident (={kind}) needs {_gb(need)} more in {folder}, where {_gb(free)} are free; "
+                           f"{_instead(kind, need, free, 'machine.resident_folder on another disk')}")
 
 
-def check_memory(kind: str, count: int, row_bytes: int, *, gpus: int | None = None,
-                 limit: tuple[int, str] | None = None) -> None:
+def check_memory(kind: str, count: int, row_bytes: int) -> None:
     """Refuse squares that memory does not hold."""
-    need = count * row_bytes
-    have, source = limit or memory()
+    need, (have, source) = count * row_bytes, memory()
     usable = int(RAM_SHARE * have)
     if need > usable:
-        if gpus is None:
-            gpus = sum(torch.cuda.get_device_properties(gpu).total_memory for gpu in range(torch.cuda.device_count()))
         raise RuntimeError(f"data.resident (={kind}) needs {_gb(need)} for {count:,} squares, and of {source} ({_gb(have)}) "
-                           f"{_gb(usable)} may be used; "
-                           f"{_instead(kind, need, usable, 'machine.resident_memory: gpu' if need <= gpus else '')}")
+                           f"{_gb(usable)} may be used; {_instead(kind, need, usable)}")
 
 
-def check_device(kind: str, count: int, row_bytes: int, ranks: int, free: int, margin: int = NETWORK_BYTES, *,
-                 limit: tuple[int, str] | None = None) -> None:
-    """Refuse a share of the squares that a GPU does not hold.
-
-    Args:
-        ranks: processes, a GPU each, that share the squares.
-        free: bytes free on this GPU.
-        margin: bytes of them left to the network.
-    """
-    total, need, usable = count * row_bytes, -(-count // ranks) * row_bytes, max(free - margin, 0)
+def check_device(kind: str, count: int, row_bytes: int, ranks: int, free: int) -> None:
+    """Refuse a share of the squares that a GPU with `free` bytes does not hold; `ranks` processes, a GPU each, share them."""
+    total, need, usable = count * row_bytes, -(-count // ranks) * row_bytes, max(free - NETWORK_BYTES, 0)
     if need > usable:
         more = f"at least {-(-total // usable)} GPUs of this size that share it" if usable else ""
-        ram = "machine.resident_memory: ram" if total <= RAM_SHARE * (limit or memory())[0] else ""
         raise RuntimeError(f"data.resident (={kind}) needs {_gb(need)} on each of {ranks} GPU{'s' * (ranks > 1)}, and "
-                           f"{_gb(usable)} are free (of {_gb(free)}, {_gb(margin)} are left to the network); "
-                           f"{_instead(kind, need, usable, more, ram)}")
+                           f"{_gb(usable)} are free (of {_gb(free)}, {_gb(NETWORK_BYTES)} are left to the network); "
+                           f"{_instead(kind, need, usable, more)}")
 
 
-def _instead(kind: str, need: int, room: int, *others: str) -> str:
-    """What would fit: half as many bytes, other memory, else tier packed."""
+def _instead(kind: str, need: int, room: int, other: str = "") -> str:
+    """What would fit: half as many bytes, another place, else tier packed."""
     half = f"data.resident: yuv420 (half as much, {_gb(need / 2)}, fits)" if kind == "rgb" and need / 2 <= room else ""
-    return "use " + ", or ".join(filter(None, [half, *others, "data.tier: packed"]))
+    return "use " + ", or ".join(filter(None, [half, other, "data.tier: packed"]))
 
 
 def _gb(count: float) -> str:

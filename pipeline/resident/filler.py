@@ -22,16 +22,10 @@ _PATIENCE = 16  # steps with nothing to fill, after which whatever is left is fi
 
 
 class Filler:
-    """Fills a store through a `DecodingChain` of its own, whose steps are chunks of rows.
+    """Fills a store through a `DecodingChain` of its own, whose steps are chunks of at most `chunk` rows.
 
-    Args:
-        context: settings, device, monitor.
-        store: to be filled.
-        ids: (N,) sample of each row, ascending.
-        chunk: most squares decoded together.
-        policy: for corrupt samples.
-        skipped: those that the policy has left out, id → reason; they are not tried again.
-        complete: fill also what no step needs, once the coming ones need nothing more.
+    `ids` (N,): sample of each row, ascending. `skipped`: what the policy has left out, id → reason; it is not tried again.
+    `complete`: fill also what no step needs, once the coming ones need nothing more.
     """
 
     def __init__(self, context: LoaderContext, store: Store, ids: Ids, chunk: int, policy: Policy, skipped: dict[int, str], *,
@@ -39,7 +33,7 @@ class Filler:
         self._context, self._store, self._ids, self.chunk, self._skipped = context, store, ids, chunk, skipped
         self._complete = complete
         source = ArchiveSource(context.index, check_crc=context.machine.check_crc)
-        self._chain = DecodingChain(context, self._plan, source, policy, context.graph(ids, chunk, context.data.square_px),
+        self._chain = DecodingChain(context, self._plan, source, policy, context.decoding(ids, chunk, context.data.square_px),
                                     raw=True)
         self.failed = np.zeros(len(ids), bool)  # rows that no process will fill, as all of them know
         self._planned = np.zeros(len(ids), bool)  # on their way through the chain
@@ -59,9 +53,7 @@ class Filler:
 
     def fill(self, rows: Rows) -> None:
         """Afterwards each of the rows is in the store, or in `failed`. All processes that share the store ask for the same.
-
-        Raises: what the policy raises.
-        """
+        Raises what the policy raises."""
         unknown = np.unique(rows[(self._store.have[rows] == 0) & ~self.failed[rows]])
         if len(unknown):
             self._fill_own(unknown[self._store.owned(unknown)])

@@ -2,7 +2,6 @@
 
 Row p lies with rank p mod n. Every rank can tell which rows every other rank trains on, so each knows what it sends and what it
 gets, and a batch costs one exchange of crops, as uint8, and no message about it. The same on CPUs (gloo), where the tests run it.
-
 N rows, B samples of a rank's batch, n ranks, c side of a crop.
 """
 from collections.abc import Sequence
@@ -14,31 +13,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.resident.capacity import check_device, check_memory
-from pipeline.resident.layout import Layout
-from pipeline.resident.store import Crops, Rows
+from pipeline.resident.store import Crops, Layout, Rows, Store
 
 
-class GpuStore:
-    """A `Store`: this rank's share of the squares, and the way to the others'.
+class GpuStore(Store):
+    """This rank's share of N (`count`) squares, and the way to the others'. Raises RuntimeError when it does not fit on `device`.
 
-    Args:
-        count: N.
-        layout: how a square lies in its row.
-        device: of this rank.
-        group: the node's processes, nobody else's group: its exchanges are in step with the batches. None: this process is alone.
-
-    Raises:
-        RuntimeError: the share does not fit on the device.
+    `group`: the node's processes, nobody else's group: its exchanges are in step with the batches. None: this process is alone.
     """
 
     def __init__(self, count: int, layout: Layout, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
         self.layout, self.exchanges, self._device, self._group = layout, group is not None, device, group
         self.rank, self._ranks = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
-        self.note = ""
         if device.type == "cuda":
             check_device(layout.kind, count, layout.row_bytes, self._ranks, torch.cuda.mem_get_info(device)[0])
         else:
-            check_memory(layout.kind, count, layout.row_bytes, gpus=0)
+            check_memory(layout.kind, count, layout.row_bytes)
             self.note = ("machine.resident_memory (=gpu) has no GPU here: the processes hold the images and exchange crops; ram "
                          "would be faster")
         self.have, self.stored = np.zeros(count, np.uint8), np.zeros(count, np.uint8)
@@ -92,9 +82,3 @@ class GpuStore:
 
     def _index(self, values: Rows) -> Tensor:
         return torch.from_numpy(values).to(self._device)
-
-    def seal(self) -> None:
-        """Nothing to do: this memory ends with the process."""
-
-    def close(self) -> None:
-        """Nothing to wait for."""

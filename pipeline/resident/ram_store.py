@@ -5,15 +5,13 @@ The file lies on a disk of the node or in /dev/shm. Its rows are in the order of
     header    4096 bytes: JSON (magic, version, split and its SHA-256, S, kind, decoder, rows, row_bytes, boot_id), then
               spaces; the last byte is 1 once every row that is marked is on the disk, else 0
     marks     a byte a row, 1 when the row is filled; zeros up to a multiple of 4096
-    rows      N × row_bytes, see `pipeline.resident.layout`
+    rows      N × row_bytes, see `pipeline.resident.store.Layout`
 
 It is made sparse, under a lock, and put in place whole, so of processes that start together one makes it. Any of them may fill
 any row, and would write the same bytes; a row is marked after its pixels are written, so a process killed in between leaves it to
 be filled again. Pages that were not yet on the disk when a machine stops are lost: a file without the last byte is used only
 while `boot_id` is this boot's, and else filled anew. Nodes must not share a file that is being filled: each needs a folder (a
-lock, held while the file is open, tells).
-
-N rows, B samples, S side of a square.
+lock, held while the file is open, tells). N rows, B samples, S side of a square.
 """
 import fcntl
 import json
@@ -24,7 +22,6 @@ import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +31,8 @@ import torch
 
 from pipeline.decoding.resize import LazyRows
 from pipeline.files import atomic_write, lock
-from pipeline.resident.capacity import check_ram
-from pipeline.resident.layout import Layout
-from pipeline.resident.store import Crops, Rows
+from pipeline.resident.capacity import check_disk, check_memory
+from pipeline.resident.store import Crops, Layout, Rows, Store
 
 MAGIC, VERSION = "alexnet-resident-squares", 2  # the version of the pixels too: raise it when decoding or resizing changes
 _PAGE = 4096
@@ -44,31 +40,16 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _log = logging.getLogger(__name__)
 
 
-class RamStore:
-    """A `Store`: the squares of a split, mapped.
+class RamStore(Store):
+    """The N (`count`) squares of a split in a file `path` in `folder`, mapped; `pixels` (N, row_bytes) uint8 are read only.
 
-    Args:
-        folder: where the file is, or is made.
-        split, split_sha256: whose squares.
-        count: N.
-        layout: how a square lies in its row.
-        device: where crops are wanted, and what decodes: GPUs and CPUs differ by a grey level here and there.
-        threads: that pack crops for a GPU.
-        make: False takes a file that is there, and makes none.
-
-    Attributes:
-        path: the file.
-        pixels: (N, row_bytes) uint8, the mapping; read only. So are `have` and `stored`, which are the same.
-
-    Raises:
-        RuntimeError: the squares do not fit, the folder cannot be written, or another machine is filling the file; or, without
-            `make`, there is none that can be used.
+    `device`: where crops are wanted, and what decodes: GPUs and CPUs differ by a grey level here and there. `threads` pack crops
+    for a GPU. Raises RuntimeError when the squares do not fit, the folder cannot be written, or another machine fills the file.
     """
-    rank, exchanges = 0, False
 
     def __init__(self, folder: Path, split: str, split_sha256: str, count: int, layout: Layout, *,
-                 device: torch.device = torch.device("cpu"), threads: int = 1, make: bool = True) -> None:
-        self.layout, self.note, self._device, self._threads = layout, "", device, threads
+                 device: torch.device = torch.device("cpu"), threads: int = 1) -> None:
+        self.layout, self._device, self._threads = layout, device, threads
         decoder = "cpu" if device.type == "cpu" else "gpu"
         self.path = Path(folder) / f"{split}-{layout.square_px}-{layout.kind}-{decoder}-{split_sha256[:16]}.squares"
         self._header = {"magic": MAGIC, "version": VERSION, "split": split, "split_sha256": split_sha256,
@@ -78,20 +59,20 @@ class RamStore:
         self._size = self._first + count * layout.row_bytes
         self._sealing: threading.Thread | None = None
         self._pool: ThreadPoolExecutor | None = None
-        if not make and not self.path.is_file():
-            raise RuntimeError(f"resident store (={self.path}) is not there; train with data.tier: resident first")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with lock(self.path.with_suffix(".lock"), wait=True):
                 usable = self._usable()
-                if not usable and not make:
-                    raise RuntimeError(f"{self.note.partition(';')[0]}; train with data.tier: resident first")
                 if self.note:
                     _log.warning(self.note)
-                check_ram(layout.kind, count, layout.row_bytes, self.path.parent,
-                          self.path.stat().st_blocks * 512 if usable else 0, promised=self._promised())
+                check_memory(layout.kind, count, layout.row_bytes)
+                check_disk(layout.kind, count, layout.row_bytes, self.path.parent,
+                           self.path.stat().st_blocks * 512 if usable else 0)
                 if not usable:
-                    self._make()
+                    text = json.dumps({**self._header, "boot_id": _boot_id()}).encode()
+                    with atomic_write(self.path) as file:
+                        file.write(text + b" " * (_PAGE - 1 - len(text)) + b"\0")
+                        file.truncate(self._size)
                 self._file = os.open(self.path, os.O_RDWR)
                 fcntl.flock(self._file, fcntl.LOCK_SH)  # for as long as it is open; see `_usable`
                 weakref.finalize(self, os.close, self._file)
@@ -128,37 +109,10 @@ class RamStore:
             self.note = f"resident store {self.path} was not complete when the machine stopped; it is filled anew"
         return not self.note
 
-    def _promised(self) -> int:
-        """Bytes that the other files of squares in the folder which are being filled, as far as one can see, have yet to get."""
-        total = 0
-        for path in self.path.parent.glob("*.squares"):
-            if path == self.path:
-                continue
-            with suppress(OSError, ValueError, KeyError, TypeError), open(path, "rb") as file:
-                block, there = file.read(_PAGE), os.fstat(file.fileno())
-                if block[-1:] == b"\0" and json.loads(block[:-1])["boot_id"] == _boot_id():
-                    total += max(0, there.st_size - there.st_blocks * 512)
-        return total
-
-    def _make(self) -> None:
-        text = json.dumps({**self._header, "boot_id": _boot_id()}).encode()
-        with atomic_write(self.path) as file:
-            file.write(text + b" " * (_PAGE - 1 - len(text)) + b"\0")
-            file.truncate(self._size)
-
     @property
     def sealed(self) -> bool:
         """Whether all that is marked is on the disk for good."""
         return self._map[_PAGE - 1] == 1
-
-    def owned(self, rows: Rows) -> npt.NDArray[np.bool_]:
-        return np.ones(len(rows), bool)
-
-    def share(self, shard: tuple[int, int]) -> tuple[int, int]:
-        return shard
-
-    def shards(self, shard: tuple[int, int]) -> list[tuple[int, int]]:
-        return [shard]
 
     def put(self, rows: Rows, squares: torch.Tensor) -> None:
         """See `Store`; rows that are filled already are left alone."""
@@ -176,10 +130,6 @@ class RamStore:
         except OSError as error:
             raise RuntimeError(f"resident store (={self.path}) cannot be written ({error.strerror}); make room, or give another "
                                "folder as machine.resident_folder") from error
-
-    def agree(self, rows: Rows, failed: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-        """Every process finds out for itself: here nobody waits for another."""
-        return failed
 
     def seal(self) -> None:
         """Bring all rows to the disk and say so in the file, in a thread."""

@@ -14,19 +14,12 @@ Rows = slice | list[int]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How B images are augmented.
-
-    Attributes:
-        top, left: (B,) int64 offset of the crop in its region, pixels of the resized image.
-        mirror: (B,) bool, flip horizontally.
-        alphas: (B, 3) float64, the α of paper §4.1, already times their standard deviation.
-        shift: (B, 3) float32 added to every pixel: the colour jitter, less a channel mean.
-    """
-    top: npt.NDArray[np.int64]
-    left: npt.NDArray[np.int64]
-    mirror: npt.NDArray[np.bool_]
-    alphas: npt.NDArray[np.float64]
-    shift: npt.NDArray[np.float32]
+    """How B images are augmented."""
+    top: npt.NDArray[np.int64]  # (B,) offset of the crop in its region, pixels of the resized image
+    left: npt.NDArray[np.int64]  # (B,)
+    mirror: npt.NDArray[np.bool_]  # (B,) flip horizontally
+    alphas: npt.NDArray[np.float64]  # (B, 3) the α of paper §4.1, already times their standard deviation
+    shift: npt.NDArray[np.float32]  # (B, 3) added to every pixel: the colour jitter, less a channel mean
 
     @classmethod
     def none(cls, count: int, channel_mean: npt.NDArray[np.float32] | None = None) -> "Augmentation":
@@ -37,26 +30,16 @@ class Augmentation:
         return cls(zeros, zeros, np.zeros(count, bool), np.zeros((count, 3)), shift)
 
     def rows(self, rows: Rows) -> "Augmentation":
-        """That of some of the images."""
         return Augmentation(self.top[rows], self.left[rows], self.mirror[rows], self.alphas[rows], self.shift[rows])
 
 
 def augment(seed: int, epochs: npt.NDArray[np.int64], ids: npt.NDArray[np.int64], rooms: npt.NDArray[np.int64], *,
             mirror: bool, lighting: float, lighting_epochs: int = 0) -> Augmentation:
-    """Crop positions, flips and alphas of the samples of a batch; `shift` is left at zero, see `lighting_shift`.
+    """Crop positions, flips and alphas of samples `ids` in `epochs`, both (B,); `shift` is left at zero, see `lighting_shift`.
 
-    Args:
-        seed: the run's seed.
-        epochs: (B,) epoch of each use.
-        ids: (B,) sample ids.
-        rooms: (B, 2) largest offset (rows, columns) at which the crop still lies in its region.
-        mirror: False flips no image, True half of them.
-        lighting: standard deviation of the alphas; 0 gives zeros.
-        lighting_epochs: zeros too for uses in epochs from this one on; 0: in none.
-
-    Returns:
-        Augmentation. Offsets are uniform on 0…room, both ends included.
-    """
+    Offsets are uniform on 0…room, both ends included; `rooms` (B, 2): largest offset (rows, columns) at which the crop still
+    lies in its region. `mirror`: False flips no image, True half of them. `lighting`: standard deviation of the alphas; zeros
+    too in epochs from `lighting_epochs` on (0: in none)."""
     top = uniform(seed, Purpose.TOP, epochs, ids) * (rooms[:, 0] + 1)
     left = uniform(seed, Purpose.LEFT, epochs, ids) * (rooms[:, 1] + 1)
     flips = uniform(seed, Purpose.MIRROR, epochs, ids) < (0.5 if mirror else 0.0)
@@ -70,14 +53,10 @@ def augment(seed: int, epochs: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]
 
 def lighting_shift(alphas: npt.NDArray[np.float64], eigenvalues: npt.NDArray[np.float64],
                    eigenvectors: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
-    """What PCA colour jitter adds to every pixel: Σ_i v_i·α_i·√λ_i, (B, 3) float32 grey levels.
+    """What PCA colour jitter adds to every pixel: Σ_i v_i·α_i·√λ_i, (B, 3) float32 grey levels. `alphas` (B, 3); `eigenvalues`
+    (3,) of the RGB covariance of the training set, grey levels squared; column i of `eigenvectors` (3, 3) belongs to eigenvalue
+    i, rows are R, G, B.
 
     The paper writes λ_i; its authors' code multiplies by the standard deviation √λ_i, and with pixels of 0–255 only that
-    leaves an image (the authors' 2012 release differs from paper §4.1 here).
-
-    Args:
-        alphas: (B, 3).
-        eigenvalues: (3,) of the RGB covariance of the training set, grey levels squared.
-        eigenvectors: (3, 3), column i belongs to eigenvalue i, rows are R, G, B.
-    """
+    leaves an image (the authors' 2012 release differs from paper §4.1 here)."""
     return ((alphas * np.sqrt(eigenvalues)) @ eigenvectors.T).astype(np.float32)

@@ -18,46 +18,28 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """A batch before its pixels.
-
-    Attributes:
-        step: number of the batch.
-        ids, epochs: (B,) int64.
-        origins: (B,) int64 the ids before any stand-in took a corrupt sample's place.
-        attempts: (B,) int64 how many stand-ins each row has had.
-        augmentation: of each row.
-        regions: where to decode and sample each image.
-        encoded: once they are read, B byte views, each (size,) uint8.
-    """
+    """A batch before its pixels."""
     step: int
-    ids: Ids
-    epochs: Ids
-    origins: Ids
-    attempts: Ids
+    ids: Ids  # (B,)
+    epochs: Ids  # (B,)
+    origins: Ids  # (B,) the ids before any stand-in took a corrupt sample's place
+    attempts: Ids  # (B,) how many stand-ins each row has had
     augmentation: Augmentation
-    regions: geometry.Regions
-    encoded: list[Bytes] = field(default_factory=list)
+    regions: geometry.Regions  # where to decode and sample each image
+    encoded: list[Bytes] = field(default_factory=list)  # once they are read, B byte views, each (size,) uint8
 
     def rows(self, rows: list[int]) -> "BatchPlan":
-        """That of some of the samples."""
         return BatchPlan(self.step, self.ids[rows], self.epochs[rows], self.origins[rows], self.attempts[rows],
                          self.augmentation.rows(rows), self.regions.rows(rows),
                          [self.encoded[row] for row in rows] if self.encoded else [])
 
     def without(self, row: int) -> "BatchPlan":
-        """That of all samples but one."""
         return self.rows([other for other in range(len(self.ids)) if other != row])
 
 
 class CropPlanner:
-    """Plans training batches: sample ids → random crops, flips and colour jitter (paper §4.1).
-
-    Args:
-        index: of the samples.
-        data: how an image becomes a crop.
-        seed: the run's seed.
-        channel_mean, eigenvalues, eigenvectors: of the training set, see `pipeline.stats.Stats`.
-    """
+    """Plans training batches: sample ids → random crops, flips and colour jitter (paper §4.1). For mean and eigenvectors see
+    `pipeline.stats.Stats`."""
 
     def __init__(self, index: SampleIndex, data: DataConfig, seed: int, channel_mean: npt.NDArray[np.float32],
                  eigenvalues: npt.NDArray[np.float64], eigenvectors: npt.NDArray[np.float64]) -> None:
@@ -69,7 +51,6 @@ class CropPlanner:
         return self._augmentation(ids, epochs, self._crops(ids)[3])
 
     def plan(self, step: int, ids: Ids, epochs: Ids, origins: Ids | None = None, attempts: Ids | None = None) -> BatchPlan:
-        """The plan of a batch; see `BatchPlan` for what is given."""
         sizes, resized, first, rooms = self._crops(ids)
         chosen = self._augmentation(ids, epochs, rooms)
         regions = geometry.regions(sizes, resized, first + np.stack([chosen.top, chosen.left], axis=1), self._data.crop_px)

@@ -26,21 +26,12 @@ def epoch_of(step: int, count: int, batch: int) -> int:
 
 @dataclass
 class Sampler:
-    """A true permutation of the ids for every epoch, the same global order for any number of ranks.
-
-    Args:
-        ids: (N,) int64 sample ids of the split.
-        batch: global batch B, over all ranks.
-        seed: the run's seed.
-        shard: (k, n): this rank takes rows [k·B/n, (k+1)·B/n) of each global batch.
-
-    Raises:
-        ValueError: no samples, a batch larger than the set, or one that the shards do not divide.
-    """
-    ids: Ids
-    batch: int
+    """A true permutation of the ids for every epoch, the same global order for any number of ranks. Raises ValueError for no
+    samples, a batch larger than the set, or one that the shards do not divide."""
+    ids: Ids  # (N,) of the split
+    batch: int  # global batch B, over all ranks
     seed: int
-    shard: tuple[int, int] = (0, 1)
+    shard: tuple[int, int] = (0, 1)  # (k, n): this rank takes rows [k·B/n, (k+1)·B/n) of each global batch
     _orders: dict[int, Ids] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -91,7 +82,6 @@ class Sampler:
         return ids, epochs
 
     def epoch(self, step: int) -> int:
-        """Epoch in which the batch of `step` starts."""
         return epoch_of(step, len(self.ids), self.batch)
 
     def steps(self, epoch: int) -> range:

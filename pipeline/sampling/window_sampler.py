@@ -20,52 +20,30 @@ from pipeline.sampling.sampler import Ids, Sampler
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """An epoch's order, and how it is read.
-
-    Attributes:
-        order: (N,) int64 ids by position.
-        sequence: (N,) int64 ids as they are read, lane after lane.
-        slots: (N,) int64 place in `sequence` of the i-th id of the split.
-        bounds: (V + 1,) int64 places in `sequence` where windows begin, and N.
-        lanes: (V,) int64 lane of each window.
-        last_steps: (V,) int64 global batch that uses a window last.
-    """
-    order: Ids
-    sequence: Ids
-    slots: Ids
-    bounds: Ids
-    lanes: Ids
-    last_steps: Ids
+    """An epoch's order, and how it is read."""
+    order: Ids  # (N,) ids by position
+    sequence: Ids  # (N,) ids as they are read, lane after lane
+    slots: Ids  # (N,) place in `sequence` of the i-th id of the split
+    bounds: Ids  # (V + 1,) places in `sequence` where windows begin, and N
+    lanes: Ids  # (V,) lane of each window
+    last_steps: Ids  # (V,) global batch that uses a window last
 
 
 @dataclass(frozen=True)
 class Passage:
-    """What one lane reads in one epoch.
-
-    Attributes:
-        epoch: from 0.
-        ids: (n,) int64 samples in the order they lie in the shards.
-        windows: (n,) int64 number of each sample's window, ascending.
-        last_steps: last global batch that uses a window, by its number.
-    """
-    epoch: int
-    ids: Ids
-    windows: Ids
-    last_steps: dict[int, int]
+    """What one lane reads in one epoch."""
+    epoch: int  # from 0
+    ids: Ids  # (n,) samples in the order they lie in the shards
+    windows: Ids  # (n,) number of each sample's window, ascending
+    last_steps: dict[int, int]  # last global batch that uses a window, by its number
 
 
 class WindowSampler(Sampler):
-    """The order of tier streamed: each sample exactly once an epoch, the same for any number of ranks.
+    """The order of tier streamed: each sample exactly once an epoch, the same for any number of ranks. Raises ValueError as
+    `Sampler`, and for window or lanes below 1.
 
-    Args:
-        index, ids, batch, seed, shard: as for `Sampler`; ids of `index`.
-        window: samples within which an epoch's order is shuffled, over all lanes; in memory twice.
-        lanes: sequences of reading; a set of less than `lanes` windows gets fewer. A rank of n reads an n-th of the bytes when n
-            divides it.
-
-    Raises:
-        ValueError: as `Sampler`; window or lanes below 1.
-    """
+    `window`: samples within which an epoch's order is shuffled, over all lanes; in memory twice. `lanes`: sequences of
+    reading; a set of less than `lanes` windows gets fewer. A rank of n reads an n-th of the bytes when n divides it."""
 
     def __init__(self, index: SampleIndex, ids: Ids, batch: int, seed: int, shard: tuple[int, int] = (0, 1), *,
                  window: int = WINDOW, lanes: int = LANES) -> None:
@@ -90,7 +68,6 @@ class WindowSampler(Sampler):
         return np.unique(rows * self.lanes // self.batch).tolist()
 
     def order(self, epoch: int) -> Ids:
-        """(N,) int64 ids of `epoch` by position."""
         return self.plan(epoch).order
 
     def plan(self, epoch: int) -> EpochPlan:

@@ -17,7 +17,7 @@ from pipeline.decoding.normalize import Normalizer
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.batch import Batch
-from pipeline.resident.layout import Layout
+from pipeline.resident.store import Layout
 from pipeline.reading.quarantine import Quarantine
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats

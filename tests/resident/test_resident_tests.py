@@ -126,11 +126,9 @@ def test_after_the_first_pass_nothing_is_read_and_the_file_is_complete(stats: St
         assert test.chain.store.sealed  # type: ignore[attr-defined]
     assert [path.suffix for path in sorted(folder.iterdir())] == [".lock", ".squares"]
     (tmp_path / "images.tar").unlink()
-    for keep in (True, False):
-        with eval_loader("resident", SampleIndex.load(index.path), "val", pixels(), BATCH, stats, machine=machine,
-                         keep=keep) as test:
-            equal(list(test), expected)
-            assert "decode" not in test.monitor.spans() and test.note == "" and sum(opened) == COUNT
+    with eval_loader("resident", SampleIndex.load(index.path), "val", pixels(), BATCH, stats, machine=machine) as test:
+        equal(list(test), expected)
+        assert "decode" not in test.monitor.spans() and test.note == "" and sum(opened) == COUNT
 
 
 def test_a_split_that_is_tested_once_fills_nothing(photos: SampleIndex, stats: Stats, tmp_path: Path, opened: list[int]) -> None:
@@ -141,18 +139,6 @@ def test_a_split_that_is_tested_once_fills_nothing(photos: SampleIndex, stats: S
             equal(list(once), expected)
             equal(list(once), expected)
     assert not (tmp_path / "none").exists() and sum(opened) == 5 * COUNT
-    with loader(photos, stats, tmp_path) as test:
-        next(iter(test))
-    (file,) = tmp_path.glob("*.squares")
-    part = file.read_bytes()
-    opened.clear()
-    with loader(photos, stats, tmp_path, keep=False) as once:  # a part of a file is no help, and stays a part
-        equal(list(once), expected)
-    assert sum(opened) == COUNT and file.read_bytes() == part
-    file.write_bytes(b"no squares")
-    with loader(photos, stats, tmp_path, keep=False) as once:
-        equal(list(once), expected)
-    assert file.read_bytes() == b"no squares"
 
 
 def test_ranks_share_the_batches_and_one_file(photos: SampleIndex, stats: Stats, tmp_path: Path, opened: list[int]) -> None:
@@ -306,32 +292,6 @@ def test_what_does_not_fit_is_refused_naming_the_split(photos: SampleIndex, stat
         loader(photos, stats, tmp_path / "file" / "folder")
 
 
-def test_room_that_other_squares_will_take_is_not_free(photos: SampleIndex, stats: Stats, tmp_path: Path,
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = LoaderConfig(threads=1, resident_folder=str(tmp_path))
-    with train_loader("resident", photos, "train", pixels(), 4, 7, stats, machine=machine) as train:
-        need, promised = COUNT * 76 * 76 * 3, train.chain.store._size  # type: ignore[attr-defined]
-        free = need + promised // 2
-        monkeypatch.setattr(RamStore, "_promised", promises(found := [], RamStore._promised))
-        monkeypatch.setattr("pipeline.resident.capacity.is_memory", lambda folder: False)
-        monkeypatch.setattr("pipeline.resident.capacity.os.statvfs",
-                            lambda folder: os.statvfs_result((1, 1, 0, 0, free, 0, 0, 0, 0, 255)))
-        with pytest.raises(RuntimeError, match=r"split val, .* needs 0.5 MB more in .*, where 0.\d MB are free \(of 0.6 MB: "
-                                               r"other squares there are being filled\); use"):
-            loader(photos, stats, tmp_path)
-        assert 0.9 * promised < found[-1] <= promised
-        train.fill()
-    with loader(photos, stats, tmp_path) as test:  # what it was promised it has by now
-        assert found[-1] == 0 and len(list(test)) == 8
-
-
-def promises(found: list[int], ask: object) -> object:
-    def asked(store: RamStore) -> int:
-        found.append(ask(store))  # type: ignore[operator]
-        return found[-1]
-    return asked
-
-
 def test_the_tier_chooses(photos: SampleIndex, stats: Stats, tmp_path: Path) -> None:
     machine = LoaderConfig(threads=1, resident_folder=str(tmp_path))
     for tier in TIERS:
@@ -378,16 +338,13 @@ def test_a_run_decodes_each_split_once_and_evaluate_agrees(tiny_set: TinySet, tm
     here(recipe, tmp_path, "--machine.name=cut", "--machine.stop_after=11", *more, code=75)
     here(recipe, tmp_path, "--machine.name=cut", "--resume", *more)
     assert scores(tmp_path / "cut") == scores(tmp_path / "resident")
-    for kept in (True, False):
-        tested.clear()
-        shutil.rmtree(tmp_path / "resident" / "evaluations", ignore_errors=True)  # it would answer from what it saved
-        out, _ = inside(evaluate_main, ["--run", str(tmp_path / "resident"), "--json"], 0)
-        found, told = json.loads(out), scores(tmp_path / "resident")[-1]
-        assert {key: found[key] for key in ("top1_errors", "top5_errors", "loss")} == {key: told[key] for key in (
-            "top1_errors", "top5_errors", "loss")}
-        assert sum(tested) == (0 if kept and memory == "ram" else 24)
-        shutil.rmtree(squares, ignore_errors=True)
-    assert not squares.exists()
+    tested.clear()
+    shutil.rmtree(tmp_path / "resident" / "evaluations", ignore_errors=True)  # it would answer from what it saved
+    out, _ = inside(evaluate_main, ["--run", str(tmp_path / "resident"), "--json"], 0)
+    found, told = json.loads(out), scores(tmp_path / "resident")[-1]
+    assert {key: found[key] for key in ("top1_errors", "top5_errors", "loss")} == {key: told[key] for key in (
+        "top1_errors", "top5_errors", "loss")}
+    assert sum(tested) == 24 and squares.exists() == (memory == "ram")
 
 
 def test_a_pair_of_towers_tests_the_same_squares(tiny_set: TinySet, tmp_path: Path) -> None:
@@ -402,7 +359,8 @@ def test_a_pair_of_towers_tests_the_same_squares(tiny_set: TinySet, tmp_path: Pa
 
 def test_squares_that_do_not_fit_are_refused_before_the_run_begins(tiny_set: TinySet, tmp_path: Path,
                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RamStore, "_promised", lambda store: 10 ** 18 if store.path.name.startswith("val") else 0)
+    free = iter((10 ** 18, 0))  # for the training split, for val
+    monkeypatch.setattr("pipeline.resident.capacity.free_bytes", lambda folder: next(free))
     _, err = here(write_recipe(tmp_path, tiny_set.index), tmp_path, "--data.tier=resident",
                   f"--machine.resident_folder={tmp_path / 'squares'}", code=4)
     assert err.startswith("error: split val, whose squares tests keep in memory: data.resident (=rgb) needs 0.4 MB more in ")

@@ -3,6 +3,7 @@ import json
 import logging
 import multiprocessing
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from pipeline.resident import capacity as room, ram_store as store
-from pipeline.resident.layout import Layout
+from pipeline.resident.store import Layout
 from pipeline.resident.gpu_store import GpuStore
 from pipeline.resident.ram_store import RamStore
 
@@ -138,43 +139,43 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(tmp_path: Path) ->
 IMAGENET = (1_281_167, Layout("rgb", 256, 227).row_bytes)
 
 
-def refusal(**options: object) -> str:
-    arguments = {"kind": "rgb", "count": IMAGENET[0], "row_bytes": IMAGENET[1], "folder": Path("/"), "present": 0,
-                 "limit": (300 * 10 ** 9, "the machine's memory"), "free": 10 ** 12, **options}
+def refusal(check: Callable[..., None], *arguments: object) -> str:
     with pytest.raises(RuntimeError) as caught:
-        room.check_ram(**arguments)  # type: ignore[arg-type]
+        check("rgb", *IMAGENET, *arguments)
     return str(caught.value)
 
 
-def test_refusals_name_what_would_fit() -> None:
-    room.check_ram("rgb", *IMAGENET, Path("/"), 0, limit=(300 * 10 ** 9, "the machine's memory"), free=10 ** 12)
-    assert refusal(limit=(200 * 10 ** 9, "the machine's memory")) == (
+def test_refusals_name_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    have, free = (200 * 10 ** 9, "the machine's memory"), 200 * 10 ** 9
+    monkeypatch.setattr(room, "memory", lambda: have)
+    monkeypatch.setattr(room, "free_bytes", lambda folder: free)
+    assert refusal(room.check_memory) == (
         "data.resident (=rgb) needs 251.9 GB for 1,281,167 squares, and of the machine's memory (200.0 GB) 180.0 GB may be used; "
         "use data.resident: yuv420 (half as much, 125.9 GB, fits), or data.tier: packed")
-    assert refusal(limit=(100 * 10 ** 9, "the memory limit /x"), gpus=282 * 10 ** 9) == (
+    have = (100 * 10 ** 9, "the memory limit /x")
+    assert refusal(room.check_memory) == (
         "data.resident (=rgb) needs 251.9 GB for 1,281,167 squares, and of the memory limit /x (100.0 GB) 90.0 GB may be used; "
-        "use machine.resident_memory: gpu, or data.tier: packed")
-    assert refusal(free=200 * 10 ** 9) == (
+        "use data.tier: packed")
+    assert refusal(room.check_disk, Path("/")) == (
         "data.resident (=rgb) needs 251.9 GB more in /, where 200.0 GB are free; use data.resident: yuv420 (half as much, "
         "125.9 GB, fits), or machine.resident_folder on another disk, or data.tier: packed")
-    room.check_ram("rgb", *IMAGENET, Path("/"), 60 * 10 ** 9, limit=(300 * 10 ** 9, ""), free=200 * 10 ** 9)
+    have = (300 * 10 ** 9, "the machine's memory")
+    room.check_memory("rgb", *IMAGENET)
+    room.check_disk("rgb", *IMAGENET, Path("/"), 60 * 10 ** 9)
     room.check_device("rgb", *IMAGENET, 2, 141 * 10 ** 9)
     room.check_device("yuv420", IMAGENET[0], Layout("yuv420", 256, 227).row_bytes, 1, 141 * 10 ** 9)
-    with pytest.raises(RuntimeError) as caught:
-        room.check_device("rgb", *IMAGENET, 1, 141 * 10 ** 9, limit=(300 * 10 ** 9, ""))
-    assert str(caught.value) == (
+    assert refusal(room.check_device, 1, 141 * 10 ** 9) == (
         "data.resident (=rgb) needs 251.9 GB on each of 1 GPU, and 132.4 GB are free (of 141.0 GB, 8.6 GB are left to the "
         "network); use data.resident: yuv420 (half as much, 125.9 GB, fits), or at least 2 GPUs of this size that share it, or "
-        "machine.resident_memory: ram, or data.tier: packed")
-    with pytest.raises(RuntimeError, match=r"needs 125.9 GB on each of 2 GPUs, and 0.0 MB are free .*; use data.tier: packed$"):
-        room.check_device("rgb", *IMAGENET, 2, 10 ** 9, limit=(100 * 10 ** 9, ""))
+        "data.tier: packed")
+    assert "needs 125.9 GB on each of 2 GPUs, and 0.0 MB are free" in refusal(room.check_device, 2, 10 ** 9)
 
 
 def test_limits_of_control_groups_count(tmp_path: Path) -> None:
     proc, groups = tmp_path / "proc", tmp_path / "cgroup"
     (proc / "self").mkdir(parents=True)
     (proc / "meminfo").write_text("MemTotal:       1000 kB\nMemFree: 5 kB\nMemAvailable:    700 kB\n")
-    assert room.memory(proc, groups) == (1_024_000, "the machine's memory") and room.available(proc) == 716_800
+    assert room.memory(proc, groups) == (1_024_000, "the machine's memory")
     (proc / "self" / "cgroup").write_text("0::/job/step\n")
     for folder, limit in (("job/step", "max"), ("job", "500000"), (".", "600000")):
         (groups / folder).mkdir(parents=True, exist_ok=True)
@@ -192,7 +193,10 @@ def test_memory_file_systems_are_known(tmp_path: Path) -> None:
     (proc / "self").mkdir(parents=True)
     (proc / "self" / "mountinfo").write_text(f"22 1 254:0 / / rw shared:1 - ext4 /dev/vda rw\n"
                                              f"30 22 0:5 / {tmp_path}/shm rw - tmpfs tmpfs rw\n")
-    assert room.is_memory(tmp_path / "shm" / "folder", proc) and not room.is_memory(tmp_path / "shmem", proc)
+    (proc / "meminfo").write_text("MemAvailable:    1 kB\n")
+    (tmp_path / "shm" / "folder").mkdir(parents=True)
+    (tmp_path / "shmem").mkdir()
+    assert room.free_bytes(tmp_path / "shm" / "folder", proc) == 1024 < room.free_bytes(tmp_path / "shmem", proc)
 
 
 @pytest.mark.parametrize("kind", ["rgb", "yuv420"])

@@ -8,7 +8,7 @@ from PIL import Image
 from tests.helpers.small_set import encode, picture
 
 from pipeline.resident import yuv420 as yuv
-from pipeline.resident.layout import Layout
+from pipeline.resident.store import Layout
 
 Array = npt.NDArray[np.uint8]
 

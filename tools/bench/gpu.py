@@ -65,7 +65,7 @@ def copies(args: argparse.Namespace) -> Iterator[tuple[str, Spread]]:
 
 def decoder(args: argparse.Namespace) -> Iterator[tuple[str, Spread]]:
     from pipeline.config import LoaderConfig
-    from pipeline.decoding.dali import Graph
+    from pipeline.decoding.dali import RegionPipeline
     from pipeline.index.sample_index import SampleIndex
     from pipeline.parallel import cores
     from pipeline.stats import Stats
@@ -79,12 +79,12 @@ def decoder(args: argparse.Namespace) -> Iterator[tuple[str, Spread]]:
     stats = Stats.for_index(index, data.square_px, "train")
     tier = "archives" if index.packed is None else "packed"
     with train_loader(tier, index, "train", data.pixels(), batch, 0, stats, machine=machine, device_id=0) as loader:
-        plans, settings = [plan for plan, _ in ready(loader)], loader.context.graph(loader.context.ids, batch, data.crop_px)
+        plans, settings = [plan for plan, _ in ready(loader)], loader.context.decoding(loader.context.ids, batch, data.crop_px)
     for load in LOADS:
         changed = replace(settings, machine=replace(machine, hw_decoder_load=load), decode_only=True)
-        with closing(Graph(itertools.cycle(plans), changed)) as graph:
+        with closing(RegionPipeline(itertools.cycle(plans), changed)) as pipeline:
             def decode() -> float:
-                count = len(graph.collect())
+                count = len(pipeline.collect())
                 arrived(loader.device)
                 return count
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from pipeline.config import LoaderConfig
-from pipeline.decoding.dali import Graph
+from pipeline.decoding.dali import RegionPipeline
 from pipeline.decoding.decoder import Decoder, Pixels
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.batch import Batch
@@ -84,8 +84,8 @@ def _alone(loader: TrainLoader, checks: bool, closers: ExitStack) -> Iterator[Wo
         checked = ahead_in_threads(_check, itertools.cycle(plans), machine.read_threads, "stage")
         threads = max(1, machine.read_threads)
         yield Workload("crc", closers.enter_context(closing(checked)), threads, None, threads, size)
-    graph = closers.enter_context(closing(Graph(itertools.cycle(plans), chain.graph)))
-    collect = graph.collect if gpu else graph.rows  # rows are resized by whoever normalizes them
+    pipeline = closers.enter_context(closing(RegionPipeline(itertools.cycle(plans), chain.settings)))
+    collect = pipeline.collect if gpu else pipeline.rows  # rows are resized by whoever normalizes them
     decoded = (len(collect()) for _ in itertools.count())
     yield Workload("decode", map(partial(_arrived, loader), decoded), machine.prefetch + 1, None, loader.threads, size)
     normalizer = closers.enter_context(closing(chain.normalizer()))
@@ -103,7 +103,7 @@ def ready(loader: TrainLoader) -> list[tuple[BatchPlan, Pixels]]:
     chain, steps = cast(DecodingChain, loader.chain), range(_steps(loader))
     with closing(chain.read(steps)) as plans:
         copies = (replace(plan, encoded=[view.copy() for view in plan.encoded]) for plan in plans)
-        with closing(Decoder(copies, chain.graph, chain.reader.recover, Monitor())) as decoder:
+        with closing(Decoder(copies, chain.settings, chain.reader.recover, Monitor())) as decoder:
             return list(decoder)
 
 
@@ -123,7 +123,7 @@ def _resident(loader: TrainLoader, closers: ExitStack) -> Workload:
     normalizer = closers.enter_context(closing(chain.normalizer()))
 
     def images(step: int) -> int:
-        request = chain.requests.request(step)
+        request = chain.request(step)
         return _arrived(loader, len(normalizer.begin(chain.store.crops(request.crops), request.augmentation)()))
 
     copies = loader.device.type == "cuda" and loader.machine.resident_memory == "ram"
