@@ -1,14 +1,14 @@
 """AlexNet (paper §3) and its variants: the layers of a `ModelConfig`, the whole network or one of its two towers.
 
-One class. `tower=BOTH` holds everything in one process (`groups=2` in conv2, conv4 and conv5);
-`Tower(rank, 2, group)` is one of a pair of processes, which exchange activations where a layer sees both towers. What each has:
+One class. `tower=BOTH` holds everything in one process (`groups=2` in conv2, conv4 and conv5); `Tower(rank, 2, group)` is one of
+a pair of processes, which exchange activations where a layer sees both towers. All start from the same values and compute the
+same logits, loss and gradients. What each has:
+
   scheme towers   half of the rows of every parameter, and all images (the paper's);
   scheme weird    all convolutions, for half of the images, and half of the rows of the fully connected layers, for all of them
                   ("one weird trick", arXiv 1404.5997: most of the work is in the former, most of the weights in the latter).
-All start from the same values and compute the same logits, loss and gradients.
 
-Legend: B images of the pair (or of the one process), C channel (tower a's first), H row, W column, K classes.
-"""
+Legend: B images of the pair (or of the one process), C channel (tower a's first), H row, W column, K classes."""
 import math
 from typing import Literal
 
@@ -40,10 +40,8 @@ def paper(classes: int = 1000) -> ModelConfig:
 
 
 def output_sides(config: ModelConfig) -> list[tuple[str, int]]:
-    """Side in pixels of the square output of conv1, pool1, … pool5: [("conv1", 55), ("pool1", 27), …].
-
-    Raises ValueError naming the layer whose window no longer fits into its input.
-    """
+    """Side in pixels of the square output of conv1, pool1, … pool5: [("conv1", 55), ("pool1", 27), …]. Raises ValueError
+    naming the layer whose window no longer fits into its input."""
     result: list[tuple[str, int]] = []
     side = config.input_px
 
@@ -71,10 +69,8 @@ def shapes(config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter of the whole network, in order. A tower's is `tower_shape(shape, tower)`.
-
-    The inputs of a layer that sees only its own tower are that tower's: all inputs divided by the towers.
-    """
+    """Shape of every parameter of the whole network, in order; a tower's is `tower_shape(shape, tower)`. The inputs of a layer
+    that sees only its own tower are that tower's: all inputs divided by the towers."""
     result: dict[str, tuple[int, ...]] = {}
     inputs, split = 3, 1  # both towers see the whole image
     for name, conv in config.convs.items():
@@ -91,7 +87,6 @@ def canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Number of weights and biases of the whole network."""
     return sum(math.prod(shape) for shape in canonical_shapes(config).values())
 
 
@@ -107,20 +102,12 @@ class GroupedLinear(nn.Linear):
 
 
 class AlexNet(nn.Module):
-    """The network (paper §3), or the part of it that `tower` names.
+    """The network (paper §3), or the part of it that `tower` names. Parameters have their canonical names (conv1.weight …
+    fc8.bias); `tower_of` says which rows of one are here.
 
-    Parameters have their canonical names (conv1.weight … fc8.bias); `tower_of` says which rows of one are here.
-
-    Args:
-        seed: of initial values and dropout masks.
-        tower: what this process holds.
-        scheme: how a pair of processes shares the work; without effect for BOTH.
-        overlap: compute while activations and gradients travel; changes no bit.
-
-    Raises:
-        ValueError: `tower` is one of two but the configuration has a single tower; or scheme weird is asked of a
-            network with a fully connected layer that sees only its own tower.
-    """
+    `seed`: of initial values and dropout masks. `scheme`: how a pair of processes shares the work; without effect for BOTH.
+    `overlap`: compute while activations and gradients travel; changes no bit. Raises ValueError for one of two towers of a
+    configuration with a single one, and for scheme weird with a fully connected layer that sees only its own tower."""
 
     def __init__(self, config: ModelConfig, *, seed: int, tower: Tower = BOTH, scheme: Literal["towers", "weird"] = "towers",
                  overlap: bool = True) -> None:
@@ -195,7 +182,7 @@ class AlexNet(nn.Module):
         return functional.relu(x, inplace=True) if self.config.activation == "relu" else torch.tanh(x)
 
     def _activate_and_normalise(self, name: str, conv: Conv, x: torch.Tensor) -> torch.Tensor:
-        """Activation and local response normalisation of a convolution, in the order that its `lrn` says; pooling comes after."""
+        """Activation and LRN of a convolution, in the order that its `lrn` says; pooling comes after."""
         lrn = self.config.lrn
         if lrn is None or conv.lrn == "none":
             return self._activate(x)

@@ -1,12 +1,8 @@
 """Configuration of the network: towers, layers, pooling, LRN and dropout (paper §3), as a recipe states it.
 
-Imports nothing heavy, so that a command line can be parsed without torch.
-
-The layers are a mapping from name to configuration, so that a recipe which extends another changes, adds or removes (null)
-single ones. They are sorted by name: convolutions by number, then fully connected layers.
-"""
-
-from __future__ import annotations
+Imports nothing heavy, so that a command line can be parsed without torch. The layers are a mapping from name to configuration,
+so that a recipe which extends another changes, adds or removes (null) single ones. They are sorted by name: convolutions by
+number, then fully connected layers."""
 
 import dataclasses
 import math
@@ -36,7 +32,6 @@ class LrnConfig:
         alpha: factor of the sum of squares, not divided by n (paper: 1e-4; the release's 1e-4 is divided by its 5: 2e-5).
         beta: exponent (paper: 0.75).
     """
-
     k: float
     n: int
     alpha: float
@@ -51,7 +46,6 @@ class LrnConfig:
 @dataclass(frozen=True)
 class PoolConfig:
     """Max pooling (paper §3.4) of px × px pixels, every `stride` pixels. 3 and 2, the paper's, overlap; 2 and 2 do not."""
-
     px: int
     stride: int
 
@@ -62,48 +56,27 @@ class PoolConfig:
 
 @dataclass(frozen=True)
 class Conv:
-    """One convolution, always followed by the activation (paper §3.5).
-
-    Args:
-        kernels: number of them over all towers.
-        px: side of a kernel, pixels.
-        stride, pad: pixels.
-        sees: the maps of its own tower, or of both (paper figure 2). conv1 sees the image whatever is said.
-        lrn: response normalisation, where model.lrn has its constants: none; after the activation (paper); or before it (release
-            run 145, conv1).
-        pool: max pooling follows.
-        std, bias: initial weights are drawn from N(0, std), biases are constant (paper §5).
-    """
-
-    kernels: int
-    px: int
-    std: float
-    bias: float
-    stride: int = 1
-    pad: int = 0
-    sees: Sees = "own"
-    lrn: Norm = "none"
-    pool: bool = False
+    """One convolution, always followed by the activation (paper §3.5)."""
+    kernels: int  # number of them over all towers
+    px: int  # side of a kernel, pixels
+    std: float  # initial weights are drawn from N(0, std) (paper §5)
+    bias: float  # initial, constant
+    stride: int = 1  # pixels
+    pad: int = 0  # pixels
+    sees: Sees = "own"  # the maps of its own tower, or of both (paper figure 2); conv1 sees the image whatever is said
+    lrn: Norm = "none"  # response normalisation: none, after the activation (paper), or before it (release run 145, conv1)
+    pool: bool = False  # max pooling follows
 
 
 @dataclass(frozen=True)
 class Full:
-    """One fully connected layer. The last one of a network gives the logits: no activation, no dropout.
-
-    Args:
-        neurons: number of them over all towers; of the last layer 0, as it has one for each class.
-        sees: the neurons of both towers, or of its own.
-        dropout: model.dropout of its neurons are silenced in training (paper §4.2).
-        linear: no activation follows (the release's layer before a softmax of very many classes).
-        std, bias: as in Conv.
-    """
-
-    std: float
-    bias: float
-    neurons: int = 0
-    sees: Sees = "both"
-    dropout: bool = False
-    linear: bool = False
+    """One fully connected layer. The last one of a network gives the logits: no activation, no dropout."""
+    std: float  # as in Conv
+    bias: float  # as in Conv
+    neurons: int = 0  # number of them over all towers; of the last layer 0, as it has one for each class
+    sees: Sees = "both"  # the neurons of both towers, or of its own
+    dropout: bool = False  # model.dropout of its neurons are silenced in training (paper §4.2)
+    linear: bool = False  # no activation follows (the release's layer before a softmax of very many classes)
 
 
 Layer = Union[Conv, Full]
@@ -126,7 +99,6 @@ class ModelConfig:
     Raises:
         ValueError: a number that makes no network. That input_px fits the layers is checked by model.alexnet.output_sides.
     """
-
     input_px: int
     classes: int
     towers: int
@@ -158,7 +130,6 @@ class ModelConfig:
 
     @property
     def convs(self) -> dict[str, Conv]:
-        """The convolutions, in order."""
         return {name: layer for name, layer in self.layers.items() if isinstance(layer, Conv)}
 
     @property
@@ -170,7 +141,6 @@ class ModelConfig:
 
     @property
     def last(self) -> str:
-        """Name of the layer that gives the logits."""
         return list(self.layers)[-1]
 
     def crosses_towers(self, name: str) -> bool:

@@ -1,12 +1,9 @@
 """Dropout masks as a function of (seed, step, layer, row of the global batch, neuron) (paper §4.2).
 
-Every entry is a hash of its own coordinates. So a mask is the same on a CPU and on a GPU, in one process and in two,
-after a resume, and however the batch is cut; a process computes only the rows and the neurons it holds; there is no
-generator state to save. Inverted dropout: what is kept is divided by the probability of keeping, so testing needs no
-factor.
-
-Legend: B rows held by this process, N neurons held by this process.
-"""
+Every entry is a hash of its own coordinates. So a mask is the same on a CPU and on a GPU, in one process and in two, after a
+resume, and however the batch is cut; a process computes only the rows and the neurons it holds; there is no generator state to
+save. Inverted dropout: what is kept is divided by the probability of keeping, so testing needs no factor. B rows and N neurons
+held by this process."""
 import hashlib
 
 import torch
@@ -23,10 +20,8 @@ def _hash32(x: torch.Tensor) -> torch.Tensor:
 
 
 def _keys(seed: int, step: int, layer: str, axis: str, start: int, count: int, device: torch.device) -> torch.Tensor:
-    """Random int32 keys of positions start..start+count of one axis of the mask.
-
-    Hashed on the CPU: to a GPU some thousand numbers travel sooner than it is told of 26 operations on them.
-    """
+    """Random int32 keys of positions start..start+count of one axis of the mask. Hashed on the CPU: to a GPU some thousand
+    numbers travel sooner than it is told of 26 operations on them."""
     digest = hashlib.sha256(f"dropout/{seed}/{step}/{layer}/{axis}".encode()).digest()
     first, second = (int.from_bytes(digest[i:i + 4], "little", signed=True) for i in (0, 4))
     keys = torch.arange(start, start + count, dtype=torch.int32, device="cpu")

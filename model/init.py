@@ -19,7 +19,6 @@ def generator(seed: int, name: str) -> torch.Generator:
 
 
 def normal(seed: int, name: str, shape: tuple[int, ...], std: float) -> torch.Tensor:
-    """The canonical initial value of weight `name`: (shape) float32 on the CPU, drawn from N(0, std)."""
     values = torch.empty(shape, dtype=torch.float32, device="cpu")
     return values.normal_(0.0, std, generator=generator(seed, name))
 
@@ -27,10 +26,8 @@ def normal(seed: int, name: str, shape: tuple[int, ...], std: float) -> torch.Te
 @torch.no_grad()
 def init_layer(weight: torch.Tensor, bias: torch.Tensor, *, seed: int, name: str, shape: tuple[int, ...], std: float,
                bias_value: float, tower: Tower) -> None:
-    """Set one layer's parameters in place: this tower's rows of the canonical weight of `shape`.
-
-    Tensors on the meta device have no values and are left alone.
-    """
+    """Set one layer's parameters in place: this tower's rows of the canonical weight of `shape`. Tensors on the meta device
+    have no values and are left alone."""
     if not weight.is_meta:
         weight.copy_(tower_slice(normal(seed, f"{name}.weight", shape, std), tower))
     bias.fill_(bias_value)

@@ -15,8 +15,6 @@ Legend: B batch, C channels, G groups (towers), H row, W column. A map tensor is
 the shift S between them in memory, (B·G, N, H·W) for NCHW and (B·H·W·G, N, 1) for channels_last. P elements of one of
 the M maps with its padding: (N + n - 1)·S.
 """
-from __future__ import annotations
-
 import functools
 import importlib
 from types import ModuleType
@@ -35,12 +33,9 @@ CHUNK = 1 << 18
 def local_response_norm(x: torch.Tensor, config: LrnConfig, groups: int = 1, relu: bool = False) -> torch.Tensor:
     """Normalise over adjacent channels (paper §3.3): (B, C, H, W) → the same shape, dtype and memory format.
 
-    Windows are clipped at the ends of each of the `groups` equal parts of C: one group per tower keeps them apart.
-    With `relu`, x passes through max(x, 0) first. Arithmetic is in float32, or in float64 for float64 input. It can be
-    differentiated once.
-    `torch.nn.LocalResponseNorm` divides alpha by n: it equals this one when given alpha·n.
-    Raises ValueError if C does not divide into the groups.
-    """
+    Windows are clipped at the ends of each of the `groups` equal parts of C (else ValueError): one group per tower keeps them
+    apart. With `relu`, x passes through max(x, 0) first. Arithmetic is in float32, or in float64 for float64 input. It can be
+    differentiated once. `torch.nn.LocalResponseNorm` divides alpha by n: it equals this one when given alpha·n."""
     if x.dim() != 4 or x.shape[1] % groups:
         raise ValueError(f"input of LRN (={tuple(x.shape)}) must be (B, C, H, W) with C a multiple of {groups} groups; "
                          f"give each tower the same number of channels")
@@ -133,7 +128,6 @@ class _Scratch:
 
 
 def _forward_in_chunks(x: torch.Tensor, y: torch.Tensor, config: LrnConfig, relu: bool) -> None:
-    """Normalise maps x (M, N, S) into y (M, N, S)."""
     scratch = _Scratch(x, config)
     for source, target in zip(x.split(scratch.maps), y.split(scratch.maps)):
         chunk = scratch.rectified(source, relu)
@@ -168,7 +162,7 @@ def _backward_in_chunks(x: torch.Tensor, grad: torch.Tensor, result: torch.Tenso
 
 @functools.cache
 def triton_kernels() -> Optional[ModuleType]:
-    """model.kernels.lrn, or None where Triton or its C compiler is missing. Imported once, when a GPU first needs it."""
+    """model.kernels.lrn, or None where Triton or its C compiler is missing."""
     try:
         return importlib.import_module("model.kernels.lrn")
     except ImportError:
@@ -176,7 +170,6 @@ def triton_kernels() -> Optional[ModuleType]:
 
 
 def _kernels(x: torch.Tensor, config: LrnConfig) -> Optional[ModuleType]:
-    """The Triton kernels' module if it supports this input, else None."""
     module = triton_kernels() if x.is_cuda else None
     return module if module is not None and module.takes(x, config) else None
 

@@ -16,8 +16,6 @@ format, without a copy; only fc6 in scheme weird copies its own half beside the 
 
 Legend: B batch, C channels (or features) of one tower, H row, W column, N outputs of this tower.
 """
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,7 +37,7 @@ def crossing(tag: int) -> tuple[str, Direction]:
     return CROSSINGS[tag // 2], "backward" if tag % 2 else "forward"
 
 
-class Swap:
+class Exchange:
     """An exchange in flight: `sent` goes to the other tower, its tensor into `received`. Both are dense in memory."""
 
     def __init__(self, sent: torch.Tensor, received: torch.Tensor, tower: Tower, tag: int) -> None:
@@ -61,14 +59,13 @@ class Swap:
 @dataclass(frozen=True)
 class Link:
     """Connection to the other tower at one of the CROSSINGS. `overlap`: compute meanwhile; else wait for each message."""
-
     name: str
     tower: Tower
     overlap: bool
 
-    def swap(self, sent: torch.Tensor, received: torch.Tensor, direction: Direction) -> Swap:
+    def start(self, sent: torch.Tensor, received: torch.Tensor, direction: Direction) -> Exchange:
         """Start an exchange."""
-        made = Swap(sent, received, self.tower, 2 * CROSSINGS.index(self.name) + (direction == "backward"))
+        made = Exchange(sent, received, self.tower, 2 * CROSSINGS.index(self.name) + (direction == "backward"))
         if not self.overlap:
             made.wait()
         return made
@@ -89,59 +86,40 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
     return x if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
-def _in_format_of(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """x in the memory format of `like`: x itself where it has it already."""
-    return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
+def _output(layer: nn.Module, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The layer's convolution or product, with this weight."""
+    if isinstance(layer, nn.Conv2d):
+        return torch.conv2d(x, weight, bias, layer.stride, layer.padding)
+    return functional.linear(x, weight, bias)
 
 
-@dataclass(frozen=True)
-class _Conv:
-    """Forward and gradients of a convolution."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-
-    def output(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return torch.conv2d(x, weight, bias, self.stride, self.padding)
-
-    def gradients(self, grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *, of_x: bool,
-                  of_weight: torch.Tensor | None) -> torch.Tensor | None:
-        """The gradient of x, if wanted; that of the weight is put into `of_weight`, if given."""
-        found = torch.ops.aten.convolution_backward(grad, x, weight, None, self.stride, self.padding, (1, 1), False, (0, 0), 1,
-                                                    (of_x, of_weight is not None, False))
-        if of_weight is not None:
-            of_weight.copy_(found[1])
-        return _in_format_of(found[0], x) if of_x else None
-
-
-@dataclass(frozen=True)
-class _Linear:
-    """Forward and gradients of a fully connected layer."""
-
-    def output(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return functional.linear(x, weight, bias)
-
-    def gradients(self, grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *, of_x: bool,
-                  of_weight: torch.Tensor | None) -> torch.Tensor | None:
-        """The gradient of x, if wanted; that of the weight is put into `of_weight`, if given."""
+def _gradients(layer: nn.Module, grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *, of_x: bool,
+               of_weight: torch.Tensor | None) -> torch.Tensor | None:
+    """The gradient of x, if wanted; that of the weight is put into `of_weight`, if given."""
+    if not isinstance(layer, nn.Conv2d):
         if of_weight is not None:
             torch.mm(grad.t(), x, out=of_weight)
         return grad @ weight if of_x else None
+    found = torch.ops.aten.convolution_backward(grad, x, weight, None, layer.stride, layer.padding, (1, 1), False, (0, 0), 1,
+                                                (of_x, of_weight is not None, False))
+    if of_weight is not None:
+        of_weight.copy_(found[1])
+    return found[0] if not of_x or found[0].stride() == x.stride() else torch.empty_like(x).copy_(found[0])
 
 
 class _TwoTowerProduct(torch.autograd.Function):
     """(B, C, ...) of this tower and of the other → (B, N, ...)."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, layer: _Conv | _Linear,
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, layer: nn.Module,
                 link: Link) -> torch.Tensor:
         x = _dense(x)
-        swap = link.swap(x, torch.empty_like(x), "forward")
+        exchange = link.start(x, torch.empty_like(x), "forward")
         own, other = link.halves(weight, 1)
         # The bias goes with tower a's part, so that both towers add the same terms in the same order.
-        y = layer.output(x, own, bias if link.tower.rank == 0 else None)
-        received = swap.wait()
-        y += layer.output(received, other, bias if link.tower.rank == 1 else None)
+        y = _output(layer, x, own, bias if link.tower.rank == 0 else None)
+        received = exchange.wait()
+        y += _output(layer, received, other, bias if link.tower.rank == 1 else None)
         ctx.save_for_backward(x, received, weight)
         ctx.layer, ctx.link = layer, link
         return y
@@ -152,33 +130,30 @@ class _TwoTowerProduct(torch.autograd.Function):
         x, received, weight = ctx.saved_tensors
         layer, link, wanted = ctx.layer, ctx.link, ctx.needs_input_grad[0]
         own, other = link.halves(weight, 1)
-        swap = None
-        if wanted:
-            swap = link.swap(layer.gradients(grad, received, other, of_x=True, of_weight=None), torch.empty_like(x), "backward")
+        sent = _gradients(layer, grad, received, other, of_x=True, of_weight=None) if wanted else None
+        exchange = link.start(sent, torch.empty_like(x), "backward") if sent is not None else None
         of_weight = torch.empty_like(weight)
         of_own, of_other = link.halves(of_weight, 1)
-        layer.gradients(grad, received, other, of_x=False, of_weight=of_other)
-        of_x = layer.gradients(grad, x, own, of_x=wanted, of_weight=of_own)
+        _gradients(layer, grad, received, other, of_x=False, of_weight=of_other)
+        of_x = _gradients(layer, grad, x, own, of_x=wanted, of_weight=of_own)
         of_bias = grad.sum([d for d in range(grad.dim()) if d != 1])
-        if swap is not None:
-            of_x += swap.wait()
+        if exchange is not None:
+            of_x += exchange.wait()
         return of_x, of_weight, of_bias, None, None
 
 
 class _RowsProduct(torch.autograd.Function):
-    """(B/2, 2C) features of this process's images and of the other's → (B, N).
-
-    Forward nothing is computed meanwhile: own rows first, then the others', would read all of the weight twice.
-    """
+    """(B/2, 2C) features of this process's images and of the other's → (B, N). Forward nothing is computed meanwhile: own rows
+    first, then the others', would read all of the weight twice."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, link: Link) -> torch.Tensor:
         x = _dense(x)
         whole = x.new_empty(2 * x.shape[0], x.shape[1])
         own, other = link.halves(whole, 0)
-        swap = link.swap(x, other, "forward")
+        exchange = link.start(x, other, "forward")
         own.copy_(x)
-        swap.wait()
+        exchange.wait()
         ctx.save_for_backward(whole, weight)
         ctx.link = link
         return functional.linear(whole, weight, bias)
@@ -188,27 +163,20 @@ class _RowsProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         whole, weight = ctx.saved_tensors
         own, other = ctx.link.halves(grad, 0)
-        swap = None
-        if ctx.needs_input_grad[0]:
-            sent = other @ weight
-            swap = ctx.link.swap(sent, torch.empty_like(sent), "backward")
+        sent = other @ weight if ctx.needs_input_grad[0] else None
+        exchange = ctx.link.start(sent, torch.empty_like(sent), "backward") if sent is not None else None
         of_weight, of_bias = grad.t() @ whole, grad.sum(0)
-        of_x = own @ weight + swap.wait() if swap is not None else None
+        of_x = own @ weight + exchange.wait() if exchange is not None else None
         return of_x, of_weight, of_bias, None
 
 
 def two_tower_layer(layer: nn.Module, x: torch.Tensor, link: Link,
                     by: Literal["channels", "rows"] = "channels") -> torch.Tensor:
-    """Apply `layer`, which sees both towers, to the activations of this tower and of the other. Both processes must call it.
+    """Apply `layer` (this tower's rows of a Conv2d or a Linear, with a bias), which sees both towers, to the activations of this
+    tower and of the other. Both processes must call it.
 
-    Args:
-        layer: this tower's rows of a Conv2d or a Linear (the latter only, by rows), with a bias.
-        x: (B, C, ...) activations of this tower; by rows, (B/2, 2C) of both towers for this process's half of the images.
-        by: which half of the layer's inputs x is, tower a's first.
-
-    Returns:
-        (B, N, ...) of the dtype of x, or of autocast's. It can be differentiated once.
-    """
+    x: (B, C, ...) activations of this tower; `by` rows (a Linear only), (B/2, 2C) of both towers for this process's half of
+    the images, tower a's the first. Returns (B, N, ...) of the dtype of x, or of autocast's. It can be differentiated once."""
     assert isinstance(layer, (nn.Conv2d, nn.Linear)) and layer.bias is not None
     weight, bias = layer.weight, layer.bias
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
@@ -217,11 +185,7 @@ def two_tower_layer(layer: nn.Module, x: torch.Tensor, link: Link,
     if by == "rows":
         rows: torch.Tensor = _RowsProduct.apply(x, weight, bias, link)
         return rows
-    product: _Conv | _Linear = _Linear()
-    if isinstance(layer, nn.Conv2d):
-        assert not isinstance(layer.padding, str)
-        product = _Conv(layer.stride, layer.padding)
-    result: torch.Tensor = _TwoTowerProduct.apply(x, weight, bias, product, link)
+    result: torch.Tensor = _TwoTowerProduct.apply(x, weight, bias, layer, link)
     return result
 
 
@@ -230,6 +194,6 @@ def gather_logits(part: torch.Tensor, size: int, tower: Tower) -> torch.Tensor:
     if tower.count == 1:
         return part
     received = part.new_empty(part.shape[0], size - part.shape[1])
-    Link("logits", tower, overlap=False).swap(part.detach().contiguous(), received, "forward")
+    Link("logits", tower, overlap=False).start(part.detach().contiguous(), received, "forward")
     # Our own columns come from `part`, so autograd leads exactly their gradient back; the others are constants.
     return torch.cat([part, received] if tower.rank == 0 else [received, part], dim=1)

@@ -1,11 +1,9 @@
 """The two towers of the network: which rows of every parameter a process holds (paper §3.2, figure 2).
 
-Activations that cross between them: model/tower_exchange.py.
-
-The paper puts half of the kernels of every layer on each of two GPUs. Written as one network on one device (`groups=2`
-in conv2, conv4, conv5), *tower t holds rows [t·n/2, (t+1)·n/2) of every parameter*: the canonical parameter sharded
-along dimension 0, in the convention of `torch.chunk` (and DTensor's Shard(0)) when n is odd.
-"""
+The paper puts half of the kernels of every layer on each of two GPUs. Written as one network on one device (`groups=2` in
+conv2, conv4, conv5), *tower t holds rows [t·n/2, (t+1)·n/2) of every parameter*: the canonical parameter sharded along
+dimension 0, in the convention of `torch.chunk` (and DTensor's Shard(0)) when n is odd. Activations that cross between them:
+model/tower_exchange.py."""
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +16,6 @@ class Tower:
 
     Raises ValueError when `count` is not 1 (everything in this process) or 2, or `rank` is not below it.
     """
-
     rank: int
     count: int
     group: dist.ProcessGroup | None = None

@@ -3,7 +3,7 @@
 Every way makes steps of the same global batch on noise, each process with one thread on one core (rank r the core r modulo their
 number), where also runs what carries its bytes to others. Teams of processes, started as torchrun would and kept alive, take
 turns, overlap on and off too. A turn's step is that of the slowest process; a ratio is of two turns of one round. Waiting is
-measured where the product waits: for activations (`Swap.wait`), for gradients (`GradientReducer.finish`).
+measured where the product waits: for activations (`Exchange.wait`), for gradients (`GradientReducer.finish`).
 """
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Member:
 @contextmanager
 def member(rank: int, config: Config) -> Iterator[Member]:
     """Join the team and build the network."""
-    from model.tower_exchange import Swap
+    from model.tower_exchange import Exchange
     from tools.profile.network import NetworkStep
     from train.parallel.gradients import GradientReducer
     from train.parallel.topology import process_group
@@ -64,7 +64,7 @@ def member(rank: int, config: Config) -> Iterator[Member]:
         steps = {overlap: NetworkStep(replace(config, parallel=replace(config.parallel, overlap=overlap)), topology).synthetic()
                  for overlap in ((True,) if topology.is_single else (True, False))}
         waits = dict.fromkeys(WAITS, 0.0)
-        for owner, method, name in ((Swap, "wait", WAITS[0]), (GradientReducer, "finish", WAITS[1])):
+        for owner, method, name in ((Exchange, "wait", WAITS[0]), (GradientReducer, "finish", WAITS[1])):
             stack.enter_context(mock.patch.object(owner, method, _timed(getattr(owner, method), waits, name)))
         yield Member(topology, steps, waits)
 
