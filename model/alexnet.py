@@ -93,8 +93,7 @@ def parameter_count(config: ModelConfig) -> int:
 class GroupedLinear(nn.Linear):
     """Fully connected layer in two groups, as two towers that see only their own half of the features (release run 150).
 
-    (B, 2F) → (B, N): the first N/2 neurons (of an odd N the larger half) see the first F features.
-    """
+    (B, 2F) → (B, N): the first N/2 neurons (of an odd N the larger half) see the first F features."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         halves = zip(x.chunk(2, 1), self.weight.chunk(2), self.bias.chunk(2))
@@ -152,8 +151,7 @@ class AlexNet(nn.Module):
         In training, `step` (global, from 0) and `rows` = (first, total), the place of these B images in the global batch
         (default: they are all of it), choose the dropout masks. In scheme weird each process of a pair gives its half,
         (B/2, 3, H, W), tower a the first, and gets the logits of both. Raises ValueError on images of another size, on a
-        missing step, and on rows outside the batch.
-        """
+        missing step, and on rows outside the batch."""
         x = self._layer(self.config.last, self.features(images, step, rows))
         logits = gather_logits(x, self.config.classes, self.tower)
         # The softmax and the loss are not for half precision.

@@ -3,7 +3,6 @@
 Imports nothing heavy, so that a command line can be parsed without torch. The layers are a mapping from name to configuration,
 so that a recipe which extends another changes, adds or removes (null) single ones. They are sorted by name: convolutions by
 number, then fully connected layers."""
-
 import dataclasses
 import math
 import re
@@ -30,8 +29,7 @@ class LrnConfig:
         k: additive constant (paper: 2).
         n: adjacent channels in the window, odd (paper: 5).
         alpha: factor of the sum of squares, not divided by n (paper: 1e-4; the release's 1e-4 is divided by its 5: 2e-5).
-        beta: exponent (paper: 0.75).
-    """
+        beta: exponent (paper: 0.75)."""
     k: float
     n: int
     alpha: float
@@ -97,8 +95,7 @@ class ModelConfig:
         layers: name → layer; null takes a layer away. Names are conv1, conv2, … and fc1, fc2, …
 
     Raises:
-        ValueError: a number that makes no network. That input_px fits the layers is checked by model.alexnet.output_sides.
-    """
+        ValueError: a number that makes no network. That input_px fits the layers is checked by model.alexnet.output_sides."""
     input_px: int
     classes: int
     towers: int

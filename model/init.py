@@ -2,8 +2,7 @@
 
 A tensor is drawn for the canonical one-device network and then cut, so one process, either of two, a CPU and a GPU
 start from identical values. Weights come from N(0, std), biases are constant: in the paper 1 where ReLUs should start
-with positive inputs (conv2, conv4, conv5, fc6, fc7), otherwise 0.
-"""
+with positive inputs (conv2, conv4, conv5, fc6, fc7), otherwise 0."""
 import hashlib
 
 import torch

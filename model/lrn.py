@@ -13,8 +13,7 @@ Gradient, with f = s^-beta and W the sum over a window: dx = g f - 2 alpha beta 
 
 Legend: B batch, C channels, G groups (towers), H row, W column. A map tensor is (M, N, S): N channels of one group and
 the shift S between them in memory, (B·G, N, H·W) for NCHW and (B·H·W·G, N, 1) for channels_last. P elements of one of
-the M maps with its padding: (N + n - 1)·S.
-"""
+the M maps with its padding: (N + n - 1)·S."""
 import functools
 import importlib
 from types import ModuleType

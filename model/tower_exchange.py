@@ -14,8 +14,7 @@ Messages are torch.distributed's isend and irecv, batched: NCCL makes them one e
 product: bfloat16 under autocast. Activations and gradients travel from where they lie to where they are used, in either memory
 format, without a copy; only fc6 in scheme weird copies its own half beside the half that arrives.
 
-Legend: B batch, C channels (or features) of one tower, H row, W column, N outputs of this tower.
-"""
+Legend: B batch, C channels (or features) of one tower, H row, W column, N outputs of this tower."""
 from dataclasses import dataclass
 from typing import Any, Literal
 

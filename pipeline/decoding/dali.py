@@ -1,9 +1,7 @@
 """The DALI pipelines: region decode of batches, and small ones for checking, packing and streaming. All of `nvidia.dali` is here.
 
 Order and crops come in as tensors; DALI decodes as far as the crop reaches, to uint8. On a GPU (`device_id`), with its `mixed`
-decoder, it resizes there too (argument tensors stay on the CPU); on a CPU `pipeline.decoding.resize` does. Horizontal flips,
-mean and PCA colour jitter are `pipeline.decoding.normalize`'s. B samples, S side of the output in pixels.
-"""
+decoder, it resizes there too; on a CPU `pipeline.decoding.resize` does. B samples, S side of the output in pixels."""
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -50,7 +48,6 @@ class DecodeSettings:
 
     @property
     def alone(self) -> "DecodeSettings":
-        """Those of a pipeline that decodes one image at a time."""
         return replace(self, batch=1, machine=replace(self.machine, prefetch=1))
 
 

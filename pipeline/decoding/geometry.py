@@ -1,11 +1,10 @@
 """Crop and resize geometry: which region of the source image must be decoded for a crop, in NumPy.
 
-Resizing the whole image and cropping it reads, for a crop at (y, x) of the resized image, the source rectangle
-[y, y+crop)·H/h × [x, x+crop)·W/w. Decoding just that rectangle plus the filter's margin and resampling it *at those
-continuous coordinates* gives the same pixels for less work. (Stretching the rounded rectangle instead is wrong by up to 193
-grey levels.) So on GPUs; on CPUs all from the image's corner to that rectangle's end is decoded, see `pipeline.decoding.resize`.
-B samples; H, W source size; h, w size after the resize; all pairs are (rows, columns).
-"""
+Resizing the whole image and cropping it reads, for a crop at (y, x) of the resized image, the source rectangle [y, y+crop)·H/h
+× [x, x+crop)·W/w. Decoding just that rectangle plus the filter's margin and resampling it *at those continuous coordinates*
+gives the same pixels for less work (stretching the rounded rectangle instead is wrong by up to 193 grey levels). So on GPUs;
+on CPUs all from the image's corner to that rectangle's end is decoded, see `pipeline.decoding.resize`. B samples; H, W source
+size; h, w size after the resize; all pairs are (rows, columns)."""
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,8 +58,7 @@ def regions(source: Pairs, resized_sizes: Pairs, offsets: Pairs, crop_px: int) -
 
     The scale is rounded to a multiple of 2^-14 (for short sides of 257 to 512; half as fine for an image twice as large),
     which moves no sample by more than 1/128 of a source pixel. Then every coordinate is exact in float32, and a crop's pixels
-    are those of the whole square at its place but for about one in a million, by one grey level (DALI adds up in another
-    order); without it 110 in a million differ. Images that have the size already are copied."""
+    are those of the whole square at its place but for one in a million, by one grey level; without it 110 in a million differ."""
     grid = 2.0 ** (_EXACT_BITS - np.ceil(np.log2(source.min(axis=1, keepdims=True))))
     scale = np.round(source / resized_sizes * grid) / grid
     first = np.round((source - scale * resized_sizes) / 2 * grid) / grid  # what the rounding leaves over, on both sides alike

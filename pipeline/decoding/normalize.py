@@ -1,10 +1,7 @@
-"""From uint8 crops to what the network sees: horizontal flip, mean, PCA colour jitter (paper §2, §4.1), in float32.
-
-    out = (pixel - mean at the crop's position) + shift
+"""From uint8 crops to what the network sees: out = (pixel - mean at the crop's position) + shift, in float32 (paper §2, §4.1).
 
 On a CPU row by row in threads: a row stays in the core's cache through its three passes. On a GPU the whole batch at once.
-Both give the same bits. B batch, C channel, H row, W column, S side of the mean image.
-"""
+Both give the same bits. B batch, C channel, H row, W column, S side of the mean image."""
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -39,10 +36,8 @@ class Normalizer:
         self._pool = ThreadPoolExecutor(threads, "normalize") if device.type == "cpu" else None
 
     def begin(self, pixels: torch.Tensor | Sequence[torch.Tensor], augmentation: Augmentation) -> Callable[[], torch.Tensor]:
-        """Begin to make (B, 3, crop, crop) float32 images of (B, 3, crop, crop) uint8 crops; gives what waits for them.
-
-        On a CPU each row is asked for by the thread that needs it, so they may be a sequence that makes them then.
-        """
+        """Begin to make (B, 3, crop, crop) float32 images of (B, 3, crop, crop) uint8 crops; gives what waits for them. On a
+        CPU each row is asked for by the thread that needs it, so they may be a sequence that makes them then."""
         if self._pool is None:
             return lambda: self.whole(pixels, augmentation)  # type: ignore[arg-type]  # to a GPU it is given whole
         out = self._buffers.take(len(pixels), 3, self._crop, self._crop)
@@ -92,7 +87,6 @@ class Normalizer:
         return images
 
     def close(self) -> None:
-        """Stop the threads."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None

@@ -1,9 +1,8 @@
 """Resizing on a CPU: antialiased linear, the pixels of PIL, only as far as the crop reaches. B images, H, W, S side of the crop.
 
 torch's kernel for uint8 takes 0.2 ms of a core for an ImageNet photograph where DALI's takes 0.65. It samples from the image's
-corner on, so the crop is cut from what lies above and to its left too; in return its pixels are those of the whole resized image,
-whatever the crop, to the bit.
-"""
+corner on, so the crop is cut from what lies above and to its left too; in return its pixels are those of the whole resized
+image, whatever the crop, to the bit."""
 import math
 import threading
 import weakref
@@ -27,11 +26,10 @@ _linear = getattr(torch.ops.aten, "_upsample_bilinear2d_aa").out
 
 def resize(image: torch.Tensor, offset: Sequence[int], size: Sequence[int], scale: Sequence[float],
            memory: torch.Tensor | None = None) -> torch.Tensor:
-    """A crop of a resized image: (H, W·3) uint8, a view of the memory, the channels of a pixel side by side.
-
-    `image` (h, w, 3) uint8 reaches from its corner at least as far as the crop; `offset` and `size` of the crop are in the
-    resized image, (rows, columns); `scale`: source pixels for one of the resized image, (vertical, horizontal); `memory` (n,)
-    uint8 to work in, or None; used when it is large enough, see `needed`."""
+    """A crop of a resized image: (H, W·3) uint8, a view of the memory, the channels of a pixel side by side. `image` (h, w, 3)
+    uint8 reaches from its corner at least as far as the crop; `offset` and `size` of the crop are in the resized image, (rows,
+    columns); `scale`: source pixels for one of the resized image, (vertical, horizontal); `memory` (n,) uint8 to work in, used
+    when it is large enough, see `needed`."""
     (top, left), (height, width) = offset, size
     if needed(offset, size) > _MOST:
         image, top, left = _nearer(image, offset, scale)
@@ -100,10 +98,8 @@ def planar_crops(decoded: Sequence[torch.Tensor], regions: Regions, side_px: int
 
 
 class Buffers:
-    """CPU tensors of one type whose memory is used again once nobody refers to it.
-
-    A fresh 40 MB tensor costs 10,000 page faults, half as much as the arithmetic that fills it.
-    """
+    """CPU tensors of one type whose memory is used again once nobody refers to it: a fresh 40 MB tensor costs 10,000 page
+    faults, half as much as the arithmetic that fills it."""
 
     def __init__(self, dtype: npt.DTypeLike = np.float32) -> None:
         self._dtype, self._size = dtype, 0
@@ -148,5 +144,4 @@ class Resizer:
         return out
 
     def close(self) -> None:
-        """Stop the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,9 +1,7 @@
 """Find corrupt images of an index by decoding every one of them completely, with DALI on the CPU.
 
-Training decodes only the region under a crop, which passes over a file cut below it; hence this strict pass. DALI names
-no sample in an error it can be trusted for, and loses the batch; the batch is then run again one image at a time.
-"""
-
+Training decodes only the region under a crop, which passes over a file cut below it; hence this strict pass. DALI names no
+sample in an error it can be trusted for, and loses the batch; the batch is then run again one image at a time."""
 from __future__ import annotations
 
 import numpy as np

@@ -46,7 +46,7 @@ class LoaderContext:
 
     @cached_property
     def ids(self) -> Ids:
-        """(N,) int64 samples of the split, ascending."""
+        """(N,) samples of the split, ascending."""
         return self.index.ids(self.split)
 
     @cached_property

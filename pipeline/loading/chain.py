@@ -56,8 +56,7 @@ class DecodingChain(Chain):
 
     `plan` is called in the reading threads; `policy` is for corrupt samples; `mean_image` (3, S, S) or None, see `Normalizer`;
     `raw`: no normalizing, images are the pixels (B, S, S, 3) uint8; `convert` changes pixels (B, S, S, 3) uint8 before they are
-    normalized, giving (B, 3, S, S).
-    """
+    normalized, giving (B, 3, S, S)."""
     stages = ("read", "decode", "normalize")
 
     def __init__(self, context: LoaderContext, plan: Callable[[int], BatchPlan], source: Source, policy: Policy,

@@ -1,7 +1,6 @@
 """The evaluation loader: central squares, every sample once; centre crop, or the 10 crops of a test (paper §4.1).
 
-B samples of a batch, S side of the central square, crop the side the network sees.
-"""
+B samples of a batch, S side of the central square, crop the side the network sees."""
 import itertools
 from collections.abc import Callable, Iterator
 
@@ -89,7 +88,6 @@ class EvalLoader(Loader):
                 self._prefetcher = None
 
     def pairs(self) -> Pairs:
-        """(centre crops, labels) instead of batches."""
         return Pairs(self, lambda images: next(self.crops(images, 1)))
 
     def crops(self, images: torch.Tensor, count: int) -> Iterator[torch.Tensor]:

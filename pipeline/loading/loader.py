@@ -38,11 +38,9 @@ class Loader(ABC):
 
     @property
     def filled(self) -> tuple[int, int]:
-        """(samples that are kept in memory, samples there is room for)."""
         return self.chain.filled
 
     def pairs(self) -> Pairs:
-        """(images, labels) instead of batches."""
         return Pairs(self)
 
     @abstractmethod

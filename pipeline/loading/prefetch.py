@@ -33,10 +33,8 @@ def ahead_in_threads(function: Callable[[S], T], items: Iterable[S], threads: in
 
 
 def one_ahead(begun: Iterator[Callable[[], T]]) -> Generator[T, None, None]:
-    """The results of what is begun, each waited for only when the next one is begun too, so that threads do not run dry.
-
-    When the next one fails, those before it still come out.
-    """
+    """The results of what is begun, each waited for only when the next one is begun too, so that threads do not run dry. When
+    the next one fails, those before it still come out."""
     waiting: Callable[[], T] | None = None
     while True:
         try:

@@ -13,10 +13,8 @@ from pipeline.sampling.sampler import Ids, Sampler
 
 class TrainLoader(Loader, Iterator[Batch]):
     """Training batches: shuffled, cropped, flipped, colour-jittered (paper §4.1), without end. Raises ValueError when a sample
-    has no label.
-
-    `for batch in loader` gives the batches of the current epoch, or what is left of it; the next `for` gives the next epoch.
-    Prefetching crosses the boundary."""
+    has no label. `for batch in loader` gives the batches of the current epoch, or what is left of it; the next `for` gives the
+    next epoch. Prefetching crosses the boundary."""
 
     def __init__(self, context: LoaderContext, chain: Chain, sampler: Sampler, planner: CropPlanner) -> None:
         super().__init__(context, chain)

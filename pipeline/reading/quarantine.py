@@ -1,8 +1,7 @@
 """Corrupt or unreadable images: replaced by another (training), skipped, or an error; those met are listed in a quarantine.
 
 A policy takes it out of its batch: `StandIns` (training) puts another sample in its place and records it in a `Quarantine`,
-`Skip` leaves it out, `refuse` raises. B samples of a batch.
-"""
+`Skip` leaves it out, `refuse` raises."""
 import contextlib
 import json
 import threading
@@ -129,10 +128,8 @@ class StandIns:
 
     def choose(self, error: SampleError, pool: Pool, origin: int, attempts: int, epoch: int, step: int) -> tuple[int, int]:
         """The next stand-in for `origin` after so many `attempts`, and its number. `error` is what the last one suffers from.
-
         The n-th stand-in is a function of (seed, epoch, origin, n) and the pool, so the same comes out whenever, on whatever
-        rank, and after whatever other samples the same one fails.
-        """
+        rank, and after whatever other samples the same one fails."""
         for attempt in range(attempts, _ATTEMPTS):
             place = bits(self.seed, Purpose.SUBSTITUTE, epoch, origin, attempt)[0] % np.uint64(len(pool.ids))
             candidate = int(pool.ids[int(place)])

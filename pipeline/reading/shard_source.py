@@ -1,10 +1,9 @@
 """`ShardSource`: packed shards read front to back, once, through DALI's WebDataset reader; local files or an object store.
 
 A *lane* is one such reader. For every passage (one lane, one epoch) it is given index files as wds2idx writes them, but a line
-stands for a *run* of neighbouring samples, headers and all, up to 8 MiB: an object store is asked for 8 MiB at a time instead of
-for every picture, a passage begins at any sample, and nothing is read that is not needed. A window's runs are kept in memory
-until the last batch that uses them is decoded. n samples of a passage or a window, r runs.
-"""
+stands for a *run* of neighbouring samples, headers and all, up to 8 MiB: an object store is asked for 8 MiB at a time instead
+of for every picture, a passage begins at any sample, and nothing is read that is not needed. A window's runs are kept in
+memory until the last batch that uses them is decoded. n samples of a passage or a window, r runs."""
 import ctypes
 import mmap
 import tempfile
@@ -206,7 +205,6 @@ class Lane:
         return sum(window.nbytes for window in self._held.values())
 
     def close(self) -> None:
-        """Stop reading; what was read is lost."""
         with self._lock:
             self._reader.close()
             self._held = {}
@@ -248,7 +246,6 @@ class ShardSource:
         self._needed = step + 1
 
     def _path_of(self, position: int) -> str:
-        """Path or URI of an archive."""
         if self._store:
             return f"{self._store}/{self._index.archives[position].path.name}"
         try:

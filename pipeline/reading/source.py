@@ -1,8 +1,7 @@
 """Where encoded bytes come from: `Source`, the archives as a source, and `BatchReader`, which reads the plans of batches.
 
-Archives are memory-mapped, so a view costs nothing until its bytes are used, and ranks on one node share one copy of the
-page cache. B samples of a batch.
-"""
+Archives are memory-mapped, so a view costs nothing until its bytes are used, and ranks on one node share one copy of the page
+cache."""
 import mmap
 import os
 import threading
@@ -35,11 +34,9 @@ class Source(Protocol):
 
 
 def check(index: SampleIndex, id: int, view: Bytes, crc: bool) -> None:
-    """Whether these are the bytes that were indexed: by their CRC-32, or at least by their header. Raises SampleError when they
-    are not.
-
-    One that cannot be read must not reach DALI 2.4: it throws while its other threads still work on the batch, and now and
-    then the process dies of it."""
+    """Whether these are the bytes that were indexed: by their CRC-32, or at least by their header. Raises SampleError when
+    they are not. One that cannot be read must not reach DALI 2.4: it throws while its other threads still work on the batch,
+    and now and then the process dies of it."""
     row = index.samples[id]
     if crc:
         if zlib.crc32(view.data) != int(row["crc32"]):
@@ -65,7 +62,6 @@ class ArchiveSource:
         self._lock = threading.Lock()
 
     def open(self, step: int) -> AbstractContextManager[object]:
-        """Nothing to open: the kernel reads ahead, see `announce`."""
         return nullcontext()
 
     def pools(self, ids: Ids, epochs: Ids) -> Sequence[Pool]:
@@ -73,7 +69,7 @@ class ArchiveSource:
         return [self] * len(ids)
 
     def release(self, step: int) -> None:
-        """Nothing is held."""
+        ...
 
     def announce(self, ids: Ids) -> None:
         """Ask the kernel for the bytes of many samples at once, so that cold storage works on all of them in parallel."""

@@ -1,8 +1,7 @@
 """Memory and disk checks of a resident store: what it needs, what is free, and what to use instead when it does not fit.
 
-ImageNet, 1,281,167 training squares of 256 px: 252 GB as rgb (196,608 bytes each), 126 GB as yuv420. 1 GB is 10^9 bytes.
-Each check is of `count` squares of `kind` (rgb or yuv420), `row_bytes` each, and raises RuntimeError that names what would fit.
-"""
+Each is of `count` squares of `kind` (rgb or yuv420), `row_bytes` each, and raises RuntimeError that names what would fit.
+ImageNet, 1,281,167 training squares of 256 px: 252 GB as rgb (196,608 bytes each), 126 GB as yuv420. 1 GB is 10^9 bytes."""
 import os
 from pathlib import Path
 

@@ -1,12 +1,9 @@
 """`ResidentChain`: batches out of memory; the first epoch (or pass) fills the store, after it nothing is read or decoded.
 
-The same order, augmentation, stand-ins and `Batch` as from archives. The pixels too, but for at most 5 values in a million that
-are one grey level off, because the resize of a whole square adds up at other float positions than that of a crop (about 1 in a
-million on photographs); with ``yuv420`` they differ as `pipeline.resident.yuv420` says. A crop is exactly the crop of the square
-that an evaluation gives.
-
-N samples, B of a batch, S side of a square, R images that the processes sharing a `GpuStore` train on together in a step.
-"""
+The same order, augmentation, stand-ins and `Batch` as from archives. The pixels too, but for at most 5 values in a million
+(about 1 on photographs) that are one grey level off, because the resize of a whole square adds up at other float positions
+than that of a crop; with ``yuv420`` they differ as `pipeline.resident.yuv420` says. N samples, B of a batch, S side of a
+square, R images that the processes sharing a `GpuStore` train on together in a step."""
 import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Generator
@@ -192,8 +189,7 @@ def train_chain(context: LoaderContext, kind: str, sampler: Sampler, planner: Cr
       is the node's, for this loader alone; all of it must take the same batches. None: there is one process.
 
     Raises ValueError when `data.region` is not the square, or for another kind; RuntimeError when the squares do not fit (the
-    message names what would), or the folder cannot be written.
-    """
+    message names what would), or the folder cannot be written."""
     data = context.data
     if data.region != "square":
         raise ValueError(f"data.region (={data.region}) must be square for tier resident, which keeps central squares only; "
@@ -210,8 +206,7 @@ def eval_chain(evaluation: Evaluation, kind: str, keep: bool) -> Chain:
       every pass, so that none has to be exchanged; they end with the loader.
 
     Without `keep` (a split that is evaluated once) every pass decodes, and nothing is stored; the images are the same. Raises as
-    `train_chain`, and ValueError for samples that are not of the split.
-    """
+    `train_chain`, and ValueError for samples that are not of the split."""
     context, side = evaluation.context, evaluation.context.data.square_px
     layout = Layout(kind, side, side)  # a "crop" is the whole square here
     if not np.isin(evaluation.ids, context.ids).all():

@@ -1,7 +1,4 @@
-"""`Filler`: decodes the squares that a resident store lacks, in the order in which batches will need them, ahead of need.
-
-N rows of the store, B samples of a batch.
-"""
+"""`Filler`: decodes the squares that a resident store lacks, in the order in which batches will need them, ahead of need."""
 import itertools
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -22,11 +19,9 @@ _PATIENCE = 16  # steps with nothing to fill, after which whatever is left is fi
 
 
 class Filler:
-    """Fills a store through a `DecodingChain` of its own, whose steps are chunks of at most `chunk` rows.
-
-    `ids` (N,): sample of each row, ascending. `skipped`: what the policy has left out, id → reason; it is not tried again.
-    `complete`: fill also what no step needs, once the coming ones need nothing more.
-    """
+    """Fills a store through a `DecodingChain` of its own, whose steps are chunks of at most `chunk` rows. `ids` (N,): sample
+    of each row, ascending. `skipped`: what the policy has left out, id → reason; it is not tried again. `complete`: fill also
+    what no step needs, once the coming ones need nothing more."""
 
     def __init__(self, context: LoaderContext, store: Store, ids: Ids, chunk: int, policy: Policy, skipped: dict[int, str], *,
                  complete: bool) -> None:
@@ -43,7 +38,6 @@ class Filler:
         self._urgent: deque[Rows] = deque()
 
     def rows(self, ids: Ids) -> Rows:
-        """The rows of samples."""
         return np.searchsorted(self._ids, ids).astype(np.int64)
 
     def expect(self, order: Iterator[Rows]) -> None:

@@ -2,8 +2,7 @@
 
 Row p lies with rank p mod n. Every rank can tell which rows every other rank trains on, so each knows what it sends and what it
 gets, and a batch costs one exchange of crops, as uint8, and no message about it. The same on CPUs (gloo), where the tests run it.
-N rows, B samples of a rank's batch, n ranks, c side of a crop.
-"""
+N rows, B samples of a rank's batch, n ranks, c side of a crop."""
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,10 +16,9 @@ from pipeline.resident.store import Crops, Layout, Rows, Store
 
 
 class GpuStore(Store):
-    """This rank's share of N (`count`) squares, and the way to the others'. Raises RuntimeError when it does not fit on `device`.
-
-    `group`: the node's processes, nobody else's group: its exchanges are in step with the batches. None: this process is alone.
-    """
+    """This rank's share of N (`count`) squares, and the way to the others'. Raises RuntimeError when it does not fit on
+    `device`. `group`: the node's processes, nobody else's group: its exchanges are in step with the batches. None: this
+    process is alone."""
 
     def __init__(self, count: int, layout: Layout, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
         self.layout, self.exchanges, self._device, self._group = layout, group is not None, device, group

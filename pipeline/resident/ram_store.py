@@ -11,8 +11,7 @@ It is made sparse, under a lock, and put in place whole, so of processes that st
 any row, and would write the same bytes; a row is marked after its pixels are written, so a process killed in between leaves it to
 be filled again. Pages that were not yet on the disk when a machine stops are lost: a file without the last byte is used only
 while `boot_id` is this boot's, and else filled anew. Nodes must not share a file that is being filled: each needs a folder (a
-lock, held while the file is open, tells). N rows, B samples, S side of a square.
-"""
+lock, held while the file is open, tells). N rows, B samples, S side of a square."""
 import fcntl
 import json
 import logging
@@ -42,10 +41,9 @@ _log = logging.getLogger(__name__)
 
 class RamStore(Store):
     """The N (`count`) squares of a split in a file `path` in `folder`, mapped; `pixels` (N, row_bytes) uint8 are read only.
-
-    `device`: where crops are wanted, and what decodes: GPUs and CPUs differ by a grey level here and there. `threads` pack crops
-    for a GPU. Raises RuntimeError when the squares do not fit, the folder cannot be written, or another machine fills the file.
-    """
+    `device`: where crops are wanted, and what decodes: GPUs and CPUs differ by a grey level here and there. `threads` pack
+    crops for a GPU. Raises RuntimeError when the squares do not fit, the folder cannot be written, or another machine fills
+    the file."""
 
     def __init__(self, folder: Path, split: str, split_sha256: str, count: int, layout: Layout, *,
                  device: torch.device = torch.device("cpu"), threads: int = 1) -> None:

@@ -2,8 +2,7 @@
 
 A *packed crop* is what a crop needs of a square and nothing else, the same number of bytes wherever the crop lies: what travels
 between devices. On a CPU squares are NumPy arrays, handled one by one by whatever thread wants one; on a GPU torch tensors,
-handled together. B samples, N rows of a store (row p is the split's p-th id), S side of a square, c side of a crop.
-"""
+handled together. B samples, N rows of a store (row p is the split's p-th id), S side of a square, c side of a crop."""
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass

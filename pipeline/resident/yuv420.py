@@ -1,16 +1,13 @@
 """Chroma subsampling, YCbCr 4:2:0, as in JPEG: RGB squares to planes at half the bytes, and back. Integers only.
 
-The colour space is JFIF's (full-range BT.601). Each chroma value is that of the mean of 2×2 pixels; the way back is the
-triangle filter of libjpeg's "fancy upsampling" (weights 9, 3, 3, 1 of 16), so a crop needs one chroma value more on each side.
-All arithmetic is on whole numbers of fixed rounding: the same bits on every device, and for a crop alone as for the crop of a
-whole square. The functions take NumPy arrays (on a CPU: no threads of their own) and torch tensors (on a GPU) alike.
+The colour space is JFIF's (full-range BT.601). Each chroma value is that of the mean of 2×2 pixels; the way back is the triangle
+filter of libjpeg's "fancy upsampling" (weights 9, 3, 3, 1 of 16), so a crop needs one chroma value more on each side. All
+arithmetic is on whole numbers of fixed rounding: the same bits on every device, and for a crop alone as for the crop of a whole
+square. The functions take NumPy arrays (on a CPU: no threads of their own) and torch tensors (on a GPU) alike.
 
-Against the RGB squares they were made from, 256 px, of 300 ImageNet photographs: mean difference 1.23 grey levels, 95% of the
-values within 5, 99% within 11, the largest 168 (fine red or blue detail); PSNR 42.7 dB (median; lowest 24.6). Repeating each
-chroma value instead of filtering: mean 1.33, 41.4 dB, and it would save 14 of the 125 µs that a crop costs; so the filter it is.
-
-B samples (any number of leading axes), S side of a square, s = ⌈S/2⌉ side of its chroma planes, h and w sides of a crop.
-"""
+Against the RGB squares, 256 px, of 300 ImageNet photographs: mean difference 1.23 grey levels, 95% within 5, 99% within 11,
+the largest 168 (fine red or blue detail); PSNR 42.7 dB (median; lowest 24.6). B samples (any number of leading axes), S side
+of a square, s = ⌈S/2⌉ side of its chroma planes, h and w sides of a crop."""
 from typing import Any, TypeVar
 
 import numpy as np
@@ -101,10 +98,8 @@ def _window(chroma: Pixels, top: int, left: int, bottom: int, right: int) -> Pix
 
 
 def addends(around: Pixels) -> Pixels:
-    """What chroma adds to Y at full size: windows (…, 2, n + 2, m + 2) uint8 → (…, 3, 2n, 2m) int16.
-
-    A window has one value more on each side than its 2n × 2m pixels need.
-    """
+    """What chroma adds to Y at full size: windows (…, 2, n + 2, m + 2) uint8 (one value more on each side than the 2n × 2m
+    pixels need) → (…, 3, 2n, 2m) int16."""
     wide = _cast(around, "int32")
     wide -= 128
     blue, red = wide[..., 0, :, :], wide[..., 1, :, :]
@@ -166,7 +161,6 @@ def windows(chroma: Tensor, rows: Tensor, top: Tensor, left: Tensor, crop_px: in
 
 
 def _cast(pixels: Pixels, kind: str) -> Pixels:
-    """A copy of this type."""
     if isinstance(pixels, Tensor):
         return pixels.to(getattr(torch, kind), copy=True)
     return pixels.astype(kind)

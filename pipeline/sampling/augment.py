@@ -1,7 +1,5 @@
-"""Random augmentation (paper §4.1): random crop, horizontal flip (mirror) and PCA colour jitter (lighting) of an image.
-
-Each is a function of (seed, epoch, id) without state, so it does not depend on ranks, threads or prefetch depth. B samples.
-"""
+"""Random augmentation (paper §4.1): random crop, horizontal flip (mirror) and PCA colour jitter (lighting) of an image. Each
+is a function of (seed, epoch, id) without state, so it does not depend on ranks, threads or prefetch depth. B samples."""
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +34,6 @@ class Augmentation:
 def augment(seed: int, epochs: npt.NDArray[np.int64], ids: npt.NDArray[np.int64], rooms: npt.NDArray[np.int64], *,
             mirror: bool, lighting: float, lighting_epochs: int = 0) -> Augmentation:
     """Crop positions, flips and alphas of samples `ids` in `epochs`, both (B,); `shift` is left at zero, see `lighting_shift`.
-
     Offsets are uniform on 0…room, both ends included; `rooms` (B, 2): largest offset (rows, columns) at which the crop still
     lies in its region. `mirror`: False flips no image, True half of them. `lighting`: standard deviation of the alphas; zeros
     too in epochs from `lighting_epochs` on (0: in none)."""
@@ -54,9 +51,7 @@ def augment(seed: int, epochs: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]
 def lighting_shift(alphas: npt.NDArray[np.float64], eigenvalues: npt.NDArray[np.float64],
                    eigenvectors: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
     """What PCA colour jitter adds to every pixel: Σ_i v_i·α_i·√λ_i, (B, 3) float32 grey levels. `alphas` (B, 3); `eigenvalues`
-    (3,) of the RGB covariance of the training set, grey levels squared; column i of `eigenvectors` (3, 3) belongs to eigenvalue
-    i, rows are R, G, B.
-
-    The paper writes λ_i; its authors' code multiplies by the standard deviation √λ_i, and with pixels of 0–255 only that
-    leaves an image (the authors' 2012 release differs from paper §4.1 here)."""
+    (3,) of the RGB covariance of the training set, grey levels squared; column i of `eigenvectors` (3, 3) belongs to
+    eigenvalue i, rows are R, G, B. The paper writes λ_i; its authors' code multiplies by the standard deviation √λ_i, and with
+    pixels of 0–255 only that leaves an image (the authors' 2012 release differs from paper §4.1 here)."""
     return ((alphas * np.sqrt(eigenvalues)) @ eigenvectors.T).astype(np.float32)

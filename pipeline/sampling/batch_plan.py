@@ -1,7 +1,5 @@
-"""`BatchPlan`: a batch before its pixels exist: samples, crop regions, augmentation and, once read, encoded bytes.
-
-B samples of a batch, S short side of a resized image and side of its central square.
-"""
+"""`BatchPlan`: a batch before its pixels exist: samples, crop regions, augmentation and, once read, encoded bytes. B samples
+of a batch, S short side of a resized image and side of its central square."""
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -18,7 +16,6 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """A batch before its pixels."""
     step: int
     ids: Ids  # (B,)
     epochs: Ids  # (B,)

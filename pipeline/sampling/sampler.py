@@ -2,8 +2,7 @@
 
 The stream is the concatenation of the epochs' permutations, cut into global batches of equal size. Every sample comes exactly
 once an epoch, nothing is dropped or padded, and a batch may hold the end of one epoch and the start of the next. Hence epochs
-differ by at most one batch in length. B global batch, N samples.
-"""
+differ by at most one batch in length. B global batch, N samples."""
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -59,10 +58,8 @@ class Sampler:
         return {}
 
     def order(self, epoch: int) -> Ids:
-        """(N,) int64 permutation of the ids of `epoch`: the ids sorted by 64 random bits each.
-
-        1.28 million ids take about 0.2 s, so the order is kept for the epochs in flight.
-        """
+        """(N,) int64 permutation of the ids of `epoch`: the ids sorted by 64 random bits each. 1.28 million ids take about 0.2
+        s, so the order is kept for the epochs in flight."""
         order = self._orders.get(epoch)
         if order is None:
             order = self.ids[np.argsort(bits(self.seed, Purpose.ORDER, epoch, self.ids), kind="stable")]

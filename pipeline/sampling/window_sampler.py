@@ -4,8 +4,7 @@ For storage that only streams: object stores, spinning disks. The order is still
 epoch's shards are permuted, their samples follow one another as they lie in the files, and this sequence is cut into L *lanes*,
 one for each L-th of the rows of a batch. Each lane is cut into windows, and each window is shuffled. So a rank reads only the
 lanes of its own rows, and the stream is the same for any number of ranks.
-B global batch, N samples, V windows of an epoch, n samples of a lane in an epoch.
-"""
+B global batch, N samples, V windows of an epoch, n samples of a lane in an epoch."""
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,11 +38,10 @@ class Passage:
 
 
 class WindowSampler(Sampler):
-    """The order of tier streamed: each sample exactly once an epoch, the same for any number of ranks. Raises ValueError as
-    `Sampler`, and for window or lanes below 1.
-
-    `window`: samples within which an epoch's order is shuffled, over all lanes; in memory twice. `lanes`: sequences of
-    reading; a set of less than `lanes` windows gets fewer. A rank of n reads an n-th of the bytes when n divides it."""
+    """The order of tier streamed: each sample exactly once an epoch, the same for any number of ranks. `window`: samples
+    within which an epoch's order is shuffled, over all lanes; in memory twice. `lanes`: sequences of reading; a set of less
+    than `lanes` windows gets fewer. A rank of n reads an n-th of the bytes when n divides it. Raises ValueError as `Sampler`,
+    and for either below 1."""
 
     def __init__(self, index: SampleIndex, ids: Ids, batch: int, seed: int, shard: tuple[int, int] = (0, 1), *,
                  window: int = WINDOW, lanes: int = LANES) -> None:
