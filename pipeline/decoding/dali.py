@@ -117,7 +117,7 @@ class RegionPipeline:
         output, plan = self._run()
         if self._resizer is not None:
             return planar_crops([torch.from_dlpack(image) for image in output], plan.regions, self._settings.side_px)
-        return list(planar(torch.from_dlpack(output.as_tensor())))
+        return list(torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2))
 
     def _run(self) -> tuple[Any, BatchPlan]:
         device_id = self._settings.device_id
@@ -141,11 +141,6 @@ class RegionPipeline:
             self._resizer.close()
         # What DALI still reads lives as long as its pipe, whose callback holds this object. A failure's traceback would too.
         self._pipe = self._failure = None
-
-
-def planar(pixels: torch.Tensor) -> torch.Tensor:
-    """(B, S, S, 3) → (B, 3, S, S), a view; shapes (B, 3) stay as they are."""
-    return pixels.permute(0, 3, 1, 2) if pixels.dim() == 4 else pixels
 
 
 class WholeImages:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pipeline.decoding.dali import DecodeError, RegionPipeline, DecodeSettings, planar
+from pipeline.decoding.dali import DecodeError, RegionPipeline, DecodeSettings
 from pipeline.monitor import Monitor, decoder_threads, threads
 from pipeline.sampling.batch_plan import BatchPlan
 
@@ -49,13 +49,13 @@ class Decoder(Iterator[tuple[BatchPlan, Pixels]]):
                 plan, pixels = self._one_by_one(self._waiting.popleft(), error)
                 if not len(plan.ids):
                     continue
-                pixels = list(planar(pixels)) if self._rows else pixels
+                pixels = list(pixels.permute(0, 3, 1, 2)) if self._rows else pixels
             else:
                 plan = self._waiting.popleft()
                 if self._before is not None:
                     self._monitor.decoders |= decoder_threads(self._before)
                     self._before = None
-            return plan, planar(pixels) if not (self._rows or self._whole) else pixels
+            return plan, pixels if self._rows or self._whole else pixels.permute(0, 3, 1, 2)
 
     def _one_by_one(self, plan: BatchPlan, error: DecodeError) -> tuple[BatchPlan, Any]:
         """Decode sample by sample: DALI does not say which one failed, and has lost the whole batch."""

@@ -3,6 +3,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,9 +16,9 @@ from pipeline.decoding.decoder import Decoder, Pixels
 from pipeline.decoding.normalize import Normalizer
 from pipeline.loading.batch import Batch, LoaderContext
 from pipeline.loading.prefetch import ahead_in_threads, one_ahead
-from pipeline.reading.quarantine import Policy
-from pipeline.reading.source import BatchReader, Source
-from pipeline.sampling.batch_plan import BatchPlan
+from pipeline.reading.quarantine import Policy, SampleError
+from pipeline.reading.source import Source
+from pipeline.sampling.batch_plan import BatchPlan, Bytes
 
 
 class Chain(ABC):
@@ -63,9 +64,8 @@ class DecodingChain(Chain):
                  settings: DecodeSettings, mean_image: npt.NDArray[np.float32] | None = None, *, raw: bool = False,
                  convert: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
         self.context, self.plan, self.source, self.settings, self.queue = context, plan, source, settings, context.queue
-        self.reader = BatchReader(context.index, source, policy)
         self.normalizer = partial(context.normalizer, settings.side_px, mean_image)
-        self._raw, self._convert = raw, convert
+        self._policy, self._raw, self._convert = policy, raw, convert
 
     def read(self, steps: Iterable[int]) -> Generator[BatchPlan, None, None]:
         """The stage "read": plans with their bytes, made in `machine.read_threads` threads."""
@@ -80,13 +80,37 @@ class DecodingChain(Chain):
 
     def _read(self, step: int) -> BatchPlan:
         with self.context.monitor.span("read", step):
-            return self.reader.read(self.plan(step))
+            plan = self.plan(step)
+            pools, encoded = list(self.source.pools(plan.ids, plan.epochs)), list[Bytes]()
+            while (row := len(encoded)) < len(plan.ids):
+                try:
+                    encoded.append(pools[row].read(int(plan.ids[row])))
+                except SampleError as error:
+                    plan = self._policy(plan, row, error, pools[row])
+                    if len(plan.ids) < len(pools):  # the row was left out
+                        del pools[row]
+            return replace(plan, encoded=encoded)
+
+    def recover(self, plan: BatchPlan, row: int, reason: str) -> BatchPlan:
+        """A plan that was read, without the sample of `row`, which cannot be decoded."""
+        encoded = plan.encoded[:row] + plan.encoded[row + 1:]
+        (pool,) = self.source.pools(plan.origins[row:row + 1], plan.epochs[row:row + 1])
+        error = SampleError(self.context.index, int(plan.ids[row]), reason)
+        while True:
+            plan = self._policy(plan, row, error, pool)
+            if len(plan.ids) == len(encoded):
+                return replace(plan, encoded=encoded)
+            try:
+                encoded.insert(row, pool.read(int(plan.ids[row])))
+                return replace(plan, encoded=encoded)
+            except SampleError as other:
+                error = other
 
     def decode(self, steps: Iterable[int]) -> Generator[tuple[BatchPlan, Pixels], None, None]:
         """The stages up to "decode": plans and pixels, as `Decoder` gives them."""
         whole = self._raw or self._convert is not None
         with closing(self.read(steps)) as plans, \
-                closing(Decoder(plans, self.settings, self.reader.recover, self.context.monitor, whole=whole)) as decoder:
+                closing(Decoder(plans, self.settings, self.recover, self.context.monitor, whole=whole)) as decoder:
             for item in decoder:
                 self.source.release(item[0].step)
                 yield item

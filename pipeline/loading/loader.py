@@ -1,7 +1,6 @@
 """`Loader`: what the loaders for training and for evaluation share, batches made ahead of need by a `Chain`."""
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -68,5 +67,5 @@ class Loader(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()

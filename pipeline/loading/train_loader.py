@@ -6,9 +6,8 @@ from typing import Any, Self
 from pipeline.loading.batch import Batch, LoaderContext
 from pipeline.loading.chain import Chain
 from pipeline.loading.loader import Loader
-from pipeline.sampling.augment import Augmentation
 from pipeline.sampling.batch_plan import CropPlanner
-from pipeline.sampling.sampler import Ids, Sampler
+from pipeline.sampling.sampler import Sampler
 
 
 class TrainLoader(Loader, Iterator[Batch]):
@@ -21,22 +20,14 @@ class TrainLoader(Loader, Iterator[Batch]):
         unlabelled = int((context.index.samples["label"][context.ids] < 0).sum())
         if unlabelled:
             raise ValueError(f"split (={self.split}) of {self.index.path} needs labels to train on; {unlabelled} have none")
-        self.sampler, self._planner = sampler, planner
-        self._step = 0
+        self.sampler, self.planner = sampler, planner
+        self.step = 0  # global batches consumed since the start of training
         self._end = sampler.steps(0).stop
-
-    @property
-    def step(self) -> int:
-        """Global batches consumed since the start of training."""
-        return self._step
 
     @property
     def epoch(self) -> int:
         """Epoch of the next batch, from 0."""
-        return self.sampler.epoch(self._step)
-
-    def augmentation(self, ids: Ids, epochs: Ids) -> Augmentation:
-        return self._planner.augmentation(ids, epochs)
+        return self.sampler.epoch(self.step)
 
     def __len__(self) -> int:
         """Batches of the current epoch, consumed ones included; epochs may differ by one."""
@@ -47,21 +38,21 @@ class TrainLoader(Loader, Iterator[Batch]):
         return self
 
     def __next__(self) -> Batch:
-        if self._step >= self._end:
+        if self.step >= self._end:
             raise StopIteration
-        prefetcher = self._prefetcher or self._start(range(self._step, sys.maxsize))
+        prefetcher = self._prefetcher or self._start(range(self.step, sys.maxsize))
         try:
-            batch = self._next(prefetcher, self._step)
+            batch = self._next(prefetcher, self.step)
         except BaseException:
             self.close()  # what was prefetched is lost; the next call starts again at the batch that failed
             raise
-        self._step += 1
+        self.step += 1
         return batch
 
     def state_dict(self) -> dict[str, int | str]:
         """Cursor of the batches *consumed*, however many were prefetched, and what it is valid for."""
         sampler = self.sampler
-        return {"step": self._step, "seed": sampler.seed, "batch": sampler.batch, "samples": len(sampler.ids),
+        return {"step": self.step, "seed": sampler.seed, "batch": sampler.batch, "samples": len(sampler.ids),
                 "images": self.index.split_sha256(self.split), "split": self.split, **sampler.settings}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -72,5 +63,5 @@ class TrainLoader(Loader, Iterator[Batch]):
                 raise ValueError(f"loader state {key} (={state.get(key)}) must equal this loader's (={own}); resume with the "
                                  "recipe and the index the run was started with")
         self.close()
-        self._step = int(state["step"])
+        self.step = int(state["step"])
         self._end = self.sampler.steps(self.epoch).stop

@@ -20,7 +20,7 @@ from pipeline.decoding.dali import ShardReader
 from pipeline.index.sample_index import SampleIndex
 from pipeline.index.tar import BLOCK
 from pipeline.reading.quarantine import Pool, SampleError
-from pipeline.reading.source import check
+from pipeline.reading.source import Source, check
 from pipeline.sampling.batch_plan import Bytes
 from pipeline.sampling.sampler import Ids
 from pipeline.sampling.window_sampler import Passage, WindowSampler
@@ -62,7 +62,7 @@ class Window:
 
     def __init__(self, index: SampleIndex, ids: Ids, last_step: int, content: Bytes, at: Ids, crc: bool,
                  path_of: Callable[[int], str]) -> None:
-        self.ids, self.last_step, self.nbytes = ids, last_step, content.nbytes
+        self.ids, self.last_step = ids, last_step
         self._index, self._content, self._crc, self._path_of = index, content, crc, path_of
         self._places = dict(zip(ids.tolist(), zip(at.tolist(), index.samples[ids]["size"].tolist()), strict=True))
 
@@ -199,18 +199,13 @@ class Lane:
                     raise
             return self._held[key]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the windows held, without those DALI reads ahead."""
-        return sum(window.nbytes for window in self._held.values())
-
     def close(self) -> None:
         with self._lock:
             self._reader.close()
             self._held = {}
 
 
-class ShardSource:
+class ShardSource(Source):
     """Packed shards (tools/pack_shards.py: random already, so that windows are) as a `Source`: the lanes of a rank, in the
     sampler's order. `store`: ``s3://bucket/prefix`` under which the shards lie by base name; empty: where the index finds
     them. Raises ValueError when it is no s3 address."""

@@ -1,4 +1,4 @@
-"""Where encoded bytes come from: `Source`, the archives as a source, and `BatchReader`, which reads the plans of batches.
+"""Where encoded bytes come from: `Source`, and `ArchiveSource`, the archives as they were downloaded.
 
 Archives are memory-mapped, so a view costs nothing until its bytes are used, and ranks on one node share one copy of the page
 cache."""
@@ -6,26 +6,27 @@ import mmap
 import os
 import threading
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
 
 from pipeline.index.image_header import HEAD_BYTES, NeedMore, probe
 from pipeline.index.sample_index import SampleIndex
-from pipeline.reading.quarantine import Policy, Pool, SampleError
-from pipeline.sampling.batch_plan import BatchPlan, Bytes
+from pipeline.reading.quarantine import Pool, SampleError
+from pipeline.sampling.batch_plan import Bytes
 from pipeline.sampling.sampler import Ids
 
 
-class Source(Protocol):
+class Source(ABC):
     """Gives the bytes of samples. Threads may ask at the same time."""
 
     def open(self, step: int) -> AbstractContextManager[object]:
         """Begin to read ahead from batch `step` on, until the context is left."""
+        return nullcontext()
 
+    @abstractmethod
     def pools(self, ids: Ids, epochs: Ids) -> Sequence[Pool]:
         """For each of B samples what reads it; waits until it can, and tells the storage that all will be read."""
 
@@ -50,7 +51,7 @@ def check(index: SampleIndex, id: int, view: Bytes, crc: bool) -> None:
         raise SampleError(index, id, "has another header than the index")
 
 
-class ArchiveSource:
+class ArchiveSource(Source):
     """Reads samples of tars and folders in any order: a `Source`, and its one `Pool`, of samples `ids` that may stand in for
     one another (by default none). `check_crc`: compare the bytes with the CRC-32 of the index, where it has one."""
 
@@ -61,15 +62,9 @@ class ArchiveSource:
         self._maps: dict[int, tuple[mmap.mmap, Bytes]] = {}
         self._lock = threading.Lock()
 
-    def open(self, step: int) -> AbstractContextManager[object]:
-        return nullcontext()
-
     def pools(self, ids: Ids, epochs: Ids) -> Sequence[Pool]:
         self.announce(ids)
         return [self] * len(ids)
-
-    def release(self, step: int) -> None:
-        ...
 
     def announce(self, ids: Ids) -> None:
         """Ask the kernel for the bytes of many samples at once, so that cold storage works on all of them in parallel."""
@@ -124,37 +119,3 @@ class ArchiveSource:
                                        "folder that holds it as the archives folder") from error
                 self._maps[position] = mapped, np.frombuffer(mapped, np.uint8)
             return self._maps[position]
-
-
-class BatchReader:
-    """Reads the encoded bytes of batches; a sample that cannot be read, or later not be decoded, is taken out by the policy."""
-
-    def __init__(self, index: SampleIndex, source: Source, policy: Policy) -> None:
-        self._index, self._source, self._policy = index, source, policy
-
-    def read(self, plan: BatchPlan) -> BatchPlan:
-        """The plan with its bytes. Raises what source and policy raise."""
-        pools, encoded = list(self._source.pools(plan.ids, plan.epochs)), list[Bytes]()
-        while (row := len(encoded)) < len(plan.ids):
-            try:
-                encoded.append(pools[row].read(int(plan.ids[row])))
-            except SampleError as error:
-                plan = self._policy(plan, row, error, pools[row])
-                if len(plan.ids) < len(pools):  # the row was left out
-                    del pools[row]
-        return replace(plan, encoded=encoded)
-
-    def recover(self, plan: BatchPlan, row: int, reason: str) -> BatchPlan:
-        """A plan that was read, without the sample of `row`, which cannot be decoded."""
-        encoded = plan.encoded[:row] + plan.encoded[row + 1:]
-        (pool,) = self._source.pools(plan.origins[row:row + 1], plan.epochs[row:row + 1])
-        error = SampleError(self._index, int(plan.ids[row]), reason)
-        while True:
-            plan = self._policy(plan, row, error, pool)
-            if len(plan.ids) == len(encoded):
-                return replace(plan, encoded=encoded)
-            try:
-                encoded.insert(row, pool.read(int(plan.ids[row])))
-                return replace(plan, encoded=encoded)
-            except SampleError as other:
-                error = other

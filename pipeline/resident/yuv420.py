@@ -82,18 +82,23 @@ def decode(rows: Pixels, square_px: int) -> Pixels:
 def crop(rows: Pixels, square_px: int, top: int, left: int, crop_px: int) -> Pixels:
     """Rows (…, row_bytes) uint8 → RGB (…, 3, crop, crop) uint8: bit for bit `decode(rows)[…, top:top+crop, left:left+crop]`."""
     y, chroma = planes(rows, square_px)
-    around = _window(chroma, top // 2 - 1, left // 2 - 1, (top + crop_px - 1) // 2 + 2, (left + crop_px - 1) // 2 + 2)
     down, right = top % 2, left % 2
-    added = addends(around)[..., down:down + crop_px, right:right + crop_px]
+    added = addends(window(chroma, top, left, crop_px))[..., down:down + crop_px, right:right + crop_px]
     return merge(y[..., top:top + crop_px, left:left + crop_px], added)
 
 
-def _window(chroma: Pixels, top: int, left: int, bottom: int, right: int) -> Pixels:
-    """[top, bottom) × [left, right) of (…, s, s), the outermost values repeated beyond the edge."""
-    s = chroma.shape[-1]
-    if min(top, left) >= 0 and max(bottom, right) <= s:
-        return chroma[..., top:bottom, left:right]
-    down, across = (np.arange(*ends).clip(0, s - 1) for ends in ((top, bottom), (left, right)))
+def window_px(crop_px: int) -> int:
+    """Side of the chroma window that any crop of this side needs, its border included."""
+    return crop_px // 2 + 3
+
+
+def window(chroma: Pixels, top: int, left: int, crop_px: int) -> Pixels:
+    """The chroma window (…, 2, w, w) of the crop at (top, left), of (…, 2, s, s); w as `window_px` says, whatever the place. The
+    outermost values are repeated beyond the edge."""
+    s, size, first, second = chroma.shape[-1], window_px(crop_px), top // 2 - 1, left // 2 - 1
+    if min(first, second) >= 0 and max(first, second) + size <= s:
+        return chroma[..., first:first + size, second:second + size]
+    down, across = (np.arange(low, low + size).clip(0, s - 1) for low in (first, second))
     return chroma[..., down, :][..., across]
 
 
@@ -139,17 +144,6 @@ def _interleaved(even: Pixels, odd: Pixels) -> Pixels:
 def merge(y: Pixels, added: Pixels) -> Pixels:
     """Y (…, h, w) uint8 and what chroma adds (…, 3, h, w) int16 → RGB (…, 3, h, w) uint8, clamped to 0…255."""
     return _cast((_cast(y, "int16")[..., None, :, :] + added).clip(0, 255), "uint8")
-
-
-def window_px(crop_px: int) -> int:
-    """Side of the chroma window that any crop of this side needs, its border included."""
-    return crop_px // 2 + 3
-
-
-def window(chroma: Pixels, top: int, left: int, crop_px: int) -> Pixels:
-    """The chroma window (…, 2, w, w) of the crop at (top, left), of (…, 2, s, s); w as `window_px` says, whatever the place."""
-    size, first, second = window_px(crop_px), top // 2 - 1, left // 2 - 1
-    return _window(chroma, first, second, first + size, second + size)
 
 
 def windows(chroma: Tensor, rows: Tensor, top: Tensor, left: Tensor, crop_px: int) -> Tensor:

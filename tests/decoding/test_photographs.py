@@ -31,7 +31,7 @@ def test_training_crops(photographs: SampleIndex, stats: Stats) -> None:
     batch = min(50, len(photographs.ids("train")))
     with train_loader("archives", photographs, "train", PAPER, batch, 7, stats) as train:
         for found in train:
-            drawn = train.augmentation(found.ids, found.epochs)
+            drawn = train.planner.augmentation(found.ids, found.epochs)
             shift = lighting_shift(drawn.alphas, stats.eigenvalues, stats.eigenvectors)
             for row, id in enumerate(found.ids):
                 expected = training_crop(photographs.read(int(id)), region="square", square_px=256, crop_px=227,

@@ -25,7 +25,7 @@ def test_a_sheet_shows_the_crops_that_were_drawn(tiny_set: TinySet, mean: str) -
     stats = Stats.for_index(index, 76)
     with train_loader("archives", index, "train", data, 8, 5, stats) as loader:
         batch = next(iter(loader))
-        drawn = loader.augmentation(batch.ids, batch.epochs)
+        drawn = loader.planner.augmentation(batch.ids, batch.epochs)
     crops = restore(batch, drawn, data, stats)
     with eval_loader("archives", index, "train", data, 8, None, ids=batch.ids) as resized:
         pixels = np.concatenate([part.images.numpy() for part in resized])

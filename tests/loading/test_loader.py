@@ -46,7 +46,7 @@ def test_training_crops_equal_the_oracle(photos: SampleIndex, stats: dict[int, S
         batches = list(train)
         mirrored = set()
         for batch in batches:
-            drawn = train.augmentation(batch.ids, batch.epochs)
+            drawn = train.planner.augmentation(batch.ids, batch.epochs)
             shift = lighting_shift(drawn.alphas, s.eigenvalues, s.eigenvectors)
             low = (256 - 227) // 2
             subtract = {"image": s.mean_image, "channel": s.channel_mean,
@@ -59,7 +59,7 @@ def test_training_crops_equal_the_oracle(photos: SampleIndex, stats: dict[int, S
                 assert difference.mean() < MEAN_TOLERANCE and difference.max() <= LARGEST_TOLERANCE, photos.name(int(id))
                 mirrored.add(bool(drawn.mirror[row]))
         assert mirrored == {False, True}
-        assert np.abs(np.concatenate([train.augmentation(b.ids, b.epochs).alphas for b in batches])).max() > 0.05
+        assert np.abs(np.concatenate([train.planner.augmentation(b.ids, b.epochs).alphas for b in batches])).max() > 0.05
 
 
 @pytest.mark.parametrize("mean", ["image", "channel"])

@@ -68,7 +68,7 @@ def test_windows_hold_the_files_bytes_epoch_after_epoch(index: SampleIndex) -> N
             window = reading.window((epoch, number), 10 * epoch + number)
             assert reading.window((epoch, number), 0) is window
             held.append((window, epoch))
-            assert len(reading._held) == 1 and reading.nbytes == window.nbytes > 0
+            assert len(reading._held) == 1
     reading.close()
     for window, _ in held:  # views outlive the reader
         for id in window.ids.tolist():

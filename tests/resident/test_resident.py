@@ -62,7 +62,7 @@ def test_crops_are_those_of_the_decoded_square(photos: SampleIndex, stats: Stats
         subtracted = None if mean == "channel" else stats.mean_image_chw
         normalizer = Normalizer(67, subtracted, centered=mean == "image_center", threads=1)
         for batch in take(train, 14):  # while filling and after it
-            chosen = train.augmentation(batch.ids, batch.epochs)
+            chosen = train.planner.augmentation(batch.ids, batch.epochs)
             crops = [squares[int(id)][:, top:top + 67, left:left + 67]
                      for id, top, left in zip(batch.ids, chosen.top, chosen.left, strict=True)]
             assert torch.equal(batch.images, normalizer.begin(crops, chosen)()), batch.step
@@ -210,7 +210,7 @@ def test_what_goes_to_a_device_becomes_the_same_crops(photos: SampleIndex, stats
         found = train.chain.store  # type: ignore[attr-defined]
         assert isinstance(found, RamStore) and found.layout == Layout(kind, 76, 67)
         ids = photos.ids("train")[5:30]
-        drawn = train.augmentation(ids, np.zeros_like(ids))
+        drawn = train.planner.augmentation(ids, np.zeros_like(ids))
         crops = found.uploaded(ids, drawn.top, drawn.left)
         assert all(torch.equal(*pair) for pair in zip(crops, found.crops([(ids, drawn.top, drawn.left)]), strict=True))
         for crop, place, top, left in zip(crops, ids, drawn.top, drawn.left, strict=True):

@@ -43,7 +43,7 @@ def ours(tier: str, task: Task) -> Running:
             yield from loader
 
     def describe(batch: Batch) -> Augmented:
-        drawn = loader.augmentation(batch.ids, batch.epochs)
+        drawn = loader.planner.augmentation(batch.ids, batch.epochs)
         shift = lighting_shift(drawn.alphas, stats.eigenvalues, stats.eigenvectors)
         parameters = np.column_stack([drawn.top, drawn.left, drawn.mirror, shift]).astype(np.float32)
         return Augmented(batch.images, batch.ids, parameters)

@@ -103,7 +103,7 @@ def ready(loader: TrainLoader) -> list[tuple[BatchPlan, Pixels]]:
     chain, steps = cast(DecodingChain, loader.chain), range(_steps(loader))
     with closing(chain.read(steps)) as plans:
         copies = (replace(plan, encoded=[view.copy() for view in plan.encoded]) for plan in plans)
-        with closing(Decoder(copies, chain.settings, chain.reader.recover, Monitor())) as decoder:
+        with closing(Decoder(copies, chain.settings, chain.recover, Monitor())) as decoder:
             return list(decoder)
 
 

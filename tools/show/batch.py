@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
                           resident=data.resident, window=data.window, lanes=data.lanes, machine=machine) as loader:
             loader.load_state_dict({**loader.state_dict(), "step": args.step})
             batch = next(iter(loader))
-            augmentation = loader.augmentation(batch.ids, batch.epochs)
+            augmentation = loader.planner.augmentation(batch.ids, batch.epochs)
     first = args.step * args.count
     title = f"{index.path}, tier {data.tier}, training crops {first} to {first + args.count - 1}, {loader.data}"
     texts = captions(index, batch, augmentation, stats)
