@@ -75,10 +75,9 @@ class LazyRows(Sequence[torch.Tensor]):
         return self._make(row)
 
 
-def crops(decoded: Sequence[torch.Tensor], regions: Regions, side_px: int) -> LazyRows:
-    """The crops of a batch, (S, S·3) uint8 each, the channels of a pixel side by side; overwritten when the same thread asks
-    for another crop, of whatever batch. `decoded`: B tensors (h, w, 3) uint8, each from its image's corner to the end of the
-    region (or the image's end)."""
+def planar_crops(decoded: Sequence[torch.Tensor], regions: Regions, side_px: int) -> LazyRows:
+    """The crops of a batch, (3, S, S) uint8 views of (S, S, 3), each overwritten when the same thread asks for another crop, of
+    whatever batch. `decoded`: B tensors (h, w, 3) uint8, from the corner to the end of the region (or the image's end)."""
     offsets, scales, size = regions.offset.tolist(), regions.scale.tolist(), (side_px, side_px)
 
     def make(row: int) -> torch.Tensor:
@@ -86,15 +85,9 @@ def crops(decoded: Sequence[torch.Tensor], regions: Regions, side_px: int) -> La
         if memory is None or len(memory) < bytes_:
             # Kept, since a fresh one each time costs a third more, in page faults.
             _own.memory = memory = torch.empty(bytes_, dtype=torch.uint8)
-        return resize(decoded[row], offsets[row], size, scales[row], memory)
+        return resize(decoded[row], offsets[row], size, scales[row], memory).unflatten(1, (side_px, 3)).permute(2, 0, 1)
 
     return LazyRows(len(decoded), make)
-
-
-def planar_crops(decoded: Sequence[torch.Tensor], regions: Regions, side_px: int) -> LazyRows:
-    """`crops` as (3, S, S) uint8 views."""
-    flat = crops(decoded, regions, side_px)
-    return LazyRows(len(decoded), lambda row: flat[row].unflatten(1, (side_px, 3)).permute(2, 0, 1))
 
 
 class Buffers:
@@ -130,14 +123,14 @@ class Resizer:
         self._pool = ThreadPoolExecutor(threads, "resize")
 
     def __call__(self, decoded: Sequence[torch.Tensor], regions: Regions) -> torch.Tensor:
-        """(B, S, S, 3) uint8 crops; arguments as of `crops`."""
+        """(B, S, S, 3) uint8 crops; arguments as of `planar_crops`."""
         out = self._buffers.take(len(decoded), self._side, self._side, 3)
         flat = out.view(len(out), self._side, self._side * 3).numpy()  # without the axis of channels NumPy copies whole rows
-        rows = crops(decoded, regions, self._side)
+        rows = planar_crops(decoded, regions, self._side)
 
         def some(low: int, high: int) -> None:
             for row in range(low, high):
-                np.copyto(flat[row], rows[row].numpy())
+                np.copyto(flat[row], rows[row].permute(1, 2, 0).flatten(1).numpy())
 
         edges = np.linspace(0, len(decoded), self._threads + 1).astype(int)
         list(self._pool.map(some, edges[:-1], edges[1:]))

@@ -38,13 +38,8 @@ class Chain(ABC):
         assert stage == self.stages[-1]
         return self.batches(steps)
 
-    @property
-    def filled(self) -> tuple[int, int]:
-        """(samples that are kept in memory, samples there is room for)."""
-        return 0, 0
-
-    def fill(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Load into memory now what else the first epoch would. `progress`: called with (samples done, samples to do)."""
+    def fill(self) -> None:
+        """Load into memory now what else the first epoch would."""
 
     def close(self) -> None:
         """Finish what is under way outside of `batches`."""

@@ -35,10 +35,6 @@ class Loader(ABC):
         self.fill = chain.fill
         self._prefetcher: Prefetcher[Batch] | None = None
 
-    @property
-    def filled(self) -> tuple[int, int]:
-        return self.chain.filled
-
     def pairs(self) -> Pairs:
         return Pairs(self)
 

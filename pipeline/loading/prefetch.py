@@ -5,6 +5,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 from pipeline.monitor import Monitor
@@ -116,8 +117,6 @@ class Prefetcher(Generic[T]):
         self._produce.close()
 
     def _drain(self) -> None:
-        try:
+        with suppress(queue.Empty):
             while True:
                 self._ready.get_nowait()
-        except queue.Empty:
-            return

@@ -57,16 +57,8 @@ class ResidentChain(Chain):
         """The rows that batch `step` needs, before any stand-in."""
 
     @abstractmethod
-    def chunks(self) -> list[Rows]:
-        """All rows this process fills beforehand."""
-
-    @abstractmethod
     def request(self, step: int) -> Request:
         """What batch `step` takes; afterwards it is in the store."""
-
-    @property
-    def filled(self) -> tuple[int, int]:
-        return int(np.count_nonzero(self.store.have)), len(self.store.have)
 
     def batches(self, steps: range) -> Generator[Batch, None, None]:
         with closing(self.normalizer()) as normalizer, closing(self.filler):
@@ -80,18 +72,6 @@ class ResidentChain(Chain):
         if not len(ids):
             return None
         return partial(self.context.normalized, step, ids, epochs, normalizer.begin(self.store.crops(crops), augmentation))
-
-    def fill(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Fill the store now, instead of in the first epoch: all of it, or this process's part of a `RamStore`."""
-        chunks, done = self.chunks(), 0
-        with closing(self.filler):
-            self.filler.expect(iter(chunks))
-            for rows in chunks:
-                self.filler.fill(rows)
-                done += len(rows)
-                if progress is not None:
-                    progress(done, sum(map(len, chunks)))
-        self.context.monitor.enter("idle")
 
     def close(self) -> None:
         self.store.close()
@@ -107,10 +87,8 @@ class TrainChain(ResidentChain):
                                                 skip.skipped, complete=True), mean_image)
         self._pool, self._planner, self._stand_ins = ArchiveSource(context.index, context.ids), planner, stand_ins
         self._skipped = skip.skipped
-        rank, ranks = store.share(sampler.shard)
-        self._share = np.arange(rank, len(sampler.ids), ranks)
         # Of each global batch the R rows of every process that shares the store; this one's are at `_own` among them.
-        batch = sampler.batch
+        batch, self._shard = sampler.batch, sampler.shard
         self._global = Sampler(sampler.ids, batch, sampler.seed)
         taken = [np.arange(k * batch // n, (k + 1) * batch // n) for k, n in store.shards(sampler.shard)]
         self._taken, ends = np.concatenate(taken), list(itertools.accumulate(map(len, taken)))
@@ -125,8 +103,16 @@ class TrainChain(ResidentChain):
     def rows(self, step: int) -> Rows:
         return self.filler.rows(self._take(step)[0])
 
-    def chunks(self) -> list[Rows]:
-        return [self._share[low:low + self.filler.chunk] for low in range(0, len(self._share), self.filler.chunk)]
+    def fill(self) -> None:
+        """Fill the store now, instead of in the first epoch. Processes that share a `RamStore` begin at different rows."""
+        rank, ranks = (0, 1) if self.store.exchanges else self._shard
+        rows = np.roll(np.arange(len(self.store.have)), -rank * len(self.store.have) // ranks)
+        chunks = [rows[low:low + self.filler.chunk] for low in range(0, len(rows), self.filler.chunk)]
+        with closing(self.filler):
+            self.filler.expect(iter(chunks))
+            for chunk in chunks:
+                self.filler.fill(chunk)
+        self.context.monitor.enter("idle")
 
     def request(self, step: int) -> Request:
         origins, epochs = self._take(step)
@@ -157,9 +143,6 @@ class EvalChain(ResidentChain):
 
     def rows(self, step: int) -> Rows:
         return self.filler.rows(self._evaluation.samples(step))
-
-    def chunks(self) -> list[Rows]:
-        return [self.rows(step) for step in self._evaluation.steps]
 
     def request(self, step: int) -> Request:
         ids, rows = self._evaluation.samples(step), self.rows(step)

@@ -80,7 +80,7 @@ class Filler:
     def _chunk_numbers(self) -> Iterator[int]:
         """Numbers of the chunks to decode; what is in one lies in `_chunks` then. Pulled by the chain, ahead of need."""
         numbers, idle = itertools.count(), 0
-        for rows in self._order:
+        for rows in itertools.chain(self._order, [np.empty(0, np.int64)]):
             found = self._unplanned(np.unique(rows))
             idle = 0 if len(found) else idle + 1
             if self._complete and idle >= _PATIENCE:
@@ -88,14 +88,9 @@ class Filler:
                 if not len(found):
                     break
             self._send(found)
-            yield from self._hand_out(numbers)
-        yield from self._hand_out(numbers)
-
-    def _hand_out(self, numbers: Iterator[int]) -> Iterator[int]:
-        while self._urgent:
-            number = next(numbers)
-            self._chunks[number] = self._urgent.popleft()
-            yield number
+            while self._urgent:
+                self._chunks[number := next(numbers)] = self._urgent.popleft()
+                yield number
 
     def _unplanned(self, rows: Rows) -> Rows:
         rows = self._missing(rows)

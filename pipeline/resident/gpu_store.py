@@ -36,9 +36,6 @@ class GpuStore(Store):
     def owned(self, rows: Rows) -> npt.NDArray[np.bool_]:
         return rows % self._ranks == self.rank
 
-    def share(self, shard: tuple[int, int]) -> tuple[int, int]:
-        return 0, 1  # all ask for all rows, and fill their own
-
     def shards(self, shard: tuple[int, int]) -> list[tuple[int, int]]:
         if self._group is None:
             return [shard]

@@ -117,10 +117,6 @@ class Store(ABC):
         """Which of these rows this process may fill."""
         return np.ones(len(rows), bool)
 
-    def share(self, shard: tuple[int, int]) -> tuple[int, int]:
-        """(k, n): when it is filled beforehand, the process with this `shard` of the batches fills the k-th of n parts."""
-        return shard
-
     def shards(self, shard: tuple[int, int]) -> list[tuple[int, int]]:
         """The shards, by rank, of the processes that call `crops` together; this one's is `shard`. Called once."""
         return [shard]

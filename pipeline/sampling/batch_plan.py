@@ -43,13 +43,20 @@ class CropPlanner:
         self._index, self._data, self._seed, self._channel_mean = index, data, seed, channel_mean
         self._eigenvalues, self._eigenvectors = eigenvalues, eigenvectors
 
-    def augmentation(self, ids: Ids, epochs: Ids) -> Augmentation:
-        """The augmentation of samples `ids` in `epochs`, both (B,); the same on every rank and in every thread."""
-        return self._augmentation(ids, epochs, self._crops(ids)[3])
+    def augmentation(self, ids: Ids, epochs: Ids, rooms: geometry.Pairs | None = None) -> Augmentation:
+        """The augmentation of samples `ids` in `epochs`, both (B,); the same on every rank and in every thread. `rooms`: see
+        `augment`, where they are known already."""
+        rooms = self._crops(ids)[3] if rooms is None else rooms
+        chosen = augment(self._seed, epochs, ids, rooms, mirror=self._data.mirror, lighting=self._data.lighting,
+                         lighting_epochs=self._data.lighting_epochs)
+        shift = lighting_shift(chosen.alphas, self._eigenvalues, self._eigenvectors)
+        if self._data.mean == "channel":
+            shift -= self._channel_mean
+        return replace(chosen, shift=shift)
 
     def plan(self, step: int, ids: Ids, epochs: Ids, origins: Ids | None = None, attempts: Ids | None = None) -> BatchPlan:
         sizes, resized, first, rooms = self._crops(ids)
-        chosen = self._augmentation(ids, epochs, rooms)
+        chosen = self.augmentation(ids, epochs, rooms)
         regions = geometry.regions(sizes, resized, first + np.stack([chosen.top, chosen.left], axis=1), self._data.crop_px)
         return BatchPlan(step, ids, epochs, ids if origins is None else origins,
                          np.zeros_like(ids) if attempts is None else attempts, chosen, regions)
@@ -61,14 +68,6 @@ class CropPlanner:
         if data.region == "full":
             return sizes, resized, np.zeros_like(resized), resized - data.crop_px
         return sizes, resized, geometry.central(resized, data.square_px), np.full_like(resized, data.square_px - data.crop_px)
-
-    def _augmentation(self, ids: Ids, epochs: Ids, rooms: geometry.Pairs) -> Augmentation:
-        chosen = augment(self._seed, epochs, ids, rooms, mirror=self._data.mirror, lighting=self._data.lighting,
-                         lighting_epochs=self._data.lighting_epochs)
-        shift = lighting_shift(chosen.alphas, self._eigenvalues, self._eigenvectors)
-        if self._data.mean == "channel":
-            shift -= self._channel_mean
-        return replace(chosen, shift=shift)
 
 
 def plan_squares(index: SampleIndex, square_px: int, step: int, ids: Ids,

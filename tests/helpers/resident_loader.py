@@ -3,10 +3,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex
+from pipeline.loading.loader import Loader
 from pipeline.loading.train_loader import TrainLoader
 from pipeline.resident.ram_store import RamStore
 from pipeline.resident.store import Rows
@@ -21,6 +23,12 @@ def loader(index: SampleIndex, stats: Stats, folder: Path, resident: str = "rgb"
     machine = LoaderConfig(threads=2, resident_folder=str(folder), resident_memory=memory)
     return train_loader("resident", index, "train", data, batch, 7, stats, resident=resident, machine=machine,
                         **options)  # type: ignore[arg-type]
+
+
+def filled(loader: Loader) -> tuple[int, int]:
+    """Squares that its store has, and has room for."""
+    have = loader.chain.store.have  # type: ignore[attr-defined]
+    return int(np.count_nonzero(have)), len(have)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tests.helpers.digests import digest, take
-from tests.helpers.resident_loader import SMALL, loader
+from tests.helpers.resident_loader import SMALL, filled, loader
 from tests.helpers.small_set import photographs, write_set
 
 from pipeline.resident import yuv420 as yuv
@@ -67,7 +67,7 @@ def test_crops_are_those_of_the_decoded_square(photos: SampleIndex, stats: Stats
                      for id, top, left in zip(batch.ids, chosen.top, chosen.left, strict=True)]
             assert torch.equal(batch.images, normalizer.begin(crops, chosen)()), batch.step
             assert batch.labels.tolist() == (batch.ids % 5).tolist()
-        assert train.filled == (COUNT, COUNT)
+        assert filled(train) == (COUNT, COUNT)
 
 
 def test_pixels_are_tier_archives_but_for_single_grey_levels(photos: SampleIndex, stats: Stats, expected: list[Batch]) -> None:
@@ -97,42 +97,20 @@ def test_resume_at_any_step_with_or_without_what_was_filled(photos: SampleIndex,
                 train.load_state_dict(state)
                 assert digest(take(train, 1)) == digest(expected[done + 4:done + 5])
     with loader(photos, stats, kept) as train:
-        assert train.filled == (COUNT, COUNT)
+        assert filled(train) == (COUNT, COUNT)
 
 
 def test_after_the_fill_nothing_is_read(stats: Stats, expected: list[Batch], tmp_path: Path) -> None:
     index = write_set(tmp_path, photographs(COUNT))
     with loader(index, stats, tmp_path / "store") as train:
         train.fill()
-        assert train.filled == (COUNT, COUNT) and train.step == 0
+        assert filled(train) == (COUNT, COUNT) and train.step == 0
     (tmp_path / "images.tar").unlink()
     with loader(SampleIndex.load(tmp_path / "index"), stats, tmp_path / "store") as train:
         assert digest(take(train, 18)) == digest(expected)
         assert "decode" not in train.monitor.spans() and train.monitor.spans()["normalize"].count >= 18
         train.close()
         assert train.chain.store.sealed and train.note == ""  # type: ignore[attr-defined]
-
-
-def test_filling_says_how_far_it_is_and_can_be_interrupted(photos: SampleIndex, stats: Stats, expected: list[Batch],
-                                                           tmp_path: Path) -> None:
-    class Enough(Exception):
-        pass
-
-    def stop(done: int, total: int) -> None:
-        raise Enough
-
-    seen: list[tuple[int, int]] = []
-    with loader(photos, stats, tmp_path, batch=2, shard=(0, 2)) as train:
-        train.chain.filler.chunk = 7  # type: ignore[attr-defined]
-        with pytest.raises(Enough):
-            train.fill(stop)
-        assert 7 <= train.filled[0] < COUNT // 2
-        train.fill(lambda done, total: seen.append((done, total)))
-        assert seen == [(7, 24), (14, 24), (21, 24), (24, 24)] and train.filled == (24, COUNT)  # rank 0's part of 2
-        assert not train.chain.store.sealed  # type: ignore[attr-defined]
-    with loader(photos, stats, tmp_path) as train:
-        assert train.filled == (24, COUNT) and digest(take(train, 8)) == digest(expected[:8])
-        assert train.filled == (COUNT, COUNT)
 
 
 def joined(parts: list[Batch]) -> Batch:
@@ -146,7 +124,7 @@ def test_ranks_that_share_a_file_give_the_stream_of_one(photos: SampleIndex, sta
     ranks = [loader(photos, stats, tmp_path, shard=(rank, world)) for rank in range(world)]
     rows = [take(train, 9) if rank else take(train, 4) + take(train, 5) for rank, train in enumerate(ranks)]
     assert digest([joined(list(parts)) for parts in zip(*rows, strict=True)]) == digest(expected[:9])
-    assert all(train.filled == (COUNT, COUNT) for train in ranks)
+    assert all(filled(train) == (COUNT, COUNT) for train in ranks)
     for train in ranks:
         train.close()
 
@@ -169,7 +147,7 @@ def test_unreadable_samples_are_replaced_as_in_tier_archives(tmp_path: Path) -> 
     for part in range(2):  # the second process finds the others filled, and tries the three again
         with loader(index, s, tmp_path / "store", batch=5, quarantine=Quarantine(3, tmp_path / f"ours{part}.jsonl")) as train:
             ours = take(train, 12)
-            assert [batch.ids.tolist() for batch in ours] == theirs and train.filled == (17, 20)
+            assert [batch.ids.tolist() for batch in ours] == theirs and filled(train) == (17, 20)
             assert named(tmp_path / f"ours{part}.jsonl") == named(tmp_path / "theirs.jsonl")
             train.close()
             assert train.chain.store.sealed  # type: ignore[attr-defined]
@@ -232,13 +210,13 @@ def test_a_process_killed_while_filling_leaves_what_can_be_gone_on_with(photos: 
     process.wait()
     process.stdout.close()
     with loader(photos, stats, tmp_path) as train:
-        filled = train.filled[0]
-        assert 20 <= filled < COUNT
+        there = filled(train)[0]
+        assert 20 <= there < COUNT
         for place in np.flatnonzero(train.chain.store.have):  # a row that is marked is whole
             row = train.chain.store.pixels[place]  # type: ignore[attr-defined]
             assert torch.equal(torch.from_numpy(row), squares[int(place)].ravel())
         assert digest(take(train, 18)) == digest(expected)
-        assert train.filled == (COUNT, COUNT)
+        assert filled(train) == (COUNT, COUNT)
 
 
 def rank_process(rank: int, folder: Path, index: Path) -> None:
@@ -258,7 +236,7 @@ def rank_process(rank: int, folder: Path, index: Path) -> None:
                     early = take(train, 5)
                     train.close()  # in the middle of the fill, and batches of the others may be under way
                     found[f"{kind} {name}"] = early + take(train, 13)
-                    assert train.filled == (COUNT - 1, COUNT)
+                    assert filled(train) == (COUNT - 1, COUNT)
         with loader(photos, s, folder, memory="gpu", shard=(rank, 2), group=dist.new_group(), quarantine=Quarantine(1)) as train:
             train.fill()
             found["filled"] = take(train, 6)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tests.conftest import TinySet
 from tests.helpers.recipes import write_recipe
+from tests.helpers.resident_loader import filled
 from tests.helpers.small_set import encode, photographs, picture, write_set
 from tests.helpers.runs import here, inside, lines, pair
 
@@ -24,6 +25,7 @@ from pipeline.reading.quarantine import SampleError
 from pipeline.loading.eval_loader import EvalLoader
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats, stats_path
+from pipeline.resident.chain import ResidentChain
 from pipeline.resident.ram_store import RamStore
 from pipeline.decoding.decoder import Decoder
 from pipeline.tiers import TIERS, eval_loader, train_loader
@@ -85,10 +87,10 @@ def test_every_pass_gives_the_bits_of_a_test_loader_and_only_the_first_decodes(
         views = [torch.stack(list(plain.crops(batch.images, 10))) for batch in expected]
     opened.clear()
     with loader(photos, stats, tmp_path, memory=memory, mean=mean) as test:
-        assert len(test) == 8 and test.filled == (0, COUNT)
+        assert len(test) == 8 and filled(test) == (0, COUNT)
         for number in range(3):
             equal(list(test), expected)
-            assert test.filled == (COUNT, COUNT) and sum(opened) == COUNT, f"pass {number}"
+            assert filled(test) == (COUNT, COUNT) and sum(opened) == COUNT, f"pass {number}"
             test.close()
         for batch, view, (centre, labels) in zip(test, views, test.pairs(), strict=False):
             assert torch.equal(torch.stack(list(test.crops(batch.images, 10))), view)
@@ -113,7 +115,7 @@ def test_yuv_squares_are_those_of_the_form_stored_or_not(photos: SampleIndex, st
                 assert torch.equal(image, yuv.decode(yuv.encode(squares[int(id)]), 76).float() - mean)
         equal(list(test), first)
         equal(list(once), first)
-        assert once.filled == (0, 0) and not (tmp_path / "once").exists()
+        assert not (tmp_path / "once").exists()
 
 
 def test_after_the_first_pass_nothing_is_read_and_the_file_is_complete(stats: Stats, tmp_path: Path, opened: list[int]) -> None:
@@ -154,7 +156,7 @@ def test_ranks_share_the_batches_and_one_file(photos: SampleIndex, stats: Stats,
         for rank, part in enumerate(parts):
             part.close()
             own = len(np.concatenate([batch.ids for batch in expected[rank::3]]))
-            assert part.filled == ((COUNT, COUNT) if memory == "ram" else (own, own))
+            assert filled(part) == ((COUNT, COUNT) if memory == "ram" else (own, own))
         with loader(photos, stats, tmp_path, memory=memory, shard=(8, 9)) as none:
             assert len(none) == 0 and list(none) == []
 
@@ -188,7 +190,7 @@ def test_an_unreadable_image_is_an_error_in_every_pass_and_what_was_decoded_stay
                 for batch in test:
                     seen.append(batch.step)
             assert seen == [0, 1]
-        assert test.filled[0] == 8 and opened == [4, 4]
+        assert filled(test)[0] == 8 and opened == [4, 4]
     with eval_loader("archives", index, "val", pixels(), BATCH, stats, skip_corrupt=True) as plain, \
             loader(index, stats, tmp_path / "squares", memory=memory, skip_corrupt=True) as test:
         expected = list(plain)
@@ -196,7 +198,7 @@ def test_an_unreadable_image_is_an_error_in_every_pass_and_what_was_decoded_stay
         for _ in range(3):
             equal(list(test), expected)
             assert test.skipped == plain.skipped and set(test.skipped) == {bad}
-        assert test.filled == (11, 12) and sum(opened) == (3 if memory == "ram" else 11)
+        assert filled(test) == (11, 12) and sum(opened) == (3 if memory == "ram" else 11)
         test.close()
         assert memory == "gpu" or test.chain.store.sealed  # type: ignore[attr-defined]
 
@@ -211,7 +213,7 @@ def test_a_pass_left_in_the_middle_and_taken_up_again(photos: SampleIndex, stats
             if batch.step == 2:
                 break
         test.close()
-        done = test.filled[0]
+        done = filled(test)[0]
         assert 3 * BATCH <= done < COUNT
         with pytest.raises(RuntimeError, match="this loader was closed, or iterated anew, while its batches were being taken"):
             one, other = iter(test), iter(test)
@@ -219,7 +221,7 @@ def test_a_pass_left_in_the_middle_and_taken_up_again(photos: SampleIndex, stats
             next(other)
             list(one)
         equal(list(test), expected)
-        assert sum(opened) < 2 * COUNT and test.filled[0] == COUNT
+        assert sum(opened) < 2 * COUNT and filled(test)[0] == COUNT
         opened.clear()
         equal(list(test), expected)
         assert not opened
@@ -271,7 +273,7 @@ def test_processes_fill_one_file_at_once_though_one_is_killed(photos: SampleInde
         expected = torch.cat([batch.images for batch in plain])
     assert all(torch.equal(images, expected) for images in torch.load(tmp_path / "rank1.pt"))
     with loader(photos, stats, tmp_path) as test:
-        assert test.filled == (COUNT, COUNT) and test.chain.store.sealed  # type: ignore[attr-defined]
+        assert filled(test) == (COUNT, COUNT) and test.chain.store.sealed  # type: ignore[attr-defined]
 
 
 def test_what_does_not_fit_is_refused_naming_the_split(photos: SampleIndex, stats: Stats, tmp_path: Path,
@@ -296,7 +298,7 @@ def test_the_tier_chooses(photos: SampleIndex, stats: Stats, tmp_path: Path) -> 
     machine = LoaderConfig(threads=1, resident_folder=str(tmp_path))
     for tier in TIERS:
         made = eval_loader(tier, photos, "val", pixels(), BATCH, stats, machine=machine, shard=(1, 2))
-        assert len(made) == 4 and made.filled == ((0, COUNT) if tier == "resident" else (0, 0))
+        assert len(made) == 4 and isinstance(made.chain, ResidentChain) == (tier == "resident")
     assert [json.loads(path.read_bytes()[:4095])["split"] for path in tmp_path.glob("*.squares")] == ["val"]
     with pytest.raises(ValueError, match=r"data.tier \(=tape\) must be one of archives"):
         eval_loader("tape", photos, "val", pixels(), BATCH, stats)
