@@ -91,9 +91,8 @@ def parameter_count(config: ModelConfig) -> int:
 
 
 class GroupedLinear(nn.Linear):
-    """Fully connected layer in two groups, as two towers that see only their own half of the features (release run 150).
-
-    (B, 2F) → (B, N): the first N/2 neurons (of an odd N the larger half) see the first F features."""
+    """Fully connected layer in two groups, as two towers that see only their own half of the features (release run 150). (B,
+    2F) → (B, N): the first N/2 neurons (of an odd N the larger half) see the first F features."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         halves = zip(x.chunk(2, 1), self.weight.chunk(2), self.bias.chunk(2))
@@ -144,14 +143,12 @@ class AlexNet(nn.Module):
         """Which tower's rows of a layer or parameter ("conv1.weight") this process holds: its own, or BOTH."""
         return BOTH if self.halves_images and name.startswith("conv") else self.tower
 
-    def forward(self, images: torch.Tensor, step: int | None = None,
-                rows: tuple[int, int] | None = None) -> torch.Tensor:
-        """Logits of all classes, on every process: (B, 3, H, W) float, mean subtracted → (B, K) float.
-
-        In training, `step` (global, from 0) and `rows` = (first, total), the place of these B images in the global batch
-        (default: they are all of it), choose the dropout masks. In scheme weird each process of a pair gives its half,
-        (B/2, 3, H, W), tower a the first, and gets the logits of both. Raises ValueError on images of another size, on a
-        missing step, and on rows outside the batch."""
+    def forward(self, images: torch.Tensor, step: int | None = None, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """Logits of all classes, on every process: (B, 3, H, W) float, mean subtracted → (B, K) float. In training, `step`
+        (global, from 0) and `rows` = (first, total), the place of these B images in the global batch (default: they are all of
+        it), choose the dropout masks. In scheme weird each process of a pair gives its half, (B/2, 3, H, W), tower a the
+        first, and gets the logits of both. Raises ValueError on images of another size, on a missing step, and on rows outside
+        the batch."""
         x = self._layer(self.config.last, self.features(images, step, rows))
         logits = gather_logits(x, self.config.classes, self.tower)
         # The softmax and the loss are not for half precision.
@@ -200,7 +197,7 @@ class AlexNet(nn.Module):
         return two_tower_layer(layer, x, link, "rows" if self.halves_images and name == self._first_full else "channels")
 
     def _check(self, images: torch.Tensor, step: int | None, rows: tuple[int, int] | None) -> int:
-        """Check the arguments of `forward`. Returns the first of the B rows in the global batch."""
+        """Check the arguments of `forward`; the first of the B rows in the global batch."""
         px = self.config.input_px
         if images.dim() != 4 or tuple(images.shape[1:]) != (3, px, px):
             raise ValueError(f"images (={tuple(images.shape)}) must be (B, 3, {px}, {px}); set data.crop_px and "

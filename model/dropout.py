@@ -37,8 +37,7 @@ def keep_mask(p: float, *, seed: int, step: int, layer: str, rows: tuple[int, in
     return drawn >= min(round(p * 2**32) - 2**31, 2**31 - 1)
 
 
-def dropout(x: torch.Tensor, p: float, *, seed: int, step: int, layer: str, first_row: int,
-            first_column: int) -> torch.Tensor:
+def dropout(x: torch.Tensor, p: float, *, seed: int, step: int, layer: str, first_row: int, first_column: int) -> torch.Tensor:
     """Inverted dropout of (B, N): zero with probability p, else divided by 1 - p. Same dtype as x."""
     if p == 0.0:
         return x

@@ -10,16 +10,12 @@ import torch
 from model.towers import Tower, tower_slice
 
 
-def generator(seed: int, name: str) -> torch.Generator:
-    """A CPU generator whose stream depends on the seed and on a parameter's name only."""
+def normal(seed: int, name: str, shape: tuple[int, ...], std: float) -> torch.Tensor:
+    """The canonical initial value of weight `name`: (shape) float32 on the CPU, drawn from N(0, std)."""
     digest = hashlib.sha256(f"initial/{seed}/{name}".encode()).digest()
     # 63 bits: manual_seed takes a signed 64-bit integer.
-    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def normal(seed: int, name: str, shape: tuple[int, ...], std: float) -> torch.Tensor:
-    values = torch.empty(shape, dtype=torch.float32, device="cpu")
-    return values.normal_(0.0, std, generator=generator(seed, name))
+    generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)
 
 
 @torch.no_grad()

@@ -3,17 +3,16 @@
 Element-wise arithmetic on the largest maps of the network: its time is the time that memory takes. What makes it cheap:
   chunks     some maps at a time, so that every intermediate stays in the processor's cache;
   recompute  the backward pass keeps the input only and computes the sums again, in cache;
-  one shift  maps lie between rows of padding, so the next channel is one shift of the flat buffer, by a map's size
-             in NCHW and by 1 in channels_last, and windows are clipped at the ends without a branch;
+  one shift  maps lie between rows of padding, so the next channel is one shift of the flat buffer, by a map's size in NCHW and
+             by 1 in channels_last, and windows are clipped at the ends without a branch;
   ReLU       the layer before it (paper §3.5) is applied on the way, which saves a pass over memory each way.
-With beta = 3/4 the power s^-beta is r √r, where r = 1/√s.
-A GPU does all of it in one kernel each way, model/kernels/lrn.py, where there is Triton (it comes with torch for CUDA).
 
+With beta = 3/4 the power s^-beta is r √r, where r = 1/√s. A GPU does all of it in one kernel each way, model/kernels/lrn.py.
 Gradient, with f = s^-beta and W the sum over a window: dx = g f - 2 alpha beta x W(g x f / s).
 
-Legend: B batch, C channels, G groups (towers), H row, W column. A map tensor is (M, N, S): N channels of one group and
-the shift S between them in memory, (B·G, N, H·W) for NCHW and (B·H·W·G, N, 1) for channels_last. P elements of one of
-the M maps with its padding: (N + n - 1)·S."""
+B batch, C channels, G groups (towers), H row, W column. A map tensor is (M, N, S): N channels of one group and the shift S
+between them in memory, (B·G, N, H·W) for NCHW and (B·H·W·G, N, 1) for channels_last. P elements of one of the M maps with its
+padding: (N + n - 1)·S."""
 import functools
 import importlib
 from types import ModuleType

@@ -2,8 +2,7 @@
 
 The product of such a layer is a sum of two: own activations with their columns of the weight, and the other tower's with theirs.
 So the first is computed while the other's activations travel. Backward the other way round: first the gradient that the other
-tower waits for; while it travels, all the rest; what arrives is added. Each tower sends its activations once, and once as many
-gradients.
+tower waits for; while it travels, all the rest; what arrives is added.
 
   conv3, fc6, fc7, fc8   as above (and others, where a recipe says so), whatever the scheme (weird: no convolution).
   fc6 in scheme weird    each process has all features of its own half of the images: the product is in rows, not a sum.
@@ -11,10 +10,9 @@ gradients.
                          tower's own slice; adding the other's would count the loss twice.
 
 Messages are torch.distributed's isend and irecv, batched: NCCL makes them one exchange. What crosses has the precision of the
-product: bfloat16 under autocast. Activations and gradients travel from where they lie to where they are used, in either memory
-format, without a copy; only fc6 in scheme weird copies its own half beside the half that arrives.
-
-Legend: B batch, C channels (or features) of one tower, H row, W column, N outputs of this tower."""
+product: bfloat16 under autocast. It travels from where it lies to where it is used, in either memory format, without a copy;
+only fc6 in scheme weird copies its own half beside the half that arrives. B batch, C channels (or features) of one tower, H
+row, W column, N outputs of this tower."""
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,14 +24,9 @@ from torch.nn import functional
 
 from model.towers import Tower
 
-# Every place where activations may cross, in a fixed order: message tags are positions in it.
+# Every place where activations may cross, in a fixed order. A message's tag is 2·position in it, + 1 backward.
 CROSSINGS = (*(f"{kind}{number}" for kind in ("conv", "fc") for number in range(1, 100)), "logits")
 Direction = Literal["forward", "backward"]
-
-
-def crossing(tag: int) -> tuple[str, Direction]:
-    """(One of CROSSINGS, direction) of a message tag, which is 2·position in CROSSINGS, + 1 backward."""
-    return CROSSINGS[tag // 2], "backward" if tag % 2 else "forward"
 
 
 class Exchange:
@@ -63,7 +56,6 @@ class Link:
     overlap: bool
 
     def start(self, sent: torch.Tensor, received: torch.Tensor, direction: Direction) -> Exchange:
-        """Start an exchange."""
         made = Exchange(sent, received, self.tower, 2 * CROSSINGS.index(self.name) + (direction == "backward"))
         if not self.overlap:
             made.wait()
@@ -169,13 +161,11 @@ class _RowsProduct(torch.autograd.Function):
         return of_x, of_weight, of_bias, None
 
 
-def two_tower_layer(layer: nn.Module, x: torch.Tensor, link: Link,
-                    by: Literal["channels", "rows"] = "channels") -> torch.Tensor:
-    """Apply `layer` (this tower's rows of a Conv2d or a Linear, with a bias), which sees both towers, to the activations of this
-    tower and of the other. Both processes must call it.
-
-    x: (B, C, ...) activations of this tower; `by` rows (a Linear only), (B/2, 2C) of both towers for this process's half of
-    the images, tower a's the first. Returns (B, N, ...) of the dtype of x, or of autocast's. It can be differentiated once."""
+def two_tower_layer(layer: nn.Module, x: torch.Tensor, link: Link, by: Literal["channels", "rows"] = "channels") -> torch.Tensor:
+    """Apply `layer` (this tower's rows of a Conv2d or a Linear, with a bias), which sees both towers, to the activations of
+    this tower and of the other. Both processes must call it. x: (B, C, ...) activations of this tower; `by` rows (a Linear
+    only), (B/2, 2C) of both towers for this process's half of the images, tower a's the first. Returns (B, N, ...) of the
+    dtype of x, or of autocast's. It can be differentiated once."""
     assert isinstance(layer, (nn.Conv2d, nn.Linear)) and layer.bias is not None
     weight, bias = layer.weight, layer.bias
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:

@@ -12,9 +12,8 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Tower:
-    """Part `rank` of `count` of the network; `group` joins the processes of a pair (None: the default group).
-
-    Raises ValueError when `count` is not 1 (everything in this process) or 2, or `rank` is not below it."""
+    """Part `rank` of `count` of the network; `group` joins the processes of a pair (None: the default group). Raises
+    ValueError when `count` is not 1 (everything in this process) or 2, or `rank` is not below it."""
     rank: int
     count: int
     group: dist.ProcessGroup | None = None

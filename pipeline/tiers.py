@@ -10,7 +10,7 @@ import torch.distributed as dist
 from pipeline.config import LANES, WINDOW, DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.batch import LoaderContext
-from pipeline.loading.chain import Chain, DecodingChain
+from pipeline.loading.loader import Chain, DecodingChain
 from pipeline.loading.eval_loader import EvalLoader, Evaluation
 from pipeline.loading.train_loader import TrainLoader
 from pipeline.monitor import Monitor
@@ -19,8 +19,7 @@ from pipeline.reading.shard_source import ShardSource
 from pipeline.reading.source import ArchiveSource, Source
 from pipeline.resident.chain import eval_chain, train_chain
 from pipeline.sampling.batch_plan import CropPlanner
-from pipeline.sampling.sampler import Ids, Sampler
-from pipeline.sampling.window_sampler import WindowSampler
+from pipeline.sampling.sampler import Ids, Sampler, WindowSampler
 from pipeline.stats import Stats
 
 TIERS = ("archives", "packed", "streamed", "resident")

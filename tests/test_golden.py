@@ -34,10 +34,9 @@ from pipeline.decoding import geometry
 from pipeline.index.header import content_sha256
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.batch import Batch
-from pipeline.sampling.window_sampler import WindowSampler
 from pipeline.reading.quarantine import Quarantine
 from pipeline.sampling.augment import augment, lighting_shift
-from pipeline.sampling.sampler import Sampler
+from pipeline.sampling.sampler import Sampler, WindowSampler
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats, stats_path
 from pipeline.tiers import eval_loader as loader_of_tests

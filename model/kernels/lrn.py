@@ -1,16 +1,15 @@
 """Local response normalisation for GPUs: one Triton kernel forward and one backward, each one pass over DRAM.
 
-A lane is C adjacent channels of one pixel. It loads them and the channels around them that their windows reach, and works
-in registers: a value that several windows share is loaded once a lane, and from L1 or L2 by the next lane. Channels of
-other groups, and beyond the ends, count as 0, which clips the windows.
-How lanes meet memory depends on the shift S between channels:
+A lane is C adjacent channels of one pixel. It loads them and the channels around them that their windows reach, and works in
+registers: a value that several windows share is loaded once a lane, and from L1 or L2 by the next lane. Channels of other groups,
+and beyond the ends, count as 0, which clips the windows. How lanes meet memory depends on the shift S between channels:
+
   S > 1, NCHW           a program is L pixels of one block of channels; channel by channel, its lanes load neighbours;
   S = 1, channels_last  a program is L lanes in a row; each loads C channels at once, 16 bytes: rows of an (L, C) tile.
 
-Legend: M maps, N channels of one group, S shift (model/lrn.py); C channels of a lane, L lanes of a program; h = n // 2.
-The `reach` of a load is how many channels it takes on each side of the C. Importing this module needs Triton (which comes
-with torch for CUDA) and what Triton builds its launchers with, else it raises ImportError; model/lrn.py then goes without.
-"""
+M maps, N channels of one group, S shift (model/lrn.py); C channels of a lane, L lanes of a program; h = n // 2. The `reach` of
+a load is how many channels it takes on each side of the C. Importing this module raises ImportError where Triton (it comes
+with torch for CUDA), or what it builds its launchers with, is missing; model/lrn.py then goes without."""
 # Triton's language is typed when it compiles: a tuple grows in an unrolled loop. And Triton need not be here.
 # mypy: disable-error-code="assignment, import-not-found, import-untyped"
 from __future__ import annotations

@@ -4,7 +4,7 @@ Order and crops come in as tensors; DALI decodes as far as the crop reaches, to 
 decoder, it resizes there too; on a CPU `pipeline.decoding.resize` does. B samples, S side of the output in pixels."""
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -46,10 +46,6 @@ class DecodeSettings:
     device_id: int | None  # GPU, or None for the CPU
     decode_only: bool = False  # end after the decoder, to measure it: shapes, (B, 3) int64, come out
 
-    @property
-    def alone(self) -> "DecodeSettings":
-        return replace(self, batch=1, machine=replace(self.machine, prefetch=1))
-
 
 class RegionPipeline:
     """A built DALI pipeline that pulls plans with their bytes and gives (B, S, S, 3) uint8 pixels, RGB, in the same order. The
@@ -66,11 +62,10 @@ class RegionPipeline:
         self._pipe: Any = Pipeline(batch_size=settings.batch, num_threads=settings.threads, device_id=settings.device_id,
                                    prefetch_queue_depth=settings.machine.prefetch, seed=0)
         with self._pipe:
-            self._pipe.set_outputs(self._define())
+            self._pipe.set_outputs(self._define(settings.machine, gpu))
         self._pipe.build()
 
-    def _define(self) -> Any:
-        settings, machine, gpu = self._settings, self._settings.machine, self._settings.device_id is not None
+    def _define(self, machine: LoaderConfig, gpu: bool) -> Any:
         kinds = [types.UINT8, types.INT32, types.INT32] + [types.FLOAT, types.FLOAT] * self._resizes_here
         encoded, anchor, shape, *ends = fn.external_source(source=self._pull, num_outputs=len(kinds), batch=True, no_copy=True,
                                                            dtype=kinds, ndim=[1] * len(kinds))
@@ -81,8 +76,8 @@ class RegionPipeline:
         pixels = fn.decoders.image_slice(encoded, start=anchor, shape=shape, axis_names="HW", output_type=types.RGB,
                                          adjust_orientation=False, device="mixed" if gpu else "cpu", **hints)
         if not ends:
-            return pixels.shape() if settings.decode_only else pixels
-        return fn.resize(pixels, size=(settings.side_px, settings.side_px), roi_start=ends[0], roi_end=ends[1],
+            return pixels.shape() if self._settings.decode_only else pixels
+        return fn.resize(pixels, size=(self._settings.side_px, self._settings.side_px), roi_start=ends[0], roi_end=ends[1],
                          interp_type=types.INTERP_LINEAR, antialias=True)
 
     def _pull(self) -> tuple[Any, ...]:

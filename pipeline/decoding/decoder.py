@@ -2,6 +2,7 @@
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,7 +63,8 @@ class Decoder(Iterator[tuple[BatchPlan, Pixels]]):
         slot: list[BatchPlan] = []
         pixels: list[torch.Tensor] = []
         recovered = False
-        with contextlib.closing(RegionPipeline(iter(slot.pop, None), self._settings.alone)) as single:
+        settings = replace(self._settings, batch=1, machine=replace(self._settings.machine, prefetch=1))
+        with contextlib.closing(RegionPipeline(iter(slot.pop, None), settings)) as single:
             while len(pixels) < len(plan.ids):
                 slot.append(plan.rows([len(pixels)]))
                 try:

@@ -11,8 +11,7 @@ import torch
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.batch import Batch, LoaderContext
-from pipeline.loading.chain import Chain, DecodingChain
-from pipeline.loading.loader import Loader, Pairs
+from pipeline.loading.loader import Chain, DecodingChain, Loader, Pairs
 from pipeline.monitor import Monitor
 from pipeline.reading.quarantine import Policy, Skip, refuse
 from pipeline.reading.source import ArchiveSource

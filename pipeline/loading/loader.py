@@ -1,13 +1,130 @@
-"""`Loader`: what the loaders for training and for evaluation share, batches made ahead of need by a `Chain`."""
+"""`Loader`, base class of the loaders, and `Chain`, its stages, each an iterator over the one before."""
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from typing import Self
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from pipeline.decoding.dali import DecodeSettings
+from pipeline.decoding.decoder import Decoder, Pixels
+from pipeline.decoding.normalize import Normalizer
 from pipeline.loading.batch import Batch, LoaderContext
-from pipeline.loading.chain import Chain
-from pipeline.loading.prefetch import Prefetcher
+from pipeline.loading.prefetch import Prefetcher, ahead_in_threads, one_ahead
+from pipeline.reading.quarantine import Policy, SampleError
+from pipeline.reading.source import Source
+from pipeline.sampling.batch_plan import BatchPlan, Bytes
+
+
+class Chain(ABC):
+    """What makes batches: a `DecodingChain`, or a `pipeline.resident.chain.ResidentChain`, whose store takes the place of reading
+    and decoding."""
+    stages: tuple[str, ...]  # names of those that `until` can end after, in order; they are the monitor's
+    queue: int  # finished batches that may wait for the consumer; 0: it makes them itself
+    note = ""  # what a person should know before it begins
+
+    @abstractmethod
+    def batches(self, steps: range) -> Generator[Batch, None, None]:
+        """The batches of these steps; what the stages hold is freed when the generator is closed."""
+
+    def until(self, stage: str, steps: range) -> Generator[object, None, None]:
+        """The stages up to and including `stage`, to measure them: they run at once as in `batches`, and what the last one makes
+        of each step comes out."""
+        assert stage == self.stages[-1]
+        return self.batches(steps)
+
+    def fill(self) -> None:
+        """Load into memory now what else the first epoch would."""
+
+    def close(self) -> None:
+        """Finish what is under way outside of `batches`."""
+
+
+class DecodingChain(Chain):
+    """A `Chain` that reads and decodes every sample:
+
+        steps ─plan→ BatchPlan ─read→ with its bytes ─decode→ and pixels ─normalize→ Batch
+
+    `plan` is called in the reading threads; `policy` is for corrupt samples; `mean_image` (3, S, S) or None, see `Normalizer`;
+    `raw`: no normalizing, images are the pixels (B, S, S, 3) uint8; `convert` changes pixels (B, S, S, 3) uint8 before they are
+    normalized, giving (B, 3, S, S)."""
+    stages = ("read", "decode", "normalize")
+
+    def __init__(self, context: LoaderContext, plan: Callable[[int], BatchPlan], source: Source, policy: Policy,
+                 settings: DecodeSettings, mean_image: npt.NDArray[np.float32] | None = None, *, raw: bool = False,
+                 convert: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
+        self.context, self.plan, self.source, self.settings, self.queue = context, plan, source, settings, context.queue
+        self.normalizer = partial(context.normalizer, settings.side_px, mean_image)
+        self._policy, self._raw, self._convert = policy, raw, convert
+
+    def read(self, steps: Iterable[int]) -> Generator[BatchPlan, None, None]:
+        """The stage "read": plans with their bytes, made in `machine.read_threads` threads."""
+        steps = iter(steps)
+        first = next(steps, None)
+        if first is None:
+            return
+        threads = self.context.machine.read_threads
+        with self.source.open(first), \
+                closing(ahead_in_threads(self._read, itertools.chain([first], steps), threads, "reader")) as plans:
+            yield from plans
+
+    def _read(self, step: int) -> BatchPlan:
+        with self.context.monitor.span("read", step):
+            plan = self.plan(step)
+            pools, encoded = list(self.source.pools(plan.ids, plan.epochs)), list[Bytes]()
+            while (row := len(encoded)) < len(plan.ids):
+                try:
+                    encoded.append(pools[row].read(int(plan.ids[row])))
+                except SampleError as error:
+                    plan = self._policy(plan, row, error, pools[row])
+                    if len(plan.ids) < len(pools):  # the row was left out
+                        del pools[row]
+            return replace(plan, encoded=encoded)
+
+    def recover(self, plan: BatchPlan, row: int, reason: str) -> BatchPlan:
+        """A plan that was read, without the sample of `row`, which cannot be decoded."""
+        encoded = plan.encoded[:row] + plan.encoded[row + 1:]
+        (pool,) = self.source.pools(plan.origins[row:row + 1], plan.epochs[row:row + 1])
+        error = SampleError(self.context.index, int(plan.ids[row]), reason)
+        while True:
+            plan = self._policy(plan, row, error, pool)
+            if len(plan.ids) == len(encoded):
+                return replace(plan, encoded=encoded)
+            try:
+                encoded.insert(row, pool.read(int(plan.ids[row])))
+                return replace(plan, encoded=encoded)
+            except SampleError as other:
+                error = other
+
+    def decode(self, steps: Iterable[int]) -> Generator[tuple[BatchPlan, Pixels], None, None]:
+        """The stages up to "decode": plans and pixels, as `Decoder` gives them."""
+        whole = self._raw or self._convert is not None
+        with closing(self.read(steps)) as plans, \
+                closing(Decoder(plans, self.settings, self.recover, self.context.monitor, whole=whole)) as decoder:
+            for item in decoder:
+                self.source.release(item[0].step)
+                yield item
+                del item  # the pixels: while the next ones are decoded, whoever took them decides how long they live
+
+    def batches(self, steps: Iterable[int]) -> Generator[Batch, None, None]:
+        with closing(self.normalizer()) as normalizer, closing(self.decode(steps)) as decoded:
+            yield from one_ahead(itertools.starmap(partial(self._begin, normalizer), decoded))
+
+    def _begin(self, normalizer: Normalizer, plan: BatchPlan, pixels: Any) -> Callable[[], Batch]:
+        step, ids, epochs = plan.step, plan.ids, plan.epochs
+        if self._raw:
+            return partial(self.context.batch, step, ids, epochs, pixels)
+        pixels = pixels if self._convert is None else self._convert(pixels)
+        return partial(self.context.normalized, step, ids, epochs, normalizer.begin(pixels, plan.augmentation))
+
+    def until(self, stage: str, steps: Iterable[int]) -> Generator[object, None, None]:
+        """Gives plans with their bytes, plans and pixels, or batches."""
+        return {"read": self.read, "decode": self.decode, "normalize": self.batches}[stage](steps)
 
 
 class Pairs:

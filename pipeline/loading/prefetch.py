@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from pipeline.monitor import Monitor
 
@@ -51,7 +51,7 @@ def one_ahead(begun: Iterator[Callable[[], T]]) -> Generator[T, None, None]:
         waiting = following
 
 
-class Prefetcher(Generic[T]):
+class Prefetcher(Iterator[T]):
     """An iterator over what the generator `produce` yields, in order, made by another thread, and closed by `close`. `depth`:
     items that may wait finished; 0 means no thread: the consumer runs the generator itself. `monitor` is told when the thread
     is idle, and how many items were ready."""
@@ -80,9 +80,6 @@ class Prefetcher(Generic[T]):
             failure = error
         self._monitor.enter("idle")
         self._ready.put((None, failure))
-
-    def __iter__(self) -> "Prefetcher[T]":
-        return self
 
     def __next__(self) -> T:
         """The next item. Raises what the generator raised, in its place; StopIteration at its end; RuntimeError when closed."""

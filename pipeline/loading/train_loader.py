@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from typing import Any, Self
 
 from pipeline.loading.batch import Batch, LoaderContext
-from pipeline.loading.chain import Chain
-from pipeline.loading.loader import Loader
+from pipeline.loading.loader import Chain, Loader
 from pipeline.sampling.batch_plan import CropPlanner
 from pipeline.sampling.sampler import Sampler
 

@@ -22,8 +22,7 @@ from pipeline.index.tar import BLOCK
 from pipeline.reading.quarantine import Pool, SampleError
 from pipeline.reading.source import Source, check
 from pipeline.sampling.batch_plan import Bytes
-from pipeline.sampling.sampler import Ids
-from pipeline.sampling.window_sampler import Passage, WindowSampler
+from pipeline.sampling.sampler import Ids, Passage, WindowSampler
 
 RUN_BYTES = 8 << 20  # 8 MiB: at 100 MB/s long beside an object store's latency, short beside a window
 Key = tuple[int, int]  # epoch, number of a window in it

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from pipeline.decoding.normalize import Normalizer
 from pipeline.loading.batch import Batch, LoaderContext
-from pipeline.loading.chain import Chain
+from pipeline.loading.loader import Chain
 from pipeline.loading.eval_loader import Evaluation
 from pipeline.loading.prefetch import one_ahead
 from pipeline.reading.quarantine import SampleError, Skip, StandIns

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from pipeline.decoding.decoder import Pixels
 from pipeline.loading.batch import LoaderContext
-from pipeline.loading.chain import DecodingChain
+from pipeline.loading.loader import DecodingChain
 from pipeline.reading.quarantine import Policy
 from pipeline.reading.source import ArchiveSource
 from pipeline.resident.store import Rows, Store

@@ -109,7 +109,6 @@ class RamStore(Store):
 
     @property
     def sealed(self) -> bool:
-        """Whether all that is marked is on the disk for good."""
         return self._map[_PAGE - 1] == 1
 
     def put(self, rows: Rows, squares: torch.Tensor) -> None:

@@ -27,28 +27,22 @@ _ADDS = ((0, 91881), (-22554, -46802), (116130, 0))
 _KEPT = 3  # fraction bits of that while it is upsampled: 16 · 8 · 227 + 64 still is an int16
 
 
-def side(square_px: int) -> int:
-    """s, side of the chroma planes of a square of side S: ⌈S/2⌉."""
-    return -(-square_px // 2)
-
-
 def row_bytes(square_px: int) -> int:
     """Bytes of a square: S² of Y, s² of Cb, s² of Cr, in this order."""
-    return square_px ** 2 + 2 * side(square_px) ** 2
+    return square_px ** 2 + 2 * ((square_px + 1) // 2) ** 2
 
 
 def planes(rows: Pixels, square_px: int) -> tuple[Pixels, Pixels]:
     """Views of rows (…, row_bytes) uint8: Y (…, S, S) and chroma (…, 2, s, s)."""
-    s = side(square_px)
+    s = (square_px + 1) // 2
     lead: tuple[int, ...] = rows.shape[:-1]
-    return (rows[..., :square_px ** 2].reshape(*lead, square_px, square_px),
-            rows[..., square_px ** 2:].reshape(*lead, 2, s, s))
+    return (rows[..., :square_px ** 2].reshape(*lead, square_px, square_px), rows[..., square_px ** 2:].reshape(*lead, 2, s, s))
 
 
 def encode(squares: Pixels) -> Pixels:
     """RGB squares (…, 3, S, S) uint8 → rows (…, row_bytes) uint8. An odd last row or column counts twice in its mean."""
     size = squares.shape[-1]
-    s, half = side(size), size // 2
+    s, half = (size + 1) // 2, size // 2
     lead: tuple[int, ...] = squares.shape[:-3]
     rows = _empty(squares, (*lead, row_bytes(size)), "uint8")
     wide = _cast(squares, "int32")
@@ -74,13 +68,8 @@ def _weighted(pixels: Pixels, weights: tuple[int, int, int], bias: int, bits: in
     return total
 
 
-def decode(rows: Pixels, square_px: int) -> Pixels:
-    """Rows (…, row_bytes) uint8 → RGB squares (…, 3, S, S) uint8."""
-    return crop(rows, square_px, 0, 0, square_px)
-
-
 def crop(rows: Pixels, square_px: int, top: int, left: int, crop_px: int) -> Pixels:
-    """Rows (…, row_bytes) uint8 → RGB (…, 3, crop, crop) uint8: bit for bit `decode(rows)[…, top:top+crop, left:left+crop]`."""
+    """Rows (…, row_bytes) uint8 → RGB (…, 3, crop, crop) uint8: bit for bit a piece of the whole square's, S at (0, 0)."""
     y, chroma = planes(rows, square_px)
     down, right = top % 2, left % 2
     added = addends(window(chroma, top, left, crop_px))[..., down:down + crop_px, right:right + crop_px]
@@ -138,7 +127,7 @@ def _interleaved(even: Pixels, odd: Pixels) -> Pixels:
     low = _cast(even, "int32")
     low &= 0xFFFF
     pairs |= low
-    return _viewed(pairs)
+    return pairs.view(torch.int16) if isinstance(pairs, Tensor) else pairs.view(np.int16)
 
 
 def merge(y: Pixels, added: Pixels) -> Pixels:
@@ -164,9 +153,3 @@ def _empty(like: Pixels, shape: tuple[int, ...], kind: str) -> Pixels:
     if isinstance(like, Tensor):
         return like.new_empty(shape, dtype=getattr(torch, kind))
     return np.empty(shape, kind)
-
-
-def _viewed(pairs: Pixels) -> Pixels:
-    if isinstance(pairs, Tensor):
-        return pairs.view(torch.int16)
-    return pairs.view(np.int16)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.alexnet import AlexNet
 from model.config import ModelConfig
-from model.tower_exchange import crossing
+from model.tower_exchange import CROSSINGS
 from model.towers import BOTH, Tower
 from train.parallel.gradients import GradientReducer
 from train.parallel.topology import Topology
@@ -24,6 +24,11 @@ from train.parallel.topology import Topology
 IMAGES = 2  # of a pair in the step
 Case = tuple[str, str, str]  # name of a network, scheme, precision
 Sent = tuple[dict[tuple[str, str], int], int]  # bytes for an image of the pair by (layer, direction); bytes of gradients
+
+
+def crossing(tag: int) -> tuple[str, str]:
+    """(One of CROSSINGS, direction) of a message tag."""
+    return CROSSINGS[tag // 2], "backward" if tag % 2 else "forward"
 
 
 class Hook(TorchDispatchMode):

@@ -10,6 +10,7 @@ from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.loader import Loader
 from pipeline.loading.train_loader import TrainLoader
+from pipeline.resident import yuv420
 from pipeline.resident.ram_store import RamStore
 from pipeline.resident.store import Rows
 from pipeline.stats import Stats
@@ -29,6 +30,11 @@ def filled(loader: Loader) -> tuple[int, int]:
     """Squares that its store has, and has room for."""
     have = loader.chain.store.have  # type: ignore[attr-defined]
     return int(np.count_nonzero(have)), len(have)
+
+
+def yuv_decoded(rows: yuv420.Pixels, square_px: int) -> yuv420.Pixels:
+    """Rows (…, row_bytes) uint8 → RGB squares (…, 3, S, S) uint8."""
+    return yuv420.crop(rows, square_px, 0, 0, square_px)
 
 
 if __name__ == "__main__":

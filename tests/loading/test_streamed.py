@@ -16,7 +16,7 @@ from pipeline.loading.train_loader import TrainLoader
 from pipeline.reading.quarantine import Quarantine
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats
-from pipeline.sampling.window_sampler import WindowSampler
+from pipeline.sampling.sampler import WindowSampler
 from pipeline.tiers import train_loader
 
 DATA = DataConfig(region="square", square_px=76, crop_px=67, mirror=True, lighting=0.1, mean="channel")

@@ -10,11 +10,12 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
+from tests.helpers.exchanged import crossing
 from tests.helpers.networks import small, with_layers
 
 from model.alexnet import AlexNet, canonical_shapes
 from model.config import Full, ModelConfig
-from model.tower_exchange import CROSSINGS, crossing, gather_logits
+from model.tower_exchange import gather_logits
 from model.towers import BOTH, Tower, tower_shape, tower_slice
 
 SMALL = small()
@@ -192,11 +193,6 @@ def test_what_crosses_is_bfloat16_and_each_half_once(pair: list[dict[str, Any]],
         expected += [("logits", "forward", torch.bfloat16, 2 * (4 - rank))]
         expected += [(name, "backward", torch.bfloat16, count) for name, count in reversed(sizes.items())]
         assert half[f"autocast, {scheme}"]["messages"] == expected
-
-
-def test_every_crossing_has_its_tags() -> None:
-    every = [(name, way) for name in CROSSINGS for way in ("forward", "backward")]
-    assert [crossing(tag) for tag in range(len(every))] == every
 
 
 def test_tower_of_says_what_is_split() -> None:

@@ -9,9 +9,8 @@ from tests.helpers.small_set import encode, picture
 
 from pipeline.index.sample_index import SampleIndex
 from pipeline.reading.quarantine import SampleError
-from pipeline.sampling.sampler import Ids
+from pipeline.sampling.sampler import Ids, Passage
 from pipeline.reading.shard_source import Lane, Window, runs
-from pipeline.sampling.window_sampler import Passage
 
 HEAD = encode(picture(0, 24, 24))  # a whole JPEG; whatever follows it is no matter
 BLOBS = [HEAD + np.random.default_rng(i).bytes(700 + 350 * (i % 5)) for i in range(40)]

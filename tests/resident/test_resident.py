@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tests.helpers.digests import digest, take
-from tests.helpers.resident_loader import SMALL, filled, loader
+from tests.helpers.resident_loader import SMALL, filled, loader, yuv_decoded
 from tests.helpers.small_set import photographs, write_set
 
 from pipeline.resident import yuv420 as yuv
@@ -57,7 +57,7 @@ def test_crops_are_those_of_the_decoded_square(photos: SampleIndex, stats: Stats
     data = DataConfig(**{**SMALL.__dict__, "mean": mean})
     squares = squares_of(photos)
     if kind == "yuv420":
-        squares = {id: yuv.decode(yuv.encode(square), 76) for id, square in squares.items()}
+        squares = {id: yuv_decoded(yuv.encode(square), 76) for id, square in squares.items()}
     with loader(photos, stats, tmp_path, kind, data=data) as train:
         subtracted = None if mean == "channel" else stats.mean_image_chw
         normalizer = Normalizer(67, subtracted, centered=mean == "image_center", threads=1)

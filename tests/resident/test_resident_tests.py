@@ -13,7 +13,7 @@ import pytest
 import torch
 from tests.conftest import TinySet
 from tests.helpers.recipes import write_recipe
-from tests.helpers.resident_loader import filled
+from tests.helpers.resident_loader import filled, yuv_decoded
 from tests.helpers.small_set import encode, photographs, picture, write_set
 from tests.helpers.runs import here, inside, lines, pair
 
@@ -112,7 +112,7 @@ def test_yuv_squares_are_those_of_the_form_stored_or_not(photos: SampleIndex, st
         first = list(test)
         for batch in first:
             for id, image in zip(batch.ids, batch.images, strict=True):
-                assert torch.equal(image, yuv.decode(yuv.encode(squares[int(id)]), 76).float() - mean)
+                assert torch.equal(image, yuv_decoded(yuv.encode(squares[int(id)]), 76).float() - mean)
         equal(list(test), first)
         equal(list(once), first)
         assert not (tmp_path / "once").exists()

@@ -5,6 +5,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from PIL import Image
+from tests.helpers.resident_loader import yuv_decoded
 from tests.helpers.small_set import encode, picture
 
 from pipeline.resident import yuv420 as yuv
@@ -51,17 +52,17 @@ def test_planes_and_pixels_are_the_definitions_rounded(size: int) -> None:
         exact_y, exact_chroma = encoded(square)
         assert np.abs(y - exact_y).max() < 0.501 and np.abs(chroma - exact_chroma).max() < 0.502
         # chroma is rounded to eighths of a grey level before the filter
-        assert np.abs(yuv.decode(row, size) - decoded(y, chroma)).max() < 0.5 + 1 / 16 + 0.01
+        assert np.abs(yuv_decoded(row, size) - decoded(y, chroma)).max() < 0.5 + 1 / 16 + 0.01
 
 
 def test_greys_come_back_exactly_and_flat_colours_nearly() -> None:
     for grey in range(256):
         square = np.full((3, 4, 4), grey, np.uint8)
-        assert np.array_equal(yuv.decode(yuv.encode(square), 4), square)
+        assert np.array_equal(yuv_decoded(yuv.encode(square), 4), square)
     steps = np.array([*range(0, 256, 17)], np.uint8)
     colours = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(-1, 3, 1, 1)
     squares = np.broadcast_to(colours, (len(colours), 3, 2, 2))
-    assert np.abs(yuv.decode(yuv.encode(squares), 2).astype(int) - squares).max() <= 2
+    assert np.abs(yuv_decoded(yuv.encode(squares), 2).astype(int) - squares).max() <= 2
 
 
 def test_planes_are_views_however_many_rows_there_are() -> None:
@@ -76,8 +77,8 @@ def test_a_crop_is_that_of_the_square_on_every_path(size: int, crop_px: int) -> 
     squares = noise(size, 3)
     form = Layout("yuv420", size, crop_px)
     rows = form.encode_all(torch.from_numpy(squares).permute(0, 2, 3, 1))
-    whole = np.stack([yuv.decode(form.encode(square.transpose(1, 2, 0)), size) for square in squares])
-    assert np.array_equal(yuv.decode(rows, size).numpy(), whole)
+    whole = np.stack([yuv_decoded(form.encode(square.transpose(1, 2, 0)), size) for square in squares])
+    assert np.array_equal(yuv_decoded(rows, size).numpy(), whole)
     room = size - crop_px + 1
     which, top, left = (torch.from_numpy(each.ravel()) for each in np.mgrid[0:3, 0:room, 0:room])
     parcels = form.pack_all(rows, which, top, left)
@@ -113,7 +114,7 @@ def test_pictures_lose_no_more_than_in_the_best_jpeg_of_that_kind() -> None:
         image = picture(number, 256, 256)
         square = np.asarray(image).transpose(2, 0, 1)
         jpeg = np.asarray(Image.open(io.BytesIO(encode(image, quality=100, subsampling=2)))).transpose(2, 0, 1)
-        ours, theirs = (((found.astype(float) - square) ** 2).mean() for found in (yuv.decode(yuv.encode(square), 256), jpeg))
+        ours, theirs = (((found.astype(float) - square) ** 2).mean() for found in (yuv_decoded(yuv.encode(square), 256), jpeg))
         assert ours <= theirs and 10 * np.log10(255 ** 2 / ours) > 33
 
 

@@ -27,7 +27,7 @@ from pipeline.decoding.dali import RegionPipeline
 from pipeline.decoding.decoder import Decoder, Pixels
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.batch import Batch
-from pipeline.loading.chain import DecodingChain
+from pipeline.loading.loader import DecodingChain
 from pipeline.loading.prefetch import Prefetcher, ahead_in_threads
 from pipeline.loading.train_loader import TrainLoader
 from pipeline.monitor import Monitor
