@@ -16,7 +16,6 @@ from pipeline.config import LoaderConfig
 
 STAGES = ("read", "decode", "normalize", "copy")  # in a batch's order; a producer in none of them is "idle"
 RECORDED = {"read": "read", "decode": "decode", "normalize": "colour", "copy": "copy"}  # their names in metrics.jsonl
-_DEPTHS = 4096  # queue depths kept
 _LATE = 0.2  # share of the waiting for bytes and pixels from which on these are late, whatever the rest
 
 
@@ -125,7 +124,6 @@ class Monitor:
 
     Attributes:
         decoders: kernel ids of DALI's worker threads.
-        depths: (time, finished batches in the queue) whenever the consumer asked for one.
     """
 
     def __init__(self, trace: bool = False, nvtx: bool = False, now: Callable[[], float] = time.perf_counter) -> None:
@@ -137,7 +135,6 @@ class Monitor:
         self._waits = Waits()
         self._pending: deque[tuple[Any, Any, Waits, str]] = deque()  # waits whose end the device has not reached yet
         self.events: list[Event] = []
-        self.depths: deque[tuple[float, int]] = deque(maxlen=_DEPTHS)
         self._range: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()
         if nvtx:
             import nvtx as ranges  # type: ignore[import-untyped]  # DALI depends on it
@@ -174,10 +171,6 @@ class Monitor:
         """Totals of each kind of work so far."""
         with self._lock:
             return dict(self._spans)
-
-    def depth(self, batches: int) -> None:
-        """So many finished batches were in the queue when the consumer asked."""
-        self.depths.append((self.now(), batches))
 
     @contextmanager
     def waiting(self, step: int, stream: Any = None, *, swap: bool = False) -> Iterator[None]:

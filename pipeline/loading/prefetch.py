@@ -83,7 +83,6 @@ class Prefetcher(Iterator[T]):
 
     def __next__(self) -> T:
         """The next item. Raises what the generator raised, in its place; StopIteration at its end; RuntimeError when closed."""
-        self._monitor.depth(self._ready.qsize())
         if not self._depth:
             if self._stop.is_set():
                 raise RuntimeError(_CLOSED)
