@@ -19,7 +19,7 @@ from train.checkpoint.resolve import TrainedNetwork, class_name, load_trained, r
 from train.figures import features as feature_folder
 from train.figures.features import Features, Progress
 from train.figures.kernels import need_matplotlib
-from train.figures.neighbours import NearestNeighbours, Queries, centre_crops, chosen_ids, precision, search
+from train.figures.neighbours import Queries, centre_crops, chosen_ids, precision, search
 
 if TYPE_CHECKING:
     from tools.show.sheet import Sheet
@@ -76,7 +76,7 @@ def query(args: argparse.Namespace) -> None:
         if (queries.labels >= 0).all():
             labels = trained.index.samples["label"].astype(np.int64)
             for kind, nearest in found.items():
-                mean, error = precision(queries.labels, labels[nearest.ids])
+                mean, error = precision(queries.labels, labels[nearest])
                 print(f"of the query's class by {kind}: {100 * mean:.1f}%"
                       + (f" ± {196 * error:.1f} (95% interval, over queries)" if count > 1 else ""))
 
@@ -103,9 +103,9 @@ class Picture:
 Row = tuple[Picture, dict[str, list[Picture]]]  # a query, and its neighbours of each kind: "fc7", "pixels"
 
 
-def _rows(trained: TrainedNetwork, split: str, queries: Queries, found: dict[str, NearestNeighbours]) -> list[Row]:
+def _rows(trained: TrainedNetwork, split: str, queries: Queries, found: dict[str, np.ndarray]) -> list[Row]:
     index = trained.index
-    wanted = np.unique(np.concatenate([nearest.ids.ravel() for nearest in found.values()]))
+    wanted = np.unique(np.concatenate([nearest.ravel() for nearest in found.values()]))
     crops = dict(zip(wanted.tolist(), centre_crops(trained, split, wanted)))
 
     def neighbour(id: int, label: int) -> Picture:
@@ -113,7 +113,7 @@ def _rows(trained: TrainedNetwork, split: str, queries: Queries, found: dict[str
         return Picture(crops[id], class_name(index.classes, own), None if min(label, own) < 0 else label == own)
 
     return [(Picture(crop, class_name(index.classes, label)),
-             {kind: [neighbour(id, label) for id in nearest.ids[number].tolist()] for kind, nearest in found.items()})
+             {kind: [neighbour(id, label) for id in nearest[number].tolist()] for kind, nearest in found.items()})
             for number, (crop, label) in enumerate(zip(queries.crops, queries.labels.tolist()))]
 
 

@@ -5,7 +5,7 @@ Q queries, k neighbours, N images that are searched, B of a block, D values of a
 """
 
 from dataclasses import dataclass
-from typing import Iterator, Sequence
+from typing import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from train.figures.features import Features, Progress
 
 _BLOCK = 256  # crops compared at once
 _MOST = 1 << 24  # values of queries, and of distances, that are worked on at once
+Block = tuple[np.ndarray, np.ndarray]  # ids (B,), rows (B, D)
 
 
 @dataclass(frozen=True)
@@ -66,65 +67,55 @@ def centre_crops(trained: TrainedNetwork, split: str, ids: np.ndarray) -> np.nda
         return np.concatenate([crops.cpu().numpy() for _, crops in trained.crops(loader)])
 
 
-class NearestNeighbours:
-    """The k nearest rows of each query (Q, D) so far, by Euclidean distance, in float64: exact for bytes, of which the smaller id
-    comes first where they are equally near.
+def nearest(queries: np.ndarray, own_ids: np.ndarray, count: int, blocks: Iterable[Block],
+            device: torch.device = torch.device("cpu")) -> tuple[np.ndarray, np.ndarray]:
+    """(Q, k) ids of the rows nearest to each query (Q, D), the nearest first, and their squared distances; -1 where rows are few.
 
-    A query is not its own neighbour: `own_ids` (Q,) are those of the queries among the rows, -1 where it is not among them.
-    Results: `ids` (Q, k) int64, the nearest first, and `squares` (Q, k), squared distances; -1 and infinite where rows are few.
+    The rows pass by once, in blocks of ascending ids. A query is not its own neighbour: `own_ids` (Q,) are those among the rows.
+    Distances are Euclidean, in float64: exact for bytes, of which the smaller id comes first where they are equally near.
     """
+    def double(rows: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(rows)).to(device).double()
 
-    def __init__(self, queries: np.ndarray, count: int, own_ids: np.ndarray, device: torch.device = torch.device("cpu")) -> None:
-        self._queries, self._device = queries, device
-        self._own_ids = torch.from_numpy(own_ids).to(device)
-        self._ids = torch.full((len(queries), count), -1, device=device)
-        self._squares = torch.full((len(queries), count), torch.inf, dtype=torch.float64, device=device)
-
-    @property
-    def ids(self) -> np.ndarray:
-        return self._ids.cpu().numpy()
-
-    @property
-    def squares(self) -> np.ndarray:
-        return self._squares.cpu().numpy()
-
-    def add(self, ids: np.ndarray, rows: np.ndarray) -> None:
-        """Compare a block of rows (B, D) with all queries. `ids` (B,) ascend, within a block and from block to block."""
-        block, block_ids = self._double(rows), torch.from_numpy(ids).to(self._device)
-        at_once = max(1, _MOST // max(self._queries.shape[1], len(ids)))
-        for first in range(0, len(self._queries), at_once):
+    own = torch.from_numpy(own_ids).to(device)
+    best_ids = torch.full((len(queries), count), -1, device=device)
+    best = torch.full((len(queries), count), torch.inf, dtype=torch.float64, device=device)
+    for ids, rows in blocks:
+        block, block_ids = double(rows), torch.from_numpy(ids).to(device)
+        at_once = max(1, _MOST // max(queries.shape[1], len(ids)))
+        for first in range(0, len(queries), at_once):
             part = slice(first, first + at_once)
-            queries = self._double(self._queries[part])
+            asked = double(queries[part])
             # ‖a - b‖² = ‖a‖² - 2ab + ‖b‖² cancels; float64 leaves enough digits: of float32 rows at least seven, of bytes all.
-            squares = torch.addmm(queries.square().sum(1)[:, None] + block.square().sum(1), queries, block.T, alpha=-2).clamp_(0)
-            squares[block_ids == self._own_ids[part, None]] = torch.inf
-            all_squares = torch.cat([self._squares[part], squares], 1)
-            all_ids = torch.cat([self._ids[part], block_ids.expand(len(queries), -1)], 1)
-            nearest, order = (values[:, :self._ids.shape[1]] for values in all_squares.sort(dim=1, stable=True))
-            self._squares[part], self._ids[part] = nearest, all_ids.gather(1, order)
-
-    def _double(self, rows: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(rows)).to(self._device).double()
+            squares = torch.addmm(asked.square().sum(1)[:, None] + block.square().sum(1), asked, block.T, alpha=-2).clamp_(0)
+            squares[block_ids == own[part, None]] = torch.inf
+            sorted_squares, order = torch.cat([best[part], squares], 1).sort(dim=1, stable=True)
+            candidates = torch.cat([best_ids[part], block_ids.expand(len(asked), -1)], 1)
+            best[part], best_ids[part] = sorted_squares[:, :count], candidates.gather(1, order[:, :count])
+    return best_ids.cpu().numpy(), best.cpu().numpy()
 
 
 def search(trained: TrainedNetwork, features: Features, queries: Queries, count: int, by_pixels: bool,
-           progress: Progress) -> NearestNeighbours:
-    """The `count` nearest of the images of `features`: by these, or by the pixels of their centre crops, which are decoded once
-    and not kept. Raises ValueError when there are not so many."""
-    total, done = len(features.ids), 0
+           progress: Progress) -> np.ndarray:
+    """(Q, k) ids of the `count` nearest of the images of `features`: by these, or by the pixels of their centre crops, which are
+    decoded once and not kept. Raises ValueError when there are not so many."""
+    total = len(features.ids)
     if not 1 <= count < total:
         raise ValueError(f"neighbours (={count}) must lie in 1..{total - 1}, for {features.path} has {total} images; the paper "
                          "shows 6")
+
+    def blocks() -> Iterator[Block]:
+        done = 0
+        for ids, rows in _pixels(trained, features) if by_pixels else features.blocks():
+            yield ids, rows
+            done += len(ids)
+            progress(done, total)
+
     of_queries = queries.crops.reshape(len(queries.crops), -1) if by_pixels else queries.features
-    nearest = NearestNeighbours(of_queries, count, queries.ids, trained.topology.device)
-    for ids, rows in _pixels(trained, features) if by_pixels else features.blocks():
-        nearest.add(ids, rows)
-        done += len(ids)
-        progress(done, total)
-    return nearest
+    return nearest(of_queries, queries.ids, count, blocks(), trained.topology.device)[0]
 
 
-def _pixels(trained: TrainedNetwork, features: Features) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _pixels(trained: TrainedNetwork, features: Features) -> Iterator[Block]:
     """(ids, rows) of all, in blocks that make a product of matrices worth while."""
     ids, rows = [], []
     with trained.loader(trained.index, features.source.split, features.ids, pixels=True) as loader:
