@@ -1,6 +1,7 @@
 """The parts of a run, built from its config: torch's settings, index, loaders, network, and the tensors of a checkpoint."""
 import contextlib
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, ContextManager, Optional
 
@@ -41,7 +42,7 @@ def loader_config(config: Config, topology: Topology) -> LoaderConfig:
     on the CPU, which costs far more than its images."""
     own_cores = cores() // topology.local_ranks
     default = max(1, own_cores if topology.device.type == "cuda" else own_cores // 4)
-    return config.machine.loader(config.machine.threads or default)
+    return replace(config.machine, threads=config.machine.threads or default)
 
 
 def index(config: Config, *splits: str) -> SampleIndex:
@@ -94,7 +95,7 @@ def train_loader(config: Config, topology: Topology, found: SampleIndex, stats: 
     data, machine = config.data, loader_config(config, topology)
     budget = quarantine_budget(machine, len(found.ids(data.train_split)))
     in_gpu_memory = data.tier == "resident" and machine.resident_memory == "gpu"
-    loader = tiers.train_loader(data.tier, found, data.train_split, data.pixels(), config.train.batch, config.train.seed, stats,
+    loader = tiers.train_loader(data.tier, found, data.train_split, data, config.train.batch, config.train.seed, stats,
                                 resident=data.resident, window=data.window, lanes=data.lanes,
                                 store=config.machine.archives if config.in_bucket else "", machine=machine,
                                 shard=loader_shard(config.parallel, topology, config.train.batch),
@@ -108,7 +109,7 @@ def eval_loader(config: Config, topology: Topology, found: SampleIndex, stats: S
                 keep: bool = False, ids: Optional[Ids] = None) -> EvalLoader:
     """Every image of a split once, or of `ids` in their order, divided among the data ranks; both towers of a pair get the same.
     With `keep` tier resident keeps the images in memory, for repeated tests; else it decodes them each time."""
-    return tiers.eval_loader(config.data.tier, found, split, config.data.pixels(), config.machine.test_batch, stats,
+    return tiers.eval_loader(config.data.tier, found, split, config.data, config.machine.test_batch, stats,
                              resident=config.data.resident, keep=keep, machine=loader_config(config, topology),
                              shard=(topology.data_rank, topology.data_ranks), device_id=topology.device.index, ids=ids)
 

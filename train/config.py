@@ -56,10 +56,6 @@ class Data(DataConfig):
         """Folder of the index that is read: `packed` if given and read by the tier."""
         return self.packed if self.packed and self.tier in ("packed", "streamed") else self.index
 
-    def pixels(self) -> DataConfig:
-        """The fields of the pipeline's DataConfig."""
-        return DataConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(DataConfig)})
-
 
 @dataclass(frozen=True)
 class InitConfig:
@@ -181,11 +177,6 @@ class MachineConfig(LoaderConfig):
             check(self, f"machine.{name}", getattr(self, name) >= low, f"must be at least {low}; raise it")
         for name in ("timeout_s", "silence_s", "log_s"):
             check(self, f"machine.{name}", getattr(self, name) > 0, "must be positive; give seconds")
-
-    def loader(self, threads: int) -> LoaderConfig:
-        """The fields of the pipeline's LoaderConfig, with this number of threads."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(LoaderConfig)}
-        return LoaderConfig(**{**values, "threads": threads})
 
 
 @dataclass(frozen=True)

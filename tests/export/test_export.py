@@ -240,7 +240,7 @@ def test_the_cards_code_prepares_images_as_the_loader(tiny_set: TinySet, tmp_pat
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(code_of(card("net", config, About("Drawn.")))[0], names)  # noqa: S102 (the card's own code)
-    with eval_loader("archives", index, "val", config.data.pixels(), 12, stats, machine=LoaderConfig(threads=1)) as loader:
+    with eval_loader("archives", index, "val", config.data, 12, stats, machine=LoaderConfig(threads=1)) as loader:
         for batch in loader:
             view = next(iter(loader.crops(batch.images, 1)))
             for id, expected in zip(batch.ids, view):

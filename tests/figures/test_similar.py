@@ -57,7 +57,7 @@ def test_features_are_those_of_the_network(run: Path, built: Path, tiny_set: Tin
     assert isinstance(found.rows, np.memmap) and found.rows.dtype == np.float32 and (np.diff(found.ids) > 0).all()
     with load_trained(resolve(run / "checkpoints/step-000000000")) as trained:
         found.check(trained)
-        with eval_loader("archives", index, "train", trained.config.data.pixels(), 1, trained.stats, skip_corrupt=True) as loader:
+        with eval_loader("archives", index, "train", trained.config.data, 1, trained.stats, skip_corrupt=True) as loader:
             for place, batch in enumerate(loader):
                 one = trained.network.features(batch.images[:, :, 4:71, 4:71])  # the centre: 67 of 76
                 np.testing.assert_allclose(found.rows[place], one[0].detach().numpy(), rtol=1e-4, atol=1e-5)  # other sums

@@ -94,7 +94,7 @@ def test_negative_epochs_are_refused_and_no_epochs_said_are_all(tmp_path: Path) 
     recipe = str(write_recipe(tmp_path))
     unsaid, none, some = (parse(["--config", recipe, *words]).config for words in
                           ([], ["--data.lighting_epochs=0"], ["--data.lighting_epochs=2"]))
-    assert unsaid.data.pixels().lighting_epochs == 0 and some.data.pixels().lighting_epochs == 2
+    assert unsaid.data.lighting_epochs == 0 and some.data.lighting_epochs == 2
     assert unsaid.fingerprint() == none.fingerprint() != some.fingerprint()
     with pytest.raises(ValueError, match=r"data.lighting_epochs \(=-3\)"):
         parse(["--config", recipe, "--data.lighting_epochs=-3"])

@@ -50,7 +50,7 @@ def test_weights_equal_those_of_a_loop_by_hand(recipe: Path, trained: Path) -> N
     start = {name: p.detach().clone() for name, p in network.named_parameters()}
     velocity = {name: torch.zeros_like(p) for name, p in network.named_parameters()}
     rates = [0.01 / 3, 0.02 / 3, 0.01, 0.01, 0.01, 0.01] + [0.001] * 6
-    with train_loader("archives", index, "train", config.data.pixels(), 4, 1, Stats.for_index(index, 76)) as loader:
+    with train_loader("archives", index, "train", config.data, 4, 1, Stats.for_index(index, 76)) as loader:
         for epoch in range(2):
             for batch in loader:
                 network.zero_grad()

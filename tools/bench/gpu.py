@@ -78,7 +78,7 @@ def decoder(args: argparse.Namespace) -> Iterator[tuple[str, Spread]]:
     batch, machine = min(256, len(index.ids("train"))), LoaderConfig(threads=args.threads or cores())
     stats = Stats.for_index(index, data.square_px, "train")
     tier = "archives" if index.packed is None else "packed"
-    with train_loader(tier, index, "train", data.pixels(), batch, 0, stats, machine=machine, device_id=0) as loader:
+    with train_loader(tier, index, "train", data, batch, 0, stats, machine=machine, device_id=0) as loader:
         plans, settings = [plan for plan, _ in ready(loader)], loader.context.decoding(loader.context.ids, batch, data.crop_px)
     for load in LOADS:
         changed = replace(settings, machine=replace(machine, hw_decoder_load=load), decode_only=True)

@@ -40,7 +40,7 @@ def profile(args: argparse.Namespace, config: Config) -> tuple[Profile, Sequence
         config = replace(config, train=replace(config.train, batch=min(config.train.batch, images)))
         title = (f"{index.path}, {images:,} images of split {split}, tier {data.tier}, {data.crop_px} of {data.square_px} px, "
                  f"batch {config.train.batch}, on {topology.device}, {machine.threads} of {cores()} cores for pixels")
-        open_loader = partial(train_loader, data.tier, index, split, data.pixels(), config.train.batch, config.train.seed,
+        open_loader = partial(train_loader, data.tier, index, split, data, config.train.batch, config.train.seed,
                               Stats.for_index(index, data.square_px, split), resident=data.resident, window=data.window,
                               lanes=data.lanes, store=config.machine.archives if config.in_bucket else "",
                               device_id=topology.device.index)

@@ -77,8 +77,8 @@ def run(args: argparse.Namespace) -> None:
     index = SampleIndex.load(data.index, None if store else archives or None)
     stats = Stats.for_index(index, data.square_px)
     with tempfile.TemporaryDirectory() as scratch:  # tier resident would begin to fill its file: not for a sheet
-        machine = replace(config.machine.loader(0), resident_memory="ram", resident_folder=scratch)
-        with train_loader(data.tier, index, data.train_split, data.pixels(), args.count, config.train.seed, stats, store=store,
+        machine = replace(config.machine, threads=0, resident_memory="ram", resident_folder=scratch)
+        with train_loader(data.tier, index, data.train_split, data, args.count, config.train.seed, stats, store=store,
                           resident=data.resident, window=data.window, lanes=data.lanes, machine=machine) as loader:
             loader.load_state_dict({**loader.state_dict(), "step": args.step})
             batch = next(iter(loader))

@@ -228,7 +228,7 @@ class TrainedNetwork:
         """Loader of a split in id order, or of `ids` in theirs; with `pixels` of the resized images themselves, (B, S, S, 3)
         uint8, without subtracting the mean. `skip_corrupt` leaves unreadable images out instead of raising SampleError."""
         device = self.topology.device
-        return square_loader(index, split, self.config.data.pixels(), self.config.machine.test_batch,
+        return square_loader(index, split, self.config.data, self.config.machine.test_batch,
                              None if pixels else self.stats, machine=build.loader_config(self.config, self.topology), ids=ids,
                              skip_corrupt=skip_corrupt, device_id=device.index if device.type == "cuda" else None)
 
