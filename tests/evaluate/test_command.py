@@ -120,7 +120,7 @@ def test_it_has_names_and_its_place_wherever_one_stands(copy: Path, tmp_path: Pa
 @pytest.fixture
 def exported(copy: Path, tmp_path: Path) -> Path:
     """Run a's network as train.export writes it."""
-    inside(export.main, [str(copy / "a"), "--out", str(tmp_path / "weights/a"), "--which", "last", "--no-check"], 0)
+    inside(export.main, [str(copy / "a"), "--out", str(tmp_path / "weights/a"), "--which", "last"], 0)
     return tmp_path / "weights/a"
 
 
