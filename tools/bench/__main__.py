@@ -44,10 +44,8 @@ def synthetic_index(folder: Path, per_class: int = PHOTOGRAPHS) -> Path:
 
 
 def prepare(args: argparse.Namespace, packs: bool, scratch: Path) -> Task:
-    """Index, statistics and (if `packs`) packed shards, made where they are not given; all bytes in the page cache.
-
-    Raises ValueError: an index is not one, or the packed one is not of the same photographs.
-    """
+    """Index, statistics and (if `packs`) packed shards, made where they are not given; all bytes in the page cache. Raises
+    ValueError: an index is not one, or the packed one is not of the same photographs."""
     from pipeline.compute_stats import compute
     from pipeline.config import LoaderConfig
     from pipeline.index.sample_index import SampleIndex
@@ -110,6 +108,9 @@ def run(args: argparse.Namespace, command: list[str]) -> None:
         task = prepare(args, any(CONTENDERS[name].data == "packed" for name in names), Path(folder))
         images = len(SampleIndex.load(task.index).ids("train"))
         results = rounds.measure(task, names, args.rounds, args.seconds)
+    report.show(results, Console(width=None if sys.stdout.isatty() else 140))
+    if not any(result.turns for result in results):
+        raise RuntimeError("no contender could run; the table says why (`pip install -e '.[bench]'` installs the others)")
     about = {"what": "training crops, 227 of 256, float32, warm page cache", "date": datetime.date.today().isoformat(),
              "command": shlex.join(["python", "-m", "tools.bench", *command]),
              "work": {"photographs": images, "batch": args.batch, "workers": args.workers, "rounds": args.rounds,
@@ -120,7 +121,6 @@ def run(args: argparse.Namespace, command: list[str]) -> None:
     cpu = plain["hardware"]
     title = f"{images} photographs, {args.workers} workers each, {args.rounds} rounds; {cpu['cores']} cores of {cpu['cpu']}"
     report.plot(results, title, args.out.with_name(args.out.name + ".png"))
-    report.show(results, Console(width=None if sys.stdout.isatty() else 140))
     print(f"{args.out}.json, {args.out}.png")
 
 

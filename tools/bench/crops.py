@@ -83,10 +83,8 @@ class Cropper:
 
 
 class Normalize:
-    """Crops to floats by torch, the fastest tried: copy, subtract the mean image's piece, add the colour jitter.
-
-    Buffers are reused in turn: a batch lasts until `lasting` more have been made.
-    """
+    """Crops to floats by torch, the fastest tried: copy, subtract the mean image's piece, add the colour jitter. Buffers are
+    reused in turn: a batch lasts until `lasting` more have been made."""
 
     def __init__(self, photographs: Photographs, lasting: int = 2) -> None:
         self._mean = torch.from_numpy(photographs.stats.mean_image_chw)

@@ -84,9 +84,7 @@ def decoder(args: argparse.Namespace) -> Iterator[tuple[str, Spread]]:
         changed = replace(settings, machine=replace(machine, hw_decoder_load=load), decode_only=True)
         with closing(RegionPipeline(itertools.cycle(plans), changed)) as pipeline:
             def decode() -> float:
-                count = len(pipeline.collect())
-                arrived(loader.device)
-                return count
+                return arrived(loader, len(pipeline.collect()))
 
             yield f"decode, hardware share {load:g}, {machine.threads} threads, img/s", rates(decode, args)
 

@@ -136,7 +136,6 @@ def measure(config: Config, names: Sequence[str], rounds: int, seconds: float) -
 
 
 def show(entries: Sequence[dict[str, Any]]) -> None:
-    """The table."""
     from rich.console import Console
     from rich.table import Table
 

@@ -35,10 +35,8 @@ class Result:
 
 @contextmanager
 def started(name: str, task: Task) -> Iterator[tuple[Workload, float | None]]:
-    """A contender in its process, and how many grey levels its first batch is off.
-
-    Raises NotAvailable when its package is missing, RuntimeError when its pixels are wrong, or it does not come to rest.
-    """
+    """A contender in its process, and how many grey levels its first batch is off. Raises NotAvailable when its package is
+    missing, RuntimeError when its pixels are wrong, or it does not come to rest."""
     contender = CONTENDERS[name]
     running = contender.start(task)
     try:
@@ -68,10 +66,8 @@ def _rest() -> None:
 
 
 def measure(task: Task, names: Sequence[str], rounds: int, seconds: float) -> list[Result]:
-    """Start the contenders, then let them take turns of some seconds, interleaved.
-
-    Raises RuntimeError when one of ours failed, or any did once the turns had begun. Others that cannot run are only noted.
-    """
+    """Start the contenders, then let them take turns of some seconds, interleaved. Raises RuntimeError when one of ours failed,
+    or any did once the turns had begun; others that cannot run are only noted."""
     workers: dict[str, Workers] = {}
     reasons: dict[str, str] = {}
     try:

@@ -139,8 +139,7 @@ def main(argv: list[str] | None = None) -> int:
                                      epilog="What stands after -- goes to train.main as it is.")
     parser.add_argument("--out", type=Path, metavar="DIR", help="for everything made (default: demo; demo-data with --data)")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder of ILSVRC2012 archives (default: generated)")
-    parser.add_argument("--recipe", type=Path, metavar="FILE",
-                        help="recipe to train (default: demo.yaml; tiny100.yaml, a small network, with --data)")
+    parser.add_argument("--recipe", type=Path, metavar="FILE", help="to train (default: demo.yaml; tiny100.yaml with --data)")
     parser.add_argument("extra", nargs="*", metavar="-- --key=value", help="for the training")
     args = parser.parse_args(argv)
 

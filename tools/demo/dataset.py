@@ -35,7 +35,6 @@ def wnids(count: int, seed: int) -> list[str]:
 
 
 def _write_tar(file: BinaryIO, members: Iterable[tuple[str, bytes]]) -> None:
-    """An archive of (name, content)."""
     with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive:
         for name, content in members:
             member = tarfile.TarInfo(name)

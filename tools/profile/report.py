@@ -34,7 +34,7 @@ class Profile:
 def as_json(profile: Profile) -> dict[str, Any]:
     """Everything as plain values: rounds under their own names, medians beside them."""
     def plain(figures: Figures | None) -> dict[str, Any] | None:
-        return figures and asdict(figures) | {"rate": figures.rate, "cpu": figures.cpu}
+        return None if figures is None else asdict(figures) | {"rate": figures.rate, "cpu": figures.cpu}
 
     measured = profile.measured
     return {"title": profile.title, "batch": profile.batch, "facts": asdict(profile.setup), "versions": profile.versions,

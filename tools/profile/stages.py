@@ -69,7 +69,7 @@ def _until(stage: str, name: str, loader: TrainLoader, closers: ExitStack) -> Wo
         if isinstance(output, BatchPlan) and not machine.check_crc:  # then no page has been needed yet
             for view in output.encoded:
                 view[::_PAGE].max()
-        return _arrived(loader, len((output[0] if isinstance(output, tuple) else output).ids))
+        return arrived(loader, len((output[0] if isinstance(output, tuple) else output).ids))
 
     reads = stage == "read"
     return Workload(name, map(images, outputs), machine.prefetch + machine.read_threads + 3, None,
@@ -87,14 +87,14 @@ def _alone(loader: TrainLoader, checks: bool, closers: ExitStack) -> Iterator[Wo
     pipeline = closers.enter_context(closing(RegionPipeline(itertools.cycle(plans), chain.settings)))
     collect = pipeline.collect if gpu else pipeline.rows  # rows are resized by whoever normalizes them
     decoded = (len(collect()) for _ in itertools.count())
-    yield Workload("decode", map(partial(_arrived, loader), decoded), machine.prefetch + 1, None, loader.threads, size)
+    yield Workload("decode", map(partial(arrived, loader), decoded), machine.prefetch + 1, None, loader.threads, size)
     normalizer = closers.enter_context(closing(chain.normalizer()))
     normalized = (len(normalizer.begin(pixels, plan.augmentation)()) for plan, pixels in itertools.cycle(inputs))
-    yield Workload("normalize", map(partial(_arrived, loader), normalized), 2, None, 1 if gpu else loader.threads)
+    yield Workload("normalize", map(partial(arrived, loader), normalized), 2, None, 1 if gpu else loader.threads)
     if gpu:
         pinned = [(torch.from_numpy(np.concatenate(plan.encoded)).pin_memory(), len(plan.ids)) for plan in plans]
         copied = ((encoded.to(loader.device, non_blocking=True), count) for encoded, count in itertools.cycle(pinned))
-        yield Workload("copy", (_arrived(loader, count) for _, count in copied), 2, None, 1, size)
+        yield Workload("copy", (arrived(loader, count) for _, count in copied), 2, None, 1, size)
 
 
 def ready(loader: TrainLoader) -> list[tuple[BatchPlan, Pixels]]:
@@ -124,7 +124,7 @@ def _resident(loader: TrainLoader, closers: ExitStack) -> Workload:
 
     def images(step: int) -> int:
         request = chain.request(step)
-        return _arrived(loader, len(normalizer.begin(chain.store.crops(request.crops), request.augmentation)()))
+        return arrived(loader, len(normalizer.begin(chain.store.crops(request.crops), request.augmentation)()))
 
     copies = loader.device.type == "cuda" and loader.machine.resident_memory == "ram"
     steps = itertools.cycle(range(_steps(loader)))
@@ -153,20 +153,16 @@ def end_to_end(loader: TrainLoader, consume: Callable[[Batch], None] | None = No
                     consume(batch)
                 count = len(batch.ids)
                 del batch
-                yield _arrived(loader, count)
+                yield arrived(loader, count)
 
     machine = loader.machine
     return Workload(name, batches(), machine.queue + machine.prefetch + machine.read_threads + 2, loader.monitor, loader.threads)
 
 
-def arrived(device: torch.device) -> None:
-    """Wait until what this thread was given is there: on a GPU it may still be under way; what is prefetched continues."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
-
-
-def _arrived(loader: TrainLoader, count: int) -> int:
-    arrived(loader.device)
+def arrived(loader: TrainLoader, count: int) -> int:
+    """`count`, once what this thread was given is there: on a GPU it may still be under way; what is prefetched continues."""
+    if loader.device.type == "cuda":
+        torch.cuda.current_stream(loader.device).synchronize()
     return count
 
 
@@ -219,10 +215,8 @@ def _cached(descriptor: int, offset: int) -> bool:
 
 def measure_cold(make: Callable[[], TrainLoader], index: SampleIndex, split: str, seconds: float,
                  rounds: int) -> tuple[Figures, str]:
-    """Figures of a fresh loader on dropped files, from its first batch on, over at most an epoch; and a note on the dropping.
-
-    The start-up (threads, DALI's first batches) is included: with a small set it weighs more than the disk.
-    """
+    """Figures of a fresh loader on dropped files, over at most an epoch; and a note on the dropping. The start-up (threads,
+    DALI's first batches) is included: with a small set it weighs more than the disk."""
     turns, note = [], ""
     for _ in range(rounds):
         gc.collect()  # a closed loader has its archives mapped for as long as anything refers to it
