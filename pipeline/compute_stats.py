@@ -13,35 +13,24 @@ import numpy.typing as npt
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.eval_loader import square_loader
-from pipeline.parallel import Progress, Silent
+from pipeline.process_pool import Progress
 from pipeline.reading.quarantine import quarantine_budget
 from pipeline.stats import Stats, load_arrays, save_arrays, stats_path
 
-_SAVE_S = 30.0  # seconds between saves of a pass under way
-
 
 def compute(index: SampleIndex, split: str, square_px: int, *, machine: LoaderConfig = LoaderConfig(), batch: int = 64,
-            device_id: int | None = None, progress: Progress = Silent(), save_s: float = _SAVE_S) -> Stats:
-    """Statistics of a split's central squares.
+            device_id: int | None = None, progress: Progress = Progress(), save_s: float = 30.0) -> Stats:
+    """Statistics of a split's central squares of side `square_px`, decoded `batch` images at a time.
 
-    An interrupted pass resumes where it last saved (``stats-<split>-<S>.partial.npz`` beside the index).
-
-    Args:
-        index, split: the samples; unreadable ones are skipped, listed, and bounded by `machine.quarantine_budget`.
-        square_px: short side after the resize and side of the square.
-        machine, device_id: as for the loaders.
-        batch: images decoded together.
-        progress: told of images and their bytes.
-        save_s: seconds between saves.
-
-    Raises:
-        RuntimeError: more unreadable samples than the budget allows, or no readable one.
+    Unreadable samples are skipped and listed. The pass is saved every `save_s` seconds (``stats-<split>-<S>.partial.npz`` beside
+    the index), and resumes there. Raises RuntimeError when more are unreadable than `machine.quarantine_budget` permits, or all.
     """
     sizes = index.samples["size"][index.ids(split)].astype(np.int64)
-    total = len(sizes)
-    sums = _Sums.resume(index, split, square_px, batch)
+    partial = stats_path(index.path, square_px, split).with_suffix(".partial.npz")
+    about = {"index": index.split_sha256(split), "split": split, "batch": batch}
+    sums = _Sums.resume(partial, about, square_px)
     config = DataConfig(region="square", square_px=square_px, crop_px=square_px, mirror=False, lighting=0, mean="channel")
-    budget = quarantine_budget(machine, total)
+    budget = quarantine_budget(machine, len(sizes))
     progress.expect("statistics", int(sizes[sums.next_batch * batch:].sum()))
     saved = time.monotonic()
     with square_loader(index, split, config, batch, None, machine=machine, device_id=device_id, skip_corrupt=True,
@@ -51,23 +40,19 @@ def compute(index: SampleIndex, split: str, square_px: int, *, machine: LoaderCo
             skipped = sums.skipped | loader.skipped
             if len(skipped) > budget:
                 id, why = next(iter(skipped.items()))
-                raise RuntimeError(f"unreadable samples (={len(skipped)} of {total}) must not exceed the budget (={budget}); "
-                                   f"the first: {index.safe_name(id)} {why}; run `python tools/build_index.py verify "
+                raise RuntimeError(f"unreadable samples (={len(skipped)} of {len(sizes)}) must not exceed the budget (={budget})"
+                                   f"; the first: {index.safe_name(id)} {why}; run `python tools/build_index.py verify "
                                    f"{index.path} --scrub --exclude`")
-            first = loaded.step * batch
-            progress.advance(len(loaded.images), int(sizes[first:first + batch].sum()))
+            progress.advance(len(loaded.images), int(sizes[loaded.step * batch:(loaded.step + 1) * batch].sum()))
             if time.monotonic() - saved > save_s:
-                sums.save(index, split, batch, skipped)
+                save_arrays(partial, {"image": sums.image, "product": sums.product},
+                            {"count": sums.count, "next_batch": sums.next_batch, "skipped": skipped, **about})
                 saved = time.monotonic()
         sums.skipped |= loader.skipped
     if sums.count == 0:
         raise RuntimeError(f"split (={split}) of {index.path} must have a readable image; all {len(sums.skipped)} failed")
-    _partial_path(index, split, square_px).unlink(missing_ok=True)
+    partial.unlink(missing_ok=True)
     return sums.stats(index.split_sha256(split), split)
-
-
-def _partial_path(index: SampleIndex, split: str, square_px: int) -> Path:
-    return stats_path(index.path, square_px, split).with_suffix(".partial.npz")
 
 
 @dataclass
@@ -88,19 +73,12 @@ class _Sums:
         self.count += len(pixels)
         self.next_batch = batch + 1
 
-    def save(self, index: SampleIndex, split: str, batch: int, skipped: dict[int, str]) -> None:
-        """Save the pass so far."""
-        save_arrays(_partial_path(index, split, self.image.shape[0]), {"image": self.image, "product": self.product},
-                    {"count": self.count, "next_batch": self.next_batch, "skipped": skipped,
-                     "index": index.split_sha256(split), "split": split, "batch": batch})
-
     @classmethod
-    def resume(cls, index: SampleIndex, split: str, square_px: int, batch: int) -> "_Sums":
+    def resume(cls, path: Path, expected: dict[str, object], square_px: int) -> "_Sums":
         """The pass as last saved, if it was one over the same samples in the same batches; else a new one."""
-        path = _partial_path(index, split, square_px)
         if path.exists():
             arrays, about = load_arrays(path)
-            if (about.get("index"), about.get("split"), about.get("batch")) == (index.split_sha256(split), split, batch):
+            if {key: about.get(key) for key in expected} == expected:
                 return cls(arrays["image"], arrays["product"], about["count"], about["next_batch"],
                            {int(id): why for id, why in about["skipped"].items()})
         return cls(np.zeros((square_px, square_px, 3), np.int64), np.zeros((3, 3), np.int64), 0, 0, {})

@@ -2,12 +2,8 @@
 
 A file or folder under way is a temporary: a hidden sibling named by host and process, which its writer keeps locked (`flock`).
 The kernel drops the lock when the writer dies, however it dies, so a temporary whose lock is free is garbage (`remove_dead`).
-
 A manifest is a JSON object with an entry {"size", "sha256"} for each file it vouches for; it may also carry a hash of itself.
 """
-
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib
@@ -17,8 +13,9 @@ import re
 import secrets
 import shutil
 import socket
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Iterable, Iterator, Mapping
+from typing import Any, BinaryIO
 
 
 class LockHeld(RuntimeError):
@@ -35,7 +32,6 @@ def atomic_write(path: Path, *, keep: bool = False) -> Iterator[BinaryIO]:
     """A binary file to write that becomes `path` in one rename, on disk, at the end; on an exception nothing remains.
 
     Any number of processes on any number of hosts may write the same path at once: the last one wins, with `keep` the first.
-    Raises OSError.
     """
     temporary, descriptor = _create_temporary(path, is_folder=False)
     try:
@@ -51,6 +47,16 @@ def atomic_write(path: Path, *, keep: bool = False) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def _rename_unless_there(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        os.replace(temporary, path)
+    temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -75,9 +81,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def remove_dead(folder: Path, name: str = "") -> list[Path]:
     """Remove the temporaries in `folder` whose writers are dead, all or those of `name`; returns them."""
     removed = []
-    for temporary in sorted(folder.iterdir()):
-        if not is_temporary(temporary, name):
-            continue
+    for temporary in sorted(path for path in folder.iterdir() if is_temporary(path, name)):
         with contextlib.suppress(OSError):  # gone by now, its writer lives, or the file system has no locks
             descriptor = os.open(temporary, os.O_RDONLY if temporary.is_dir() else os.O_RDWR)
             try:
@@ -94,8 +98,8 @@ def remove_dead(folder: Path, name: str = "") -> list[Path]:
 
 def _create_temporary(path: Path, is_folder: bool) -> tuple[Path, int]:
     """A new temporary for `path` and a descriptor of it, which holds its lock until it is closed."""
+    host = socket.gethostname().partition(".")[0]
     while True:
-        host = socket.gethostname().partition(".")[0]
         temporary = path.with_name(f".{path.name}.{host}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
         try:
             if is_folder:
@@ -116,17 +120,6 @@ def _create_temporary(path: Path, is_folder: bool) -> tuple[Path, int]:
         os.close(descriptor)
 
 
-def _rename_unless_there(temporary: Path, path: Path) -> None:
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without hard links
-        os.replace(temporary, path)
-        return
-    temporary.unlink()
-
-
 def sync(path: Path) -> None:
     """fsync a file's bytes, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -138,23 +131,15 @@ def sync(path: Path) -> None:
 
 def sync_tree(folder: Path) -> None:
     """fsync a folder and everything below it."""
-    for path in folder.rglob("*"):
+    for path in (*folder.rglob("*"), folder):
         sync(path)
-    sync(folder)
 
 
 def lock(path: Path, *, wait: bool = False) -> BinaryIO:
     """Take the exclusive lock of the lock file `path`, which is created, holds the name of its holder, and stays for good.
 
-    The lock is free again when the returned file is closed (it is a context manager) and no child process has inherited it.
-    On a file system without locks nobody is kept out.
-
-    Args:
-        wait: until the lock is free.
-
-    Raises:
-        LockHeld: another process has it, and `wait` is not given.
-        OSError: the file cannot be created.
+    The lock is free again when the returned file is closed (it is a context manager) and no child process has inherited it. On a
+    file system without locks nobody is kept out. Raises LockHeld when another process has it, unless told to `wait`.
     """
     file = open(path, "a+b", buffering=0)  # not "w": the name of the holder must stay until the lock is ours
     try:
@@ -173,7 +158,6 @@ def lock(path: Path, *, wait: bool = False) -> BinaryIO:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 (hex) of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -189,24 +173,19 @@ def file_entries(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]
 
 
 def difference(path: Path, entry: Mapping[str, Any]) -> str:
-    """How a file differs from its manifest entry; "" when it does not.
-
-    A predicate for a message: ``f"checkpoint file (={path}) {difference(path, entry)}; use another checkpoint"``.
-    The SHA-256 is computed only where the size is right. Raises OSError when a file that is there cannot be read.
-    """
+    """How a file differs from its manifest entry, as a predicate for a message; "" when it does not. The SHA-256 is computed only
+    where the size is right. Raises OSError when a file that is there cannot be read."""
     if not path.is_file():
         return "is missing"
-    size = path.stat().st_size
-    if size != entry["size"]:
+    if (size := path.stat().st_size) != entry["size"]:
         return f"has {size} bytes, was written with {entry['size']}"
-    sha256 = file_sha256(path)
-    if sha256 != entry["sha256"]:
+    if (sha256 := file_sha256(path)) != entry["sha256"]:
         return f"has SHA-256 {sha256[:16]}…, was written with {str(entry['sha256'])[:16]}…"
     return ""
 
 
 def write_json(path: Path, content: Any, *, newline: bool = True) -> None:
-    """Write a value as indented JSON, atomically. Raises OSError."""
+    """Write a value as indented JSON, atomically."""
     with atomic_write(path) as file:
         file.write(json.dumps(content, indent=1).encode() + (b"\n" if newline else b""))
 
@@ -219,9 +198,7 @@ def with_own_hash(manifest: Mapping[str, Any]) -> dict[str, Any]:
 def read_manifest(path: Path, *, own_hash: bool = False) -> dict[str, Any]:
     """Read a JSON object; with `own_hash` one that `with_own_hash` made, returned without its hash.
 
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no JSON object, or was altered; a predicate like that of `difference`.
+    Raises OSError, and ValueError when it is no JSON object, or was altered: a predicate like that of `difference`.
     """
     try:
         manifest = json.loads(path.read_bytes())

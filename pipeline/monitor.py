@@ -1,34 +1,19 @@
-"""Data stalls of a loader: seconds its consumer waits for data, by stage, and how much faster it could be (headroom).
+"""Data stalls of a loader: seconds its consumer waits for data, by the stage that is the cause.
 
 One thread makes batches and says with `enter` which stage it is in; one thread consumes them and waits inside `waiting`. The
 stage the producer was in meanwhile is why the consumer waited. `span` measures any piece of work of any thread.
 """
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Self
-
-from pipeline.config import LoaderConfig
+from typing import Any, NamedTuple
 
 STAGES = ("read", "decode", "normalize", "copy")  # in a batch's order; a producer in none of them is "idle"
 RECORDED = {"read": "read", "decode": "decode", "normalize": "colour", "copy": "copy"}  # their names in metrics.jsonl
 _LATE = 0.2  # share of the waiting for bytes and pixels from which on these are late, whatever the rest
-
-
-def cause_of(seconds: Mapping[str, float]) -> str:
-    """The stage that is late, given the seconds that each of STAGES was waited for.
-
-    The producing thread normalizes pixels itself while others read and decode the next ones. So when it waits for these at all,
-    they are late; only when it does not is it the normalizing, however much time that takes.
-    """
-    late, own = STAGES[:2], STAGES[2:]
-    total = sum(seconds[stage] for stage in STAGES)
-    return max(late if sum(seconds[stage] for stage in late) > _LATE * total else own, key=lambda stage: seconds[stage])
-
 
 # What lifts a stall, best first, by tier and by the stage that is late: keys of REMEDIES.
 _BY_TIER: dict[str, dict[str, tuple[str, ...]]] = {
@@ -49,63 +34,46 @@ REMEDIES = {
 }
 
 
+def cause_of(seconds: Mapping[str, float]) -> str:
+    """The stage that is late, given the seconds that each of STAGES was waited for.
+
+    The producing thread normalizes pixels itself while others read and decode the next ones. So when it waits for these at all,
+    they are late; only when it does not is it the normalizing, however much time that takes.
+    """
+    late, own = STAGES[:2], STAGES[2:]
+    total = sum(seconds[stage] for stage in STAGES)
+    return max(late if sum(seconds[stage] for stage in late) > _LATE * total else own, key=lambda stage: seconds[stage])
+
+
 def remedies(tier: str, stage: str) -> tuple[str, ...]:
     """What would lift stalls for which this stage of a loader is the cause, best first: keys of REMEDIES."""
     return _BY_TIER[tier].get(stage, ("queue",))
 
 
 @dataclass(frozen=True)
-class _Sums:
-    """Totals that only grow."""
-
-    def plus(self, other: Self) -> Self:
-        """The sum of both."""
-        return type(self)(*(own + more for own, more in zip(vars(self).values(), vars(other).values())))
-
-    def since(self, earlier: Self) -> Self:
-        """What came after `earlier`; at least 0, for threads that have ended take their count with them."""
-        return type(self)(*(max(0, own - past) for own, past in zip(vars(self).values(), vars(earlier).values())))
-
-
-@dataclass(frozen=True)
-class Waits(_Sums):
-    """Seconds the consumer has waited, by the producer's stage; they add up to `seconds` but for the hand-over itself.
-
-    `batches`: how many were asked for. On a GPU the seconds are the device's: from the end of its work to the next batch.
-    """
+class Waits:
+    """Seconds the consumer has waited, by the producer's stage; they add up to `seconds` but for the hand-over itself. On a GPU
+    they are the device's: from the end of its work to the next batch."""
     seconds: float = 0.0
     read: float = 0.0
     decode: float = 0.0
     normalize: float = 0.0
     copy: float = 0.0
-    batches: int = 0
+    batches: int = 0  # how many were asked for
 
     @property
     def cause(self) -> str:
-        """The stage that is late, see `cause_of`."""
         return cause_of(vars(self))
 
+    def plus(self, other: "Waits") -> "Waits":
+        return Waits(*(own + more for own, more in zip(vars(self).values(), vars(other).values())))
 
-@dataclass(frozen=True)
-class Usage(_Sums):
-    """Seconds a loader has used up to a moment: `time` on the clock, `read` and `decode` by its threads, and `making` batches,
-    while its queue was not full."""
-    time: float = 0.0
-    read: float = 0.0
-    decode: float = 0.0
-    making: float = 0.0
+    def since(self, earlier: "Waits") -> "Waits":
+        """What came after `earlier`."""
+        return Waits(*(own - past for own, past in zip(vars(self).values(), vars(earlier).values())))
 
 
-@dataclass(frozen=True)
-class Span:
-    """Totals of one kind of work: wall seconds, CPU seconds of its own thread, how often."""
-    wall_s: float = 0.0
-    cpu_s: float = 0.0
-    count: int = 0
-
-
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """One piece of work, for a trace. Seconds on the clock of `time.perf_counter`."""
     name: str
     thread: str
@@ -117,28 +85,17 @@ class Event:
 class Monitor:
     """Measures a loader at work; cheap enough to be always on (a few microseconds a batch).
 
-    Args:
-        trace: keep an `Event` for every span.
-        nvtx: mark spans as NVTX ranges, for Nsight Systems.
-        now: the clock, seconds.
-
-    Attributes:
-        decoders: kernel ids of DALI's worker threads.
+    `trace`: keep an `Event` for every span. `now`: the clock, seconds.
     """
 
-    def __init__(self, trace: bool = False, nvtx: bool = False, now: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, trace: bool = False, now: Callable[[], float] = time.perf_counter) -> None:
         self.now, self._trace, self._lock = now, trace, threading.Lock()
-        self.decoders: set[int] = set()
+        self.events: list[Event] = []
         self._stage, self._since = "idle", now()
         self._totals = dict.fromkeys((*STAGES, "idle"), 0.0)
-        self._spans: dict[str, Span] = {}
+        self.spans: Counter[str] = Counter()  # how often each kind of work was done
         self._waits = Waits()
         self._pending: deque[tuple[Any, Any, Waits, str]] = deque()  # waits whose end the device has not reached yet
-        self.events: list[Event] = []
-        self._range: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()
-        if nvtx:
-            import nvtx as ranges  # type: ignore[import-untyped]  # DALI depends on it
-            self._range = ranges.annotate
 
     def enter(self, stage: str) -> None:
         """The producing thread is in this stage from now on: one of STAGES, or "idle" when its queue is full."""
@@ -155,22 +112,15 @@ class Monitor:
     @contextmanager
     def span(self, name: str, step: int) -> Iterator[None]:
         """Measure work of this thread on the batch `step`."""
-        start, cpu = self.now(), time.thread_time()
+        start = self.now()
         try:
-            with self._range(name):
-                yield
+            yield
         finally:
-            end, used = self.now(), time.thread_time() - cpu
+            end = self.now()
             with self._lock:
-                old = self._spans.get(name, Span())
-                self._spans[name] = Span(old.wall_s + end - start, old.cpu_s + used, old.count + 1)
+                self.spans[name] += 1
                 if self._trace:
                     self.events.append(Event(name, threading.current_thread().name, start, end, step))
-
-    def spans(self) -> dict[str, Span]:
-        """Totals of each kind of work so far."""
-        with self._lock:
-            return dict(self._spans)
 
     @contextmanager
     def waiting(self, step: int, stream: Any = None, *, swap: bool = False) -> Iterator[None]:
@@ -213,50 +163,3 @@ def _mark(stream: Any) -> Any:
     event = torch.cuda.Event(enable_timing=True)
     event.record(stream)
     return event
-
-
-@dataclass(frozen=True)
-class Headroom:
-    """`times`: how many times the present rate the loader could give. `stage`: its busiest one, which limits it."""
-    times: float
-    stage: str
-
-
-def usage(monitor: Monitor) -> Usage:
-    """What the loader of `monitor` has used so far."""
-    read, totals = monitor.spans().get("read", Span()).wall_s, monitor.totals()
-    return Usage(monitor.now(), read, sum(map(_cpu_s, monitor.decoders)), sum(totals.values()) - totals["idle"])
-
-
-def headroom(used: Usage, machine: LoaderConfig, decoding: int) -> Headroom:
-    """Headroom of a loader that used so much in `used.time` seconds with so many `decoding` threads: one whose busiest stage
-    used half of its threads' time could feed a network twice as fast.
-
-    DALI's threads decode, and the kernel counts their CPU time; normalizing, and waiting for what is late, happens in the thread
-    that makes the batches, which is busy whenever its queue is not full.
-    """
-    shares = {"read": used.read / max(1, machine.read_threads), "decode": used.decode / max(1, decoding),
-              "making batches": used.making}
-    stage = max(shares, key=lambda name: shares[name])
-    return Headroom(used.time / max(shares[stage], 1e-9), stage)
-
-
-def threads() -> set[int]:
-    """Kernel ids of this process's threads; none where /proc does not tell."""
-    return {int(path.name) for path in Path("/proc/self/task").glob("*")}
-
-
-def decoder_threads(before: set[int]) -> set[int]:
-    """DALI's threads among those that came after `before`. (With one worker its executor decodes, with more the workers do.)"""
-    return {thread for thread in threads() - before if _proc(thread, "comm").startswith("[DALI]")}
-
-
-def _cpu_s(thread: int) -> float:
-    """CPU seconds of a thread; those of one that has ended are lost, and count as 0."""
-    return int(_proc(thread, "schedstat").split()[0]) / 1e9
-
-
-def _proc(thread: int, name: str) -> str:
-    with suppress(OSError):  # it has ended
-        return Path(f"/proc/self/task/{thread}/{name}").read_text()
-    return "0"

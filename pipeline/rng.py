@@ -13,8 +13,6 @@ import numpy.typing as npt
 Words = int | npt.NDArray[np.integer]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX2 = np.uint64(0x94D049BB133111EB)
 
 
 class Purpose(enum.IntEnum):
@@ -32,22 +30,13 @@ class Purpose(enum.IntEnum):
 
 
 def _mix(word: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    word = (word ^ (word >> np.uint64(30))) * _MIX1
-    word = (word ^ (word >> np.uint64(27))) * _MIX2
+    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return word ^ (word >> np.uint64(31))
 
 
 def bits(seed: int, purpose: Purpose, *key: Words) -> npt.NDArray[np.uint64]:
-    """64 random bits for each key.
-
-    Args:
-        seed: the run's seed, at least 0.
-        purpose: the use, part of the key.
-        key: integers or integer arrays of one common shape, for example (epoch, ids).
-
-    Returns:
-        uint64 array of the keys' broadcast shape.
-    """
+    """64 random bits for each key: integers, or integer arrays that broadcast, for example (epoch, ids)."""
     word: npt.NDArray[np.uint64] = np.asarray([seed & 0xFFFFFFFFFFFFFFFF], np.uint64)
     for part in (int(purpose), *key):
         # A golden-ratio step before each word keeps (1, 0) and (0, 1) apart, and a zero key away from the fixed point 0.

@@ -17,25 +17,14 @@ from pipeline.index.sample_index import SampleIndex
 
 @dataclass(frozen=True)
 class Stats:
-    """Pixel statistics of a split.
-
-    Attributes:
-        mean_image: (S, S, 3) float32 mean of the central squares, RGB.
-        channel_mean: (3,) float32 its mean over all pixels.
-        eigenvalues: (3,) float64 of the covariance of RGB over all pixels, grey levels squared, largest first.
-        eigenvectors: (3, 3) float64, column i belongs to eigenvalue i; the largest entry of each is positive.
-        count: images used.
-        skipped: unreadable ones, id → reason.
-        index: SHA-256 of the images they were computed on (`SampleIndex.split_sha256`).
-        split: the split.
-    """
-    mean_image: npt.NDArray[np.float32]
-    channel_mean: npt.NDArray[np.float32]
-    eigenvalues: npt.NDArray[np.float64]
-    eigenvectors: npt.NDArray[np.float64]
-    count: int
-    skipped: dict[int, str]
-    index: str
+    """Pixel statistics of a split."""
+    mean_image: npt.NDArray[np.float32]    # (S, S, 3), mean of the central squares, RGB
+    channel_mean: npt.NDArray[np.float32]  # (3,), its mean over all pixels
+    eigenvalues: npt.NDArray[np.float64]   # (3,), of the covariance of RGB over all pixels, grey levels squared, largest first
+    eigenvectors: npt.NDArray[np.float64]  # (3, 3), column i belongs to eigenvalue i; the largest entry of each is positive
+    count: int  # images used
+    skipped: dict[int, str]  # unreadable ones, id → reason
+    index: str  # SHA-256 of the images they were computed on (`SampleIndex.split_sha256`)
     split: str
 
     @property
@@ -56,8 +45,7 @@ class Stats:
         return digest.hexdigest()
 
     def _arrays(self) -> dict[str, npt.NDArray[Any]]:
-        return {"mean_image": self.mean_image, "channel_mean": self.channel_mean, "eigenvalues": self.eigenvalues,
-                "eigenvectors": self.eigenvectors}
+        return {name: vars(self)[name] for name in ("mean_image", "channel_mean", "eigenvalues", "eigenvectors")}
 
     def expect(self, square_px: int) -> "Stats":
         """Itself, if it was computed at this size. Raises ValueError if not."""
@@ -76,9 +64,9 @@ class Stats:
         """Read what `save` wrote. Raises ValueError: not such a file, or its hash does not fit its numbers."""
         arrays, about = load_arrays(Path(path))
         try:
+            skipped = {int(id): why for id, why in about["skipped"].items()}
             stats = cls(arrays["mean_image"], arrays["channel_mean"], arrays["eigenvalues"], arrays["eigenvectors"],
-                        int(about["count"]), {int(id): why for id, why in about["skipped"].items()}, about["index"],
-                        about["split"])
+                        int(about["count"]), skipped, about["index"], about["split"])
             expected = about["sha256"]
         except KeyError as error:
             raise ValueError(f"stats file {path} (without {error}) must be one that tools/compute_stats.py wrote; "
@@ -90,18 +78,13 @@ class Stats:
 
     @classmethod
     def for_index(cls, index: SampleIndex, square_px: int, split: str = "train") -> "Stats":
-        """The stats of a split that lie beside an index.
-
-        Raises:
-            ValueError: none of this size, or the split has other images by now.
-        """
+        """The stats of a split that lie beside an index. Raises ValueError: none of this size, or the split has other images."""
         path = stats_path(index.path, square_px, split)
         command = (f"run `python tools/compute_stats.py {index.path} --square-px {square_px}"
                    + ("`" if split == "train" else f" --split {split}`"))
         if not path.exists():
             raise ValueError(f"stats {path} must exist before training; {command}")
-        stats = cls.load(path)
-        now = index.split_sha256(split)
+        stats, now = cls.load(path), index.split_sha256(split)
         if stats.index != now or stats.split != split:
             raise ValueError(f"stats {path} (of images {stats.index[:12]}) must belong to split {split} of the index as it "
                              f"is now (={now[:12]}); {command}")
@@ -124,7 +107,7 @@ def load_arrays(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]
     """Read what `save_arrays` wrote. Raises ValueError."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+            arrays = dict(file)
         return arrays, json.loads(arrays.pop("about").tobytes())
     except Exception as error:  # zipfile, NumPy and json each have errors of their own for a damaged file
         raise ValueError(f"stats file {path} ({type(error).__name__}) must be one that tools/compute_stats.py wrote; "

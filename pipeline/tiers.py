@@ -25,13 +25,12 @@ from pipeline.stats import Stats
 TIERS = ("archives", "packed", "streamed", "resident")
 
 
-def check(tier: str, index: SampleIndex) -> None:
-    """Whether an index is of the kind a tier reads.
-
-    Raises:
-        ValueError: it is not, or there is no such tier.
-    """
-    _check_name(tier)
+def check(tier: str, index: SampleIndex | None = None) -> None:
+    """Raises ValueError when there is no such tier, or the index is not of the kind it reads."""
+    if tier not in TIERS:
+        raise ValueError(f"data.tier (={tier}) must be one of {', '.join(TIERS)}; correct the recipe")
+    if index is None:
+        return
     if tier == "archives" and index.packed is not None:
         raise ValueError(f"data.tier (=archives) must name what the index is: {index.path} holds packed images; write "
                          "data.tier: packed (or streamed, or resident)")
@@ -40,36 +39,20 @@ def check(tier: str, index: SampleIndex) -> None:
                          f"tools/pack_shards.py {index.path} OUT` and give OUT as data.packed")
 
 
-def _check_name(tier: str) -> None:
-    if tier not in TIERS:
-        raise ValueError(f"data.tier (={tier}) must be one of {', '.join(TIERS)}; correct the recipe")
-
-
 def train_loader(tier: str, index: SampleIndex, split: str, data: DataConfig, batch: int, seed: int, stats: Stats, *,
                  resident: str = "rgb", window: int = WINDOW, lanes: int = LANES, store: str = "",
                  machine: LoaderConfig = LoaderConfig(), shard: tuple[int, int] = (0, 1), device_id: int | None = None,
                  quarantine: Quarantine | None = None, group: dist.ProcessGroup | None = None,
                  monitor: Monitor | None = None) -> TrainLoader:
-    """The training loader of a tier.
+    """The training loader of a tier, for a split whose samples all have labels.
 
-    Args:
-        tier: one of TIERS.
-        index, split: the samples; each needs a label.
-        data: how an image becomes a crop.
-        batch: global batch, over all ranks.
-        seed: of order and augmentation.
-        stats: mean and principal components of the training set.
-        resident, group: tier resident, see `pipeline.resident.chain.train_chain`.
-        window, lanes, store: tier streamed, see `WindowSampler` (they are part of the order) and `ShardSource`.
-        machine: threads and checks; never changes a pixel.
-        shard: (k, n): this rank gets rows [k·batch/n, (k+1)·batch/n) of every global batch.
-        device_id: GPU that decodes and holds the batches, or None for the CPU.
-        quarantine: where unreadable samples are recorded; by default bounded by `machine.quarantine_budget`, without a file.
-        monitor: measures the loader at work; by default one of its own.
+    batch: global batch, over all ranks; shard: (k, n), this rank gets rows [k·batch/n, (k+1)·batch/n) of each; seed: of order and
+    augmentation; device_id: GPU that decodes and holds the batches, or None for the CPU; quarantine: where unreadable samples are
+    recorded, by default bounded by `machine.quarantine_budget`, without a file. Tier resident: `resident`, `group`, see
+    `pipeline.resident.chain.train_chain`; streamed: `window`, `lanes` (part of the order), `store`, see `ShardSource`.
 
-    Raises:
-        ValueError: the index is not of the kind the tier reads; split, batch, shard or statistics do not fit.
-        RuntimeError: an archive is missing, too many samples are unreadable, squares do not fit into memory.
+    Raises ValueError when the index is not of the kind the tier reads, or split, batch, shard or statistics do not fit;
+    RuntimeError when an archive is missing, too many samples are unreadable, or squares do not fit into memory.
     """
     check(tier, index)
     context = LoaderContext(index, split, data, machine, device_id, monitor or Monitor())
@@ -101,16 +84,10 @@ def eval_loader(tier: str, index: SampleIndex, split: str, data: DataConfig, bat
                 ids: Ids | None = None, monitor: Monitor | None = None) -> EvalLoader:
     """The evaluation loader of a tier; in all of them but resident it reads the index, whatever its kind.
 
-    Args:
-        resident, keep: tier resident, see `pipeline.resident.chain.eval_chain`.
-        batch, stats, shard, skip_corrupt, first, ids: see `pipeline.loading.eval_loader.Evaluation`.
-        The rest as for `train_loader`.
-
-    Raises:
-        ValueError: there is no such tier; batch, statistics or ids do not fit.
-        RuntimeError: squares do not fit into memory.
+    For batch, stats, shard, skip_corrupt, first and ids see `pipeline.loading.eval_loader.Evaluation`; resident, keep:
+    `pipeline.resident.chain.eval_chain`. Raises ValueError when there is no such tier, or batch, statistics or ids do not fit.
     """
-    _check_name(tier)
+    check(tier)
     context = LoaderContext(index, split, data, machine, device_id, monitor or Monitor())
     evaluation = Evaluation(context, batch, stats, shard=shard, skip_corrupt=skip_corrupt, first=first, ids=ids)
     return EvalLoader(evaluation, eval_chain(evaluation, resident, keep) if tier == "resident" else evaluation.decoding_chain())

@@ -13,13 +13,12 @@
 Nothing is extracted; archives are only read. Exit code: 0 done, 1 damage found, 2 an error, 130 interrupted.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if not __package__:  # run as a file: tools/profile must not hide the standard library's `profile`
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -31,37 +30,33 @@ if TYPE_CHECKING:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
     top = argparse.ArgumentParser(prog="build_index.py", description=__doc__,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = top.add_subparsers(dest="verb", required=True)
     build = verbs.add_parser("build", help="index a data set").add_subparsers(dest="preset", required=True)
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--out", type=Path, required=True, help="folder to write the index to")
-    common.add_argument("--force", action="store_true", help="replace the index that is there")
-    common.add_argument("--no-crc", action="store_true", help="no CRC-32 (reads headers only; faster from slow disks)")
-    _add_jobs(common)
-    for year in ("2012", "2010"):
-        preset = build.add_parser(f"ilsvrc{year}", parents=[common], help=f"ILSVRC{year}: any of its archives")
-        preset.add_argument("--train", type=Path, help="tar of <wnid>.tar")
-        preset.add_argument("--val", type=Path, help="tar of validation images")
-        preset.add_argument("--test", type=Path, help="tar of test images")
-        preset.add_argument("--devkit", type=Path, help="devkit (.tar.gz or folder): class words, validation labels")
-        if year == "2010":
-            preset.add_argument("--test-truth", type=Path, help="ILSVRC2010_test_ground_truth.txt")
-            preset.add_argument("--patch", type=Path, help="patch_images.tar: replaces images of the same base name")
+    output = argparse.ArgumentParser(add_help=False)
+    output.add_argument("--out", type=Path, required=True, help="folder to write the index to")
+    output.add_argument("--force", action="store_true", help="replace the index that is there")
+    scan = argparse.ArgumentParser(add_help=False, parents=[output])
+    scan.add_argument("--no-crc", action="store_true", help="no CRC-32 (reads headers only; faster from slow disks)")
+    jobs = argparse.ArgumentParser(add_help=False)
+    jobs.add_argument("--jobs", type=int, default=0, help="processes or threads (default 0: one a core)")
+    archives = {"train": "tar of <wnid>.tar", "val": "tar of validation images", "test": "tar of test images",
+                "devkit": "devkit (.tar.gz or folder): class words, validation labels"}
+    more = {"test-truth": "ILSVRC2010_test_ground_truth.txt", "patch": "patch_images.tar: replaces images of the same base name"}
+    for year, options in (("2012", archives), ("2010", archives | more)):
+        preset = build.add_parser(f"ilsvrc{year}", parents=[scan, jobs], help=f"ILSVRC{year}: any of its archives")
+        for name, what in options.items():
+            preset.add_argument(f"--{name}", type=Path, help=what)
     for name, what in (("fall2011", "a tar of <wnid>.tar"), ("classes", "a tar or a folder of class folders")):
-        build.add_parser(name, parents=[common], help=what).add_argument("path", type=Path, help=what)
-    build.add_parser("webdataset", parents=[common], help="WebDataset shards").add_argument(
+        build.add_parser(name, parents=[scan, jobs], help=what).add_argument("path", type=Path, help=what)
+    build.add_parser("webdataset", parents=[scan, jobs], help="WebDataset shards").add_argument(
         "shards", type=Path, nargs="+", help="tars of key.jpg + key.cls; a word train, val or test in the name is the split")
 
-    subset = verbs.add_parser("subset", help="derive an index: some classes, images held out of train")
+    subset = verbs.add_parser("subset", parents=[output], help="derive an index: some classes, images held out of train")
     subset.add_argument("index", metavar="INDEX", type=Path, help="folder of the index to derive from")
-    subset.add_argument("--out", type=Path, required=True, help="folder to write the new index to")
-    subset.add_argument("--force", action="store_true", help="replace the index that is there")
     subset.add_argument("--classes", type=Path, help="file of the classes to keep: wnids or folders, one a line, # comments")
     subset.add_argument("--class-range", metavar="A:B", help="keep classes A to B - 1, counted from 0")
-    subset.add_argument("--exclude-classes", type=Path, help="file of classes to leave out")
     subset.add_argument("--min-images", type=int, default=0, help="leave out classes with fewer training images")
     subset.add_argument("--hold-out", type=float, metavar="SHARE", help="share of each class's training images to hold out")
     subset.add_argument("--hold-out-as", metavar="SPLIT", help="their split: val or test")
@@ -72,12 +67,11 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--archives", type=Path, help="folder to find archives in that have moved")
     info = verbs.add_parser("info", parents=[common], help="what an index holds")
     info.add_argument("--json", action="store_true", help="as JSON")
-    verify = verbs.add_parser("verify", parents=[common], help="check the archives against the index")
+    verify = verbs.add_parser("verify", parents=[common, jobs], help="check the archives against the index")
     how = verify.add_mutually_exclusive_group()
     how.add_argument("--full", action="store_true", help="every header and CRC-32")
     how.add_argument("--scrub", action="store_true", help="decode every image wholly, once")
     verify.add_argument("--exclude", action="store_true", help="mark damaged samples excluded in the index")
-    _add_jobs(verify)
     ls = verbs.add_parser("ls", parents=[common], help="list samples")
     ls.add_argument("--class", dest="wnid", help="of this class only")
     ls.add_argument("--split", help="of this split only")
@@ -88,12 +82,8 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _add_jobs(to: argparse.ArgumentParser) -> None:
-    to.add_argument("--jobs", type=int, default=0, help="processes or threads (default 0: one a core)")
-
-
 def _jobs(args: argparse.Namespace) -> int:
-    from pipeline.parallel import cores
+    from pipeline.process_pool import cores
 
     if args.jobs < 0:
         raise ValueError(f"--jobs (={args.jobs}) must not be negative; 0 is one a core")
@@ -101,10 +91,9 @@ def _jobs(args: argparse.Namespace) -> int:
 
 
 def build(args: argparse.Namespace) -> None:
-    """Index a data set."""
     from pipeline.index.builder import Builder
-    from pipeline.index.folders import build_classes
-    from pipeline.index.ilsvrc import build_fall2011, build_ilsvrc
+    from pipeline.index.folders import build_classes, build_fall2011
+    from pipeline.index.ilsvrc import build_ilsvrc
     from pipeline.index.sample_index import SampleIndex
     from pipeline.index.webdataset import build_webdataset
 
@@ -112,10 +101,8 @@ def build(args: argparse.Namespace) -> None:
         builder = Builder(args.out, args.preset, jobs=_jobs(args), crc=not args.no_crc, force=args.force, progress=progress)
         if args.preset == "webdataset":
             build_webdataset(builder, args.shards)
-        elif args.preset == "fall2011":
-            build_fall2011(builder, args.path)
-        elif args.preset == "classes":
-            build_classes(builder, args.path)
+        elif args.preset in ("fall2011", "classes"):
+            (build_fall2011 if args.preset == "fall2011" else build_classes)(builder, args.path)
         else:
             build_ilsvrc(builder, train=args.train, val=args.val, test=args.test, devkit=args.devkit,
                          test_truth=getattr(args, "test_truth", None), patch=getattr(args, "patch", None))
@@ -126,13 +113,11 @@ def build(args: argparse.Namespace) -> None:
 
 
 def subset(args: argparse.Namespace) -> None:
-    """Derive an index from another."""
     from pipeline.index.sample_index import SampleIndex
     from pipeline.index.subset import Choices, derive, read_names, read_range
 
     choices = Choices(read_names(args.classes) if args.classes is not None else None,
                       read_range(args.class_range) if args.class_range is not None else None,
-                      read_names(args.exclude_classes) if args.exclude_classes is not None else (),
                       args.min_images, args.hold_out, args.hold_out_as, args.seed)
     notes = derive(SampleIndex.load(args.index), args.out, choices, force=args.force)
     _print_info(SampleIndex.load(args.out))
@@ -147,34 +132,45 @@ def _load(args: argparse.Namespace) -> "SampleIndex":
 
 
 def info(args: argparse.Namespace) -> None:
-    """Print what an index holds."""
     index = _load(args)
     if args.json:
-        print(json.dumps(index.summary(), indent=1))
+        print(json.dumps(_summary(index), indent=1))
     else:
         _print_info(index)
 
 
+def _summary(index: "SampleIndex") -> dict[str, Any]:
+    """The header of an index with counts and bytes, without its list of files."""
+    from pipeline.index.sample_index import FORMATS
+
+    labels = index.samples["label"][index.ids("train")].tolist() if "train" in index.split_names else []
+    formats = Counter(index.samples["format"].tolist())
+    unseen = set(range(len(index.classes))) - set(labels) if labels else ()  # empty inner tar, or labels from 1 on
+    return {"path": str(index.path), **{key: value for key, value in index.header.items() if key not in ("magic", "files")},
+            "derived": index.derived, "bytes": int(index.samples["size"].sum(dtype="int64")),
+            "formats": {FORMATS[code]: count for code, count in sorted(formats.items())},
+            "empty_classes": [index.classes[label].wnid for label in sorted(unseen)]}
+
+
 def _print_info(index: "SampleIndex") -> None:
-    about = index.summary()
+    about = _summary(index)
     print(f"index     {printable(about['path'])}  ({about['preset']}, version {about['version']}, "
           f"sha256 {about['sha256'][:16]}…)")
     for step in about["derived"]:
         few = f"; {len(step['too_few']):,} classes had too few images" if step["too_few"] else ""
-        print(f"derived   of {printable(step['index'][:16])}… ({step['samples']:,} samples, {step['classes']:,} classes): "
+        print(f"derived   of {printable(step['index'])[:16]}… ({step['samples']:,} samples, {step['classes']:,} classes): "
               f"{printable(step['chosen'])}{few}")
     print(f"samples   {about['samples']:,}, {about['bytes'] / 1e6:,.1f} MB of images, {len(index.classes):,} classes, "
           f"{'CRC-32 each' if about['crc32'] else 'no CRC-32'}")
     for split in about["splits"]:
-        labels = index.samples["label"][index.split_rows(split["name"])]
-        labelled = "" if (labels >= 0).all() else f", {int((labels < 0).sum()):,} without label"
-        print(f"  {split['name']:<7} {split['count']:,} images, {split['excluded']:,} excluded{labelled}")
-    print("formats   " + ", ".join(f"{name} {count:,}" for name, count in about["formats"].items()))
-    if about["reasons"]:
-        print("odd       " + ", ".join(f"{name} {count:,}" for name, count in about["reasons"].items()))
-    if about["empty_classes"]:
-        names = ", ".join(map(printable, about["empty_classes"][:10])) + (" …" if len(about["empty_classes"]) > 10 else "")
-        print(f"no image  in train of {len(about['empty_classes']):,} classes: {names}")
+        unlabelled = int((index.samples["label"][index.split_rows(split["name"])] < 0).sum())
+        print(f"  {split['name']:<7} {split['count']:,} images, {split['excluded']:,} excluded"
+              + (f", {unlabelled:,} without label" if unlabelled else ""))
+    for title, counts in (("formats", about["formats"]), ("odd", about["reasons"])):
+        if counts:
+            print(f"{title:<10}" + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    if empty := about["empty_classes"]:
+        print(f"no image  in train of {len(empty):,} classes: {', '.join(map(printable, empty[:10]))}{' …' * (len(empty) > 10)}")
     for archive in about["archives"]:
         print(f"archive   {printable(archive['path'])}  {archive['size']:,} bytes, {archive['kind']}")
     for odd in about["oddities"][:20]:
@@ -184,7 +180,6 @@ def _print_info(index: "SampleIndex") -> None:
 
 
 def verify(args: argparse.Namespace) -> int:
-    """Check the archives against the index."""
     from pipeline.index import verify as checks
 
     index, jobs = _load(args), _jobs(args)
@@ -214,39 +209,37 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def ls(args: argparse.Namespace) -> None:
-    """List samples."""
     import numpy as np
 
-    from pipeline.index.sample_index import FORMATS, REASONS
+    from pipeline.index.sample_index import FORMATS, REASONS, label_of
 
     index = _load(args)
-    ids = np.arange(len(index)) if args.wnid is None else index.class_rows(args.wnid)
+    ids = np.arange(len(index))
+    if args.wnid is not None:
+        labels = label_of(index.classes)
+        if args.wnid not in labels:
+            raise ValueError(f"class (={args.wnid}) is not in the index {index.path}; its {len(labels)} classes are listed by "
+                             "info --json")
+        ids = np.flatnonzero(index.samples["label"] == labels[args.wnid])
     if args.split is not None:
         rows = index.split_rows(args.split)
         ids = ids[(ids >= rows.start) & (ids < rows.stop)]
     if args.odd:
         ids = ids[index.samples["reason"][ids] != 0]
     for id in ids.tolist():
-        row = index.samples[id]
-        archive = index.archives[row["archive"]]
-        split, label = index.split_names[row["split"]], int(row["label"])
-        wnid = index.classes[label].wnid if label >= 0 else None
-        name, reason = index.name(id), REASONS[row["reason"]]
-        if not args.json:
-            state = f"  {reason}{', excluded' if row['excluded'] else ''}" if reason else ""
-            print(f"{id}  {split}  {printable(wnid or '-')}  {row['width']}×{row['height']}  {row['size']}  "
-                  f"{printable(name)}{state}")
-            continue
-        print(json.dumps({
-            "id": id, "split": split, "archive": str(archive.path), "member": name,
-            "offset": 0 if archive.kind == "folder" else int(row["offset"]), "size": int(row["size"]), "label": label,
-            "wnid": wnid, "width": int(row["width"]), "height": int(row["height"]),
-            "crc32": int(row["crc32"]) if index.header["crc32"] else None, "format": FORMATS[row["format"]],
-            "channels": int(row["channels"]), "reason": reason, "excluded": bool(row["excluded"])}))
+        row = dict(zip(index.samples.dtype.names or (), index.samples[id].tolist()))
+        archive, label = index.archives[row["archive"]], row["label"]
+        about = {"id": id, "split": index.split_names[row["split"]], "archive": str(archive.path), "member": index.name(id),
+                 "offset": 0 if archive.is_folder else row["offset"], "size": row["size"], "label": label,
+                 "wnid": index.classes[label].wnid if label >= 0 else None, "width": row["width"], "height": row["height"],
+                 "crc32": row["crc32"] if index.header["crc32"] else None, "format": FORMATS[row["format"]],
+                 "channels": row["channels"], "reason": REASONS[row["reason"]], "excluded": bool(row["excluded"])}
+        state = f"  {about['reason']}{', excluded' if about['excluded'] else ''}" if about["reason"] else ""
+        print(json.dumps(about) if args.json else f"{id}  {about['split']}  {printable(about['wnid'] or '-')}  "
+              f"{about['width']}×{about['height']}  {about['size']}  {printable(about['member'])}{state}")
 
 
 def cat(args: argparse.Namespace) -> None:
-    """Write an image's bytes to stdout."""
     data = _load(args).read(args.id)
     if sys.stdout.isatty():
         raise ValueError(f"stdout (=a terminal) cannot show an image; redirect it: cat INDEX {args.id} > x.jpg")
@@ -254,7 +247,6 @@ def cat(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; returns the exit code."""
     args = parser().parse_args(argv)
     verbs = {"build": build, "subset": subset, "info": info, "verify": verify, "ls": ls, "cat": cat}
     return guarded(lambda: verbs[args.verb](args), "interrupted; nothing was written")

@@ -1,15 +1,15 @@
 """What the commands share: exit codes and errors of one line, text safe for a terminal, progress on stderr."""
-
-from __future__ import annotations
-
 import io
 import os
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Callable
+from typing import Any
 
-PLAIN_SECONDS = 10.0  # between two plain lines
+from pipeline.process_pool import Progress
+
+LINE_S = 10.0  # seconds between two lines where no terminal is
 
 
 def guarded(work: Callable[[], int | None], interrupted: str = "interrupted") -> int:
@@ -30,10 +30,9 @@ def guarded(work: Callable[[], int | None], interrupted: str = "interrupted") ->
         return 130
     except MemoryError as error:
         print(f"error: not enough memory ({error}); close other programs, or ask for less", file=sys.stderr)
-        return 2
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {printable(error)}", file=sys.stderr)
-        return 2
+    return 2
 
 
 def printable(text: Any) -> str:
@@ -41,60 +40,39 @@ def printable(text: Any) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
 
 
-class ProgressBar:
-    """Progress of long work on stderr: a rich bar with rate and time left on a terminal, plain lines otherwise.
-
-    A `pipeline.parallel.Progress`; a context manager, so that the bar is taken down whatever happens.
-    """
+class ProgressBar(Progress):
+    """Progress of long work on stderr, with rate and time left: a line that changes on a terminal, else one now and then."""
 
     def __init__(self) -> None:
         self._stage, self._total, self._bytes, self._images = "", 0, 0, 0
-        self._start = self._printed = time.monotonic()
-        self._bar: Any = None
-        self._task: Any = None
+        self._start = self._printed = 0.0
+        self._is_terminal = sys.stderr.isatty()
 
     def __enter__(self) -> "ProgressBar":
-        if sys.stderr.isatty():
-            from rich.console import Console  # 0.2 s
-            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-            self._bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[counts]}"),
-                                 TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True))
-            self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-        elif self._stage and kind is None:
-            self._print()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._stage and (kind is None or self._is_terminal):
+            self._print("\n")
 
     def expect(self, stage: str, total: int) -> None:
-        if self._bar is not None:
-            self._task = self._bar.add_task(stage, total=total, counts="")
-        elif self._stage:
-            self._print()
+        if self._stage:
+            self._print("\n")
         self._stage, self._total, self._bytes, self._images = stage, total, 0, 0
         self._start = self._printed = time.monotonic()
 
     def advance(self, images: int, bytes: int) -> None:
         self._images += images
         self._bytes += bytes
-        if self._bar is not None:
-            self._bar.update(self._task, advance=bytes, counts=self._counts())
-        elif time.monotonic() - self._printed > PLAIN_SECONDS:
-            self._print()
+        if time.monotonic() - self._printed > (0.2 if self._is_terminal else LINE_S):
+            self._print("" if self._is_terminal else "\n")
 
-    def _counts(self) -> str:
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        images = f"{self._images:,} images, {self._images / seconds:,.0f}/s, " if self._images else ""
-        return f"{images}{self._bytes / 1e6:,.0f} MB, {self._bytes / 1e6 / seconds:,.0f} MB/s"
-
-    def _print(self) -> None:
-        seconds = time.monotonic() - self._start
+    def _print(self, end: str) -> None:
+        self._printed = time.monotonic()
+        seconds = max(self._printed - self._start, 1e-9)
         left = seconds * (self._total - self._bytes) / self._bytes if self._bytes else 0.0
         share = 100 * self._bytes / self._total if self._total else 100.0
-        print(f"{self._stage}: {share:.0f}%, {self._counts()}, {seconds:.1f} s"
-              f"{f', {left:.0f} s left' if left >= 1 else ''}", file=sys.stderr, flush=True)
-        self._printed = time.monotonic()
+        images = f"{self._images:,} images, {self._images / seconds:,.0f}/s, " if self._images else ""
+        line = (f"{self._stage}: {share:.0f}%, {images}{self._bytes / 1e6:,.0f} MB, {self._bytes / 1e6 / seconds:,.0f} MB/s, "
+                f"{seconds:.1f} s{f', {left:.0f} s left' if left >= 1 else ''}")
+        print(f"\r\x1b[K{line}" if self._is_terminal else line, end=end, file=sys.stderr, flush=True)

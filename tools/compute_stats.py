@@ -7,19 +7,14 @@ Interrupted, the same command resumes where it last saved. Exit codes: 0 done, 2
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 if not __package__:  # run as a file: tools/profile must not hide the standard library's `profile`
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from tools.cli import ProgressBar, guarded  # noqa: E402
 
-if TYPE_CHECKING:
-    from pipeline.stats import Stats
-
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="compute_stats.py", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("index", type=Path, help="folder written by build_index.py")
     parser.add_argument("--square-px", type=int, default=256, help="side of the central square (data.square_px of the recipe)")
@@ -46,23 +41,18 @@ def _compute(args: argparse.Namespace) -> None:
                          "and 1; correct them")
     index = SampleIndex.load(args.index, archives=args.archives)
     path = stats_path(index.path, args.square_px, args.split)
+    stats = None
     if path.exists() and not args.force:
         try:
             stats = Stats.for_index(index, args.square_px, args.split)
+            print(f"{path} is there and fits (--force computes it again)")
         except ValueError as error:
             print(f"computing again: {error}", file=sys.stderr)
-        else:
-            print(f"{path} is there and fits (--force computes it again)")
-            _print(stats, path)
-            return
-    machine = LoaderConfig(threads=args.threads, quarantine_budget=args.budget)
-    with ProgressBar() as progress:
-        stats = compute(index, args.split, args.square_px, machine=machine, device_id=args.device, progress=progress)
-    stats.save(path)
-    _print(stats, path)
-
-
-def _print(stats: "Stats", path: Path) -> None:
+    if stats is None:
+        machine = LoaderConfig(threads=args.threads, quarantine_budget=args.budget)
+        with ProgressBar() as progress:
+            stats = compute(index, args.split, args.square_px, machine=machine, device_id=args.device, progress=progress)
+        stats.save(path)
     mean, roots = stats.channel_mean, stats.eigenvalues ** 0.5
     print(f"{path}: {stats.count:,} images of {stats.split}, {len(stats.skipped)} skipped, SHA-256 {stats.sha256[:16]}")
     print(f"mean R {mean[0]:.2f} G {mean[1]:.2f} B {mean[2]:.2f}; "

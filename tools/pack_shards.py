@@ -9,9 +9,6 @@ KEY.jpg and KEY.cls. Killed or interrupted, the same command resumes, and the by
 
 Exit code: 0 done (or this rank's share), 2 an error, 130 interrupted.
 """
-
-from __future__ import annotations
-
 import argparse
 import multiprocessing
 import os
@@ -29,7 +26,6 @@ _RANK_VARIABLES = (("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"), ("SLURM_PROCID", 
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
     top = argparse.ArgumentParser(prog="pack_shards.py", description=__doc__,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("index", metavar="INDEX", type=Path, help="folder written by build_index.py")
@@ -60,10 +56,10 @@ def topology(rank: int | None, world: int | None) -> tuple[int, int, int]:
     local = 1
     if rank is None or world is None:
         rank, world = 0, 1
-        for rank_name, world_name, local_name in _RANK_VARIABLES:
-            if rank_name in os.environ and world_name in os.environ:
-                rank, world = int(os.environ[rank_name]), int(os.environ[world_name])
-                local = int(os.environ.get(local_name, "1").split("(")[0].split(",")[0])  # Slurm: 4(x2),3
+        for names in _RANK_VARIABLES:
+            if names[0] in os.environ and names[1] in os.environ:
+                rank, world = int(os.environ[names[0]]), int(os.environ[names[1]])
+                local = int(os.environ.get(names[2], "1").split("(")[0].split(",")[0])  # Slurm: 4(x2),3
                 break
     if not 0 <= rank < world:
         raise ValueError(f"--rank (={rank}) must lie in 0…{world - 1}, below --world (={world}); correct it")
@@ -71,7 +67,6 @@ def topology(rank: int | None, world: int | None) -> tuple[int, int, int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
     args = parser().parse_args(argv)
     before = signal.signal(signal.SIGINT, _kill_children)
     try:
@@ -84,7 +79,7 @@ def _pack(args: argparse.Namespace) -> None:
     from pipeline.index.sample_index import SampleIndex
     from pipeline.packing import pack
     from pipeline.packing.plan import PackOptions, pieces
-    from pipeline.parallel import cores
+    from pipeline.process_pool import cores
 
     for name, low in (("jobs", 0), ("shard_images", 0), ("shard_mb", 1)):
         if getattr(args, name) < low:

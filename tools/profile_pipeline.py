@@ -44,7 +44,6 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--fail-below", type=float, metavar="X", help="exit 1 when rate together ÷ need is below X, such as 0.99")
     top.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     top.add_argument("--trace", type=Path, metavar="FILE", help="write the stages of batches, for chrome://tracing, Perfetto")
-    top.add_argument("--nvtx", action="store_true", help="NVTX ranges, for Nsight Systems")
     return top
 
 
@@ -59,7 +58,7 @@ def run(args: argparse.Namespace, settings: Sequence[str]) -> int:
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} (={value}) must be positive; correct the command line")
     from pipeline.files import write_json
-    from pipeline.parallel import cores
+    from pipeline.process_pool import cores
     from tools.profile import report
     from tools.profile.run import profile
     from train.recipe import parse

@@ -14,7 +14,7 @@ from pipeline.config import LoaderConfig
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.eval_loader import EvalLoader
 from pipeline.loading.train_loader import TrainLoader
-from pipeline.parallel import cores
+from pipeline.process_pool import cores
 from pipeline.reading.quarantine import Quarantine, quarantine_budget
 from pipeline.sampling.sampler import Ids
 from pipeline.stats import Stats

@@ -8,14 +8,14 @@ import numpy as np
 
 from pipeline.decoding.dali import DecodeError, WholeImages
 from pipeline.index.sample_index import SampleIndex
-from pipeline.parallel import Progress, Silent
+from pipeline.process_pool import Progress
 from pipeline.index.verify import Finding
 
 BATCH = 64
 _BATCH_PIXELS = 64_000_000  # 200 MB decoded; larger batches are cut
 
 
-def scrub(index: SampleIndex, threads: int, progress: Progress = Silent()) -> list[Finding]:
+def scrub(index: SampleIndex, threads: int, progress: Progress = Progress()) -> list[Finding]:
     """Decode all images that are not excluded, in the order they lie on disk; those that fail or come out in another size than
     the index says."""
     samples = index.samples

@@ -3,52 +3,38 @@
 Archives are opened for reading only, and no image is extracted. Rows of a split are assembled as a `Part`, sorted, then
 the splits are joined in the order train, val, test.
 """
-
-from __future__ import annotations
-
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 
 from pipeline.index.sample_index import SPLITS, Archive, ClassInfo, label_of
-from pipeline.index.scan import CHUNK, DUPLICATE, Oddity, Part, Task, base_names, is_last_of_its_name, joined, scan
-from pipeline.index.tar import ArchiveError, Member, fingerprint, open_tar, refuse_compressed_inner, walk
+from pipeline.index.scan import (CHUNK, DUPLICATE, Oddity, Part, base_names, is_last_of_its_name, joined, scan_files, scan_inner,
+                                 scan_members)
+from pipeline.index.tar import ArchiveError, Member, fingerprint, open_tar, refuse_compressed, walk
 from pipeline.index.writer import check_output, write_index
-from pipeline.parallel import Progress, Silent, in_processes
+from pipeline.process_pool import Progress, in_processes
 
 PARALLEL_BYTES = 128 << 20  # a process more for each: below that its start costs more than it saves
 
 
 class Builder:
-    """Collects the parts of one index.
+    """Collects the parts of one index. Raises ValueError when `out` may not be written.
 
-    Args:
-        out: folder to write the index to.
-        preset: name of the kind of data set, for the header.
-        jobs: processes.
-        crc: store CRC-32 (reads every byte).
-        force: replace the index that is there.
-
-    Attributes:
-        classes, archives, names: of the index, see `write_index`.
-        parts: split → rows.
-        watch: base names whose rows `Part.watched` is to tell.
-
-    Raises:
-        ValueError: `out` may not be written.
+    preset: kind of data set, for the header; jobs: processes; crc: store CRC-32 (reads every byte); force: replace the index that
+    is there.
     """
 
     def __init__(self, out: str | Path, preset: str, *, jobs: int, crc: bool = True, force: bool = False,
-                 progress: Progress | None = None) -> None:
-        self.out, self.preset, self.jobs, self.crc, self.force = Path(out), preset, jobs, crc, force
-        self.progress: Progress = progress or Silent()
+                 progress: Progress = Progress()) -> None:
+        self.out, self.preset, self.jobs, self.crc, self.force, self.progress = Path(out), preset, jobs, crc, force, progress
         self.classes: list[ClassInfo] = []
         self.archives: list[Archive] = []
-        self.parts: dict[str, Part] = {}
-        self.names: bytes | None = None
-        self.watch: frozenset[str] = frozenset()
+        self.parts: dict[str, Part] = {}  # by split
+        self.names: bytes | None = None  # names.bin
+        self.keep_names = False  # of the images in inner tars, which may be many
         check_output(self.out, force)
 
     def add_archive(self, path: Path, nested: bool = False) -> int:
@@ -59,8 +45,7 @@ class Builder:
         self.archives.append(Archive(path, path.stat().st_size, fingerprint(path), "tar", nested))
         return len(self.archives) - 1
 
-    def run(self, tasks: list[Task], sizes: list[int], stage: str, function: Callable[[Task], Part] = scan,
-            ) -> list[Part]:
+    def run(self, function: Callable[..., Part], tasks: Sequence[tuple[Any, ...]], sizes: list[int], stage: str) -> list[Part]:
         """Scan tasks of so many bytes in processes; parts in the order of the tasks."""
         self.progress.expect(stage, sum(sizes))
         parts = []
@@ -80,9 +65,9 @@ class Builder:
             raise ValueError(f"class (={unknown[0]}) of {path} is not in the devkit, nor are {len(unknown) - 1} more; "
                              f"give the devkit that belongs to this archive")
         position = self.add_archive(path, nested=True)
-        members = [inner[wnid] for wnid in sorted(inner)]
-        tasks = [Task(path, self.crc, None, tar.offset, tar.offset + tar.size, tar.name, watch=self.watch) for tar in members]
-        parts = self.run(tasks, [tar.size for tar in members], f"train {path.name}")
+        tars = [inner[wnid] for wnid in sorted(inner)]
+        parts = self.run(scan_inner, [(path, self.crc, tar, self.keep_names) for tar in tars], [tar.size for tar in tars],
+                         f"train {path.name}")
         for wnid, part in zip(sorted(inner), parts, strict=True):
             part.rows["label"], part.rows["archive"] = labels[wnid], position
             part.odd = [replace(entry, name=f"{wnid}/{entry.name}") for entry in part.odd]
@@ -102,7 +87,8 @@ class Builder:
                 if member.kind != "file" or not member.name.endswith(".tar"):
                     odd.append(Oddity(member.name, "not an inner tar"))
                     continue
-                refuse_compressed_inner(outer, member)
+                refuse_compressed(outer.at(member.offset, min(8, member.size)),
+                                  f"inner tar (={member.name}) of {path} at offset {member.offset}", member.name)
                 wnid = member.name.rpartition("/")[2][:-4]
                 if wnid in inner:
                     raise ArchiveError(f"inner tar (={member.name}) of {path} at offset {member.header} is there "
@@ -134,14 +120,14 @@ class Builder:
                for member, is_kept in zip(members, kept) if not is_kept and member.kind == "file"]
         members = [member for member, is_kept in zip(members, kept) if is_kept]
         chunks = [members[i:i + CHUNK] for i in range(0, len(members), CHUNK)]
-        tasks = [Task(archive.path, self.crc, chunk, is_folder=archive.is_folder, watch=self.watch) for chunk in chunks]
-        whole = joined(self.run(tasks, [sum(member.size for member in chunk) for chunk in chunks], stage))
+        tasks = [(archive.path, self.crc, chunk) for chunk in chunks]
+        whole = joined(self.run(scan_files if archive.is_folder else scan_members, tasks,
+                                [sum(member.size for member in chunk) for chunk in chunks], stage))
         whole.rows["archive"] = position
         whole.odd += odd
         return whole
 
     def flat_tar(self, path: Path, kind: str) -> Part:
-        """All images of a flat tar."""
         members = self.members(path)
         return self.flat(self.add_archive(path), members, f"{kind} {path.name}")
 
@@ -154,10 +140,9 @@ class Builder:
             raise ValueError(f"{split} archive (={path}) has {len(part.rows)} images but the ground truth {len(labels)} lines; "
                              f"give the whole archive and the ground truth that belongs to it")
         rows = base_names(part, path)
-        part = part.take(np.array([rows[base] for base in sorted(rows)]))
+        self.parts[split] = part = part.take(np.array([rows[base] for base in sorted(rows)]))
         if labels is not None:
             part.rows["label"] = labels
-        self.parts[split] = part
 
     def add_by_split(self, whole: Part, splits: list[str]) -> None:
         """Add labelled, named rows by their splits: train sorted by class (stable: archive order), val and test by name."""
@@ -179,18 +164,17 @@ class Builder:
     def write(self) -> str:
         """Join the splits, write the index; returns its SHA-256."""
         splits = [split for split in SPLITS if split in self.parts]
-        for code, split in enumerate(splits):
-            self.parts[split].rows["split"] = code
-        whole = joined(self.parts[split] for split in splits)
-        if not len(whole.rows):
-            raise ValueError(f"archives (={', '.join(str(a.path) for a in self.archives)}) hold no images; nothing was written")
         oddities: list[dict[str, Any]] = []
         first = 0
-        for split in splits:
+        for code, split in enumerate(splits):
             part = self.parts[split]
+            part.rows["split"] = code
             oddities += [{"name": odd.name, "split": split, "reason": odd.reason, "kept": odd.kept,
                           "id": odd.row + first if odd.row >= 0 else None} for odd in part.odd]
             first += len(part.rows)
+        if not first:
+            raise ValueError(f"archives (={', '.join(str(a.path) for a in self.archives)}) hold no images; nothing was written")
+        rows = np.concatenate([self.parts[split].rows for split in splits])
         oddities.sort(key=lambda entry: (entry["id"] is None, entry["id"] or 0))
-        return write_index(self.out, whole.rows, classes=self.classes, archives=self.archives, splits=splits,
-                           preset=self.preset, crc32=self.crc, oddities=oddities, names=self.names, force=self.force)
+        return write_index(self.out, rows, classes=self.classes, archives=self.archives, splits=splits, preset=self.preset,
+                           crc32=self.crc, oddities=oddities, names=self.names, force=self.force)

@@ -1,17 +1,11 @@
-"""Index of class folders, in a tar or on disk: `[.../]<split>/<class>/.../x.jpg` or `[.../]<class>/x.jpg`.
-
-A folder on disk is an archive too: its image files in sorted order, their names packed for names.bin.
-"""
-
-from __future__ import annotations
-
+"""Index of class folders, in a tar or on disk: `[.../]<split>/<class>/.../x.jpg` or `[.../]<class>/x.jpg`; of a tar of
+`<wnid>.tar`. A folder on disk is an archive too: its image files in sorted order, their names packed for names.bin."""
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 from pipeline.index.builder import Builder
-from pipeline.index.ilsvrc import build_fall2011
 from pipeline.index.image_header import is_image_name
 from pipeline.index.sample_index import Archive, ClassInfo, label_of
 from pipeline.index.scan import Oddity
@@ -19,6 +13,12 @@ from pipeline.index.tar import Member
 
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
                "test": "test", "testing": "test"}
+
+
+def build_fall2011(builder: Builder, path: Path) -> str:
+    """Index a tar of `<wnid>.tar`, whatever else is in it; returns the SHA-256 of the index."""
+    builder.parts["train"] = builder.nested(path)
+    return builder.write()
 
 
 def build_classes(builder: Builder, path: Path) -> str:
@@ -59,10 +59,9 @@ def split_and_class(name: str) -> tuple[str | None, str]:
     below it is the class. Without one, the class is the folder the image lies in.
     """
     folders = name.split("/")[:-1]
-    for i, folder in enumerate(folders[:-1]):
-        split = SPLIT_NAMES.get(folder.lower())
-        if split is not None:
-            return split, folders[i + 1]
+    for folder, below in zip(folders, folders[1:]):
+        if folder.lower() in SPLIT_NAMES:
+            return SPLIT_NAMES[folder.lower()], below
     if not folders or folders[-1] in (".", ""):
         raise ValueError(f"image (={name}) lies in no class folder; arrange images as <class>/<image> or train/<class>/<image>")
     return None, folders[-1]
@@ -79,7 +78,7 @@ def splits_and_classes(names: Sequence[str], path: Path) -> tuple[list[str], lis
     splits, classes = [split or "train" for split, _ in placed], [name for _, name in placed]
     trained = {name for split, name in zip(splits, classes) if split == "train"}
     for name, wnid in zip(names, classes):
-        if "train" in splits and wnid not in trained:
+        if trained and wnid not in trained:
             raise ValueError(f"class (={wnid}) of {name} in {path} has no image in split train; "
                              f"remove it, or name its folder as in train")
     return splits, classes
@@ -88,39 +87,38 @@ def splits_and_classes(names: Sequence[str], path: Path) -> tuple[list[str], lis
 def list_folder(path: Path) -> tuple[list[Member], bytes, list[Oddity]]:
     """Image files below `path` sorted by path, names.bin, and files that are not called images.
 
-    A member's `header` is the position of its name in names.bin. Symbolic links are followed. Raises ValueError on a
-    folder that contains itself.
+    A member's `offset` is the position of its name in names.bin. Symbolic links are followed. Raises ValueError on a folder that
+    contains itself.
     """
     sizes: list[tuple[str, int]] = []
     odd: list[Oddity] = []
-    _list(path, "", (), sizes, odd)
+
+    def visit(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> None:
+        status = folder.stat()
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:
+            raise ValueError(f"folder (={folder}) is a link to a folder above it, so the tree has no end; remove the link")
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                name = prefix + entry.name
+                if entry.is_dir():
+                    before = len(sizes)
+                    visit(folder / entry.name, name + "/", (*above, identity))
+                    if len(sizes) == before:
+                        odd.append(Oddity(name + "/", "a folder without images"))
+                elif not entry.is_file():
+                    odd.append(Oddity(name, "a dangling link or a device, not a file"))
+                elif not is_image_name(name):
+                    odd.append(Oddity(name, "not called an image"))
+                else:
+                    sizes.append((name, entry.stat().st_size))
+
+    visit(path, "", ())
     members, packed = [], bytearray()
     for name, size in sorted(sizes):
-        members.append(Member(name, "file", 0, size, len(packed)))
+        members.append(Member(name, "file", len(packed), size, len(packed)))
         packed += os.fsencode(name) + b"\0"
     return members, bytes(packed), odd
-
-
-def _list(folder: Path, prefix: str, above: tuple[tuple[int, int], ...], sizes: list[tuple[str, int]],
-          odd: list[Oddity]) -> None:
-    status = folder.stat()
-    identity = (status.st_dev, status.st_ino)
-    if identity in above:
-        raise ValueError(f"folder (={folder}) is a link to a folder above it, so the tree has no end; remove the link")
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            name = prefix + entry.name
-            if entry.is_dir():
-                before = len(sizes)
-                _list(folder / entry.name, name + "/", (*above, identity), sizes, odd)
-                if len(sizes) == before:
-                    odd.append(Oddity(name + "/", "a folder without images"))
-            elif not entry.is_file():
-                odd.append(Oddity(name, "a dangling link or a device, not a file"))
-            elif not is_image_name(name):
-                odd.append(Oddity(name, "not called an image"))
-            else:
-                sizes.append((name, entry.stat().st_size))
 
 
 def folder_archive(path: Path, members: Sequence[Member]) -> Archive:

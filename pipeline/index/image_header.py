@@ -3,9 +3,6 @@
 JPEG (walks the segments to the start-of-frame), PNG, GIF, WebP, BMP; gzip is recognised so that it can be named. The
 reading is as forgiving as libjpeg's: bytes of rubbish between segments are skipped, EXIF is not looked into.
 """
-
-from __future__ import annotations
-
 from struct import error as StructError
 from struct import unpack_from
 from typing import NamedTuple
@@ -13,17 +10,14 @@ from typing import NamedTuple
 from pipeline.index.sample_index import FORMATS, REASONS
 
 MAX_PIXELS = 100_000_000  # 300 MB decoded; the largest image of ILSVRC has 7056 × 4488 = 32 million
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".gif", ".webp", ".bmp")
 HEAD_BYTES = 4096  # holds the header of most images; `probe` asks for all of the bytes otherwise
-
-_SUFFIX_FORMAT = {"jpg": "jpeg", "jpeg": "jpeg", "jpe": "jpeg", "png": "png", "gif": "gif", "webp": "webp",
-                  "bmp": "bmp"}
+FORMAT_CODE = {name: code for code, name in enumerate(FORMATS)}
+_SUFFIX_FORMAT = {"jpg": "jpeg", "jpeg": "jpeg", "jpe": "jpeg", "png": "png", "gif": "gif", "webp": "webp", "bmp": "bmp"}
 _DECODABLE_SOF = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)  # baseline, extended, progressive; arithmetic too
 
 
 class ImageInfo(NamedTuple):
     """What a header says. `problem` is a name of REASONS ("" when the header can be read)."""
-
     format: str
     width: int
     height: int
@@ -42,7 +36,7 @@ def probe(data: bytes, complete: bool) -> ImageInfo:
     """
     if not data:
         return ImageInfo("unknown", 0, 0, 0, "empty")
-    name = "unknown"
+    name, supported = "unknown", True
     try:
         if data[:2] == b"\xff\xd8":
             name = "jpeg"
@@ -50,18 +44,18 @@ def probe(data: bytes, complete: bool) -> ImageInfo:
         elif data[:8] == b"\x89PNG\r\n\x1a\n":
             name = "png"
             width, height, kind = unpack_from(">II1xB", data, 16)
-            channels, supported = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}.get(kind, 0), True
+            channels = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}.get(kind, 0)
         elif data[:6] in (b"GIF87a", b"GIF89a"):
             name = "gif"
             (width, height), channels, supported = unpack_from("<HH", data, 6), 3, False  # DALI reads no GIF
         elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
             name = "webp"
             width, height, channels = _webp(data)
-            supported = True
         elif data[:2] == b"BM" and len(data) > 26:
             name = "bmp"
-            width, height, channels = _bmp(data)
-            supported = True
+            layout = "<HH2xH" if unpack_from("<I", data, 14)[0] == 12 else "<ii2xH"
+            width, height, depth = unpack_from(layout, data, 18)
+            height, channels = abs(height), 4 if depth == 32 else 3
         elif data[:2] == b"\x1f\x8b":
             return ImageInfo("gzip", 0, 0, 0, "gzip")
         else:
@@ -74,11 +68,12 @@ def probe(data: bytes, complete: bool) -> ImageInfo:
         return ImageInfo(name, 0, 0, 0, "unreadable_header")
     if width <= 0 or height <= 0 or channels == 0:
         return ImageInfo(name, 0, 0, 0, "unreadable_header")
-    problem = "" if supported else "unsupported"
-    return ImageInfo(name, width, height, channels, "too_large" if width * height > MAX_PIXELS else problem)
+    problem = "too_large" if width * height > MAX_PIXELS else "" if supported else "unsupported"
+    return ImageInfo(name, width, height, channels, problem)
 
 
 def _jpeg(data: bytes) -> tuple[int, int, int, bool]:
+    """(width, height, channels, whether it can be decoded)."""
     at = 2
     while True:
         if data[at] != 0xFF:  # rubbish between segments, as libjpeg skips it
@@ -104,6 +99,7 @@ def _jpeg(data: bytes) -> tuple[int, int, int, bool]:
 
 
 def _webp(data: bytes) -> tuple[int, int, int]:
+    """(width, height, channels)."""
     kind = data[12:16]
     if kind == b"VP8 ":
         if data[23:26] != b"\x9d\x01\x2a":
@@ -114,19 +110,11 @@ def _webp(data: bytes) -> tuple[int, int, int]:
         bits = unpack_from("<I", data, 21)[0]
         return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1, 4 if bits >> 28 & 1 else 3
     if kind == b"VP8X":
-        width, height = int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
         if len(data) < 30:
             raise IndexError
+        width, height = int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
         return width, height, 4 if data[20] & 0x10 else 3
     raise ValueError("unknown chunk")
-
-
-def _bmp(data: bytes) -> tuple[int, int, int]:
-    if unpack_from("<I", data, 14)[0] == 12:
-        width, height, bits = unpack_from("<HH2xH", data, 18)
-    else:
-        width, height, bits = unpack_from("<ii2xH", data, 18)
-    return width, abs(height), 4 if bits == 32 else 3
 
 
 def judge(name: str, info: ImageInfo) -> tuple[int, int]:
@@ -143,8 +131,5 @@ def judge(name: str, info: ImageInfo) -> tuple[int, int]:
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file is called an image."""
-    return name.lower().endswith(IMAGE_SUFFIXES)
-
-
-FORMAT_CODE = {name: code for code, name in enumerate(FORMATS)}
+    _, dot, suffix = name.lower().rpartition(".")
+    return bool(dot) and suffix in _SUFFIX_FORMAT

@@ -1,28 +1,34 @@
 """`SampleIndex`: the data set as one row per image, read in place from archives that are never extracted.
 
-An index is a folder: `index.json` (`pipeline.index.header`) and `samples.npy` (rows of `SAMPLE`, memory-mapped on load, no
-pickle); `names.bin` too when a folder tree of images was indexed (NUL-terminated relative paths). Names of tar members are not
-stored: they are read back from the tar headers. The row number is the sample's **id**; it never changes, excluded rows stay.
-Rows are sorted by split (train, val, test), in train by class, then by position in the archive; in val and test by name (ILSVRC:
-by base name), or as in train where they were held out of it (`pipeline.index.subset`).
+An index is a folder: `index.json`, its header, and `samples.npy` (rows of `SAMPLE`, memory-mapped, no pickle); `names.bin` too
+when a folder tree of images was indexed (NUL-terminated relative paths). Names of tar members are not stored: they are read
+back from the tar headers. The row number is the sample's **id**; it never changes, excluded rows stay. Rows are sorted by split
+(train, val, test), in train by class, then by position in the archive; in val and test by name (ILSVRC: by base name), or as in
+train where they were held out of it (`pipeline.index.subset`).
+
+The header holds counts, classes, archives, oddities and SHA-256 hashes: of each array file (`verify` checks those), and of its
+own content without the archives' paths (`read_header` checks that: it is the identity of the data set, `SampleIndex.sha256`).
+`packed`, in an index of packed images: how they were made (`PackOptions`), source (split → `split_sha256` of the original's) and
+measured (split → images, mean bytes, psnr_mean and psnr_min in dB). `derived`: for each subset that led here, first one first,
+SHA-256, rows and classes of the index it was taken of, the options, and the classes that had too few images.
 """
-
-from __future__ import annotations
-
 import hashlib
 import json
 import mmap
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 
-from pipeline.index.header import read_header
+from pipeline.files import json_sha256
 from pipeline.index.tar import BLOCK, ByteWindow, fingerprint, read_member
 
+VERSION = 1
+MAGIC = "alexnet-sample-index"
 SPLITS = ("train", "val", "test")
 FORMATS = ("unknown", "jpeg", "png", "gif", "webp", "bmp", "gzip")
 # Reasons of odd images. Kept: grey, cmyk, misnamed (a PNG called .JPEG), patched (replaced by 2010's patch_images).
@@ -48,7 +54,6 @@ SAMPLE = np.dtype([
 @dataclass(frozen=True)
 class ClassInfo:
     """One class: its WordNet id (or folder name) and its words (empty without a devkit)."""
-
     wnid: str
     words: str
 
@@ -56,7 +61,6 @@ class ClassInfo:
 @dataclass(frozen=True)
 class Archive:
     """A tar file or a folder of images, as it was when indexed. `size` in bytes (a folder: of all its images)."""
-
     path: Path
     size: int
     fingerprint: str
@@ -67,14 +71,39 @@ class Archive:
     def is_folder(self) -> bool:
         return self.kind == "folder"
 
-    def fits(self, path: Path) -> bool:
-        """Whether a folder, or a file, of any content lies at `path`."""
-        return path.is_dir() if self.is_folder else path.is_file()
-
 
 def label_of(classes: Sequence[ClassInfo]) -> dict[str, int]:
     """wnid → label."""
     return {entry.wnid: label for label, entry in enumerate(classes)}
+
+
+def content_sha256(header: dict[str, Any]) -> str:
+    """SHA-256 (hex) of a header without its archives' paths: equal wherever the archives lie."""
+    content = {key: value for key, value in header.items() if key != "sha256"}
+    if isinstance(header.get("archives"), list):
+        content["archives"] = [{key: value for key, value in archive.items() if key != "path"}
+                               for archive in header["archives"] if isinstance(archive, dict)]
+    return json_sha256(content)
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The checked header of the index folder `path`. Raises ValueError when it is no index, of another version, or altered."""
+    file = path / "index.json"
+    if not file.is_file():
+        problem = "has no index.json" if path.is_dir() else "does not exist" if not path.exists() else "is not a folder"
+        raise ValueError(f"index (={path}) {problem}; make one with tools/build_index.py build")
+    try:
+        header = json.loads(file.read_bytes())
+    except ValueError:
+        raise ValueError(f"index header (={file}) is not JSON; build the index again") from None
+    if not isinstance(header, dict) or header.get("magic") != MAGIC:
+        raise ValueError(f"index header (={file}) is not that of a sample index; build one with tools/build_index.py")
+    if header.get("version") != VERSION:
+        raise ValueError(f"index version (={header.get('version')}) of {file} is not {VERSION}, the one this code "
+                         f"reads; build the index again")
+    if content_sha256(header) != header.get("sha256"):
+        raise ValueError(f"index header (={file}) does not match its SHA-256, so it was altered; build it again")
+    return header
 
 
 class SampleIndex:
@@ -83,9 +112,10 @@ class SampleIndex:
     def __init__(self, path: Path, header: dict[str, Any], samples: np.ndarray, folders: Sequence[Path]) -> None:
         self.path, self.header, self.samples, self.sha256 = path, header, samples, str(header["sha256"])
         self.classes = [ClassInfo(**entry) for entry in header["classes"]]
-        self.archives = [Archive(Path(entry["path"]), entry["size"], entry["fingerprint"], entry["kind"],
-                                 entry["nested"]) for entry in header["archives"]]
+        self.archives = [Archive(**{**entry, "path": Path(entry["path"])}) for entry in header["archives"]]
         self.split_names: list[str] = [split["name"] for split in header["splits"]]
+        self.packed: dict[str, Any] | None = header.get("packed")  # see the module; None when these are the originals
+        self.derived: list[dict[str, Any]] = header.get("derived", [])
         self._folders = list(folders)
         self._open: dict[int, ByteWindow] = {}
         self._split_hashes: dict[str, str] = {}
@@ -99,9 +129,9 @@ class SampleIndex:
         of that path (train/000.tar before 000.tar). Raises ValueError when it is no index, of another version, cut or altered."""
         path = Path(path).absolute()
         header = read_header(path)
-        folders = [archives] if isinstance(archives, (str, Path)) else list(archives or [])
+        folders = [Path(folder) for folder in ([archives] if isinstance(archives, (str, Path)) else archives or [])]
         for folder in folders:
-            if not Path(folder).is_dir():
+            if not folder.is_dir():
                 raise ValueError(f"archives (={folder}) is not a folder; give the folder that holds the tar files")
         for name, entry in header["files"].items():
             file = path / entry["file"]
@@ -117,20 +147,10 @@ class SampleIndex:
         if samples.dtype != SAMPLE or samples.shape != (header["samples"],):
             raise ValueError(f"samples (={file}) holds {samples.shape} of {samples.dtype}, not the "
                              f"{header['samples']} samples of the header; build the index again")
-        return cls(path, header, samples, [Path(folder) for folder in folders])
+        return cls(path, header, samples, folders)
 
     def __len__(self) -> int:
         return len(self.samples)
-
-    @property
-    def packed(self) -> dict[str, Any] | None:
-        """How tools/pack_shards.py made these images (`pipeline.index.header`); None when they are the originals."""
-        return self.header.get("packed")
-
-    @property
-    def derived(self) -> list[dict[str, Any]]:
-        """The subsets that led from an index of archives to this one (`pipeline.index.header`)."""
-        return self.header.get("derived", [])
 
     @property
     def name_bytes(self) -> bytes | None:
@@ -164,14 +184,6 @@ class SampleIndex:
             self._split_hashes[split] = digest.hexdigest()
         return self._split_hashes[split]
 
-    def class_rows(self, wnid: str) -> np.ndarray:
-        """Ids of every row of a class, excluded ones included: (N,) int64. Raises ValueError when unknown."""
-        label = label_of(self.classes).get(wnid)
-        if label is None:
-            raise ValueError(f"class (={wnid}) is not in the index {self.path}; "
-                             f"its {len(self.classes)} classes are listed by info --json")
-        return np.flatnonzero(self.samples["label"] == label).astype(np.int64)
-
     def row(self, id: int) -> np.void:
         """The row of a sample. Raises ValueError when there is no such id."""
         if not 0 <= id < len(self.samples):
@@ -204,8 +216,7 @@ class SampleIndex:
     def archive_path(self, position: int) -> Path:
         """Where archive `position` lies now. Raises ValueError when it is gone, unreadable or of another size."""
         if position not in self._archive_paths:
-            path = self.find_archive(position)
-            archive = self.archives[position]
+            path, archive = self.find_archive(position), self.archives[position]
             if not os.access(path, os.R_OK):
                 raise ValueError(f"archive (={path}) cannot be read; give yourself read permission")
             if not archive.is_folder and path.stat().st_size != archive.size:
@@ -223,15 +234,16 @@ class SampleIndex:
         """Like `archive_path`, without the check of its size where it was indexed. In the folders given to `load` lie other
         data sets too, with files of the same name: there it must be the same archive."""
         archive = self.archives[position]
+        lies_at = Path.is_dir if archive.is_folder else Path.is_file  # whatever its content
         if self.packed is not None and (beside := self.path / archive.path.name).is_file():  # they move together
             return beside
-        if archive.fits(archive.path):
+        if lies_at(archive.path):
             return archive.path
         others = []
         for folder in self._folders:
             for first in range(1, len(archive.path.parts)):  # longest tail of the path first
                 path = folder.joinpath(*archive.path.parts[first:])
-                if archive.fits(path):
+                if lies_at(path):
                     if self._is_archive(position, path):
                         return path
                     others.append(path)
@@ -256,12 +268,11 @@ class SampleIndex:
         row = self.row(id)
         position, size = int(row["archive"]), int(row["size"])
         if self.archives[position].is_folder:
-            path = self.file_path(id)
             try:
-                data = path.read_bytes()
+                data = self.file_path(id).read_bytes()
             except OSError as error:
-                raise ValueError(f"file (={path}) of sample {id} cannot be read ({error.strerror}); restore it, or leave it "
-                                 f"out with verify --full --exclude") from None
+                raise ValueError(f"file (={error.filename}) of sample {id} cannot be read ({error.strerror}); restore it, or "
+                                 f"leave it out with verify --full --exclude") from None
         else:
             with self._lock:
                 data = self._window(position).at(int(row["offset"]), size)
@@ -269,19 +280,6 @@ class SampleIndex:
             raise ValueError(f"sample (={id}) of {self.archives[position].path} has {len(data)} bytes, the index says "
                              f"{size}; run verify")
         return data
-
-    def summary(self) -> dict[str, Any]:
-        """What the index holds, as JSON values: the header with counts and bytes, without its list of files."""
-        counts = np.bincount(self.samples["label"][self.ids("train")], minlength=len(self.classes)).tolist() \
-            if "train" in self.split_names else []
-        formats = np.bincount(self.samples["format"], minlength=len(FORMATS)).tolist()
-        return {"path": str(self.path), **{key: self.header[key] for key in ("version", "preset", "sha256", "crc32")},
-                "derived": self.derived, "samples": len(self), "bytes": int(self.samples["size"].sum(dtype=np.int64)),
-                "splits": self.header["splits"], "formats": {name: count for name, count in zip(FORMATS, formats) if count},
-                "reasons": self.header["reasons"], "archives": self.header["archives"], "classes": self.header["classes"],
-                # a class that training never sees: an empty inner tar, or labels that begin at 1
-                "empty_classes": [entry.wnid for entry, count in zip(self.classes, counts) if not count],
-                "oddities": self.header["oddities"]}
 
     def _window(self, position: int) -> ByteWindow:
         if position not in self._open:

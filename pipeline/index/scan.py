@@ -1,86 +1,57 @@
 """Scans the images of an archive into SAMPLE rows: the work of one process of a build.
 
-A task is an inner tar to walk, a list of members of a flat tar, or files of a folder. Rows come back in the order of
-the task with label, split and archive still 0; whatever is odd comes back by name with a reason.
+A task is an inner tar to walk, a list of members of a flat tar, or files of a folder. Rows come back in the order of the task
+with label, split and archive still 0; whatever is odd comes back by name with a reason.
 """
-
-from __future__ import annotations
-
 import zlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Callable, Iterable, Sequence
 
 import numpy as np
 
-from pipeline.index.tar import BLOCK, ArchiveError, ByteWindow, Member, walk
 from pipeline.index.image_header import FORMAT_CODE, HEAD_BYTES, NeedMore, is_image_name, judge, probe
 from pipeline.index.sample_index import REASONS, SAMPLE
+from pipeline.index.tar import BLOCK, ArchiveError, ByteWindow, Member, walk
 
 CHUNK = 2048  # members of one task of a flat archive
 MAX_SIZE = (1 << 32) - 1  # an image's size is stored in 4 bytes
-UNLISTED = (0, REASONS.index("grey"))  # grey images are 1% of ImageNet: found by their reason, not listed by name
 DUPLICATE = "duplicate: a later member has the same name"
+UNLISTED = (0, REASONS.index("grey"))  # grey images are 1% of ImageNet: found by their reason, not listed by name
 
 
 @dataclass(frozen=True)
 class Oddity:
     """What is odd about a member of an archive, for the header of the index. `row`: of its image; -1 when it has none."""
-
     name: str
     reason: str
     kept: bool = False
     row: int = -1
 
 
-@dataclass(frozen=True)
-class Task:
-    """What to scan: `members` of the tar at `path`, the inner tar [start, end) when None, or files of a folder."""
-
-    path: Path
-    crc: bool
-    members: Sequence[Member] | None = None
-    start: int = 0
-    end: int = 0
-    inside: str = ""
-    is_folder: bool = False
-    watch: frozenset[str] = frozenset()  # base names whose rows to report (patched images)
-
-
 @dataclass
 class Part:
     """Rows of a part of the data set with what is known beside them."""
-
     rows: np.ndarray  # (N,) SAMPLE
     odd: list[Oddity] = field(default_factory=list)
     names: list[str] | None = None  # one per row; None when too many to keep (nested archives)
-    watched: dict[str, int] = field(default_factory=dict)  # base name → row
 
     def take(self, order: np.ndarray) -> "Part":
         """The rows at the positions `order`, with their oddities and those that have no row."""
         new = np.full(len(self.rows) + 1, -1)  # old row → new row; -1 → -1
         new[order] = np.arange(len(order))
-        return Part(self.rows[order], [replace(odd, row=int(new[odd.row])) for odd in self.odd
-                                       if odd.row < 0 or new[odd.row] >= 0],
-                    [self.names[i] for i in order] if self.names is not None else None,
-                    {name: int(new[row]) for name, row in self.watched.items() if new[row] >= 0})
+        odd = [replace(odd, row=int(new[odd.row])) for odd in self.odd if odd.row < 0 or new[odd.row] >= 0]
+        return Part(self.rows[order], odd, [self.names[i] for i in order] if self.names is not None else None)
 
 
 def joined(parts: Iterable[Part]) -> Part:
-    """Parts one after the other."""
     parts = list(parts)
-    first, odd, watched = 0, [], {}
+    first, odd = 0, []
     for part in parts:
         odd += [replace(entry, row=entry.row + first) if entry.row >= 0 else entry for entry in part.odd]
-        watched.update({name: row + first for name, row in part.watched.items()})
         first += len(part.rows)
     names = None if any(part.names is None for part in parts) else [n for part in parts for n in part.names or ()]
-    return Part(np.concatenate([part.rows for part in parts]) if parts else np.empty(0, SAMPLE), odd, names, watched)
-
-
-def base_name(name: str) -> str:
-    """The part of a member's name after its last slash."""
-    return name.rpartition("/")[2]
+    return Part(np.concatenate([part.rows for part in parts]) if parts else np.empty(0, SAMPLE), odd, names)
 
 
 def base_names(part: Part, archive: Path) -> dict[str, int]:
@@ -88,7 +59,7 @@ def base_names(part: Part, archive: Path) -> dict[str, int]:
     names = part.names or []
     rows: dict[str, int] = {}
     for row, name in enumerate(names):
-        base = base_name(name)
+        base = name.rpartition("/")[2]
         if base in rows:
             raise ArchiveError(f"image (={base}) of {archive} is there twice, as {names[rows[base]]} and as {name}; "
                                f"repack the archive with one file of each name")
@@ -102,35 +73,40 @@ def is_last_of_its_name(names: Sequence[str]) -> list[bool]:
     return [last[name] == i for i, name in enumerate(names)]
 
 
-def scan(task: Task) -> Part:
-    """Read the images of a task. Raises ArchiveError, OSError."""
-    if task.is_folder:
-        return _rows(task, task.members or (), lambda member, count: _read_file(task.path / member.name, count))
-    with ByteWindow(task.path, window=1 << 20 if task.crc else 16 << 10) as source:
-        members = walk(source, task.start, task.end, task.inside) if task.members is None else task.members
-        part = _rows(task, members, lambda member, count: source.at(member.offset, count))
-    if task.members is not None:
-        return part
+def scan_inner(path: Path, crc: bool, tar: Member, keep_names: bool) -> Part:
+    """Rows of the images in the inner tar `tar` of the tar at `path`."""
+    with ByteWindow(path, window=1 << 20 if crc else 16 << 10) as source:
+        members = walk(source, tar.offset, tar.offset + tar.size, tar.name)
+        part = _rows(path, crc, members, lambda member, count: source.at(member.offset, count))
     names = part.names or []
-    part.names = None
     kept = is_last_of_its_name(names)
     if not all(kept):
         part = part.take(np.flatnonzero(kept))
         part.odd += [Oddity(name, DUPLICATE) for name, is_kept in zip(names, kept) if not is_kept]
+    part.names = part.names if keep_names else None
     return part
 
 
-def _read_file(path: Path, count: int) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(count)
+def scan_members(path: Path, crc: bool, members: Sequence[Member]) -> Part:
+    """Rows of the images among members of the tar at `path`."""
+    with ByteWindow(path, window=1 << 20 if crc else 16 << 10) as source:
+        return _rows(path, crc, members, lambda member, count: source.at(member.offset, count))
 
 
-def _rows(task: Task, members: Iterable[Member], read: Callable[[Member, int], bytes]) -> Part:
-    """`read(member, count)`: the first `count` bytes of a member."""
+def scan_files(folder: Path, crc: bool, members: Sequence[Member]) -> Part:
+    """Rows of the images among files of a folder, whose offsets are those of their names in names.bin."""
+    def read(member: Member, count: int) -> bytes:
+        with open(folder / member.name, "rb") as file:
+            return file.read(count)
+
+    return _rows(folder, crc, members, read)
+
+
+def _rows(path: Path, crc: bool, members: Iterable[Member], read: Callable[[Member, int], bytes]) -> Part:
+    """`read(member, count)`: the first `count` bytes of a member. Raises ArchiveError, OSError."""
     rows: list[tuple[int, ...]] = []
     names: list[str] = []
     odd: list[Oddity] = []
-    watched: dict[str, int] = {}
     for member in members:
         name, kind, offset, size, header = member
         if kind != "file":
@@ -140,10 +116,10 @@ def _rows(task: Task, members: Iterable[Member], read: Callable[[Member, int], b
         if size > MAX_SIZE:
             odd.append(Oddity(name, f"{size} bytes, more than {MAX_SIZE}"))
             continue
-        count = size if task.crc else min(size, HEAD_BYTES)
+        count = size if crc else min(size, HEAD_BYTES)
         data = read(member, count)
         if len(data) < count:
-            raise ArchiveError(f"member (={name}) of {task.path} ended after {len(data)} of {size} bytes while it was "
+            raise ArchiveError(f"member (={name}) of {path} ended after {len(data)} of {size} bytes while it was "
                                f"read; leave the archive alone during a build, and build again")
         try:
             info = probe(data, count == size)
@@ -155,11 +131,7 @@ def _rows(task: Task, members: Iterable[Member], read: Callable[[Member, int], b
             continue
         if reason not in UNLISTED:
             odd.append(Oddity(name, REASONS[reason], not excluded, len(rows)))
-        if task.watch and base_name(name) in task.watch:
-            watched[base_name(name)] = len(rows)
-        # a folder's rows point at their names, which `header` carries
-        rows.append((header if task.is_folder else offset, size, zlib.crc32(data) if task.crc else 0, info.width,
-                     info.height, -1, 0, 0 if task.is_folder else (offset - header) // BLOCK, 0, FORMAT_CODE[info.format],
-                     reason, info.channels, excluded, 0))
+        rows.append((offset, size, zlib.crc32(data) if crc else 0, info.width, info.height, -1, 0, (offset - header) // BLOCK, 0,
+                     FORMAT_CODE[info.format], reason, info.channels, excluded, 0))
         names.append(name)
-    return Part(np.array(rows, SAMPLE), odd, names, watched)
+    return Part(np.array(rows, SAMPLE), odd, names)

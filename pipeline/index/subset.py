@@ -3,60 +3,43 @@
 The archives stay where they are, and the new index reads them in place. Rows keep all but label, split and archive, which become
 positions among what is kept; classes keep their order. What is kept of a split keeps its order too, and held-out images have that
 of train: by class, then by position in the archive. A row without a label is in no class: train loses it, another split only when
-a class is left out. Excluded rows stay excluded, stay in train, and count as no images.
-
-N rows, K classes.
+a class is left out. Excluded rows stay excluded, stay in train, and count as no images. N rows, K classes.
 """
-
-from __future__ import annotations
-
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.files import difference
-from pipeline.rng import Purpose, bits
 from pipeline.index.sample_index import SAMPLE, SPLITS, SampleIndex, label_of
 from pipeline.index.writer import check_output, write_index
+from pipeline.rng import Purpose, bits
 
 Ids = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What a subset keeps.
-
-    Attributes:
-        classes: names (wnids or folders) of classes to keep; None: all.
-        class_range: (A, B): keep classes A to B − 1, by position.
-        exclude: names of classes to leave out.
-        min_images: leave out classes with fewer training images.
-        hold_out: share of the training images to hold out; None: none.
-        hold_out_as: name of their split, val or test.
-        seed: of the choice of images.
-
-    Raises:
-        ValueError: nothing is chosen, two choices exclude each other, or a number is out of its range.
-    """
-    classes: Sequence[str] | None = None
-    class_range: tuple[int, int] | None = None
-    exclude: Sequence[str] = ()
-    min_images: int = 0
-    hold_out: float | None = None
-    hold_out_as: str | None = None
-    seed: int = 0
+    """What a subset keeps. Raises ValueError: nothing is chosen, choices exclude each other, a number is out of its range."""
+    classes: Sequence[str] | None = None  # names (wnids or folders) of classes to keep; None: all
+    class_range: tuple[int, int] | None = None  # (A, B): keep classes A to B − 1, by position
+    min_images: int = 0  # leave out classes with fewer training images
+    hold_out: float | None = None  # share of the training images to hold out
+    hold_out_as: str | None = None  # name of their split, val or test
+    seed: int = 0  # of the choice of images
 
     def __post_init__(self) -> None:
         if not str(self):
             raise ValueError("subset (=all classes, nothing held out) would be the same index again; give --classes, "
-                             "--class-range, --exclude-classes, --min-images or --hold-out")
+                             "--class-range, --min-images or --hold-out")
         if self.classes is not None and self.class_range is not None:
-            raise ValueError(f"--class-range (={self._range}) and --classes exclude each other; give one of them")
+            given = ":".join(map(str, self.class_range))
+            raise ValueError(f"--class-range (={given}) and --classes exclude each other; give one of them")
         if self.min_images < 0 or self.seed < 0:
             raise ValueError(f"--min-images (={self.min_images}) and --seed (={self.seed}) must not be negative; correct them")
         if (self.hold_out is None) != (self.hold_out_as is None):
@@ -66,19 +49,14 @@ class Choices:
         if self.hold_out_as not in (None, "val", "test"):
             raise ValueError(f"--hold-out-as (={self.hold_out_as}) must be val or test; correct it")
 
-    @property
-    def _range(self) -> str:
-        return ":".join(map(str, self.class_range or ()))
-
     def __str__(self) -> str:
         """As options of the command, names counted: for the header of the new index."""
-        options = [f"--classes ({len(set(self.classes))} named)"] if self.classes is not None else []
-        options += [f"--class-range {self._range}"] if self.class_range is not None else []
-        options += [f"--exclude-classes ({len(set(self.exclude))} named)"] if self.exclude else []
-        options += [f"--min-images {self.min_images}"] if self.min_images else []
-        if self.hold_out is not None or self.hold_out_as is not None:
-            options.append(f"--hold-out {self.hold_out} --hold-out-as {self.hold_out_as} --seed {self.seed}")
-        return " ".join(options)
+        holds_out = self.hold_out is not None or self.hold_out_as is not None
+        options = {"--classes": self.classes and f"({len(set(self.classes))} named)",
+                   "--class-range": self.class_range and ":".join(map(str, self.class_range)),
+                   "--min-images": self.min_images,
+                   "--hold-out": holds_out and f"{self.hold_out} --hold-out-as {self.hold_out_as} --seed {self.seed}"}
+        return " ".join(f"{name} {value}" for name, value in options.items() if value)
 
 
 def read_names(path: Path) -> list[str]:
@@ -117,12 +95,18 @@ def derive(index: SampleIndex, out: str | Path, choices: Choices, *, force: bool
     for entry in index.header["files"].values():  # the new index has hashes of its own: they must not cover up damage
         if difference(index.path / entry["file"], entry):
             raise ValueError(f"array (={index.path / entry['file']}) differs from its SHA-256; build the index again")
-    labels, too_few = chosen_classes(index, choices)
-    parts, notes = divide(index, labels, choices)
+    labels, too_few = _chosen_classes(index, choices)
+    parts, notes = _divide(index, labels, choices)
     if too_few:
         notes.insert(0, f"left out {len(too_few):,} classes of less than {choices.min_images} training images: "
                         f"{', '.join(too_few[:10])}{' … (all of them: info --json)' if len(too_few) > 10 else ''}")
-    ids, rows, used = renumbered(index, parts, labels)
+    ids = np.concatenate(list(parts.values()))
+    # Rows as opaque bytes: NumPy copies those of a structure field by field, which takes 15 times as long.
+    rows = np.ascontiguousarray(index.samples).view(f"V{SAMPLE.itemsize}")[ids].view(SAMPLE)
+    rows["label"] = _positions(labels, len(index.classes))[rows["label"]]
+    rows["split"] = np.repeat(np.arange(len(parts)), [len(part) for part in parts.values()])
+    used = np.flatnonzero(np.bincount(rows["archive"], minlength=len(index.archives)))
+    rows["archive"] = _positions(used, len(index.archives))[rows["archive"]]
     archives = [index.archives[position] for position in used.tolist()]
     step = {"index": index.sha256, "samples": len(index), "classes": len(index.classes), "chosen": str(choices),
             "too_few": too_few}
@@ -133,9 +117,8 @@ def derive(index: SampleIndex, out: str | Path, choices: Choices, *, force: bool
     return notes
 
 
-def chosen_classes(index: SampleIndex, choices: Choices) -> tuple[Ids, list[str]]:
-    """Labels of the classes to keep, ascending, and the names of those that have too few images. Raises ValueError when a class
-    is unknown, the range goes beyond them, or none is left."""
+def _chosen_classes(index: SampleIndex, choices: Choices) -> tuple[Ids, list[str]]:
+    """Labels of the classes to keep, ascending, and the names of those that have too few images."""
     names = [entry.wnid for entry in index.classes]
     kept = np.ones(len(names), bool)
     if choices.class_range is not None:
@@ -145,9 +128,13 @@ def chosen_classes(index: SampleIndex, choices: Choices) -> tuple[Ids, list[str]
                              "not be empty; correct it")
         kept[:first] = kept[stop:] = False
     if choices.classes is not None:
+        known = label_of(index.classes)
+        unknown = [name for name in dict.fromkeys(choices.classes) if name not in known]
+        if unknown:
+            raise ValueError(f"class (={unknown[0]}) of --classes ({len(unknown)} unknown) is not in the index {index.path}; its "
+                             f"{len(known)} classes are listed by info --json")
         kept[:] = False
-        kept[_known(index, choices.classes, "--classes")] = True
-    kept[_known(index, choices.exclude, "--exclude-classes")] = False
+        kept[[known[name] for name in choices.classes]] = True
     too_few = np.zeros_like(kept)
     if choices.min_images:
         labels = index.samples["label"][index.ids("train")]
@@ -158,19 +145,8 @@ def chosen_classes(index: SampleIndex, choices: Choices) -> tuple[Ids, list[str]
     return np.flatnonzero(kept & ~too_few), [names[label] for label in np.flatnonzero(too_few).tolist()]
 
 
-def _known(index: SampleIndex, names: Sequence[str], option: str) -> list[int]:
-    labels = label_of(index.classes)
-    unknown = [name for name in dict.fromkeys(names) if name not in labels]
-    if unknown:
-        more = f", nor are {len(unknown) - 1} more of {option}" if len(unknown) > 1 else f" ({option})"
-        raise ValueError(f"class (={unknown[0]}) is not in the index {index.path}{more}; its {len(labels)} classes are listed by "
-                         "info --json")
-    return [labels[name] for name in names]
-
-
-def divide(index: SampleIndex, labels: Ids, choices: Choices) -> tuple[dict[str, Ids], list[str]]:
-    """Split → ids of the rows it keeps, in their new order, for classes `labels`; and notes for the user. Raises ValueError
-    when a split would be empty, or the one to hold out is there already."""
+def _divide(index: SampleIndex, labels: Ids, choices: Choices) -> tuple[dict[str, Ids], list[str]]:
+    """Split → ids of the rows it keeps, in their new order, for classes `labels`; and notes for the user."""
     if choices.hold_out_as in index.split_names:
         raise ValueError(f"--hold-out-as (={choices.hold_out_as}) is a split of {index.path} already; give another name, or "
                          "build an index without it")
@@ -213,7 +189,7 @@ def held_out(index: SampleIndex, ids: Ids, share: float, seed: int) -> npt.NDArr
     labels = index.samples["label"][ids[rows]]
     counts = np.bincount(labels, minlength=len(index.classes))
     ties = bits(seed, Purpose.HOLD_OUT, np.array([_word(entry.wnid) for entry in index.classes], np.uint64))
-    numbers = bits(seed, Purpose.HOLD_OUT, *identities(index, ids[rows]))
+    numbers = bits(seed, Purpose.HOLD_OUT, *_identities(index, ids[rows]))
     held = np.zeros(len(ids), bool)
     by_class = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
     for of_class, quota in zip(by_class, quotas(counts.tolist(), share, ties.tolist()), strict=True):
@@ -235,7 +211,7 @@ def quotas(counts: Sequence[int], share: float, ties: Sequence[int]) -> list[int
     return numbers
 
 
-def identities(index: SampleIndex, ids: Ids) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+def _identities(index: SampleIndex, ids: Ids) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
     """What identifies the rows `ids` (N,) in any index of the same archives, as (N,) words: the archive, and the offset in it; of
     an image in a folder: 0, and its name."""
     archives, offsets = index.samples["archive"][ids], index.samples["offset"][ids]
@@ -253,18 +229,6 @@ def _word(text: str | bytes) -> int:
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
 
 
-def renumbered(index: SampleIndex, parts: dict[str, Ids], labels: Ids) -> tuple[Ids, npt.NDArray[Any], Ids]:
-    """Ids of all rows, (N,) SAMPLE rows with their new label, split and archive, and the positions of the archives they use."""
-    ids = np.concatenate(list(parts.values()))
-    # Rows as opaque bytes: NumPy copies those of a structure field by field, which takes 15 times as long.
-    rows = np.ascontiguousarray(index.samples).view(f"V{SAMPLE.itemsize}")[ids].view(SAMPLE)
-    rows["label"] = _positions(labels, len(index.classes))[rows["label"]]
-    rows["split"] = np.repeat(np.arange(len(parts)), [len(part) for part in parts.values()])
-    used = np.flatnonzero(np.bincount(rows["archive"], minlength=len(index.archives)))
-    rows["archive"] = _positions(used, len(index.archives))[rows["archive"]]
-    return ids, rows, used
-
-
 def _positions(kept: Ids, count: int) -> npt.NDArray[np.int32]:
     """(count + 1,) old position → position among `kept`; -1 if it is not kept, and at the end, where an old -1 points."""
     positions = np.full(count + 1, -1, np.int32)
@@ -274,9 +238,7 @@ def _positions(kept: Ids, count: int) -> npt.NDArray[np.int32]:
 
 def _oddities(index: SampleIndex, ids: Ids, rows: npt.NDArray[Any], splits: list[str]) -> list[dict[str, Any]]:
     """The oddities of the rows that are kept; those of members without a row stay with the source."""
-    listed = [entry for entry in index.header["oddities"] if entry["id"] is not None]
-    positions = np.flatnonzero(np.isin(ids, [entry["id"] for entry in listed]))
-    new = dict(zip(ids[positions].tolist(), positions.tolist()))
+    new = {id: position for position, id in enumerate(ids.tolist())}
     kept = [{**entry, "id": new[entry["id"]], "split": splits[rows["split"][new[entry["id"]]]]}
-            for entry in listed if entry["id"] in new]
+            for entry in index.header["oddities"] if entry["id"] in new]
     return sorted(kept, key=lambda entry: int(entry["id"]))

@@ -1,20 +1,16 @@
 """Walk a tar archive, or a tar inside one, guarded: offset and size of every member, or an error that names the damage.
 
-Python's `tarfile` ends a walk quietly at a damaged header and loops on a crafted one. Here every header's checksum is
-verified, every length is bounded, the end-of-archive mark is required, and whatever is not a plain file, a folder, a
-link or a device is an `ArchiveError`. Nothing is extracted and nothing is written.
-
-Formats: v7, ustar (POSIX.1-1988), GNU (long names, base-256 numbers), PAX (path, size). A block is 512 bytes; a
-member is one header block (after any extension headers), then its bytes, padded to whole blocks; two zero blocks end
-the archive.
+Python's `tarfile` ends a walk quietly at a damaged header and loops on a crafted one. Here every header's checksum is verified,
+every length is bounded, the end-of-archive mark is required, and whatever is not a plain file, a folder, a link or a device is an
+`ArchiveError`. Formats: v7, ustar (POSIX.1-1988), GNU (long names, base-256 numbers), PAX (path, size). A block is 512 bytes; a
+member is one header block (after any extension headers), then its bytes, padded to whole blocks; two zero blocks end the archive.
 """
-
-from __future__ import annotations
-
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 BLOCK = 512
 MAX_EXTENSION_BYTES = 1 << 20  # a long name or a PAX record; real ones are a few hundred bytes
@@ -39,7 +35,6 @@ def _damaged(problem: str) -> ArchiveError:
 
 class Member(NamedTuple):
     """One member: its data is bytes [offset, offset + size) of the file on disk, its first header lies at `header`."""
-
     name: str
     kind: str  # "file" | "directory" | "link" | "device"
     offset: int
@@ -47,13 +42,12 @@ class Member(NamedTuple):
     header: int
 
 
-class ByteWindow:
+class ByteWindow(AbstractContextManager["ByteWindow"]):
     """Random reads from one file through a window of `window` bytes, by `pread` (a bad disk: OSError, not SIGBUS)."""
 
     def __init__(self, path: str | Path, window: int = 16 << 10) -> None:
-        self.path = Path(path)
-        self.window = window
-        self._start, self._bytes = 0, b""
+        self.path, self.window = Path(path), window
+        self._start, self._bytes, self._file = 0, b"", -1
         self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         self.size = os.fstat(self._file).st_size
 
@@ -77,15 +71,10 @@ class ByteWindow:
             os.close(self._file)
             self._file = -1
 
-    def __enter__(self) -> "ByteWindow":
-        return self
+    __del__ = close
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        if getattr(self, "_file", -1) >= 0:
-            self.close()
 
 
 def open_tar(path: str | Path, window: int = 16 << 10) -> ByteWindow:
@@ -99,17 +88,12 @@ def open_tar(path: str | Path, window: int = 16 << 10) -> ByteWindow:
         raise ArchiveError(f"archive (={path}) cannot be read; give yourself read permission") from None
     if source.size == 0:
         raise ArchiveError(f"archive (={path}) is empty (0 bytes); fetch it again")
-    _refuse_compressed(source.at(0, 8), f"archive (={path})", str(path))
+    refuse_compressed(source.at(0, 8), f"archive (={path})", str(path))
     return source
 
 
-def refuse_compressed_inner(source: ByteWindow, member: Member) -> None:
-    """Raise ArchiveError when an inner tar is compressed: its members would have no fixed place in the outer file."""
-    inner = f"inner tar (={member.name}) of {source.path} at offset {member.offset}"
-    _refuse_compressed(source.at(member.offset, min(8, member.size)), inner, member.name)
-
-
-def _refuse_compressed(head: bytes, archive: str, name: str) -> None:
+def refuse_compressed(head: bytes, archive: str, name: str) -> None:
+    """Raise ArchiveError when an archive, of which these are the first 8 bytes, is compressed."""
     for magic, (method, command) in _COMPRESSED.items():
         if head.startswith(magic):
             raise ArchiveError(f"{archive} is {method}-compressed, so its members have no fixed place; "
@@ -126,11 +110,10 @@ def fingerprint(path: str | Path) -> str:
 
 
 def walk(source: ByteWindow, start: int = 0, end: int | None = None, inside: str = "") -> Iterator[Member]:
-    """Every member of the tar in bytes [start, end) of `source`, in archive order.
+    """Every member of the tar in bytes [start, end) of `source`, in archive order; `inside` names the inner tar in messages.
 
-    `inside` names the inner tar in messages. Raises ArchiveError on a damaged header, a sparse or multi-volume member,
-    a member beyond `end`, a missing end-of-archive mark, or bytes behind it. Links and devices are reported, not
-    followed. Each turn moves at least one block ahead, so a walk always ends.
+    Raises ArchiveError on a damaged header, a sparse or multi-volume member, a member beyond `end`, no end-of-archive mark, or
+    bytes behind it. Links and devices are reported, not followed. Each turn moves a block ahead or more, so a walk always ends.
     """
     end = source.size if end is None else end
     archive = f"{source.path}" if not inside else f"{inside} in {source.path}"

@@ -3,23 +3,20 @@
 A `Finding` names what is damaged; `exclude` marks such samples excluded in the index. `pipeline.decoding.scrub` decodes every
 image besides.
 """
-
-from __future__ import annotations
-
 import contextlib
 import zlib
-from dataclasses import dataclass
-from typing import Iterator, NamedTuple, Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from pipeline.files import difference
-from pipeline.index.tar import BLOCK, ArchiveError, ByteWindow, fingerprint, read_member
 from pipeline.index.folders import folder_archive, list_folder
 from pipeline.index.image_header import FORMAT_CODE, probe
 from pipeline.index.sample_index import REASONS, SampleIndex
+from pipeline.index.tar import BLOCK, ArchiveError, ByteWindow, fingerprint, read_member
 from pipeline.index.writer import mark_excluded
-from pipeline.parallel import Progress, Silent, in_processes
+from pipeline.process_pool import Progress, in_processes
 
 SAMPLED = 1000  # rows whose headers the quick check reads
 _CHUNK_BYTES = 64 << 20  # of one task of the full check
@@ -27,20 +24,9 @@ _CHUNK_BYTES = 64 << 20  # of one task of the full check
 
 class Finding(NamedTuple):
     """Something damaged: sample `id`, or an archive or the index itself when id is None."""
-
     id: int | None
     name: str
     problem: str
-
-
-@dataclass(frozen=True)
-class _Task:
-    """Rows of one archive to check."""
-
-    index: SampleIndex
-    position: int
-    ids: np.ndarray
-    crc: bool
 
 
 def check_files(index: SampleIndex) -> list[Finding]:
@@ -66,15 +52,14 @@ def check_files(index: SampleIndex) -> list[Finding]:
 
 def quick(index: SampleIndex) -> list[Finding]:
     """`check_files`, then the headers of up to SAMPLED rows spread over the index."""
-    findings = check_files(index)
-    ids = _not_damaged(index)
+    findings, ids = check_files(index), _not_damaged(index)
     ids = ids[np.unique(np.linspace(0, len(ids) - 1, min(SAMPLED, len(ids))).astype(np.int64))]
-    for task in _tasks(index, ids, False):
-        findings += _check_rows(task)
+    for chunk in _chunks(index, ids):
+        findings += _check_rows(index, chunk, False)
     return findings
 
 
-def full(index: SampleIndex, jobs: int, progress: Progress = Silent()) -> list[Finding]:
+def full(index: SampleIndex, jobs: int, progress: Progress = Progress()) -> list[Finding]:
     """`check_files`, then tar header, image header and CRC-32 of every row; those marked damaged before are left out.
 
     Raises ValueError when the index was built without CRC-32.
@@ -82,12 +67,11 @@ def full(index: SampleIndex, jobs: int, progress: Progress = Silent()) -> list[F
     if not index.header["crc32"]:
         raise ValueError(f"index (={index.path}) holds no CRC-32 to check (built with --no-crc); build it again "
                          f"without --no-crc, or use --scrub")
-    findings = check_files(index)
-    ids, sizes = _not_damaged(index), index.samples["size"].astype(np.int64)
-    tasks = list(_tasks(index, ids, True))
+    findings, ids = check_files(index), _not_damaged(index)
+    sizes, chunks = index.samples["size"].astype(np.int64), list(_chunks(index, ids))
     progress.expect("checking", int(sizes[ids].sum()))
-    for task, result in zip(tasks, in_processes(_check_rows, tasks, jobs), strict=True):
-        progress.advance(len(task.ids), int(sizes[task.ids].sum()))
+    for chunk, result in zip(chunks, in_processes(_check_rows, [(index, chunk, True) for chunk in chunks], jobs), strict=True):
+        progress.advance(len(chunk), int(sizes[chunk].sum()))
         findings += result
     return findings
 
@@ -119,29 +103,23 @@ def _not_damaged(index: SampleIndex) -> np.ndarray:
     return np.flatnonzero(index.samples["reason"] != REASONS.index("damaged"))
 
 
-def _tasks(index: SampleIndex, ids: np.ndarray, crc: bool) -> Iterator[_Task]:
-    """Rows by archive and position in it, in chunks of about _CHUNK_BYTES."""
+def _chunks(index: SampleIndex, ids: np.ndarray) -> Iterator[np.ndarray]:
+    """Rows by archive and position in it, in chunks of about _CHUNK_BYTES of one archive."""
     samples = index.samples
     ids = ids[np.lexsort((samples["offset"][ids], samples["archive"][ids]))]
     sizes = np.cumsum(samples["size"][ids], dtype=np.int64)
     key = samples["archive"][ids].astype(np.int64) * (1 << 32) + sizes // _CHUNK_BYTES
-    for chunk in np.split(ids, np.flatnonzero(np.diff(key)) + 1):
-        if len(chunk):
-            yield _Task(index, int(samples["archive"][chunk[0]]), chunk, crc)
+    return filter(len, np.split(ids, np.flatnonzero(np.diff(key)) + 1))
 
 
-def _check_rows(task: _Task) -> list[Finding]:
-    index = task.index
-    findings = []
-    with contextlib.ExitStack() as stack:
-        source = None
-        if not index.archives[task.position].is_folder:
-            source = stack.enter_context(ByteWindow(index.find_archive(task.position), 1 << 20 if task.crc else 16 << 10))
-        for id in task.ids.tolist():
-            problem = _check_row(index, id, source, task.crc)
-            if problem:
-                findings.append(Finding(id, index.safe_name(id), problem))
-    return findings
+def _check_rows(index: SampleIndex, ids: np.ndarray, crc: bool) -> list[Finding]:
+    """What is wrong with rows of one archive."""
+    position = int(index.samples["archive"][ids[0]])
+    is_folder = index.archives[position].is_folder
+    source = None if is_folder else ByteWindow(index.find_archive(position), 1 << 20 if crc else 16 << 10)
+    with source or contextlib.nullcontext():
+        problems = [(id, _check_row(index, id, source, crc)) for id in ids.tolist()]
+    return [Finding(id, index.safe_name(id), problem) for id, problem in problems if problem]
 
 
 def _check_row(index: SampleIndex, id: int, source: ByteWindow | None, crc: bool) -> str:
@@ -165,7 +143,6 @@ def _check_row(index: SampleIndex, id: int, source: ByteWindow | None, crc: bool
     if crc and zlib.crc32(data) != row["crc32"]:
         return f"has CRC-32 {zlib.crc32(data):08x}, the index says {row['crc32']:08x}"
     info = probe(data, True)
-    read = FORMAT_CODE[info.format], info.width, info.height, info.channels
-    if read != tuple(row[["format", "width", "height", "channels"]]):
+    if (FORMAT_CODE[info.format], *info[1:4]) != tuple(row[["format", "width", "height", "channels"]]):
         return f"its header says {info.format} {info.width}×{info.height}, not what the index says"
     return ""

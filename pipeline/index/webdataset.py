@@ -2,18 +2,15 @@
 
 The key of a member ends at the first dot of its base name.
 """
-
-from __future__ import annotations
-
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 from pipeline.index.builder import Builder
 from pipeline.index.folders import SPLIT_NAMES
 from pipeline.index.image_header import is_image_name
 from pipeline.index.sample_index import REASONS, ClassInfo
-from pipeline.index.scan import Oddity, Part, Task, joined, scan
+from pipeline.index.scan import Oddity, Part, joined, scan_members
 from pipeline.index.tar import ArchiveError, Member, open_tar, walk
 
 MAX_LABEL = 1_000_000
@@ -22,13 +19,11 @@ _SIDE_FILES = ("json", "txt", "id", "wnid", "index")  # written beside images by
 
 def build_webdataset(builder: Builder, shards: Sequence[Path]) -> str:
     """Index shards, the split by the shard's name; returns the SHA-256 of the index. Raises ValueError, OSError."""
-    if not shards:
-        raise ValueError("shards (=none) are missing; give one or more tar files")
     sizes = []
     for shard in shards:
         open_tar(shard).close()
         sizes.append(builder.archives[builder.add_archive(shard)].size)
-    parts = builder.run([Task(shard, builder.crc) for shard in shards], sizes, "shards", scan_shard)
+    parts = builder.run(scan_shard, [(shard, builder.crc) for shard in shards], sizes, "shards")
     splits: list[str] = []
     for position, (shard, part) in enumerate(zip(shards, parts, strict=True)):
         part.rows["archive"] = position
@@ -42,11 +37,8 @@ def build_webdataset(builder: Builder, shards: Sequence[Path]) -> str:
 
 def split_of_shard(path: Path) -> str:
     """Split of a shard by its name, or its folder's: a word train, val or test; train otherwise."""
-    for text in (path.name, path.parent.name):
-        for word in re.split(r"[^a-z]+", text.lower()):
-            if word in SPLIT_NAMES:
-                return SPLIT_NAMES[word]
-    return "train"
+    words = re.split(r"[^a-z]+", path.name.lower()) + re.split(r"[^a-z]+", path.parent.name.lower())
+    return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "train")
 
 
 def sample_key(name: str) -> tuple[str, str]:
@@ -56,7 +48,7 @@ def sample_key(name: str) -> tuple[str, str]:
     return folder + slash + key, extension.lower()
 
 
-def scan_shard(task: Task) -> Part:
+def scan_shard(path: Path, crc: bool) -> Part:
     """Rows of a shard in archive order, labelled. Raises ArchiveError, also on two images of one key and a bad label.
 
     An image without `key.cls` is excluded; a label without an image is an oddity.
@@ -64,7 +56,8 @@ def scan_shard(task: Task) -> Part:
     labels: dict[str, int] = {}
     images: dict[str, Member] = {}
     odd: list[Oddity] = []
-    with open_tar(task.path) as source:
+    again = "write the shard again with one image and one .cls a key"
+    with open_tar(path) as source:
         for member in walk(source):
             if member.kind == "directory":
                 continue
@@ -74,21 +67,18 @@ def scan_shard(task: Task) -> Part:
             elif extension == "cls":
                 text = source.at(member.offset, min(member.size, 32)).strip()
                 if not text.isdigit() or int(text) > MAX_LABEL:
-                    raise ArchiveError(f"label (={text.decode('ascii', 'replace')!r}) in {member.name} of {task.path} "
-                                       f"at offset {member.offset} is not a number from 0 to {MAX_LABEL}; "
-                                       f"write class numbers into .cls files")
+                    raise ArchiveError(f"label (={text.decode('ascii', 'replace')!r}) in {member.name} of {path} at offset "
+                                       f"{member.offset} is not a number from 0 to {MAX_LABEL}; write numbers into .cls files")
                 if key in labels:
-                    raise ArchiveError(f"sample (={key}) of {task.path} at offset {member.offset} has two labels; "
-                                       f"write the shard again with one .cls a key")
+                    raise ArchiveError(f"sample (={key}) of {path} at offset {member.offset} has two labels; {again}")
                 labels[key] = int(text)
             elif is_image_name("." + extension) and "." not in extension:
                 if key in images:
-                    raise ArchiveError(f"sample (={key}) of {task.path} at offset {member.offset} has two images; "
-                                       f"write the shard again with one image a key")
+                    raise ArchiveError(f"sample (={key}) of {path} at offset {member.offset} has two images; {again}")
                 images[key] = member
             elif extension not in _SIDE_FILES:
                 odd.append(Oddity(member.name, "not called an image"))
-    part = scan(Task(task.path, task.crc, list(images.values())))
+    part = scan_members(path, crc, list(images.values()))
     names = part.names or []
     keys = [sample_key(name)[0] for name in names]
     for row, key in enumerate(keys):

@@ -4,24 +4,21 @@ A new index is a folder that appears in one rename. When the folder exists alrea
 arrays go beside the old ones under new names and `index.json` is replaced last: a reader sees the old index or the new one.
 Other files in the folder (statistics, packed shards) stay.
 """
-
-from __future__ import annotations
-
-import copy
 import hashlib
 import io
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 
 from pipeline.files import atomic_folder, atomic_write, remove_dead
-from pipeline.index.header import MAGIC, VERSION, content_sha256, read_header
-from pipeline.index.sample_index import REASONS, SAMPLE, Archive, ClassInfo, SampleIndex
+from pipeline.index.sample_index import (MAGIC, REASONS, SAMPLE, VERSION, Archive, ClassInfo, SampleIndex, content_sha256,
+                                         read_header)
 
 
 def check_output(out: Path, force: bool) -> None:
@@ -46,33 +43,22 @@ def write_index(out: str | Path, samples: np.ndarray, *, classes: Sequence[Class
                 splits: Sequence[str], preset: str, crc32: bool, oddities: Sequence[dict[str, Any]] = (),
                 names: bytes | None = None, packed: dict[str, Any] | None = None, derived: Sequence[dict[str, Any]] = (),
                 force: bool = False) -> str:
-    """Write an index folder; returns its SHA-256.
+    """Write an index folder of SAMPLE rows, sorted by split; returns its SHA-256.
 
-    Args:
-        samples: SAMPLE rows, sorted by split.
-        oddities: {name, split, reason, kept, id or None}.
-        names: names.bin for folder archives.
-        packed: how they were made, for packed images; then `out` holds them already.
-        derived: an entry for each subset that led here.
-
-    Raises:
-        ValueError: as `check_output`; the rows are not sorted by split.
+    oddities: {name, split, reason, kept, id or None}; names: names.bin for folder archives; packed: how packed images were made,
+    when `out` holds them already; derived: an entry for each subset that led here. Raises ValueError as `check_output`, and for
+    rows that are not sorted.
     """
     out = Path(out)
     if packed is None:
         check_output(out, force)
     if samples.dtype != SAMPLE or np.any(np.diff(samples["split"].astype(np.int16)) < 0):
         raise ValueError(f"samples (={samples.dtype}) are not SAMPLE rows sorted by split; sort them")
-    counts = np.bincount(samples["split"], minlength=len(splits))
-    excluded = np.bincount(samples["split"][samples["excluded"] != 0], minlength=len(splits))
-    reasons = np.bincount(samples["reason"], minlength=len(REASONS))
     header: dict[str, Any] = {
         "magic": MAGIC, "version": VERSION, "preset": preset, "samples": len(samples), "crc32": crc32,
-        "splits": [{"name": name, "first": int(counts[:i].sum()), "count": int(counts[i]),
-                    "excluded": int(excluded[i])} for i, name in enumerate(splits)],
+        "splits": _splits(samples, splits),
         "archives": [{**asdict(archive), "path": str(archive.path.absolute())} for archive in archives],
-        "reasons": {REASONS[i]: int(n) for i, n in enumerate(reasons) if i and n},
-        "oddities": list(oddities), "classes": [asdict(entry) for entry in classes]}
+        "reasons": _reasons(samples), "oddities": list(oddities), "classes": [asdict(entry) for entry in classes]}
     if derived:  # an index of whole archives has no such key, so its SHA-256 is what it was before there were subsets
         header["derived"] = list(derived)
     if packed is not None:
@@ -83,22 +69,25 @@ def write_index(out: str | Path, samples: np.ndarray, *, classes: Sequence[Class
 def mark_excluded(index: SampleIndex, damaged: dict[int, tuple[str, str]]) -> str:
     """Mark samples (id → name, what is wrong) excluded, in place and atomically; returns the new SHA-256."""
     samples = np.array(index.samples)
-    header = copy.deepcopy(index.header)
-    for id, (name, problem) in sorted(damaged.items()):
-        if samples["excluded"][id]:
-            continue
-        split = header["splits"][samples["split"][id]]
-        split["excluded"] += 1
-        before = REASONS[samples["reason"][id]]
-        if before:
-            header["reasons"][before] -= 1
-        header["reasons"]["damaged"] = header["reasons"].get("damaged", 0) + 1
-        samples["excluded"][id], samples["reason"][id] = 1, REASONS.index("damaged")
-        header["oddities"] = [entry for entry in header["oddities"] if entry["id"] != id]
-        header["oddities"].append({"name": name, "split": split["name"], "reason": f"damaged: {problem}",
-                                   "kept": False, "id": id})
-    header["reasons"] = {reason: count for reason, count in header["reasons"].items() if count}
+    ids = sorted(id for id in damaged if not samples["excluded"][id])
+    samples["excluded"][ids], samples["reason"][ids] = 1, REASONS.index("damaged")
+    oddities = [entry for entry in index.header["oddities"] if entry["id"] not in ids]
+    oddities += [{"name": damaged[id][0], "split": index.split_names[samples["split"][id]],
+                  "reason": f"damaged: {damaged[id][1]}", "kept": False, "id": id} for id in ids]
+    header = {**index.header, "splits": _splits(samples, index.split_names), "reasons": _reasons(samples), "oddities": oddities}
     return _publish(index.path, header, samples, index.name_bytes)
+
+
+def _splits(samples: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
+    counts = np.bincount(samples["split"], minlength=len(names))
+    excluded = np.bincount(samples["split"][samples["excluded"] != 0], minlength=len(names))
+    return [{"name": name, "first": int(counts[:i].sum()), "count": int(counts[i]), "excluded": int(excluded[i])}
+            for i, name in enumerate(names)]
+
+
+def _reasons(samples: np.ndarray) -> dict[str, int]:
+    counts = np.bincount(samples["reason"], minlength=len(REASONS))
+    return {REASONS[i]: int(count) for i, count in enumerate(counts) if i and count}
 
 
 def _publish(out: Path, header: dict[str, Any], samples: np.ndarray, names: bytes | None, *, is_packed: bool = False) -> str:
@@ -111,12 +100,11 @@ def _publish(out: Path, header: dict[str, Any], samples: np.ndarray, names: byte
     old = [] if is_packed else _array_files(out)
     array = io.BytesIO()
     np.save(array, samples, allow_pickle=False)
-    arrays: dict[str, tuple[str, bytes | memoryview]] = {"samples": ("samples.npy", array.getbuffer())}
-    if names is not None:
-        arrays["names"] = ("names.bin", names)
     contents: dict[str, bytes | memoryview] = {}
     header["files"] = {}
-    for key, (file, data) in arrays.items():
+    for key, file, data in (("samples", "samples.npy", array.getbuffer()), ("names", "names.bin", names)):
+        if data is None:
+            continue
         sha256 = hashlib.sha256(data).hexdigest()
         if file in old:  # an index is there: its arrays are needed until index.json is replaced
             file = f"{Path(file).stem}.{sha256[:16]}{Path(file).suffix}"

@@ -13,7 +13,7 @@ from pipeline.decoding.dali import DecodeSettings
 from pipeline.decoding.normalize import Normalizer
 from pipeline.index.sample_index import SampleIndex
 from pipeline.monitor import Monitor
-from pipeline.parallel import cores
+from pipeline.process_pool import cores
 from pipeline.sampling.sampler import Ids
 
 

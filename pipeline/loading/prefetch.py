@@ -53,8 +53,8 @@ def one_ahead(begun: Iterator[Callable[[], T]]) -> Generator[T, None, None]:
 
 class Prefetcher(Iterator[T]):
     """An iterator over what the generator `produce` yields, in order, made by another thread, and closed by `close`. `depth`:
-    items that may wait finished; 0 means no thread: the consumer runs the generator itself. `monitor` is told when the thread
-    is idle, and how many items were ready."""
+    items that may wait finished; 0 means no thread: the consumer runs the generator itself. `monitor` is told when the
+    thread is idle."""
 
     def __init__(self, produce: Generator[T, None, None], depth: int, monitor: Monitor) -> None:
         self._produce, self._depth, self._monitor = produce, depth, monitor

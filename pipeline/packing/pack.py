@@ -1,32 +1,35 @@
 """Packs an index once into shuffled WebDataset shards of small JPEGs, the paper's own preprocessing: data tier `packed`.
 
 A plan says which image goes into which shard; each shard is written on its own, by any process of any rank, in any order, and
-can be written again with the same bytes. So a killed run resumes: what is finished stays. Whoever finds all shards finished
-reads them again, and writes the index.
+can be written again with the same bytes. So a killed run resumes: what is finished stays. Whoever finds all shards finished reads
+them again, and writes the index. Its row i is row i of the original, so order, crops and labels of training are the same from
+either; what is not packed (excluded, unreadable) keeps its row, which points at the reason in `left-out.tar`.
 """
-
-from __future__ import annotations
-
 import contextlib
 import json
 import shutil
-from dataclasses import asdict
+import tarfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.files import atomic_write, is_temporary, remove_dead
-from pipeline.index.sample_index import SampleIndex
-from pipeline.index.tar import BLOCK
-from pipeline.packing.images import check_budget, decoded, encode, encoder
-from pipeline.packing.packed_index import copy_stats, load_packed, write_packed_index
+from pipeline.index.sample_index import FORMATS, REASONS, Archive, SampleIndex
+from pipeline.index.tar import BLOCK, fingerprint
+from pipeline.index.writer import write_index
 from pipeline.packing.plan import PackOptions, Piece, Plan, order, pieces
-from pipeline.packing.shard import Shard, ShardTask, check_shard, finished, write_shard
-from pipeline.parallel import Progress, in_processes
-from pipeline.stats import stats_path
+from pipeline.packing.shard import (ENCODER, ROW, Shard, add_member, check_budget, check_shard, decoded, encode, finished, key_of,
+                                    psnr, write_shard)
+from pipeline.process_pool import Progress, in_processes
+from pipeline.stats import Stats, stats_path
 
 PLAN = "plan.json"
+LEFT_OUT = "left-out.tar"
 _ESTIMATED = 256  # images that are encoded to estimate the size of all
 SPARE = 1.05  # of the estimated bytes, that must be free
 
@@ -35,13 +38,9 @@ def prepare(index: SampleIndex, out: Path, options: PackOptions, *, splits: Sequ
             shard_bytes: int = 1_000_000_000, budget: float = 1e-4) -> Plan:
     """The plan of folder `out`: the one that lies there, or a new one. Removes what dead processes left.
 
-    Args:
-        splits: to pack; none means all.
-        shard_images: most images of a shard; 0: as many as are estimated to fill `shard_bytes`.
-        budget: largest share of unreadable samples.
-
-    Raises:
-        ValueError: the folder holds something else, or shards of other options or another index; the disk is too small.
+    splits: to pack, all if none; shard_images: most images of a shard, 0: as many as are estimated to fill `shard_bytes`; budget:
+    largest share of unreadable samples. Raises ValueError: the folder holds something else, or shards of other options or another
+    index; the disk is too small.
     """
     _check_out(index, out)
     splits = _leading_splits(index, splits)
@@ -50,18 +49,16 @@ def prepare(index: SampleIndex, out: Path, options: PackOptions, *, splits: Sequ
         index.check_archives(split)
         if not len(index.ids(split)):
             raise ValueError(f"split (={split}) of {index.path} must have samples; it has none, see build_index.py info")
-    path, shard_bytes = out / PLAN, 0 if shard_images else shard_bytes
+    path, wanted = out / PLAN, Plan(options, source, ENCODER, 0 if shard_images else shard_bytes, shard_images, 0)
     if not path.exists():
         image_bytes = _estimate(index, splits[0], options, budget)
-        plan = Plan(options, source, encoder(), shard_bytes, shard_images or max(1, shard_bytes // image_bytes), image_bytes)
+        plan = replace(wanted, shard_images=shard_images or max(1, shard_bytes // image_bytes), image_bytes=image_bytes)
         _check_space(index, out, plan)
         out.mkdir(parents=True, exist_ok=True)
         with atomic_write(path, keep=True) as file:  # another rank may have been quicker
             file.write(json.dumps(asdict(plan), indent=1).encode() + b"\n")
     plan = Plan.load(path)
-    differences = plan.differences(Plan(options, source, encoder(), shard_bytes, shard_images or plan.shard_images,
-                                        plan.image_bytes))
-    if differences:
+    if differences := plan.differences(replace(wanted, shard_images=shard_images or plan.shard_images)):
         raise ValueError(f"packing plan (={path}) was made with {differences}; give the same options and index to resume it, or "
                          "another OUT")
     remove_dead(out)
@@ -104,7 +101,7 @@ def _estimate(index: SampleIndex, split: str, options: PackOptions, budget: floa
 
 def _check_space(index: SampleIndex, out: Path, plan: Plan) -> None:
     """Raises ValueError when what is left to write does not fit on the disk."""
-    need = int(sum(map(len, missing(index, out, plan))) * plan.image_bytes * SPARE)
+    need = int(sum(piece.images for piece in missing(index, out, plan)) * plan.image_bytes * SPARE)
     disk = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     free = shutil.disk_usage(disk).free
     if out.is_dir():
@@ -130,30 +127,26 @@ def write(index: SampleIndex, out: Path, plan: Plan, *, jobs: int = 1, rank: int
     unfinished = set(missing(index, out, plan))
     share = [piece for i, piece in enumerate(pieces(index, plan)) if i % world == rank and piece in unfinished]
     threads = max(1, jobs // max(1, len(share)))  # few shards: more threads for each
-    tasks = [ShardTask(index, out, plan, piece, threads, budget) for piece in share]
     if share:
-        progress.expect("packing", sum(map(len, share)) * plan.image_bytes)
+        progress.expect("packing", sum(piece.images for piece in share) * plan.image_bytes)
     skipped: dict[str, dict[int, str]] = {split: {} for split in plan.source}
     written = 0
-    for task, shard in zip(tasks, in_processes(write_shard, tasks, jobs), strict=True):
-        split = task.piece.split
+    shards = in_processes(write_shard, [(index, out, plan, piece, threads, budget) for piece in share], jobs)
+    for piece, shard in zip(share, shards, strict=True):
         written += len(shard.rows)
-        skipped[split] |= shard.skipped
-        check_budget(index, split, skipped[split], budget)
+        skipped[piece.split] |= shard.skipped
+        check_budget(index, piece.split, skipped[piece.split], budget)
         progress.advance(len(shard.rows), shard.size)
     return written
 
 
 def complete(index: SampleIndex, out: Path, plan: Plan, *, jobs: int = 1, budget: float = 1e-4,
              progress: Progress) -> tuple[SampleIndex, list[str]]:
-    """Verify all shards and write the index, unless it is there; any number of ranks may do so at once.
+    """Verify all shards and write the index, unless it is there; any number of ranks may do so at once. Returns the index, and
+    notes for the user: samples left out, statistics copied or to be computed.
 
-    Returns:
-        The index, and notes for the user: samples left out, statistics copied or to be computed.
-
-    Raises:
-        RuntimeError: a shard is damaged (the same command then writes it again), samples are missing or there twice, or more
-            of them are unreadable than the budget allows.
+    Raises RuntimeError: a shard is damaged (the same command then writes it again), samples are missing or there twice, or more
+    of them are unreadable than the budget allows.
     """
     shards = {piece: Shard.load(out / f"{piece.name}.json") for piece in pieces(index, plan)}
     progress.expect("verifying", sum(shard.size for shard in shards.values()))
@@ -173,10 +166,82 @@ def complete(index: SampleIndex, out: Path, plan: Plan, *, jobs: int = 1, budget
             raise RuntimeError(f"packed samples of {split} (={len(ids)}) must be the {len(index.ids(split))} of the index, "
                                "each once; remove OUT and pack again")
         skipped |= unreadable
-    if load_packed(out, plan) is None:
-        write_packed_index(index, out, plan, shards, skipped)
+    if not _is_written(out, plan):
+        _write_index(index, out, plan, shards, skipped)
     packed = SampleIndex.load(out)
     notes = [f"left out sample {id} (={index.safe_name(id)}): {why}" for id, why in sorted(skipped.items())]
     square_px = plan.options.square_px
-    return packed, notes + [copy_stats(index, packed, split, square_px) for split in plan.source
+    return packed, notes + [_copy_stats(index, packed, split, square_px) for split in plan.source
                             if split == "train" or stats_path(index.path, square_px, split).exists()]
+
+
+def _is_written(out: Path, plan: Plan) -> bool:
+    """Whether the index lies in `out` already, whatever was excluded from it since."""
+    try:
+        return (SampleIndex.load(out).packed or {}).get("source") == plan.source
+    except ValueError:
+        return False
+
+
+def _write_index(index: SampleIndex, out: Path, plan: Plan, shards: dict[Piece, Shard], skipped: dict[int, str]) -> None:
+    """Write the index of all `shards`; `skipped`: unreadable samples, id → reason."""
+    rows = np.zeros(sum(len(index.samples[index.split_rows(split)]) for split in plan.source), index.samples.dtype)
+    for name in ("label", "split", "reason", "excluded"):
+        rows[name] = index.samples[name][:len(rows)]
+    for position, shard in enumerate(shards.values()):
+        ids = shard.rows["id"]
+        for name in (ROW.names or ())[1:]:
+            rows[name][ids] = shard.rows[name]
+        rows["archive"][ids], rows["format"][ids], rows["channels"][ids] = position, FORMATS.index("jpeg"), 3
+    lost = list(skipped)
+    rows["excluded"][lost], rows["reason"][lost] = 1, REASONS.index("damaged")
+    rows["header_blocks"] = 1
+    archives = [out / f"{piece.name}.tar" for piece in shards]
+    if rows["excluded"].any():
+        archives.append(out / LEFT_OUT)
+        _write_left_out(index, out / LEFT_OUT, rows, skipped)
+        rows["archive"][rows["excluded"] != 0] = len(archives) - 1
+    oddities = [entry for entry in index.header["oddities"] if entry["split"] in plan.source and entry["id"] not in skipped]
+    oddities += [{"name": index.safe_name(id), "split": index.split_names[rows["split"][id]], "reason": f"damaged: {why}",
+                  "kept": False, "id": id} for id, why in skipped.items()]
+    oddities.sort(key=lambda entry: (entry["id"] is None, entry["id"] or 0))
+    packed = {"source": plan.source, **asdict(plan.options), "shard_images": plan.shard_images, "encoder": plan.encoder,
+              "measured": {split: _measured([shard for piece, shard in shards.items() if piece.split == split])
+                           for split in plan.source}}
+    write_index(out.absolute(), rows, classes=index.classes, splits=list(plan.source), preset="packed", crc32=True,
+                archives=[Archive(path.absolute(), path.stat().st_size, fingerprint(path), "tar") for path in archives],
+                oddities=oddities, packed=packed)
+
+
+def _write_left_out(index: SampleIndex, path: Path, rows: npt.NDArray[Any], skipped: dict[int, str]) -> None:
+    """A tar with a text for each sample that is not packed: a row has to point somewhere, and there it says why."""
+    with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for id in np.flatnonzero(rows["excluded"]).tolist():
+            why = skipped.get(id, REASONS[rows["reason"][id]])
+            text = f"not packed: sample {id} of the original index ({why})\n".encode()
+            rows["offset"][id] = add_member(tar, f"{key_of(index, id)}.txt", text)
+            rows["size"][id], rows["crc32"][id] = len(text), zlib.crc32(text)
+
+
+def _measured(shards: list[Shard]) -> dict[str, float]:
+    """Of one split: images, their mean bytes, and PSNR of those that were measured."""
+    rows = np.concatenate([shard.rows for shard in shards])
+    pixels = dict(zip(rows["id"].tolist(), (rows["width"] * rows["height"]).tolist()))
+    values = [psnr(error, pixels[id]) for shard in shards for id, error in sorted(shard.errors.items())] or [0.0]
+    return {"images": len(rows), "bytes": round(int(rows["size"].sum()) / max(1, len(rows)), 1),
+            "measured": sum(len(shard.errors) for shard in shards),
+            "psnr_mean": round(float(np.mean(values)), 2), "psnr_min": round(min(values), 2)}
+
+
+def _copy_stats(index: SampleIndex, packed: SampleIndex, split: str, square_px: int) -> str:
+    """Copy the statistics of the original, bound to the packed split; returns what was done, for the user."""
+    path = stats_path(packed.path, square_px, split)
+    if path.exists():
+        return f"{path} is there"
+    try:
+        stats = Stats.for_index(index, square_px, split)
+    except ValueError:
+        return (f"no statistics of {split} at {square_px} px beside the original to copy; run `python tools/compute_stats.py "
+                f"{packed.path} --square-px {square_px} --split {split}`")
+    replace(stats, index=packed.split_sha256(split)).save(path)
+    return f"{path} copied from the original"

@@ -3,12 +3,10 @@
 It lies in `plan.json` of the output folder and is a function of index and options; a later call, or another rank, must agree
 with it.
 """
-
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,29 +24,17 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class PackOptions:
-    """What decides the bytes of packed images. docs/packing.md has the measurements behind the defaults.
-
-    Attributes:
-        region: ``square``, the central square (paper §2), or ``full``, the whole image at that short side.
-        square_px: side of the square, short side of a whole image (paper: 256).
-        quality: of the JPEG, 1–100.
-        subsampling: of its chroma: ``444`` none, ``422`` columns halved, ``420`` columns and rows.
-        seed: of the order of the images.
-
-    Raises:
-        ValueError: a value outside its range.
-    """
-    region: str = "square"
-    square_px: int = 256
-    quality: int = 90
-    subsampling: str = "444"
-    seed: int = 0
+    """What decides the bytes of packed images. docs/packing.md has the measurements behind the defaults. Raises ValueError."""
+    region: str = "square"  # the central square (paper §2), or `full`, the whole image at that short side
+    square_px: int = 256  # side of the square, short side of a whole image
+    quality: int = 90  # of the JPEG, 1–100
+    subsampling: str = "444"  # of its chroma: 444 none, 422 columns halved, 420 columns and rows
+    seed: int = 0  # of the order of the images
 
     def __post_init__(self) -> None:
-        if self.region not in REGIONS:
-            raise ValueError(f"--region (={self.region}) must be one of {', '.join(REGIONS)}; correct it")
-        if self.subsampling not in SUBSAMPLINGS:
-            raise ValueError(f"--subsampling (={self.subsampling}) must be one of {', '.join(SUBSAMPLINGS)}; correct it")
+        for name, allowed in (("region", REGIONS), ("subsampling", SUBSAMPLINGS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"--{name} (={getattr(self, name)}) must be one of {', '.join(allowed)}; correct it")
         for name, low, high in (("square_px", 1, 8192), ("quality", 1, 100), ("seed", 0, (1 << 63) - 1)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"--{name.replace('_', '-')} (={getattr(self, name)}) must lie in {low}…{high}; correct it")
@@ -56,22 +42,13 @@ class PackOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is packed, and how it is cut into shards.
-
-    Attributes:
-        options: what decides an image's bytes.
-        source: split → `split_sha256` of the original, in the order of its splits.
-        encoder: library and version that writes the JPEGs, and the one that decoded the originals.
-        shard_bytes: size of a shard that was aimed at; 0 when a number of images was given.
-        shard_images: most images of a shard.
-        image_bytes: estimate of an image's share of a shard.
-    """
+    """What is packed, and how it is cut into shards."""
     options: PackOptions
-    source: dict[str, str]
-    encoder: str
-    shard_bytes: int
-    shard_images: int
-    image_bytes: int
+    source: dict[str, str]  # split → `split_sha256` of the original, in the order of its splits
+    encoder: str  # library and version that writes the JPEGs, and the one that decoded the originals
+    shard_bytes: int  # size of a shard that was aimed at; 0 when a number of images was given
+    shard_images: int  # most images of a shard
+    image_bytes: int  # estimate of an image's share of a shard
 
     @property
     def sha256(self) -> str:
@@ -90,11 +67,11 @@ class Plan:
 
     def differences(self, other: "Plan") -> str:
         """What differs between two plans, for the user; "" when nothing does."""
-        before, after = self.describe(), other.describe()
+        before, after = self.described(), other.described()
         return "; ".join(f"{name} {value}, not {after[name]}" for name, value in before.items()
                          if after.get(name, value) != value)
 
-    def describe(self) -> dict[str, str]:
+    def described(self) -> dict[str, str]:
         """All but the estimate in the words of the command's options."""
         by = f"--shard-mb {self.shard_bytes / 1e6:g}" if self.shard_bytes else f"--shard-images {self.shard_images}"
         return {**{f"--{name.replace('_', '-')}": str(value) for name, value in asdict(self.options).items()},
@@ -102,15 +79,15 @@ class Plan:
                 **{f"images of {split}": sha256[:12] for split, sha256 in self.source.items()}}
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """The shard `name` holds positions [first, stop) of its split's random order."""
     name: str
     split: str
     first: int
     stop: int
 
-    def __len__(self) -> int:
+    @property
+    def images(self) -> int:
         return self.stop - self.first
 
 

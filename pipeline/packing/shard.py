@@ -1,59 +1,56 @@
-"""One shard of packed images: a WebDataset tar with a sidecar.
+"""One shard of packed images: originals decoded as the loaders see them, encoded as small JPEGs in a WebDataset tar.
 
 The bytes of a shard are a function of (index, options, versions of decoder and encoder): members in the order of the plan, USTAR,
 without times or owners. `NAME.tar` is renamed into place when it is on disk, then `NAME.json`, its sidecar, which so says
-that the tar is finished.
+that the tar is finished. H row, W column of an image.
 """
-
-from __future__ import annotations
-
 import io
 import json
+import math
 import re
 import tarfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import nvidia.dali
+import simplejpeg
 
+from pipeline.config import DataConfig, LoaderConfig
+from pipeline.decoding import geometry
+from pipeline.decoding.dali import DecodeError, WholeImages
 from pipeline.files import atomic_write, file_sha256
 from pipeline.index.sample_index import SampleIndex
 from pipeline.index.tar import BLOCK, ArchiveError, open_tar, walk
-from pipeline.packing.images import check_budget, decoded, encode, squared_error
-from pipeline.packing.plan import Piece, Plan, measured_ids, order
+from pipeline.loading.eval_loader import square_loader
+from pipeline.packing.plan import Ids, PackOptions, Piece, Plan, measured_ids, order
+from pipeline.reading.quarantine import SampleError
+from pipeline.reading.source import ArchiveSource
+from pipeline.sampling.batch_plan import Bytes
 
+BATCH = 32  # images decoded together: 6 MB of squares
+ENCODER = f"simplejpeg {simplejpeg.__version__}, DALI {nvidia.dali.__version__}"  # the libraries that decide the bytes
+Pixels = npt.NDArray[np.uint8]
 ROW = np.dtype([(name, np.int64) for name in ("id", "offset", "size", "crc32", "width", "height")])  # bytes; pixels
 
 
 @dataclass
 class Shard:
-    """The sidecar of a finished shard.
-
-    Attributes:
-        plan: SHA-256 of the plan it was written for.
-        size, sha256: of the tar.
-        rows: (N,) ROW, the images in the order of the tar.
-        skipped: unreadable ones, id → reason.
-        errors: of a few images, id → summed squared difference of the encoded pixels, grey levels squared.
-    """
-    plan: str
-    size: int
+    """The sidecar of a finished shard."""
+    plan: str  # SHA-256 of the plan it was written for
+    size: int  # of the tar
     sha256: str
-    rows: npt.NDArray[Any]
-    skipped: dict[int, str]
-    errors: dict[int, int]
-
-    def save(self, path: Path) -> None:
-        """Write the sidecar, atomically."""
-        with atomic_write(path) as file:
-            file.write(json.dumps({**vars(self), "rows": self.rows.tolist()}).encode() + b"\n")
+    rows: npt.NDArray[Any]  # (N,) ROW, the images in the order of the tar
+    skipped: dict[int, str]  # unreadable ones, id → reason
+    errors: dict[int, int]  # of a few images, id → summed squared difference of the encoded pixels, grey levels squared
 
     @classmethod
     def load(cls, path: Path) -> "Shard":
-        """Read what `save` wrote. Raises FileNotFoundError, ValueError when it is damaged."""
+        """Read a sidecar. Raises FileNotFoundError, ValueError when it is damaged."""
         try:
             about = json.loads(path.read_bytes())
             rows = np.array(list(map(tuple, about["rows"])), ROW)
@@ -89,44 +86,31 @@ def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> int:
     return tar.offset - -(-len(data) // BLOCK) * BLOCK
 
 
-@dataclass(frozen=True)
-class ShardTask:
-    """A shard to write: the work of one process. `threads`: of the decoder; `budget`: largest share of unreadable samples."""
-    index: SampleIndex
-    out: Path
-    plan: Plan
-    piece: Piece
-    threads: int
-    budget: float
-
-
-def write_shard(task: ShardTask) -> Shard:
-    """Write a tar, then its sidecar. Raises RuntimeError when too many samples are unreadable; OSError of the disk."""
-    index, options, split = task.index, task.plan.options, task.piece.split
-    path, ids = task.out / f"{task.piece.name}.tar", order(index.ids(split), options.seed)
+def write_shard(index: SampleIndex, out: Path, plan: Plan, piece: Piece, threads: int, budget: float) -> Shard:
+    """Write a tar, then its sidecar. Raises RuntimeError when more samples than `budget` are unreadable; OSError."""
+    path, ids = out / f"{piece.name}.tar", order(index.ids(piece.split), plan.options.seed)
     measured, rows = measured_ids(ids), []
     skipped: dict[int, str] = {}
     errors: dict[int, int] = {}
     with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for id, pixels in decoded(index, split, ids[task.piece.first:task.piece.stop], options, task.threads, skipped):
-            check_budget(index, split, skipped, task.budget)
-            jpeg, key = encode(pixels, options), key_of(index, id)
+        for id, pixels in decoded(index, piece.split, ids[piece.first:piece.stop], plan.options, threads, skipped):
+            check_budget(index, piece.split, skipped, budget)
+            jpeg, key = encode(pixels, plan.options), key_of(index, id)
             offset, label = add_member(tar, f"{key}.jpg", jpeg), int(index.samples["label"][id])
             if label >= 0:
                 add_member(tar, f"{key}.cls", str(label).encode())
             rows.append((id, offset, len(jpeg), zlib.crc32(jpeg), pixels.shape[1], pixels.shape[0]))
             if id in measured:
                 errors[id] = squared_error(pixels, jpeg)
-        check_budget(index, split, skipped, task.budget)
-    shard = Shard(task.plan.sha256, path.stat().st_size, file_sha256(path), np.array(rows, ROW), dict(sorted(skipped.items())),
-                  errors)
-    shard.save(path.with_suffix(".json"))
+        check_budget(index, piece.split, skipped, budget)
+    shard = Shard(plan.sha256, path.stat().st_size, file_sha256(path), np.array(rows, ROW), dict(sorted(skipped.items())), errors)
+    with atomic_write(path.with_suffix(".json")) as sidecar:
+        sidecar.write(json.dumps({**vars(shard), "rows": shard.rows.tolist()}).encode() + b"\n")
     return shard
 
 
-def check_shard(tar_and_shard: tuple[Path, Shard]) -> str:
+def check_shard(tar: Path, shard: Shard) -> str:
     """Read a shard again: its SHA-256, and whether its members are those of the sidecar. Returns what is wrong, or ""."""
-    tar, shard = tar_and_shard
     try:
         if file_sha256(tar) != shard.sha256:
             return "differs from the SHA-256 of what was written"
@@ -136,3 +120,75 @@ def check_shard(tar_and_shard: tuple[Path, Shard]) -> str:
     except (OSError, ArchiveError) as error:
         return f"cannot be read ({error})"
     return "" if members == shard.rows[["id", "offset", "size"]].tolist() else "holds other images than its sidecar says"
+
+
+def decoded(index: SampleIndex, split: str, ids: Ids, options: PackOptions, threads: int,
+            skipped: dict[int, str]) -> Iterator[tuple[int, Pixels]]:
+    """(id, (H, W, 3) uint8) of the samples, in order, as the loaders see them; unreadable ones go into `skipped` instead."""
+    if options.region == "full":
+        yield from _whole(index, ids, options.square_px, threads, skipped)
+        return
+    data = DataConfig(region="square", square_px=options.square_px, crop_px=options.square_px, mirror=False, lighting=0,
+                      mean="channel")
+    machine = LoaderConfig(threads=threads)
+    with square_loader(index, split, data, BATCH, None, machine=machine, skip_corrupt=True, ids=ids) as loader:
+        for batch in loader:
+            skipped.update(loader.skipped)
+            yield from zip(batch.ids.tolist(), batch.images.numpy())
+        skipped.update(loader.skipped)
+
+
+def _whole(index: SampleIndex, ids: Ids, short_px: int, threads: int, skipped: dict[int, str]) -> Iterator[tuple[int, Pixels]]:
+    """(id, (H, W, 3) uint8) of whole images at a short side of `short_px`, as `decoded`."""
+    source, together, alone = ArchiveSource(index), WholeImages(BATCH, threads), None
+    for first in range(0, len(ids), BATCH):
+        encoded: dict[int, Bytes] = {}
+        source.announce(ids[first:first + BATCH])
+        for id in ids[first:first + BATCH].tolist():
+            try:
+                encoded[id] = source.read(id)
+            except SampleError as error:
+                skipped[id] = error.reason
+        sizes = geometry.sizes(index, np.array(list(encoded), np.int64))
+        resized = geometry.resized(sizes, short_px)
+        try:
+            if encoded:
+                yield from zip(encoded, together.images(list(encoded.values()), sizes, resized))
+            continue
+        except DecodeError:
+            pass  # it does not say which one
+        alone = alone or WholeImages(1, 1)
+        for i, (id, data) in enumerate(encoded.items()):
+            try:
+                yield id, alone.images([data], sizes[i:i + 1], resized[i:i + 1])[0]
+            except DecodeError as error:
+                skipped[id] = error.reason
+
+
+def encode(pixels: Pixels, options: PackOptions) -> bytes:
+    """(H, W, 3) uint8 RGB → JPEG, by libjpeg-turbo."""
+    return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), options.quality, "RGB", options.subsampling))
+
+
+def squared_error(pixels: Pixels, jpeg: bytes) -> int:
+    """Sum of squared differences between pixels and their JPEG, grey levels squared; exact."""
+    return int(((simplejpeg.decode_jpeg(jpeg, "RGB").astype(np.int64) - pixels) ** 2).sum())
+
+
+def psnr(error: int, pixels: int) -> float:
+    """Peak signal-to-noise ratio in dB of a squared error summed over so many pixels of three channels; at most 100, so that
+    equal pixels have a number too."""
+    return float(min(10 * np.log10(255 ** 2 * 3 * pixels / max(error, 1e-9)), 100.0))
+
+
+def check_budget(index: SampleIndex, split: str, skipped: dict[int, str], budget: float) -> None:
+    """Raises RuntimeError when a larger share than `budget` of a split's samples is unreadable."""
+    if not skipped:
+        return
+    entry = index.header["splits"][index.split_names.index(split)]
+    most = math.ceil(budget * (entry["count"] - entry["excluded"]))
+    if len(skipped) > most:
+        id, why = next(iter(skipped.items()))
+        raise RuntimeError(f"unreadable samples of {split} (={len(skipped)}) must not exceed the budget (={most}); one of "
+                           f"them: {index.safe_name(id)} {why}; look with `python tools/build_index.py verify {index.path} "
+                           "--scrub`, and raise --budget to leave them out")

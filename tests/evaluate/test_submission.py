@@ -10,7 +10,7 @@ import pytest
 from pipeline.index.sample_index import SampleIndex
 from pipeline.index.writer import mark_excluded
 from pipeline.index.builder import Builder
-from pipeline.index.devkit import read_devkit
+from pipeline.index.ilsvrc import read_devkit
 from pipeline.index.ilsvrc import build_ilsvrc
 from tests.conftest import TinySet
 from tests.helpers.evaluations import evaluate, evaluate_json

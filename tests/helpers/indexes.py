@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.index.header import content_sha256
-from pipeline.index.sample_index import SampleIndex
+from pipeline.index.sample_index import SampleIndex, content_sha256
 from tests.helpers.small_set import encode, picture
 from tests.helpers.tars import block, save, tar_bytes
 from tools.build_index import main

@@ -16,8 +16,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.index.tar import fingerprint
-from pipeline.index.header import content_sha256
-from pipeline.index.sample_index import FORMATS, SAMPLE, Archive, ClassInfo, SampleIndex
+from pipeline.index.sample_index import FORMATS, SAMPLE, Archive, ClassInfo, SampleIndex, content_sha256
 from pipeline.index.writer import write_index
 
 

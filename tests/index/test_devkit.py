@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.index.devkit import ground_truth, read_devkit
+from pipeline.index.ilsvrc import ground_truth, read_devkit
 from tests.helpers.indexes import WNIDS, devkit
 from tests.helpers.tars import save
 

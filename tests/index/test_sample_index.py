@@ -40,7 +40,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert index.ids("val").dtype == np.int64 and SAMPLE.itemsize == 40
     assert [index.name(id) for id in range(4)] == list(FILES)
     assert [index.read(id) for id in range(4)] == list(FILES.values())
-    assert index.classes[1] == ClassInfo("n2", "dog") and index.class_rows("n2").tolist() == [1, 2]
+    assert index.classes[1] == ClassInfo("n2", "dog")
     assert isinstance(index.samples, np.memmap) and not index.samples.flags.writeable
     assert sorted(os.listdir(tmp_path)) == ["images.tar", "index"]
     assert sorted(os.listdir(tmp_path / "index")) == ["index.json", "samples.npy"]
@@ -70,8 +70,6 @@ def test_lookups_out_of_range(tmp_path: Path) -> None:
     for id in (-1, 4):
         with pytest.raises(ValueError, match=rf"id \(={id}\) is not in the index .*; ids go from 0 to 3"):
             index.name(id)
-    with pytest.raises(ValueError, match=r"class \(=n3\) is not in the index .*; its 2 classes are listed by info --json"):
-        index.class_rows("n3")
 
 
 def test_archives_that_moved_or_changed(tmp_path: Path) -> None:

@@ -98,17 +98,16 @@ def test_lists_of_classes(source: SampleIndex, tmp_path: Path, capsys: pytest.Ca
     listed = save(tmp_path / "list.txt", b"\xef\xbb\xbf# for pre-training\r\nn09  # the last\r\n\r\n  n01\nn05\t# x\nn01\n")
     assert read_names(listed) == ["n09", "n01", "n05", "n01"]
     assert read_names(save(tmp_path / "c", b"c#\ngolden retriever #1\n\xff\n")) == ["c#", "golden retriever", "\udcff"]
-    made = subset(source, tmp_path / "out", "--classes", listed, "--exclude-classes", save(tmp_path / "no.txt", b"n05\n"))
-    assert [entry.wnid for entry in made.classes] == ["n01", "n09"]
-    assert made.derived[0]["chosen"] == "--classes (3 named) --exclude-classes (1 named)"
-    assert {wnid for _, wnid, _ in everything(made).values()} == {"n01", "n09"}
+    made = subset(source, tmp_path / "out", "--classes", listed)
+    assert [entry.wnid for entry in made.classes] == ["n01", "n05", "n09"]
+    assert made.derived[0]["chosen"] == "--classes (3 named)"
+    assert {wnid for _, wnid, _ in everything(made).values()} == {"n01", "n05", "n09"}
     for text, message in [
-            (b"n01\nn77\nn78\nn77\n", "class (=n77) is not in the index {}, nor are 1 more of --classes; its 4 classes are"),
-            (b"n77", "class (=n77) is not in the index {} (--classes); its 4 classes are listed by info --json"),
+            (b"n01\nn77\nn78\nn77\n", "class (=n77) of --classes (2 unknown) is not in the index {}; its 4 classes are"),
+            (b"n77", "class (=n77) of --classes (1 unknown) is not in the index {}; its 4 classes are listed by info --json"),
             (b"# nothing\n", "names no class; write one name a line")]:
         save(listed, text)
         assert message.format(source.path) in refused(source, tmp_path / "x", "--classes", listed, capsys=capsys)
-    assert "(--exclude-classes)" in refused(source, tmp_path / "x", "--exclude-classes", save(listed, b"n77"), capsys=capsys)
     assert "none) is not a file" in refused(source, tmp_path / "x", "--classes", tmp_path / "none", capsys=capsys)
 
 
@@ -318,7 +317,6 @@ def test_packed_indexes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     (["--class-range", "1-2"], "--class-range (=1-2) must be A:B, for classes A to B - 1"),
     (["--class-range", ":2"], "--class-range (=:2) must be A:B"),
     (["--class-range", "0:2", "--classes", "LIST"], "--class-range (=0:2) and --classes exclude each other; give one"),
-    (["--class-range", "0:1", "--exclude-classes", "LIST"], "would have none of its 4 classes; choose more"),
     (["--hold-out", "0.5"], "--hold-out (=0.5) and --hold-out-as (=None) belong together; give both"),
     (["--hold-out-as", "val"], "--hold-out (=None) and --hold-out-as (=val) belong together"),
     *[(["--hold-out", share, "--hold-out-as", "val"], f"--hold-out (={float(share)}) must be a share between 0 and 1")

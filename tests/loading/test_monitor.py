@@ -42,7 +42,7 @@ def test_what_another_process_sends_is_not_waited_for_from_the_producer() -> Non
     monitor.enter("decode")
     with monitor.waiting(0, swap=True):
         clock.time = 2.0
-    assert monitor.waits == Waits(seconds=2.0, copy=2.0) and monitor.spans()["swap"].count == 1
+    assert monitor.waits == Waits(seconds=2.0, copy=2.0) and monitor.spans["swap"] == 1
     with monitor.waiting(0):
         clock.time = 5.0
     assert monitor.waits == Waits(seconds=5.0, decode=3.0, copy=2.0, batches=1)
@@ -83,15 +83,6 @@ def test_spans_count_and_trace() -> None:
         time.sleep(0.01)
     with pytest.raises(KeyError), monitor.span("read", 5):
         raise KeyError
-    read = monitor.spans()["read"]
-    assert read.count == 2 and read.wall_s >= 0.01 > read.cpu_s
-    assert [(event.name, event.step) for event in monitor.events] == [("read", 3), ("read", 5)]
+    assert monitor.spans == {"read": 2} and [(event.name, event.step) for event in monitor.events] == [("read", 3), ("read", 5)]
     assert {event.thread for event in monitor.events} == {"MainThread"}
-    assert monitor.events[0].end_s - monitor.events[0].start_s == pytest.approx(read.wall_s, abs=1e-3)
-
-
-def test_nvtx_ranges_need_no_profiler_and_no_gpu() -> None:
-    monitor = Monitor(nvtx=True)
-    with monitor.span("decode", 0):
-        pass
-    assert monitor.spans()["decode"].count == 1 and not monitor.events
+    assert monitor.events[0].end_s - monitor.events[0].start_s >= 0.01

@@ -11,6 +11,7 @@ from PIL import Image
 from pipeline.config import LoaderConfig
 from pipeline.index.sample_index import SampleIndex
 from pipeline.compute_stats import compute
+from pipeline.process_pool import Progress
 from pipeline.stats import Stats, stats_path
 from tools import compute_stats
 
@@ -40,7 +41,7 @@ def test_the_sums_do_not_depend_on_batch_or_threads(photos: SampleIndex) -> None
     assert len(hashes) == 1
 
 
-class Recorded:
+class Recorded(Progress):
     """A Progress that counts; raises KeyboardInterrupt after so many batches."""
 
     def __init__(self, interrupt_after: int = 0) -> None:

@@ -19,11 +19,10 @@ import simplejpeg
 from pipeline.packing import pack
 from pipeline.index.tar import open_tar, walk
 from pipeline.config import DataConfig, LoaderConfig
-from pipeline.index.header import content_sha256
-from pipeline.index.sample_index import SampleIndex
+from pipeline.index.sample_index import SampleIndex, content_sha256
 from pipeline.index.writer import mark_excluded
-from pipeline.packing.images import decoded, psnr, squared_error
 from pipeline.packing.plan import PackOptions, order
+from pipeline.packing.shard import decoded, psnr, squared_error
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats, stats_path
 from pipeline.tiers import eval_loader

@@ -98,8 +98,8 @@ def found(rank: int, folder: Path) -> dict[Any, Any]:
         assert [(batch.step, batches.step, batches.epoch) for batch in batches] == [(n, n + 1, n // 5) for n in range(6)]
         batches.load_state_dict({**batches.state_dict(), "step": 9})
         kept["resumed"] = digest(take(batches, STEPS - 9))
-        waits, spans = batches.monitor.waits, batches.monitor.spans()
-        assert waits.batches == spans["wait"].count == spans["swap"].count + 1 and waits.copy > 0  # one is on its way
+        waits, spans = batches.monitor.waits, batches.monitor.spans
+        assert waits.batches == spans["wait"] == spans["swap"] + 1 and waits.copy > 0  # one is on its way
         if rank == 3:
             loader.__class__ = Failing  # its partner is left with a swap nobody answers
         batches.load_state_dict({**batches.state_dict(), "step": 0})

@@ -108,7 +108,7 @@ def test_after_the_fill_nothing_is_read(stats: Stats, expected: list[Batch], tmp
     (tmp_path / "images.tar").unlink()
     with loader(SampleIndex.load(tmp_path / "index"), stats, tmp_path / "store") as train:
         assert digest(take(train, 18)) == digest(expected)
-        assert "decode" not in train.monitor.spans() and train.monitor.spans()["normalize"].count >= 18
+        assert "decode" not in train.monitor.spans and train.monitor.spans["normalize"] >= 18
         train.close()
         assert train.chain.store.sealed and train.note == ""  # type: ignore[attr-defined]
 

@@ -130,7 +130,7 @@ def test_after_the_first_pass_nothing_is_read_and_the_file_is_complete(stats: St
     (tmp_path / "images.tar").unlink()
     with eval_loader("resident", SampleIndex.load(index.path), "val", pixels(), BATCH, stats, machine=machine) as test:
         equal(list(test), expected)
-        assert "decode" not in test.monitor.spans() and test.note == "" and sum(opened) == COUNT
+        assert "decode" not in test.monitor.spans and test.note == "" and sum(opened) == COUNT
 
 
 def test_a_split_that_is_tested_once_fills_nothing(photos: SampleIndex, stats: Stats, tmp_path: Path, opened: list[int]) -> None:

@@ -67,7 +67,7 @@ def decoder(args: argparse.Namespace) -> Iterator[tuple[str, Spread]]:
     from pipeline.config import LoaderConfig
     from pipeline.decoding.dali import RegionPipeline
     from pipeline.index.sample_index import SampleIndex
-    from pipeline.parallel import cores
+    from pipeline.process_pool import cores
     from pipeline.stats import Stats
     from pipeline.tiers import train_loader
     from tools.profile.stages import arrived, ready

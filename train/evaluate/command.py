@@ -13,7 +13,7 @@ from typing import Optional
 import numpy as np
 import torch
 
-from pipeline.index.devkit import read_devkit
+from pipeline.index.ilsvrc import read_devkit
 from pipeline.index.sample_index import SampleIndex
 from train import build
 from train.checkpoint.resolve import Resolved, resolve, warn_on_stderr

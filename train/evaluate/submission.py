@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.files import atomic_write
 from pipeline.index.sample_index import SampleIndex
-from pipeline.index.devkit import read_devkit
+from pipeline.index.ilsvrc import read_devkit
 
 
 def challenge_ids(index: SampleIndex, devkit: Path) -> np.ndarray:

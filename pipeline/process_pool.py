@@ -1,21 +1,19 @@
 """Runs a function over tasks in spawned processes, in order; Ctrl-C reaches the parent alone, which cleans up."""
-
-from __future__ import annotations
-
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Callable, Iterator, Protocol, Sequence, TypeVar
+from typing import Any, TypeVar
 
-T = TypeVar("T")
 R = TypeVar("R")
 
 
-class Progress(Protocol):
-    """Where long work reports to."""
+class Progress:
+    """Where long work reports to; this one shows nothing."""
 
     def expect(self, stage: str, total: int) -> None:
         """A stage begins that will see `total` bytes."""
@@ -24,18 +22,7 @@ class Progress(Protocol):
         """So many more images and bytes are done."""
 
 
-class Silent:
-    """A Progress that says nothing."""
-
-    def expect(self, stage: str, total: int) -> None:
-        pass
-
-    def advance(self, images: int, bytes: int) -> None:
-        pass
-
-
 def cores() -> int:
-    """Cores this process may use."""
     return len(os.sched_getaffinity(0))
 
 
@@ -51,14 +38,14 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def in_processes(function: Callable[[T], R], tasks: Sequence[T], jobs: int) -> Iterator[R]:
-    """`map(function, tasks)` in at most `jobs` spawned processes; in this process when one is enough.
+def in_processes(function: Callable[..., R], tasks: Sequence[tuple[Any, ...]], jobs: int) -> Iterator[R]:
+    """`itertools.starmap(function, tasks)` in at most `jobs` spawned processes; in this process when one is enough.
 
     Raises what `function` raises (tasks not begun are dropped), RuntimeError when a process dies.
     """
     jobs = min(jobs, len(tasks))
     if jobs <= 1:
-        yield from map(function, tasks)
+        yield from itertools.starmap(function, tasks)
         return
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _end_with_parent)
     # Spawned while SIGINT is ignored, the children ignore it for good: a Ctrl-C at the terminal reaches us alone.
@@ -66,7 +53,7 @@ def in_processes(function: Callable[[T], R], tasks: Sequence[T], jobs: int) -> I
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None
     try:
         try:
-            results = pool.map(function, tasks)
+            results = pool.map(function, *zip(*tasks))
         finally:
             if is_main:
                 signal.signal(signal.SIGINT, handler)
