@@ -1,4 +1,4 @@
-"""Data stalls of a loader: seconds its consumer waits for data, by the stage that is the cause.
+"""Data stalls of a loader: seconds its consumer waits for data, by the stage that is the cause, and its headroom.
 
 One thread makes batches and says with `enter` which stage it is in; one thread consumes them and waits inside `waiting`. The
 stage the producer was in meanwhile is why the consumer waited. `span` measures any piece of work of any thread.
@@ -7,9 +7,12 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from pipeline.config import LoaderConfig
 
 STAGES = ("read", "decode", "normalize", "copy")  # in a batch's order; a producer in none of them is "idle"
 RECORDED = {"read": "read", "decode": "decode", "normalize": "colour", "copy": "copy"}  # their names in metrics.jsonl
@@ -51,7 +54,19 @@ def remedies(tier: str, stage: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Waits:
+class _Sums:
+    """Totals that only grow."""
+
+    def plus(self, other: Self) -> Self:
+        return type(self)(*(own + more for own, more in zip(vars(self).values(), vars(other).values())))
+
+    def since(self, earlier: Self) -> Self:
+        """What came after `earlier`; at least 0, for threads that have ended take their count with them."""
+        return type(self)(*(max(0, own - past) for own, past in zip(vars(self).values(), vars(earlier).values())))
+
+
+@dataclass(frozen=True)
+class Waits(_Sums):
     """Seconds the consumer has waited, by the producer's stage; they add up to `seconds` but for the hand-over itself. On a GPU
     they are the device's: from the end of its work to the next batch."""
     seconds: float = 0.0
@@ -65,12 +80,14 @@ class Waits:
     def cause(self) -> str:
         return cause_of(vars(self))
 
-    def plus(self, other: "Waits") -> "Waits":
-        return Waits(*(own + more for own, more in zip(vars(self).values(), vars(other).values())))
 
-    def since(self, earlier: "Waits") -> "Waits":
-        """What came after `earlier`."""
-        return Waits(*(own - past for own, past in zip(vars(self).values(), vars(earlier).values())))
+@dataclass(frozen=True)
+class Usage(_Sums):
+    """Seconds a loader has used up to a moment."""
+    time: float = 0.0  # on the clock
+    read: float = 0.0  # by its reading threads
+    decode: float = 0.0  # by DALI's threads, CPU time
+    making: float = 0.0  # by the thread that makes batches, while its queue was not full
 
 
 class Event(NamedTuple):
@@ -85,17 +102,23 @@ class Event(NamedTuple):
 class Monitor:
     """Measures a loader at work; cheap enough to be always on (a few microseconds a batch).
 
-    `trace`: keep an `Event` for every span. `now`: the clock, seconds.
+    `trace`: keep an `Event` for every span. `nvtx`: mark spans as NVTX ranges, for Nsight Systems. `now`: the clock, seconds.
     """
 
-    def __init__(self, trace: bool = False, now: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, trace: bool = False, nvtx: bool = False, now: Callable[[], float] = time.perf_counter) -> None:
         self.now, self._trace, self._lock = now, trace, threading.Lock()
+        self.decoders: set[int] = set()  # kernel ids of DALI's worker threads
+        self.read_s = 0.0  # wall time of all spans "read"
         self.events: list[Event] = []
         self._stage, self._since = "idle", now()
         self._totals = dict.fromkeys((*STAGES, "idle"), 0.0)
         self.spans: Counter[str] = Counter()  # how often each kind of work was done
         self._waits = Waits()
         self._pending: deque[tuple[Any, Any, Waits, str]] = deque()  # waits whose end the device has not reached yet
+        self._range: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()
+        if nvtx:
+            import nvtx as ranges  # type: ignore[import-untyped]  # DALI depends on it
+            self._range = ranges.annotate
 
     def enter(self, stage: str) -> None:
         """The producing thread is in this stage from now on: one of STAGES, or "idle" when its queue is full."""
@@ -114,11 +137,13 @@ class Monitor:
         """Measure work of this thread on the batch `step`."""
         start = self.now()
         try:
-            yield
+            with self._range(name):
+                yield
         finally:
             end = self.now()
             with self._lock:
                 self.spans[name] += 1
+                self.read_s += end - start if name == "read" else 0.0
                 if self._trace:
                     self.events.append(Event(name, threading.current_thread().name, start, end, step))
 
@@ -163,3 +188,50 @@ def _mark(stream: Any) -> Any:
     event = torch.cuda.Event(enable_timing=True)
     event.record(stream)
     return event
+
+
+@dataclass(frozen=True)
+class Headroom:
+    """`times`: how many times the present rate the loader could give. `stage`: its busiest one, which limits it."""
+    times: float
+    stage: str
+
+
+def usage(monitor: Monitor) -> Usage:
+    """What the loader of `monitor` has used so far."""
+    totals = monitor.totals()
+    return Usage(monitor.now(), monitor.read_s, sum(map(_cpu_s, monitor.decoders)), sum(totals.values()) - totals["idle"])
+
+
+def headroom(used: Usage, machine: LoaderConfig, decoding: int) -> Headroom:
+    """Headroom of a loader that used so much in `used.time` seconds with so many `decoding` threads: one whose busiest stage
+    used half of its threads' time could feed a network twice as fast.
+
+    DALI's threads decode, and the kernel counts their CPU time; normalizing, and waiting for what is late, happens in the thread
+    that makes the batches, which is busy whenever its queue is not full.
+    """
+    shares = {"read": used.read / max(1, machine.read_threads), "decode": used.decode / max(1, decoding),
+              "making batches": used.making}
+    stage = max(shares, key=lambda name: shares[name])
+    return Headroom(used.time / max(shares[stage], 1e-9), stage)
+
+
+def threads() -> set[int]:
+    """Kernel ids of this process's threads; none where /proc does not tell."""
+    return {int(path.name) for path in Path("/proc/self/task").glob("*")}
+
+
+def decoder_threads(before: set[int]) -> set[int]:
+    """DALI's threads among those that came after `before`. (With one worker its executor decodes, with more the workers do.)"""
+    return {thread for thread in threads() - before if _proc(thread, "comm").startswith("[DALI]")}
+
+
+def _cpu_s(thread: int) -> float:
+    """CPU seconds of a thread; those of one that has ended are lost, and count as 0."""
+    return int(_proc(thread, "schedstat").split()[0]) / 1e9
+
+
+def _proc(thread: int, name: str) -> str:
+    with suppress(OSError):  # it has ended
+        return Path(f"/proc/self/task/{thread}/{name}").read_text()
+    return "0"

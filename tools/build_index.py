@@ -57,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     subset.add_argument("index", metavar="INDEX", type=Path, help="folder of the index to derive from")
     subset.add_argument("--classes", type=Path, help="file of the classes to keep: wnids or folders, one a line, # comments")
     subset.add_argument("--class-range", metavar="A:B", help="keep classes A to B - 1, counted from 0")
+    subset.add_argument("--exclude-classes", type=Path, help="file of classes to leave out")
     subset.add_argument("--min-images", type=int, default=0, help="leave out classes with fewer training images")
     subset.add_argument("--hold-out", type=float, metavar="SHARE", help="share of each class's training images to hold out")
     subset.add_argument("--hold-out-as", metavar="SPLIT", help="their split: val or test")
@@ -118,6 +119,7 @@ def subset(args: argparse.Namespace) -> None:
 
     choices = Choices(read_names(args.classes) if args.classes is not None else None,
                       read_range(args.class_range) if args.class_range is not None else None,
+                      read_names(args.exclude_classes) if args.exclude_classes is not None else (),
                       args.min_images, args.hold_out, args.hold_out_as, args.seed)
     notes = derive(SampleIndex.load(args.index), args.out, choices, force=args.force)
     _print_info(SampleIndex.load(args.out))

@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--fail-below", type=float, metavar="X", help="exit 1 when rate together ÷ need is below X, such as 0.99")
     top.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     top.add_argument("--trace", type=Path, metavar="FILE", help="write the stages of batches, for chrome://tracing, Perfetto")
+    top.add_argument("--nvtx", action="store_true", help="NVTX ranges, for Nsight Systems")
     return top
 
 

@@ -1,11 +1,11 @@
 """Console output of a run: a live line in a terminal, plain lines elsewhere, one table row per epoch, and at the end one line on
-data wait and its cause. Only one process prints.
+data wait, its cause and the loader's headroom. Only one process prints.
 """
 import contextlib
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import IO, Any, Callable, Iterator, Optional
 
@@ -13,7 +13,8 @@ from rich.console import Console as Terminal
 from rich.live import Live
 from rich.text import Text
 
-from pipeline.monitor import RECORDED, REMEDIES, STAGES, Monitor, Waits, cause_of, remedies
+from pipeline.config import LoaderConfig
+from pipeline.monitor import RECORDED, REMEDIES, STAGES, Monitor, Usage, Waits, cause_of, headroom, remedies, usage
 from train.evaluate.metrics import Score
 
 RECENT_STEPS = 50  # over which the displayed throughput is taken
@@ -136,34 +137,38 @@ class Console:
 
 @dataclass
 class DataWait:
-    """What the loop waited for its loader during training without validation, of `seconds` in all."""
-    waits: Waits = Waits()
-    seconds: float = 0.0
-    _start: tuple[Waits, float] = (Waits(), 0.0)
+    """What the loop waited for its loader, and how busy the loader's threads were, during training without validation."""
+    waits: Waits = field(default_factory=Waits)
+    used: Usage = field(default_factory=Usage)
+    _start: tuple[Waits, Usage] = (Waits(), Usage())
     _has_batch: bool = False
 
     @contextlib.contextmanager
     def measured(self, monitor: Monitor) -> Iterator[None]:
-        self._start = monitor.waits, monitor.now()
+        self._start = monitor.waits, usage(monitor)
         try:
             yield
         finally:
-            self.waits = self.waits.plus(monitor.waits.since(self._start[0]))
-            self.seconds += monitor.now() - self._start[1]
+            waits, used = self._start
+            self.waits = self.waits.plus(monitor.waits.since(waits))
+            self.used = self.used.plus(usage(monitor).since(used))
 
     def batch_arrived(self, monitor: Monitor) -> None:
         """The first batch of a run is not counted: until then the loader has been starting."""
         if not self._has_batch:
-            self._has_batch, self._start = True, (monitor.waits, monitor.now())
+            self._has_batch, self._start = True, (monitor.waits, usage(monitor))
 
-    def summary(self, tier: str = "archives", swaps: bool = False) -> str:
-        """The line, with advice; empty when nothing was trained. `swaps`: half of each batch comes from another process, and
-        waiting for it counts as copying."""
-        if self.seconds <= 0 or not self.waits.batches:
+    def summary(self, machine: LoaderConfig, threads: int, on_gpu: bool, tier: str = "archives", swaps: bool = False) -> str:
+        """The line, with headroom or advice for a loader of so many decoding `threads`; empty when nothing was trained. `on_gpu`:
+        decoding is on a GPU, whose headroom the CPU's threads do not show. `swaps`: half of each batch comes from another
+        process, and waiting for it counts as copying."""
+        if self.used.time <= 0 or not self.waits.batches:
             return ""
-        share = min(1.0, self.waits.seconds / self.seconds)
+        share = min(1.0, self.waits.seconds / self.used.time)
         if share < SMALL_WAIT:
-            return f"data wait: {share:.1%} of the time"
+            room = headroom(self.used, machine, threads)
+            return f"data wait: {share:.1%} of the time" + (
+                "" if on_gpu else f"; the loader has {room.times:.1f}× headroom ({room.stage} is its busiest part)")
         cause = self.waits.cause
         advice = ("try --parallel.feed=replicate" if swaps and cause == "copy" else
                   "; or ".join(REMEDIES[remedy] for remedy in remedies(tier, cause)))

@@ -95,7 +95,8 @@ class Trainer:
                 break
             self._finish_epoch(score, throughput)
         self._saver.wait()
-        if summary := self._data_wait.summary(self._config.data.tier, swaps=isinstance(self._loader, PairLoader)):
+        if summary := self._data_wait.summary(self._config.machine, self._loader.threads, self._topology.device.type == "cuda",
+                                              self._config.data.tier, swaps=isinstance(self._loader, PairLoader)):
             self._console.print(summary)
         return self._progress.epoch == self._config.train.epochs
 

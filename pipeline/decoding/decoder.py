@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pipeline.decoding.dali import DecodeError, RegionPipeline, DecodeSettings
-from pipeline.monitor import Monitor
+from pipeline.monitor import Monitor, decoder_threads, threads
 from pipeline.sampling.batch_plan import BatchPlan
 
 Pixels = torch.Tensor | Sequence[torch.Tensor]
@@ -26,6 +26,7 @@ class Decoder(Iterator[tuple[BatchPlan, Pixels]]):
         self._rows = not whole and settings.device_id is None
         self._waiting: deque[BatchPlan] = deque()  # pulled by DALI, not yet collected
         monitor.enter("decode")  # DALI is being started
+        self._before: set[int] | None = threads()
         self._pipeline = RegionPipeline(self._pull(), settings)
 
     def _pull(self) -> Iterator[BatchPlan]:
@@ -52,6 +53,9 @@ class Decoder(Iterator[tuple[BatchPlan, Pixels]]):
                 pixels = list(pixels.permute(0, 3, 1, 2)) if self._rows else pixels
             else:
                 plan = self._waiting.popleft()
+                if self._before is not None:
+                    self._monitor.decoders |= decoder_threads(self._before)
+                    self._before = None
             return plan, pixels if self._rows or self._whole else pixels.permute(0, 3, 1, 2)
 
     def _one_by_one(self, plan: BatchPlan, error: DecodeError) -> tuple[BatchPlan, Any]:

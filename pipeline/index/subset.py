@@ -28,6 +28,7 @@ class Choices:
     """What a subset keeps. Raises ValueError: nothing is chosen, choices exclude each other, a number is out of its range."""
     classes: Sequence[str] | None = None  # names (wnids or folders) of classes to keep; None: all
     class_range: tuple[int, int] | None = None  # (A, B): keep classes A to B − 1, by position
+    exclude: Sequence[str] = ()  # names of classes to leave out
     min_images: int = 0  # leave out classes with fewer training images
     hold_out: float | None = None  # share of the training images to hold out
     hold_out_as: str | None = None  # name of their split, val or test
@@ -36,7 +37,7 @@ class Choices:
     def __post_init__(self) -> None:
         if not str(self):
             raise ValueError("subset (=all classes, nothing held out) would be the same index again; give --classes, "
-                             "--class-range, --min-images or --hold-out")
+                             "--class-range, --exclude-classes, --min-images or --hold-out")
         if self.classes is not None and self.class_range is not None:
             given = ":".join(map(str, self.class_range))
             raise ValueError(f"--class-range (={given}) and --classes exclude each other; give one of them")
@@ -54,6 +55,7 @@ class Choices:
         holds_out = self.hold_out is not None or self.hold_out_as is not None
         options = {"--classes": self.classes and f"({len(set(self.classes))} named)",
                    "--class-range": self.class_range and ":".join(map(str, self.class_range)),
+                   "--exclude-classes": self.exclude and f"({len(set(self.exclude))} named)",
                    "--min-images": self.min_images,
                    "--hold-out": holds_out and f"{self.hold_out} --hold-out-as {self.hold_out_as} --seed {self.seed}"}
         return " ".join(f"{name} {value}" for name, value in options.items() if value)
@@ -128,13 +130,9 @@ def _chosen_classes(index: SampleIndex, choices: Choices) -> tuple[Ids, list[str
                              "not be empty; correct it")
         kept[:first] = kept[stop:] = False
     if choices.classes is not None:
-        known = label_of(index.classes)
-        unknown = [name for name in dict.fromkeys(choices.classes) if name not in known]
-        if unknown:
-            raise ValueError(f"class (={unknown[0]}) of --classes ({len(unknown)} unknown) is not in the index {index.path}; its "
-                             f"{len(known)} classes are listed by info --json")
         kept[:] = False
-        kept[[known[name] for name in choices.classes]] = True
+        kept[_labels(index, choices.classes, "--classes")] = True
+    kept[_labels(index, choices.exclude, "--exclude-classes")] = False
     too_few = np.zeros_like(kept)
     if choices.min_images:
         labels = index.samples["label"][index.ids("train")]
@@ -143,6 +141,14 @@ def _chosen_classes(index: SampleIndex, choices: Choices) -> tuple[Ids, list[str
         few = f": those chosen have less than {choices.min_images} training images (--min-images)" if too_few.any() else ""
         raise ValueError(f"subset (of {index.path}) would have none of its {len(names)} classes{few}; choose more")
     return np.flatnonzero(kept & ~too_few), [names[label] for label in np.flatnonzero(too_few).tolist()]
+
+
+def _labels(index: SampleIndex, names: Sequence[str], option: str) -> list[int]:
+    labels = label_of(index.classes)
+    if unknown := [name for name in dict.fromkeys(names) if name not in labels]:
+        raise ValueError(f"class (={unknown[0]}) of {option} ({len(unknown)} unknown) is not in the index {index.path}; its "
+                         f"{len(labels)} classes are listed by info --json")
+    return [labels[name] for name in names]
 
 
 def _divide(index: SampleIndex, labels: Ids, choices: Choices) -> tuple[dict[str, Ids], list[str]]:
@@ -238,7 +244,9 @@ def _positions(kept: Ids, count: int) -> npt.NDArray[np.int32]:
 
 def _oddities(index: SampleIndex, ids: Ids, rows: npt.NDArray[Any], splits: list[str]) -> list[dict[str, Any]]:
     """The oddities of the rows that are kept; those of members without a row stay with the source."""
-    new = {id: position for position, id in enumerate(ids.tolist())}
+    listed = [entry for entry in index.header["oddities"] if entry["id"] is not None]
+    positions = np.flatnonzero(np.isin(ids, [entry["id"] for entry in listed]))  # not a dictionary of all 14 million
+    new = dict(zip(ids[positions].tolist(), positions.tolist()))
     kept = [{**entry, "id": new[entry["id"]], "split": splits[rows["split"][new[entry["id"]]]]}
-            for entry in index.header["oddities"] if entry["id"] in new]
+            for entry in listed if entry["id"] in new]
     return sorted(kept, key=lambda entry: int(entry["id"]))

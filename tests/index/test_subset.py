@@ -98,16 +98,17 @@ def test_lists_of_classes(source: SampleIndex, tmp_path: Path, capsys: pytest.Ca
     listed = save(tmp_path / "list.txt", b"\xef\xbb\xbf# for pre-training\r\nn09  # the last\r\n\r\n  n01\nn05\t# x\nn01\n")
     assert read_names(listed) == ["n09", "n01", "n05", "n01"]
     assert read_names(save(tmp_path / "c", b"c#\ngolden retriever #1\n\xff\n")) == ["c#", "golden retriever", "\udcff"]
-    made = subset(source, tmp_path / "out", "--classes", listed)
-    assert [entry.wnid for entry in made.classes] == ["n01", "n05", "n09"]
-    assert made.derived[0]["chosen"] == "--classes (3 named)"
-    assert {wnid for _, wnid, _ in everything(made).values()} == {"n01", "n05", "n09"}
+    made = subset(source, tmp_path / "out", "--classes", listed, "--exclude-classes", save(tmp_path / "no.txt", b"n05\n"))
+    assert [entry.wnid for entry in made.classes] == ["n01", "n09"]
+    assert made.derived[0]["chosen"] == "--classes (3 named) --exclude-classes (1 named)"
+    assert {wnid for _, wnid, _ in everything(made).values()} == {"n01", "n09"}
     for text, message in [
             (b"n01\nn77\nn78\nn77\n", "class (=n77) of --classes (2 unknown) is not in the index {}; its 4 classes are"),
             (b"n77", "class (=n77) of --classes (1 unknown) is not in the index {}; its 4 classes are listed by info --json"),
             (b"# nothing\n", "names no class; write one name a line")]:
         save(listed, text)
         assert message.format(source.path) in refused(source, tmp_path / "x", "--classes", listed, capsys=capsys)
+    assert "of --exclude-classes" in refused(source, tmp_path / "x", "--exclude-classes", save(listed, b"n77"), capsys=capsys)
     assert "none) is not a file" in refused(source, tmp_path / "x", "--classes", tmp_path / "none", capsys=capsys)
 
 

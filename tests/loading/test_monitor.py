@@ -86,3 +86,10 @@ def test_spans_count_and_trace() -> None:
     assert monitor.spans == {"read": 2} and [(event.name, event.step) for event in monitor.events] == [("read", 3), ("read", 5)]
     assert {event.thread for event in monitor.events} == {"MainThread"}
     assert monitor.events[0].end_s - monitor.events[0].start_s >= 0.01
+
+
+def test_nvtx_ranges_need_no_profiler_and_no_gpu() -> None:
+    monitor = Monitor(nvtx=True)
+    with monitor.span("decode", 0):
+        pass
+    assert monitor.spans == {"decode": 1} and not monitor.events

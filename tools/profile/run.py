@@ -44,7 +44,7 @@ def profile(args: argparse.Namespace, config: Config) -> tuple[Profile, Sequence
                               Stats.for_index(index, data.square_px, split), resident=data.resident, window=data.window,
                               lanes=data.lanes, store=config.machine.archives if config.in_bucket else "",
                               device_id=topology.device.index)
-        monitor = Monitor(trace=args.trace is not None)
+        monitor = Monitor(trace=args.trace is not None, nvtx=args.nvtx)
         with ExitStack() as closers:
             loader = closers.enter_context(open_loader(machine=machine, monitor=monitor))
             loader.fill()
