@@ -1,4 +1,4 @@
-"""Runs a function over tasks in spawned processes, in order; Ctrl-C reaches the parent alone, which cleans up."""
+"""Runs a function over tasks in spawned processes, in order; Ctrl-C reaches the parent alone, which ends them."""
 import itertools
 import multiprocessing
 import os
@@ -58,6 +58,10 @@ def in_processes(function: Callable[..., R], tasks: Sequence[tuple[Any, ...]], j
             if is_main:
                 signal.signal(signal.SIGINT, handler)
         yield from results
+    except (KeyboardInterrupt, GeneratorExit):  # a task may take minutes; killed, they lose nothing that is finished
+        for child in multiprocessing.active_children():
+            child.kill()
+        raise
     except BrokenProcessPool:
         raise RuntimeError(f"worker processes (={jobs}) died, perhaps for want of memory; use fewer --jobs") from None
     finally:

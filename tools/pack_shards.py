@@ -10,9 +10,7 @@ KEY.jpg and KEY.cls. Killed or interrupted, the same command resumes, and the by
 Exit code: 0 done (or this rank's share), 2 an error, 130 interrupted.
 """
 import argparse
-import multiprocessing
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -68,11 +66,7 @@ def topology(rank: int | None, world: int | None) -> tuple[int, int, int]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    before = signal.signal(signal.SIGINT, _kill_children)
-    try:
-        return guarded(lambda: _pack(args))
-    finally:
-        signal.signal(signal.SIGINT, before)
+    return guarded(lambda: _pack(args))
 
 
 def _pack(args: argparse.Namespace) -> None:
@@ -112,13 +106,6 @@ def _pack(args: argparse.Namespace) -> None:
         print(f"{split}: {measured['images']:,} images in shards of up to {plan.shard_images:,}, {measured['bytes'] / 1e3:.1f} "
               f"kB each; PSNR {measured['psnr_mean']:.2f} dB mean, {measured['psnr_min']:.2f} least (of {measured['measured']})")
     print(f"{packed.path}: verified, SHA-256 {packed.sha256[:16]}; `data.packed: {packed.path}` in a recipe")
-
-
-def _kill_children(number: int, frame: object) -> None:
-    """Ctrl-C: the processes ignore it, and a shard takes minutes; killed, they lose nothing that is finished."""
-    for child in multiprocessing.active_children():
-        child.kill()
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
