@@ -47,6 +47,7 @@ def in_processes(function: Callable[..., R], tasks: Sequence[tuple[Any, ...]], j
     if jobs <= 1:
         yield from itertools.starmap(function, tasks)
         return
+    others = set(multiprocessing.active_children())  # of whoever calls this
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _end_with_parent)
     # Spawned while SIGINT is ignored, the children ignore it for good: a Ctrl-C at the terminal reaches us alone.
     is_main = threading.current_thread() is threading.main_thread()
@@ -59,7 +60,7 @@ def in_processes(function: Callable[..., R], tasks: Sequence[tuple[Any, ...]], j
                 signal.signal(signal.SIGINT, handler)
         yield from results
     except (KeyboardInterrupt, GeneratorExit):  # a task may take minutes; killed, they lose nothing that is finished
-        for child in multiprocessing.active_children():
+        for child in set(multiprocessing.active_children()) - others:
             child.kill()
         raise
     except BrokenProcessPool:

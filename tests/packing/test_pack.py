@@ -1,4 +1,5 @@
 """Packing: the images, their order, the tars; killed and resumed, by several ranks, the bytes are the same."""
+import contextlib
 import hashlib
 import json
 import os
@@ -172,12 +173,17 @@ def test_killed_and_resumed(source: SampleIndex, packed: SampleIndex, tmp_path: 
     chance = random.Random(time.time_ns())
     killed = 0
     for wanted, jobs in zip(sorted(chance.sample(range(6), 3)), chance.sample(["1", "1", "2"], 3)):
-        process = subprocess.Popen([*command, "--jobs", jobs], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen([*command, "--jobs", jobs], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                   start_new_session=True)
         while process.poll() is None and len(list(out.glob("*.json"))) < wanted + 1:  # plan.json is one
             time.sleep(0.001)
         time.sleep(chance.uniform(0, 0.02))
         process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
+        with contextlib.suppress(ProcessLookupError):  # its workers end a moment later
+            while True:
+                os.killpg(process.pid, 0)
+                time.sleep(0.01)
     assert killed >= 2
     assert main([str(source.path), str(out), *OPTIONS, "--jobs", "1"]) == 0
     assert hashes(out) == hashes(packed.path)
