@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Callable
 
 from train.config import Config, differences
-from train.recipe import load, load_yaml
+from train.recipe import load
 
 CONFIG, VERSIONS, METRICS, CHECKPOINTS = "config.yaml", "versions.jsonl", "metrics.jsonl", "checkpoints"
 QUARANTINE = "quarantine.jsonl"
@@ -69,9 +69,10 @@ def folder_of(config: Config, recipe: Path | None) -> Path:
 def check_same_recipe(config: Config, path: Path) -> None:
     """Raise ValueError with both fingerprints and the keys that differ, when the config stored in `path` is of another recipe."""
     # Fingerprints are computed anew: settings may have been added since, with defaults.
-    ours, theirs = config.fingerprint(), load(path).fingerprint()
+    stored = load(path)
+    ours, theirs = config.fingerprint(), stored.fingerprint()
     if ours != theirs:
-        changed = "; ".join(differences(config.as_dict(), load_yaml(path.read_text(encoding="utf-8"))))
+        changed = "; ".join(differences(config.as_dict(), stored.as_dict()))
         raise ValueError(f"fingerprint (={ours[:16]}…) is not that of {path} (={theirs[:16]}…): {changed}; resume "
                          "with the same recipe, or give another --machine.name")
 

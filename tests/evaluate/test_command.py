@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from tests.helpers.runs import PAIR, finish, inside, launch
 from tests.helpers.trained_run import write_run
 from train.checkpoint import checkpoint
 from train.evaluate import command, predictions
+from train.evaluate.__main__ import main
 from train.export import __main__ as export, safetensors_io as weights
 from train.recipe import load
 
@@ -37,6 +40,16 @@ def copy(runs: Path, tmp_path: Path) -> Path:
 
 def figures(entry: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if key not in ("evaluation", "tested", "checkpoint")}
+
+
+def test_ctrl_c_while_modules_are_imported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.delattr(sys.modules["train.evaluate"], "command")
+    monkeypatch.delitem(sys.modules, "train.evaluate.command")
+    monkeypatch.setattr(sys, "meta_path", [SimpleNamespace(find_spec=interrupt)])
+    assert main(["--run", "a"]) == 130 and capsys.readouterr().err == "interrupted\n"
 
 
 def test_saved_equals_live(copy: Path) -> None:

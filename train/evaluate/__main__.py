@@ -46,9 +46,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """The command; returns its exit code."""
     args = parse(argv)
-    from train.evaluate import command  # here, because --help needs neither torch nor DALI
 
-    return exit_code(lambda: command.run(args), "give a smaller --batch")
+    def work() -> None:
+        from train.evaluate import command  # here, because --help needs neither torch nor DALI
+
+        command.run(args)
+    return exit_code(work, "give a smaller --batch")
 
 
 if __name__ == "__main__":
