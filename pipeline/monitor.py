@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Self
 from pipeline.config import LoaderConfig
 
 STAGES = ("read", "decode", "normalize", "copy")  # in a batch's order; a producer in none of them is "idle"
-RECORDED = {"read": "read", "decode": "decode", "normalize": "colour", "copy": "copy"}  # their names in metrics.jsonl
+METRIC_NAMES = {"read": "read", "decode": "decode", "normalize": "colour", "copy": "copy"}  # their names in metrics.jsonl
 _LATE = 0.2  # share of the waiting for bytes and pixels from which on these are late, whatever the rest
 
 # What lifts a stall, best first, by tier and by the stage that is late: keys of REMEDIES.

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.text import Text
 
 from pipeline.config import LoaderConfig
-from pipeline.monitor import RECORDED, REMEDIES, STAGES, Monitor, Usage, Waits, cause_of, headroom, remedies, usage
+from pipeline.monitor import METRIC_NAMES, REMEDIES, STAGES, Monitor, Usage, Waits, cause_of, headroom, remedies, usage
 from train.evaluate.metrics import Score
 
 RECENT_STEPS = 50  # over which the displayed throughput is taken
@@ -35,7 +35,7 @@ class Throughput:
     def as_dict(self) -> dict[str, Any]:
         """Rounded, for a line of metrics.jsonl."""
         return {"images_per_s": round(self.images_per_s, 2), "waited": round(self.waited, 4),
-                "waited_for": {RECORDED[cause]: round(share, 4) for cause, share in self.causes.items()}}
+                "waited_for": {METRIC_NAMES[cause]: round(share, 4) for cause, share in self.causes.items()}}
 
 
 class ThroughputMeter:

@@ -14,7 +14,7 @@ class CommonError(RuntimeError):
     code = FAILED
 
 
-def speaks() -> bool:
+def is_main_process() -> bool:
     """Whether this process prints what all of them find alike: it is the only one, or the first."""
     return os.environ.get("RANK", "0") == "0"
 
@@ -25,9 +25,9 @@ def exit_code(work: Callable[[], Optional[int]], memory_advice: str) -> int:
     try:
         return work() or DONE
     except ValueError as error:
-        return _fail(error, MISTAKE, speaks())
+        return _fail(error, MISTAKE, is_main_process())
     except CommonError as error:
-        return _fail(error, error.code, speaks())
+        return _fail(error, error.code, is_main_process())
     except MemoryError as error:  # Python's own has no text
         return _fail(MemoryError(f"memory (={str(error) or 'used up'}) does not suffice; {memory_advice}"), FAILED)
     except (RuntimeError, OSError) as error:  # each process has its own: after rank, step and phase, which failure.py notes
@@ -37,16 +37,16 @@ def exit_code(work: Callable[[], Optional[int]], memory_advice: str) -> int:
         return INTERRUPTED
 
 
-def _fail(error: Exception, code: int, speaks: bool = True, position: str = "") -> int:
+def _fail(error: Exception, code: int, prints: bool = True, position: str = "") -> int:
     """Print an error on one line, without a traceback (with one under `python -X dev`)."""
     if sys.flags.dev_mode:
         raise error
-    if speaks:
+    if prints:
         print(f"error: {position}{error}\n", end="", file=sys.stderr)  # in one write: processes share stderr
     return code
 
 
-def recorded(command: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
+def with_torchrun_report(command: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
     """A command whose unexpected exceptions go into torchrun's report with their tracebacks (torch's `record`)."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return command
@@ -54,7 +54,7 @@ def recorded(command: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]
     return record(command)  # type: ignore[return-value]  # None for SystemExit(0) only
 
 
-def leave(code: int) -> NoReturn:
+def exit_now(code: int) -> NoReturn:
     """End this process at once, everything being closed: taking libraries down takes seconds, may never end beside a dead
     process, and a signal that comes meanwhile would change the exit code."""
     sys.stdout.flush()

@@ -19,7 +19,7 @@ from typing import Sequence
 if __name__ == "__main__":  # Ctrl-C while modules are imported ends it without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from train.exit_codes import exit_code, leave, recorded
+from train.exit_codes import exit_code, exit_now, with_torchrun_report
 from train.recipe import parse
 
 
@@ -38,4 +38,4 @@ def main(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    leave(recorded(main)(sys.argv[1:]))
+    exit_now(with_torchrun_report(main)(sys.argv[1:]))

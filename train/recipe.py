@@ -47,7 +47,7 @@ StrictLoader.add_implicit_resolver(
 
 
 @dataclass(frozen=True)
-class Request:
+class CommandLine:
     """A parsed command line."""
     config: Config
     resume: bool
@@ -107,7 +107,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
     return parser
 
 
-def parse(argv: Sequence[str]) -> Request:
+def parse(argv: Sequence[str]) -> CommandLine:
     """Parse a command line; `--help` and `--print_config` print and exit 0. Raises ValueError for an unknown or missing key, a
     value of the wrong type or out of range."""
     if not any(word.startswith(("--config", "--help", "-h", "--print_config")) for word in argv):
@@ -127,7 +127,7 @@ def parse(argv: Sequence[str]) -> Request:
         raise ValueError(_one_line(str(error))) from None
     config = Config(**{name: built[name] for name in GROUPS})
     _check_finite(config.as_dict())
-    return Request(config, bool(parsed.resume), paths[-1] if paths else None)
+    return CommandLine(config, bool(parsed.resume), paths[-1] if paths else None)
 
 
 def _split(argv: Sequence[str]) -> tuple[list[Path], dict[str, Any], list[str]]:

@@ -13,13 +13,13 @@ from train.exit_codes import DONE, MISTAKE, STOPPED
 from train.loop import StopRequest, Trainer
 from train.parallel.failure import reported
 from train.parallel.topology import Topology
-from train.recipe import Request, dump
+from train.recipe import CommandLine, dump
 from train.step import TrainStep
 
 ENDED = "ended"  # key in torchrun's store: the exit code of a run that must not be restarted
 
 
-def run(request: Request, topology: Topology) -> int:
+def run(request: CommandLine, topology: Topology) -> int:
     """Train and test as requested, unless a start before has ended the run for good: torchrun (`--max-restarts`) restarts
     processes after any exit code but 0. Returns the exit code."""
     if topology.store.check([ENDED]):
@@ -42,7 +42,7 @@ def _record_end(topology: Topology, code: int) -> None:
         topology.store.set(ENDED, str(code))
 
 
-def train_and_test(request: Request, topology: Topology) -> int:
+def train_and_test(request: CommandLine, topology: Topology) -> int:
     """Build the parts of a run, resume or begin it, train, test. Returns the exit code."""
     config, stop = request.config, StopRequest()
     stop.listen()

@@ -34,7 +34,7 @@ from pipeline.sampling.sampler import Ids, Sampler
 _AT_LEAST = 64  # squares that may be decoded together, however small the batch
 
 
-class Request(NamedTuple):
+class StoreRequest(NamedTuple):
     """What a batch takes from the store."""
     ids: Ids  # (B,) of this process's images; so the next two
     epochs: Ids
@@ -57,7 +57,7 @@ class ResidentChain(Chain):
         """The rows that batch `step` needs, before any stand-in."""
 
     @abstractmethod
-    def request(self, step: int) -> Request:
+    def request(self, step: int) -> StoreRequest:
         """What batch `step` takes; afterwards it is in the store."""
 
     def batches(self, steps: range) -> Generator[Batch, None, None]:
@@ -114,7 +114,7 @@ class TrainChain(ResidentChain):
                 self.filler.fill(chunk)
         self.context.monitor.enter("idle")
 
-    def request(self, step: int) -> Request:
+    def request(self, step: int) -> StoreRequest:
         origins, epochs = self._take(step)
         ids, attempts = origins.copy(), np.zeros_like(origins)
         while True:
@@ -130,7 +130,7 @@ class TrainChain(ResidentChain):
                                                                  int(epochs[row]), step)
         chosen, own = self._planner.augmentation(ids, epochs), self._own
         crops = [(rows[part], chosen.top[part], chosen.left[part]) for part in self._parts]
-        return Request(ids[own], epochs[own], chosen.rows(own), crops)
+        return StoreRequest(ids[own], epochs[own], chosen.rows(own), crops)
 
 
 class EvalChain(ResidentChain):
@@ -144,13 +144,13 @@ class EvalChain(ResidentChain):
     def rows(self, step: int) -> Rows:
         return self.filler.rows(self._evaluation.samples(step))
 
-    def request(self, step: int) -> Request:
+    def request(self, step: int) -> StoreRequest:
         ids, rows = self._evaluation.samples(step), self.rows(step)
         self.filler.fill(rows)
         kept = self.store.stored[rows] == 1
         corner = np.zeros(np.count_nonzero(kept), np.int64)
         unchanged = Augmentation.none(len(corner), self._evaluation.channel_mean)
-        return Request(ids[kept], corner, unchanged, [(rows[kept], corner, corner)])
+        return StoreRequest(ids[kept], corner, unchanged, [(rows[kept], corner, corner)])
 
 
 def _store(context: LoaderContext, layout: Layout, ids: Ids, group: dist.ProcessGroup | None = None) -> Store:

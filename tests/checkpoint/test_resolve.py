@@ -79,9 +79,9 @@ def test_mistakes_are_named(run: Path, tmp_path: Path) -> None:
         (tmp_path / name / (file or "x")).write_bytes(b"")
     for path, which, message in (
             (tmp_path / "none", None, "checkpoint (={}) does not exist; give a run folder or a checkpoint"),
-            (tmp_path, None, "checkpoint (={}) is something else; give a run folder or a checkpoint"),
-            (step / "state.json", None, "checkpoint (={}) is something else; give a run folder or a checkpoint"),
-            (step.parent, None, "checkpoint (={}) is something else; give a run folder or a checkpoint"),
+            (tmp_path, None, "checkpoint (={}) is not recognised; give a run folder or a checkpoint"),
+            (step / "state.json", None, "checkpoint (={}) is not recognised; give a run folder or a checkpoint"),
+            (step.parent, None, "checkpoint (={}) is not recognised; give a run folder or a checkpoint"),
             (tmp_path / "exported", None,
              "checkpoint (={}) is a network that train.export wrote; give a run folder or a checkpoint"),
             (tmp_path / "evaluation", None, "checkpoint (={}) is a saved evaluation; give a run folder or a checkpoint"),
@@ -90,7 +90,7 @@ def test_mistakes_are_named(run: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError) as caught:
             resolve(path, which)
         assert str(caught.value) == message.format(path)
-    with pytest.raises(ValueError, match=r"--checkpoint \(=.*\) is something else; give a run folder, a checkpoint, a network "
+    with pytest.raises(ValueError, match=r"--checkpoint \(=.*\) is not recognised; give a run folder, a checkpoint, a network "
                                          r"that train.export wrote or a saved evaluation$"):
         resolve(tmp_path, kinds=ANY, name="--checkpoint")
     assert resolve(tmp_path / "evaluation", kinds=ANY).kind == "evaluation"

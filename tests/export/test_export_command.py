@@ -145,7 +145,7 @@ def test_mistakes_are_named(tiny_set: TinySet, trained: Path, tmp_path: Path) ->
         assert said.startswith("error: ") and said.count("\n") == 1 and not out.exists(), said
         return said
 
-    assert f"checkpoint (={tmp_path}) is something else; give a run folder or a checkpoint" in tried(tmp_path)
+    assert f"checkpoint (={tmp_path}) is not recognised; give a run folder or a checkpoint" in tried(tmp_path)
     assert "does not exist; make one with tools/build_index.py" in tried(trained, "--index", tmp_path / "nowhere")
     damaged = tmp_path / last.name
     shutil.copytree(last, damaged)

@@ -22,7 +22,7 @@ import torch.distributed.checkpoint as dcp
 from pipeline.loading.train_loader import TrainLoader
 from pipeline.reading.quarantine import SampleError
 from train import build
-from train.exit_codes import leave, recorded
+from train.exit_codes import exit_now, with_torchrun_report
 from train.main import main as train
 from train.parallel.failure import _Monitor
 
@@ -146,7 +146,7 @@ def main(fault: str, failing_rank: str, step: str, folder: str, *argv: str) -> N
     setattr(os, "_exit", left)
     if restart == "0" and rank == failing_rank:
         install(fault, int(step), notes)
-    leave(recorded(train)(argv))
+    exit_now(with_torchrun_report(train)(argv))
 
 
 if __name__ == "__main__":

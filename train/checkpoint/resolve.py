@@ -142,7 +142,7 @@ def _kind(path: Path, kinds: Sequence[Kind], name: str) -> Kind:
                                   checkpoint.STATE: "checkpoint", checkpoint.MANIFEST: "checkpoint"}
     kind = next((kind for file, kind in manifests.items() if (path / file).is_file()), None)
     if kind is None or kind not in kinds:
-        problem = "does not exist" if not path.exists() else f"is {NAMES[kind]}" if kind else "is something else"
+        problem = "does not exist" if not path.exists() else f"is {NAMES[kind]}" if kind else "is not recognised"
         choices = ["a run folder", *(NAMES[accepted] for accepted in kinds)]
         raise ValueError(f"{name} (={path}) {problem}; give {', '.join(choices[:-1])} or {choices[-1]}")
     return kind

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Sequence
 
-from train.exit_codes import exit_code, leave
+from train.exit_codes import exit_code, exit_now
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -55,4 +55,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_now(main(sys.argv[1:]))

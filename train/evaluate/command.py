@@ -24,7 +24,7 @@ from train.evaluate.ensemble import check_compatible
 from train.evaluate.predict import check_complete, predict
 from train.evaluate.predictions import Evaluation, Key
 from train.evaluate.results import print_results
-from train.exit_codes import speaks
+from train.exit_codes import is_main_process
 from train.parallel.topology import Topology, process_group
 
 EVALUATIONS = "evaluations"  # of a run folder
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
         with process_group(towers=config.model.towers, parallel=config.parallel, device=config.machine.device,
                            timeout_s=config.machine.timeout_s, silence_s=config.machine.silence_s) as topology:
             evaluations = [_evaluation(member, args.save, topology) if isinstance(member, Plan) else member for member in members]
-    if speaks():
+    if is_main_process():
         print_results([evaluation for evaluation in evaluations if evaluation is not None], args)
 
 

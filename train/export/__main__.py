@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Sequence
 
-from train.exit_codes import exit_code, leave
+from train.exit_codes import exit_code, exit_now
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -64,4 +64,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_now(main(sys.argv[1:]))

@@ -115,13 +115,13 @@ class _Monitor:
             error.add_note(self._position)
         self._write("failed", cause or f"{self._position}: {error or type(error).__name__}")
         self._failed = True
-        return cause and f"{cause}; {self._position} ends"
+        return cause and f"{cause}; {self._position} ends; resume with --resume"
 
     def close(self) -> None:
         faulthandler.cancel_dump_traceback_later()
         self._closed.set()
         self._thread.join()
-        self._write("left")
+        self._write("left", f"{self._position}: no error, it ended as it was asked to")  # torchrun prints it after exit code 75
         os.close(self._file)
 
     def _limit(self, seconds: float) -> None:

@@ -4,7 +4,7 @@ import io
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipeline.monitor import RECORDED, STAGES
+from pipeline.monitor import METRIC_NAMES, STAGES
 from train.report.groups import Group, by_images, stat
 from train.report.runs import Epoch, Run
 
@@ -102,7 +102,7 @@ def _rates(axes: "Axes", group: Group) -> None:
 def _waits(axes: "Axes", group: Group) -> None:
     """Share of each epoch's time spent waiting for the loader, by its stage; the mean of the runs."""
     def wait(stage: str) -> Figure:
-        return lambda epoch: epoch.waited_for.get(RECORDED[stage], 0.0)
+        return lambda epoch: epoch.waited_for.get(METRIC_NAMES[stage], 0.0)
 
     def rest(epoch: Epoch) -> float | None:
         return None if epoch.waited is None else max(0.0, epoch.waited - sum(wait(stage)(epoch) or 0.0 for stage in STAGES))
