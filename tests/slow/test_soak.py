@@ -47,9 +47,9 @@ def soak(index_folder: Path, tier: str, folder: Path, batches: int, warm_up: int
     return held[:11]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tier, batches, warm_up, limit_mib", [
-    ("archives", 60, 20, 64.0),
-    *(pytest.param(tier, BATCHES, WARM_UP, LIMIT_MIB, marks=pytest.mark.slow) for tier in ("archives", "resident"))])
+    ("archives", 60, 20, 64.0), *((tier, BATCHES, WARM_UP, LIMIT_MIB) for tier in ("archives", "resident"))])
 def test_memory_handles_and_threads_are_constant(tiny_set: TinySet, tmp_path: Path, tier: str, batches: int, warm_up: int,
                                                  limit_mib: float) -> None:
     held = soak(tiny_set.index, tier, tmp_path, batches, warm_up)
