@@ -1,4 +1,4 @@
-"""Crop and resize geometry: which region of the source image must be decoded for a crop, in NumPy.
+"""Crop and resize geometry: which region of the source image must be decoded for a crop, in NumPy; nothing is cut here.
 
 Resizing the whole image and cropping it reads, for a crop at (y, x) of the resized image, the source rectangle [y, y+crop)·H/h
 × [x, x+crop)·W/w. Decoding just that rectangle plus the filter's margin and resampling it *at those continuous coordinates*

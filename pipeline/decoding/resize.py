@@ -1,4 +1,5 @@
-"""Resizing on a CPU: antialiased linear, the pixels of PIL, only as far as the crop reaches. B images, H, W, S side of the crop.
+"""Resizes decoded images and cuts their crops, on a CPU (on a GPU `dali.py` does, from memory `pipeline/resident/store.py`):
+antialiased linear, the pixels of PIL, only as far as the crop reaches. B images, H, W, S side of the crop.
 
 torch's kernel for uint8 takes 0.2 ms of a core for an ImageNet photograph where DALI's takes 0.65. It samples from the image's
 corner on, so the crop is cut from what lies above and to its left too; in return its pixels are those of the whole resized

@@ -19,7 +19,9 @@ from pipeline.sampling.sampler import Ids
 
 @dataclass(frozen=True)
 class Batch:
-    images: torch.Tensor  # training (B, 3, crop, crop), evaluation (B, 3, S, S); float32, mean subtracted, on the loader's device
+    # Training (B, 3, crop, crop), evaluation (B, 3, S, S); RGB, float32, mean subtracted, on the loader's device. In memory plane by
+    # plane on a CPU; on a GPU the strides may be those of channels-last.
+    images: torch.Tensor
     labels: torch.Tensor  # (B,) int64 class indices on the same device; -1 where unknown
     ids: Ids  # (B,) int64 sample ids, after any stand-in took a corrupt sample's place
     epochs: Ids  # (B,) int64 epoch of each sample (0 in evaluation)

@@ -1,5 +1,6 @@
-"""Find the checkpoint that a path means, and load weights from it: best or last of a run folder, or a checkpoint, a folder that
-train.export wrote, or a saved evaluation itself. What is found is compared with its manifest before it is returned.
+"""Find the checkpoint that a path means, and load weights from it, to evaluate, export or fine-tune (`--resume` takes
+`checkpoint.newest_good`): best or last of a run folder, or a checkpoint, a folder that train.export wrote, or a saved evaluation
+itself. What is found is compared with its manifest before it is returned.
 
 B images of a batch, S side of the resized image, c side of the crop, D neurons of the last hidden layer.
 """
