@@ -19,8 +19,8 @@ from pipeline.sampling.sampler import Ids
 
 @dataclass(frozen=True)
 class Batch:
-    # Training (B, 3, crop, crop), evaluation (B, 3, S, S); RGB, float32, mean subtracted, on the loader's device. In memory plane by
-    # plane on a CPU; on a GPU the strides may be those of channels-last.
+    # Training (B, 3, crop, crop), evaluation (B, 3, S, S); RGB, float32, mean subtracted, on the loader's device. In memory it
+    # lies plane by plane on a CPU; on a GPU the strides may be those of channels-last.
     images: torch.Tensor
     labels: torch.Tensor  # (B,) int64 class indices on the same device; -1 where unknown
     ids: Ids  # (B,) int64 sample ids, after any stand-in took a corrupt sample's place
