@@ -41,6 +41,7 @@ def run(folder: Path, rank: int, world_size: int, deed: str) -> None:
     os.environ["TORCHELASTIC_ERROR_FILE"] = str(folder / f"{rank}/error.json")
     failure.GRACE_S, failure.BACKSTOP_S = 1.0, 4.0
     with monitored(rank, world_size, TIMEOUT_S if "hang" in deed else 60.0, SILENCE_S):
+        time.sleep(0.6 * (deed == "hang in load"))  # it is behind the others, but entered its phase last
         enter_phase("load", 17)
         while not all((folder / f"{other}/error.json").exists() for other in range(world_size)):
             time.sleep(0.01)

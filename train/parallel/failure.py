@@ -132,7 +132,8 @@ class _Monitor:
     def _write(self, state: str, message: str = "") -> None:
         """Overwrite the report in one call, as it may be read at any time."""
         if not self._failed:
-            report = {"message": message or self._position, "timestamp": time.time(), "pid": os.getpid(), "state": state}
+            report = {"message": message or self._position, "timestamp": time.time(), "pid": os.getpid(), "state": state,
+                      "phases": self._phases}
             with contextlib.suppress(OSError):  # a full disk
                 os.pwrite(self._file, json.dumps(report).ljust(256).encode(), 0)
 
@@ -174,8 +175,10 @@ class _Monitor:
                 os.kill(pid, signal.SIGKILL)
 
     def _give_up(self) -> None:
-        """End this process. Of processes that hang, the one that entered its phase first is named: the others wait for it."""
-        slowest = next((report["message"] for report in self._peers() if report["state"] == "runs"), self._position)
+        """End this process. Of processes that hang, the one that has entered fewest phases, and its last one first, is named: the
+        others wait for it."""
+        running = [report for report in self._peers() if report["state"] == "runs"]
+        slowest = min(running, key=lambda report: report["phases"], default={"message": self._position})["message"]
         cause = next(iter(self._failures()), f"{slowest}: no progress for {self._timeout_s:g} s (machine.timeout_s)")
         self._write("failed", cause)
         os.write(2, f"error: {cause}; {self._position} ends. The stacks of its threads:\n".encode())
