@@ -53,7 +53,7 @@ bench-parallel: $(STAMP)
 	$(BIN)/python -m tools.bench.parallel $(ARGS)
 
 clean:
-	test ! -e demo/DRAWN || rm -rf demo
+	test ! -e demo/GENERATED || rm -rf demo
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

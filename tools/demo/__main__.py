@@ -27,7 +27,7 @@ from tools.cli import guarded
 from train.recipe import load
 
 ROOT = Path(__file__).resolve().parents[2]
-MARK = "DRAWN"  # the Makefile's `clean` looks for it too
+MARK = "GENERATED"  # the Makefile's `clean` looks for it too
 
 
 def find_archives(folder: Path) -> list[Path]:
