@@ -235,6 +235,31 @@ def test_ours_that_fails_ends_it_and_others_are_noted(monkeypatch: pytest.Monkey
         rounds.measure(work, ["pil", "archives"], 1, 0.01)
 
 
+def test_a_peer_that_fails_in_its_turn_is_noted_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch, work: Task) -> None:
+    """A corrupt image may come late: then the peer ends, and what it did before does not count."""
+    class Contending:
+        def __init__(self, name: str, *given: object) -> None:
+            self.name, self.turns = name, 0
+
+        def call(self, *given: object) -> list[tuple[Turn, float]]:
+            self.turns += 1
+            if self.name == failing and self.turns == 2:
+                raise RuntimeError(f"{self.name} failed: sample 23 (=cut.JPEG) is cut")
+            return [(Turn(4, 1.0, 1.0), 0.1)]
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(rounds, "Workers", Contending)
+    failing = "contender pil"
+    peer, other, ours = rounds.measure(work, ["pil", "torch", "archives"], 3, 0.01)
+    assert (peer.turns, peer.difference, peer.reason) == ((), None, "contender pil failed: sample 23 (=cut.JPEG) is cut")
+    assert len(other.turns) == len(ours.turns) == 3 and not other.reason
+    failing = "contender archives"
+    with pytest.raises(RuntimeError, match="^contender archives failed: sample 23 "):
+        rounds.measure(work, ["pil", "archives"], 3, 0.01)
+
+
 def test_it_runs(index: SampleIndex, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Our tiers and PIL, one short turn each, in their processes; nothing is left running and nothing but lines is said."""
     sides = ["archives", "packed", "resident", "pil"]

@@ -1,15 +1,17 @@
 """Interleaved timing of contenders, each in a process of its own: what `make bench` measures."""
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from tools.bench.contenders import CONTENDERS, Contender
 from tools.bench.workers import NotAvailable, Workers
 from tools.bench.workload import Photographs, Task, difference
 from tools.profile.measure import Turn, Workload, interleave, run_turn, wait_idle
 
+T = TypeVar("T")
 _WARMUP = 8  # batches used up before the clock starts: more than any contender prefetches
 _IDLE_S = 30.0  # longest wait for a contender to come to rest
 
@@ -66,23 +68,32 @@ def _rest() -> None:
 
 
 def measure(task: Task, names: Sequence[str], rounds: int, seconds: float) -> list[Result]:
-    """Start the contenders, then let them take turns of some seconds, interleaved. Raises RuntimeError when one of ours failed,
-    or any did once the turns had begun; others that cannot run are only noted."""
+    """Start the contenders, then let them take turns of some seconds, interleaved. Raises RuntimeError when one of ours failed. A
+    peer that cannot start, or fails in a turn (most end at a corrupt image), has a reason in place of turns."""
     workers: dict[str, Workers] = {}
     reasons: dict[str, str] = {}
+
+    def attempt(name: str, work: Callable[[], T]) -> T | None:
+        if name in reasons:
+            return None
+        try:
+            return work()
+        except RuntimeError as error:
+            if CONTENDERS[name].role == "ours" and not isinstance(error, NotAvailable):
+                raise
+            reasons[name] = str(error)
+            return None
+
     try:
         for name in names:
             print(f"starting {CONTENDERS[name].label} ({CONTENDERS[name].data})", file=sys.stderr, flush=True)
-            try:
-                workers[name] = Workers(f"contender {name}", started, [(name, task)])
-            except RuntimeError as error:
-                if CONTENDERS[name].role == "ours" and not isinstance(error, NotAvailable):
-                    raise
-                reasons[name] = str(error)
-        turns = interleave({name: partial(worker.call, take_turn, seconds) for name, worker in workers.items()}, rounds)
+            if worker := attempt(name, partial(Workers, f"contender {name}", started, [(name, task)])):
+                workers[name] = worker
+        turns = interleave({name: partial(attempt, name, partial(worker.call, take_turn, seconds))
+                            for name, worker in workers.items()}, rounds)
     finally:
         for worker in workers.values():
             worker.close()
-    answers = {name: [answer for answer, in turns.get(name, [])] for name in names}
+    answers = {name: [] if name in reasons else [answer for answer, in filter(None, turns[name])] for name in names}
     return [Result(CONTENDERS[name], tuple(turn for turn, _ in found), found[0][1] if found else None, reasons.get(name, ""))
             for name, found in answers.items()]
