@@ -19,9 +19,11 @@ from typing import Any, Callable, Collection, Iterator, Mapping, Optional, Seque
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from pipeline.files import difference, file_entries, read_manifest, sync, sync_tree
+from train.checkpoint.reader import Reader
 from train.exit_codes import CommonError
 from train.parallel.topology import Topology
 
@@ -227,13 +229,13 @@ def load(path: Path, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, S
     processes; with `partial` it may hold other tensors too. Raises ValueError when names or canonical shapes differ."""
     check_shapes(stored_shapes(path), {name: tuple(shapes[name]) for name in tensors}, path, exact=not partial)
     with _one_line_error(f"checkpoint (={path}) could not be read: "):
-        dcp.load(_distributed(tensors, shapes, topology), storage_reader=dcp.FileSystemReader(path), no_dist=topology.is_single)
+        dcp.load(_distributed(tensors, shapes, topology), storage_reader=Reader(path), no_dist=topology.is_single)
 
 
 def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Canonical shape of each tensor of a checkpoint."""
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    return {name: tuple(entry.size) for name, entry in metadata.items() if hasattr(entry, "size")}
+    metadata = Reader(path).read_metadata().state_dict_metadata
+    return {name: tuple(entry.size) for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 def check_shapes(stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], path: Path, *,
