@@ -14,8 +14,12 @@ import secrets
 import shutil
 import socket
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from pipeline.io_errors import writing
+from pipeline.schema import Count, FileName, Sha256, read_as
 
 
 class LockHeld(RuntimeError):
@@ -40,7 +44,7 @@ def atomic_write(path: Path, *, keep: bool = False) -> Iterator[BinaryIO]:
     """
     temporary, descriptor = _create_temporary(path, is_folder=False)
     try:
-        with open(descriptor, "wb") as file:
+        with writing(path, temporary), open(descriptor, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -72,9 +76,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     temporary, descriptor = _create_temporary(path, is_folder=True)
     try:
-        yield temporary
-        sync_tree(temporary)
-        os.rename(temporary, path)
+        with writing(path, temporary):
+            yield temporary
+            sync_tree(temporary)
+            os.rename(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -172,6 +177,13 @@ def json_sha256(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class FileEntry:
+    """Schema of what a manifest holds of a file."""
+    size: Count  # bytes
+    sha256: Sha256
+
+
 def file_entries(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """File name → {"size": bytes, "sha256": hex}, for the "files" of a manifest."""
     return {name: {"size": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)} for name in names}
@@ -203,7 +215,8 @@ def with_own_hash(manifest: Mapping[str, Any]) -> dict[str, Any]:
 def read_manifest(path: Path, *, own_hash: bool = False) -> dict[str, Any]:
     """Read a JSON object; with `own_hash` one that `with_own_hash` made, returned without its hash.
 
-    Raises OSError, and ValueError when it is no JSON object, or was altered: a predicate like that of `difference`.
+    Its "files", where it has any, are bare names with a size and a hash. Raises OSError, and ValueError when it is no JSON
+    object, breaks that, or was altered: a predicate like that of `difference`.
     """
     try:
         manifest = json.loads(path.read_bytes())
@@ -213,4 +226,9 @@ def read_manifest(path: Path, *, own_hash: bool = False) -> dict[str, Any]:
         raise ValueError("is not a JSON object")
     if own_hash and manifest.pop("sha256", None) != json_sha256(manifest):
         raise ValueError("does not match its SHA-256, so it was altered")
+    if "files" in manifest:
+        try:
+            read_as(dict[FileName, FileEntry], manifest["files"], "files")
+        except ValueError as error:
+            raise ValueError(f"is not as it was written: {error}") from None
     return manifest

@@ -116,3 +116,7 @@ def test_manifest_tells_what_differs(tmp_path: Path) -> None:
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(ValueError, match=f"^{problem}$"):
             read_manifest(tmp_path / "manifest.json")
+    for name, changed in (("../file", entry), ("file", {**entry, "size": "5"}), ("file", {"size": 5}), ("file", [])):
+        write_json(tmp_path / "manifest.json", with_own_hash({"files": {name: changed}}))
+        with pytest.raises(ValueError, match="^is not as it was written: "):
+            read_manifest(tmp_path / "manifest.json", own_hash=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+from pipeline.io_errors import explain
 from pipeline.process_pool import Progress
 
 LINE_S = 10.0  # seconds between two lines where no terminal is
@@ -30,7 +31,9 @@ def guarded(work: Callable[[], int | None], interrupted: str = "interrupted") ->
         return 130
     except MemoryError as error:
         print(f"error: not enough memory ({error}); close other programs, or ask for less", file=sys.stderr)
-    except (ValueError, RuntimeError, OSError) as error:
+    except OSError as error:
+        print(f"error: {printable(explain(error))}", file=sys.stderr)
+    except (ValueError, RuntimeError) as error:
         print(f"error: {printable(error)}", file=sys.stderr)
     return 2
 

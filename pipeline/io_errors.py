@@ -1,0 +1,80 @@
+"""What an error of the operating system means, for all commands: `explain` gives thing, cause and remedy on one line.
+
+`writing` sees to it that an error has what that needs: the name of the file, and the full disk that a library does not tell of.
+"""
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+FULL_BYTES = 1 << 20  # a disk with less free counts as full
+_ROOM = "make room there, or name another place"
+_NETWORK = "run the same command again when the server answers"
+# errno → what it means for the file or folder named, and what to do. None of these says anything about its content.
+_CAUSES = {
+    errno.ENOSPC: ("cannot be written: the disk is full", _ROOM),
+    errno.EDQUOT: ("cannot be written: your quota on this disk is used up", _ROOM),
+    errno.EFBIG: ("cannot be written: files may not grow so large here (ulimit -f, or the file system)",
+                  "raise the limit, or name another place"),
+    errno.EROFS: ("cannot be written: its disk is mounted read-only", "name another place"),
+    errno.EACCES: ("may not be read or written by this user",
+                   "change its permissions and those of the folders above it, or name another"),
+    errno.ENOENT: ("is not there", "correct the name, or mount the disk it lies on"),
+    errno.ENOTDIR: ("lies below a file, which is no folder", "correct the name"),
+    errno.EISDIR: ("is a folder, not a file", "give a file"),
+    errno.EEXIST: ("is there already", "give another name"),
+    errno.ENAMETOOLONG: ("has too long a name", "give a shorter one"),
+    errno.EMFILE: ("cannot be opened: this process has as many files open as it may", "raise the limit (ulimit -n 65536)"),
+    errno.ENFILE: ("cannot be opened: this machine has as many files open as it may", "end other programs, or raise fs.file-max"),
+    errno.ENOMEM: ("cannot be opened or read: memory is used up", "end other programs"),
+    errno.EIO: ("cannot be read or written now: its disk reports an error (EIO)",
+                "look into dmesg, then run the same command again, or restore it on another disk"),
+    errno.ESTALE: ("cannot be reached: the file server has replaced it (ESTALE)", "mount its disk again"),
+    **dict.fromkeys((errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN, errno.ECONNREFUSED, errno.ECONNRESET),
+                    ("cannot be reached: the file server does not answer", _NETWORK)),
+}
+_CAUSES[errno.ENOTEMPTY], _CAUSES[errno.EPERM] = _CAUSES[errno.EEXIST], _CAUSES[errno.EACCES]
+_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+def explain(error: OSError, path: str | Path | None = None) -> str:
+    """What an error of the operating system means, on one line: `<thing> (=path) <cause>; <what to do>`. `path`: of what could
+    not be read or written, where the error does not name it."""
+    named = path if error.filename is None else error.filename
+    if error.errno not in _CAUSES:
+        where = f"file (={os.fsdecode(named)}) " if error.errno is not None and isinstance(named, (str, bytes, Path)) else ""
+        return where + " ".join((error.strerror if where and error.strerror else str(error)).split())
+    cause, remedy = _CAUSES[error.errno]
+    if not isinstance(named, (str, bytes, Path)):
+        return f"a file or folder {cause}; {remedy}"
+    return f"{'folder' if os.path.isdir(named) else 'file'} (={os.fsdecode(named)}) {cause}; {remedy}"
+
+
+def is_full(path: Path) -> bool:
+    """Whether the disk of a path, which need not exist, has no room or no inodes left."""
+    try:
+        disk = os.statvfs(next(folder for folder in (path, *path.absolute().parents) if folder.exists()))
+    except OSError:
+        return False  # not known
+    return disk.f_bavail * disk.f_frsize < FULL_BYTES or (disk.f_files > 0 and disk.f_favail == 0)
+
+
+@contextlib.contextmanager
+def writing(path: Path, under_way: Path | None = None) -> Iterator[None]:
+    """Around the writing of `path` (by way of the temporary `under_way`): what fails is an OSError that names it.
+
+    write(2) does not name a file; and torch and others hide a full disk behind a RuntimeError, so the disk is asked here, before
+    whoever is around this removes what was written.
+    """
+    try:
+        yield
+    except OSError as error:
+        hidden = under_way is not None and os.fsdecode(error.filename or "").startswith(os.fspath(under_way))
+        if hidden or (error.filename is None and error.errno in _OF_WRITING):
+            error.filename, error.filename2 = os.fspath(path), None
+        raise
+    except RuntimeError as error:
+        if is_full(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(path)) from error
+        raise

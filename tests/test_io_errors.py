@@ -1,0 +1,83 @@
+"""Errors of the operating system: on one line, with thing, cause and remedy; a full disk is named whoever met it."""
+import errno
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.files import atomic_folder, atomic_write
+from pipeline.io_errors import explain, is_full
+from tools.cli import guarded
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(disk)], capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_each_cause_is_one_line_with_thing_and_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for number, words in ((errno.ENOENT, "is not there; correct the name, or mount"),
+                          (errno.EIO, "its disk reports an error (EIO)"),
+                          (errno.EMFILE, "as many files open as it may; raise the limit (ulimit -n 65536)"),
+                          (errno.EACCES, "may not be read or written by this user; change its permissions"),
+                          (errno.ESTALE, "replaced it (ESTALE); mount its disk again"),
+                          (errno.EROFS, "is mounted read-only; name")):
+        line = explain(OSError(number, os.strerror(number), str(path)))
+        assert line.startswith(f"file (={path}) ") and words in line and "\n" not in line
+        assert explain(OSError(number, os.strerror(number))).startswith("a file or folder ")
+        assert explain(OSError(number, os.strerror(number)), path) == line
+    assert explain(OSError(errno.EEXIST, "", str(tmp_path))).startswith(f"folder (={tmp_path}) is there already")
+    assert explain(OSError(errno.EUCLEAN, "Structure needs cleaning", str(path))) == f"file (={path}) Structure needs cleaning"
+    assert explain(OSError("a library's\nown text")) == "a library's own text"
+    assert explain(OSError(17, "File exists", 3)).startswith("a file or folder is there already")
+
+
+def test_a_full_disk_is_named_while_the_unfinished_file_is_there(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever writes: Python, NumPy, or torch, which hides the errno."""
+    data = torch.zeros(3_000_000, dtype=torch.uint8)
+
+    def python() -> None:
+        with atomic_write(small_disk / "out") as file:
+            file.write(data.numpy().tobytes())
+
+    def numpy() -> None:
+        with atomic_write(small_disk / "out") as file:
+            np.savez(file, data=data.numpy())
+
+    def folder_of_torch() -> None:
+        with atomic_folder(small_disk / "out") as folder:
+            torch.save(data, folder / "weights")
+
+    assert not is_full(small_disk)
+    for write in (python, numpy, folder_of_torch):
+        assert guarded(write) == 2  # type: ignore[arg-type]
+        assert capsys.readouterr().err == (f"error: file (={small_disk / 'out'}) cannot be written: the disk is full; make room "
+                                           "there, or name another place\n")
+        assert os.listdir(small_disk) == []
+    (small_disk / "fill").write_bytes(bytes(1_500_000))
+    assert is_full(small_disk / "none" / "below")
+
+
+def test_a_file_that_grows_too_large_is_named(tmp_path: Path) -> None:
+    code = (f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, {resource.RLIM_INFINITY}))\n"
+            "import sys; from pathlib import Path; from pipeline.files import atomic_write; from tools.cli import guarded\n"
+            "def write():\n    with atomic_write(Path(sys.argv[1])) as file:\n        file.write(bytes(20_000))\n"
+            "sys.exit(guarded(write))")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True,
+                          cwd=Path(__file__).parents[1])
+    assert done.returncode == 2 and os.listdir(tmp_path) == []
+    assert done.stderr.startswith(f"error: file (={tmp_path / 'out'}) cannot be written: files may not grow so large here")
+    assert len(done.stderr.splitlines()) == 1
