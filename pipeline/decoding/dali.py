@@ -45,6 +45,7 @@ class DecodeSettings:
     threads: int  # DALI's worker threads
     device_id: int | None  # GPU, or None for the CPU
     decode_only: bool = False  # end after the decoder, to measure it: shapes, (B, 3) int64, come out
+    inputs_only: bool = False  # take all inputs and decode nothing, to measure what feeds the decoder: sums, (B, 2), come out
 
 
 class RegionPipeline:
@@ -58,7 +59,7 @@ class RegionPipeline:
         self._collected: BatchPlan | None = None
         gpu, resizes = settings.device_id is not None, settings.resample and not settings.decode_only
         self._resizes_here = gpu and resizes
-        self._resizer = Resizer(settings.side_px, settings.threads) if resizes and not gpu else None
+        self._resizer = Resizer(settings.side_px, settings.threads) if resizes and not gpu and not settings.inputs_only else None
         self._pipe: Any = Pipeline(batch_size=settings.batch, num_threads=settings.threads, device_id=settings.device_id,
                                    prefetch_queue_depth=settings.machine.prefetch, seed=0)
         with self._pipe:
@@ -69,6 +70,8 @@ class RegionPipeline:
         kinds = [types.UINT8, types.INT32, types.INT32] + [types.FLOAT, types.FLOAT] * self._resizes_here
         encoded, anchor, shape, *ends = fn.external_source(source=self._pull, num_outputs=len(kinds), batch=True, no_copy=True,
                                                            dtype=kinds, ndim=[1] * len(kinds))
+        if self._settings.inputs_only:
+            return sum([anchor, shape, *ends], encoded.shape())
         # EXIF orientation would turn the pixels away from the index's width and height. The hints exist on GPUs only.
         hints: dict[str, Any] = {"hw_decoder_load": machine.hw_decoder_load, "jpeg_fancy_upsampling": True,
                                  "preallocate_width_hint": machine.preallocate_px,

@@ -60,7 +60,7 @@ class DecodingChain(Chain):
                  convert: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
         self.context, self.plan, self.source, self.settings, self.queue = context, plan, source, settings, context.queue
         self.normalizer = partial(context.normalizer, settings.side_px, mean_image)
-        self._policy, self._raw, self._convert = policy, raw, convert
+        self.policy, self._raw, self._convert = policy, raw, convert
 
     def read(self, steps: Iterable[int]) -> Generator[BatchPlan, None, None]:
         """The stage "read": plans with their bytes, made in `machine.read_threads` threads."""
@@ -81,7 +81,7 @@ class DecodingChain(Chain):
                 try:
                     encoded.append(pools[row].read(int(plan.ids[row])))
                 except SampleError as error:
-                    plan = self._policy(plan, row, error, pools[row])
+                    plan = self.policy(plan, row, error, pools[row])
                     if len(plan.ids) < len(pools):  # the row was left out
                         del pools[row]
             return replace(plan, encoded=encoded)
@@ -92,7 +92,7 @@ class DecodingChain(Chain):
         (pool,) = self.source.pools(plan.origins[row:row + 1], plan.epochs[row:row + 1])
         error = SampleError(self.context.index, int(plan.ids[row]), reason)
         while True:
-            plan = self._policy(plan, row, error, pool)
+            plan = self.policy(plan, row, error, pool)
             if len(plan.ids) == len(encoded):
                 return replace(plan, encoded=encoded)
             try:

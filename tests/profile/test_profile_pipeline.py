@@ -39,7 +39,7 @@ def test_a_whole_profile(tiny_set: TinySet, tmp_path: Path, capsys: pytest.Captu
     said = capsys.readouterr()
     assert code == 0, said.err
     for words in ("stages, each alone", "CPU ms an image: the stages", "end to end", "start-up included", "headroom",
-                  "together:", "verdict:", "advice, to paste into the recipe:"):
+                  "host ceiling:", "together:", "verdict:", "advice, to paste into the recipe:"):
         assert words in said.out
     found = json.loads(out["json"].read_text())
     assert [stage["name"] for stage in found["stages"]] == ["read", "crc", "decode", "normalize", "hand-over"]
@@ -47,6 +47,8 @@ def test_a_whole_profile(tiny_set: TinySet, tmp_path: Path, capsys: pytest.Captu
     assert found["cpu_ms"]["remainder"] == pytest.approx(found["cpu_ms"]["loader"] - found["cpu_ms"]["stages"])
     assert found["need"] > 0 and found["met"] == pytest.approx(found["together"]["rate"] / found["need"])
     assert found["headroom"] == pytest.approx(found["loader"]["rate"] / found["need"]) and found["batch"] == 8
+    host = found["host"]
+    assert host["ceiling"] == pytest.approx(1e6 / (host["cpu_us"] - host["bytes_us"])) and 0 < host["ceiling"] < 1e6
     assert found["verdict"]["sentence"] in " ".join(said.out.split())
     assert isinstance(yaml.safe_load(found["verdict"]["advice_yaml"]), dict | None)
     events = json.loads(out["trace"].read_text())["traceEvents"]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import IO, TYPE_CHECKING, Any
 
+from tools.profile.host import Host
 from tools.profile.measure import Figures
 from tools.profile.verdict import Measured, Setup, Verdict
 
@@ -29,6 +30,7 @@ class Profile:
     cold_note: str = ""
     need_from: str = ""  # where the need comes from
     versions: dict[str, str] | None = None
+    host: Host | None = None  # None in tier resident, which feeds no decoder
 
 
 def as_json(profile: Profile) -> dict[str, Any]:
@@ -42,6 +44,7 @@ def as_json(profile: Profile) -> dict[str, Any]:
             "loader": plain(measured.loader), "cold": plain(profile.cold), "cold_note": profile.cold_note,
             "cpu_ms": {"stages": measured.stages_cpu, "loader": measured.loader.cpu,
                        "remainder": measured.loader.cpu - measured.stages_cpu},
+            "host": profile.host and {**asdict(profile.host), "ceiling": profile.host.ceiling},
             "need": measured.need, "need_from": profile.need_from, "headroom": measured.headroom,
             "together": plain(measured.together), "met": measured.met, "verdict": asdict(profile.verdict)}
 
@@ -83,6 +86,9 @@ def _show_stages(console: "Console", profile: Profile) -> None:
     console.print(table)
     stages, whole = profile.measured.stages_cpu, profile.measured.loader.cpu
     console.print(f"CPU ms an image: the stages {stages:.3f}, end to end {whole:.3f}, remainder {whole - stages:+.3f}")
+    if (host := profile.host) is not None:
+        console.print(f"host ceiling: {host.ceiling:,.0f} img/s ({host.lock_us:.1f} CPU µs an image, pixels and bytes free; "
+                      f"{host.cpu_us:.1f} with the bytes)")
 
 
 def _show_loader(console: "Console", profile: Profile) -> None:

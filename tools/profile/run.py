@@ -16,7 +16,7 @@ from pipeline.process_pool import cores
 from pipeline.resident.capacity import memory
 from pipeline.stats import Stats
 from pipeline.tiers import train_loader
-from tools.profile import stages
+from tools.profile import host, stages
 from tools.profile.measure import Workload, measure
 from tools.profile.network import NetworkStep
 from tools.profile.report import Profile
@@ -53,12 +53,15 @@ def profile(args: argparse.Namespace, config: Config) -> tuple[Profile, Sequence
             events = tuple(monitor.events)
             alone, cut = stages.workloads(loader, lambda changed: open_loader(machine=changed), closers)
             workloads = [*alone, *cut, stages.end_to_end(loader)]
+            if cut:
+                workloads.append(host.workload(open_loader(machine=machine), closers))
             if args.model:
                 network = NetworkStep(config, topology)
                 workloads += [Workload("network", network.synthetic(), 2), stages.end_to_end(loader, network, "together")]
             elif args.need:
                 workloads.append(stages.end_to_end(loader, _Pace(args.need), "together"))
             figures = measure(workloads, args.seconds, args.repeats)
+            ceiling = host.host(figures["host"], loader) if cut else None
         cold, note = None, ""
         if args.cold:  # no loader has the archives mapped any more
             cold, note = stages.measure_cold(partial(open_loader, machine=machine), index, split, args.seconds, 3)
@@ -71,7 +74,7 @@ def profile(args: argparse.Namespace, config: Config) -> tuple[Profile, Sequence
     return Profile(title, config.train.batch, measured, setup, verdict(measured, setup),
                    tuple([figures["read"], *cumulative] if cut else []), cold, note,
                    "the network's own step, measured" if args.model else "as stated",
-                   {**versions, "python": platform.python_version()}), events
+                   {**versions, "python": platform.python_version()}, ceiling), events
 
 
 class _Pace:

@@ -1,0 +1,84 @@
+"""Host ceiling: images/s that the interpreter's lock allows when pixels cost nothing.
+
+Measured: the loader as it is, plans, reading, checks, feeding DALI, `Batch`, queue and threads, but for a DALI pipeline that
+takes all inputs and decodes nothing. From its CPU time goes that of copying and checksumming the bytes, during which other
+threads have the lock; what is left, DALI's own threads included, is counted as if it all needed the lock.
+"""
+import os
+import statistics
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import cast
+
+import numpy as np
+
+from pipeline.loading.loader import DecodingChain
+from pipeline.loading.train_loader import TrainLoader
+from pipeline.monitor import Monitor
+from tools.profile.measure import Figures, Workload
+
+_IMAGES, _TIMES = 256, 9  # samples whose bytes are read to see what that takes, and how often
+
+
+@dataclass(frozen=True)
+class Host:
+    """CPU µs an image of everything but pixels."""
+    cpu_us: float  # in all
+    bytes_us: float  # of that, copying and checksumming bytes
+
+    @property
+    def lock_us(self) -> float:
+        return max(0.01, self.cpu_us - self.bytes_us)
+
+    @property
+    def ceiling(self) -> float:
+        """Images/s."""
+        return 1e6 / self.lock_us
+
+
+def workload(loader: TrainLoader, closers: ExitStack) -> Workload:
+    """`loader`, a fresh one that this closes, without pixels."""
+    chain = cast(DecodingChain, closers.enter_context(loader).chain)
+    context = replace(loader.context, monitor=Monitor())
+    bare = DecodingChain(context, chain.plan, chain.source, chain.policy, replace(chain.settings, inputs_only=True), raw=True)
+    empty = closers.enter_context(TrainLoader(context, bare, loader.sampler, loader.planner))
+
+    def batches() -> Iterator[int]:
+        while True:
+            for batch in empty:
+                yield len(batch.ids)
+
+    machine = loader.machine
+    return Workload("host", batches(), machine.queue + machine.prefetch + machine.read_threads + 2, context.monitor)
+
+
+def host(figures: Figures, loader: TrainLoader) -> Host:
+    """`figures` of the `workload`. The bytes' part is the difference between reading and checking samples whole, and the first
+    byte of each, in the same calls."""
+    index, ids = loader.index, loader.context.ids
+    rows = index.samples[ids[np.linspace(0, len(ids) - 1, _IMAGES).astype(np.int64)]]
+    rows = rows[[not index.archives[position].is_folder for position in rows["archive"]]]
+    checks = loader.machine.check_crc and bool(index.header["crc32"])
+    if not len(rows):
+        return Host(figures.cpu * 1e3, 0.0)
+    files = {position: os.open(index.archive_path(position), os.O_RDONLY) for position in np.unique(rows["archive"]).tolist()}
+    buffer = memoryview(bytearray(int(rows["size"].max())))
+
+    def seconds(sizes: list[int]) -> float:
+        start = time.thread_time()
+        for position, offset, size in zip(rows["archive"].tolist(), rows["offset"].tolist(), sizes):
+            os.preadv(files[position], [buffer[:size]], offset)
+            if checks:
+                zlib.crc32(buffer[:size])
+        return time.thread_time() - start
+
+    try:
+        seconds(rows["size"].tolist())  # into the page cache
+        whole, first = ([seconds(sizes) for _ in range(_TIMES)] for sizes in (rows["size"].tolist(), [1] * len(rows)))
+    finally:
+        for file in files.values():
+            os.close(file)
+    return Host(figures.cpu * 1e3, (statistics.median(whole) - statistics.median(first)) / len(rows) * 1e6)
