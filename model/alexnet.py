@@ -10,6 +10,7 @@ same logits, loss and gradients. What each has:
 
 Legend: B images of the pair (or of the one process), C channel (tower a's first), H row, W column, K classes."""
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -17,8 +18,8 @@ from torch import nn
 from torch.nn import functional
 
 from model.init import init_layer
-from model.config import Conv, Full, LrnConfig, ModelConfig, PoolConfig
-from model.dropout import dropout
+from model.config import Conv, Full, Kernels, LrnConfig, ModelConfig, PoolConfig
+from model.dropout import dropout, dropout_words
 from model.lrn import local_response_norm
 from model.tower_exchange import Link, gather_logits, two_tower_layer
 from model.towers import BOTH, Tower, tower_shape
@@ -104,16 +105,17 @@ class AlexNet(nn.Module):
     fc8.bias); `tower_of` says which rows of one are here.
 
     `seed`: of initial values and dropout masks. `scheme`: how a pair of processes shares the work; without effect for BOTH.
-    `overlap`: compute while activations and gradients travel; changes no bit. Raises ValueError for one of two towers of a
-    configuration with a single one, and for scheme weird with a fully connected layer that sees only its own tower."""
+    `overlap`: compute while activations and gradients travel; changes no bit. `kernels`: see model/kernels. Raises ValueError
+    for one of two towers of a configuration with a single one, and for scheme weird with a fully connected layer that sees only
+    its own tower."""
 
     def __init__(self, config: ModelConfig, *, seed: int, tower: Tower = BOTH, scheme: Literal["towers", "weird"] = "towers",
-                 overlap: bool = True) -> None:
+                 overlap: bool = True, kernels: Kernels = "auto") -> None:
         super().__init__()
         if tower.count > config.towers:
             raise ValueError(f"model.towers (={config.towers}) cannot be held by {tower.count} processes; use one "
                              f"process, or model.towers=2")
-        self.config, self.seed, self.tower = config, seed, tower
+        self.config, self.seed, self.tower, self.kernels = config, seed, tower, kernels
         self.halves_images = scheme == "weird" and tower.count == 2
         self._links: dict[str, Link] = {}
         self._first_full = next(iter(config.fulls))
@@ -143,21 +145,31 @@ class AlexNet(nn.Module):
         """Which tower's rows of a layer or parameter ("conv1.weight") this process holds: its own, or BOTH."""
         return BOTH if self.halves_images and name.startswith("conv") else self.tower
 
-    def forward(self, images: torch.Tensor, step: int | None = None, rows: tuple[int, int] | None = None) -> torch.Tensor:
+    def dropout_words(self, step: int) -> torch.Tensor:
+        """What the dropout masks of a step are hashed from: (L, 4) int32 on the CPU, a row for each of the L layers with dropout
+        (model/dropout.py). Copied to the network's device it stands for `step` in `forward`."""
+        words = [dropout_words(self.seed, step, name) for name, full in self.config.fulls.items() if full.dropout]
+        return torch.tensor(words, dtype=torch.int32, device="cpu").view(-1, 4)
+
+    def forward(self, images: torch.Tensor, step: int | None = None, rows: tuple[int, int] | None = None,
+                words: torch.Tensor | None = None) -> torch.Tensor:
         """Logits of all classes, on every process: (B, 3, H, W) float, mean subtracted → (B, K) float. In training, `step`
         (global, from 0) and `rows` = (first, total), the place of these B images in the global batch (default: they are all of
-        it), choose the dropout masks. In scheme weird each process of a pair gives its half, (B/2, 3, H, W), tower a the
-        first, and gets the logits of both. Raises ValueError on images of another size, on a missing step, and on rows outside
-        the batch."""
-        x = self._layer(self.config.last, self.features(images, step, rows))
+        it), choose the dropout masks; `words`, `dropout_words(step)` on any device, replaces `step` with the same masks. With
+        words on a GPU the pass needs nothing from the host and can be captured in a CUDA graph, for these `rows` and all steps.
+        In scheme weird each process of a pair gives its half, (B/2, 3, H, W), tower a the first, and gets the logits of both.
+        Raises ValueError on images or words of another size, on a missing step, and on rows outside the batch."""
+        x = self._layer(self.config.last, self.features(images, step, rows, words))
         logits = gather_logits(x, self.config.classes, self.tower)
         # The softmax and the loss are not for half precision.
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def features(self, images: torch.Tensor, step: int | None = None, rows: tuple[int, int] | None = None) -> torch.Tensor:
+    def features(self, images: torch.Tensor, step: int | None = None, rows: tuple[int, int] | None = None,
+                 words: torch.Tensor | None = None) -> torch.Tensor:
         """Activations of the last hidden layer, of the neurons that this process holds: (B, 3, H, W) → (B, N), the paper's
         4096 of fc7 (figure 4). Arguments as in `forward`."""
-        config, first_row = self.config, self._check(images, step, rows)
+        config, first_row = self.config, self._check(images, rows)
+        words_left = self._words(step, words)
         x = images.to(next(self.parameters()).dtype)  # as they are, but for a network in float64
         for name, conv in config.convs.items():
             x = self._activate_and_normalise(name, conv, self._layer(name, x))
@@ -168,8 +180,8 @@ class AlexNet(nn.Module):
             x = self._layer(name, x)
             if not full.linear:
                 x = self._activate(x)
-            if self.training and step is not None and full.dropout:
-                x = dropout(x, config.dropout, seed=self.seed, step=step, layer=name, first_row=first_row,
+            if self.training and full.dropout:
+                x = dropout(x, config.dropout, next(words_left), first_row=first_row,
                             first_column=self.tower.rows(full.neurons)[0])
         return x
 
@@ -183,10 +195,10 @@ class AlexNet(nn.Module):
             return self._activate(x)
         groups = self.config.towers // self.tower_of(name).count  # LRN windows do not cross from one tower into the other
         if conv.lrn == "before":
-            return self._activate(local_response_norm(x, lrn, groups=groups))
+            return self._activate(local_response_norm(x, lrn, groups, kernels=self.kernels))
         if self.config.activation == "relu":
-            return local_response_norm(x, lrn, groups=groups, relu=True)  # in one pass over memory
-        return local_response_norm(self._activate(x), lrn, groups=groups)
+            return local_response_norm(x, lrn, groups, relu=True, kernels=self.kernels)  # in one pass over memory
+        return local_response_norm(self._activate(x), lrn, groups, kernels=self.kernels)
 
     def _layer(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """The layer's convolution or product; exchanges activations with the other tower's process where it sees both."""
@@ -196,15 +208,26 @@ class AlexNet(nn.Module):
             return result
         return two_tower_layer(layer, x, link, "rows" if self.halves_images and name == self._first_full else "channels")
 
-    def _check(self, images: torch.Tensor, step: int | None, rows: tuple[int, int] | None) -> int:
+    def _words(self, step: int | None, words: torch.Tensor | None) -> Iterator[torch.Tensor]:
+        """(4,) int32 for each layer with dropout, in training; else nothing."""
+        if not self.training:
+            return iter(())
+        if words is None:
+            if step is None:
+                raise ValueError("step (=None) must be given in training; pass the global step, which chooses the dropout "
+                                 "masks, or call eval()")
+            words = self.dropout_words(step)
+        layers = sum(full.dropout for full in self.config.fulls.values())
+        if tuple(words.shape) != (layers, 4) or words.dtype != torch.int32:
+            raise ValueError(f"words (={tuple(words.shape)} {words.dtype}) must be ({layers}, 4) int32; pass dropout_words(step)")
+        return iter(words.unbind())
+
+    def _check(self, images: torch.Tensor, rows: tuple[int, int] | None) -> int:
         """Check the arguments of `forward`; the first of the B rows in the global batch."""
         px = self.config.input_px
         if images.dim() != 4 or tuple(images.shape[1:]) != (3, px, px):
             raise ValueError(f"images (={tuple(images.shape)}) must be (B, 3, {px}, {px}); set data.crop_px and "
                              f"model.input_px to the same size")
-        if self.training and step is None:
-            raise ValueError("step (=None) must be given in training; pass the global step, which chooses the dropout "
-                             "masks, or call eval()")
         count = images.shape[0] * (2 if self.halves_images else 1)
         first, total = rows if rows is not None else (0, count)
         if first < 0 or first + count > total:

@@ -13,6 +13,7 @@ LAYER_NAME = re.compile(r"(conv|fc)[1-9][0-9]?")
 Sees = Literal["own", "both"]
 Norm = Literal["none", "after", "before"]
 Activation = Literal["relu", "tanh"]
+Kernels = Literal["auto", "torch", "triton"]  # model/kernels
 
 
 def _need(ok: bool, key: str, value: object, rule: str) -> None:

@@ -2,8 +2,9 @@
 
 Every entry is a hash of its own coordinates. So a mask is the same on a CPU and on a GPU, in one process and in two, after a
 resume, and however the batch is cut; a process computes only the rows and the neurons it holds; there is no generator state to
-save. Inverted dropout: what is kept is divided by the probability of keeping, so testing needs no factor. B rows and N neurons
-held by this process."""
+save. Seed, step and layer enter as four words, which may lie on the network's device: then nothing of a mask comes from the host,
+and a captured CUDA graph draws the masks of another step when the words are replaced. Inverted dropout: what is kept is divided
+by the probability of keeping, so testing needs no factor. B rows and N neurons held by this process."""
 import hashlib
 
 import torch
@@ -19,28 +20,43 @@ def _hash32(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _keys(seed: int, step: int, layer: str, axis: str, start: int, count: int, device: torch.device) -> torch.Tensor:
-    """Random int32 keys of positions start..start+count of one axis of the mask. Hashed on the CPU: to a GPU some thousand
-    numbers travel sooner than it is told of 26 operations on them."""
-    digest = hashlib.sha256(f"dropout/{seed}/{step}/{layer}/{axis}".encode()).digest()
-    first, second = (int.from_bytes(digest[i:i + 4], "little", signed=True) for i in (0, 4))
-    keys = torch.arange(start, start + count, dtype=torch.int32, device="cpu")
+def dropout_words(seed: int, step: int, layer: str) -> list[int]:
+    """The words that a layer's mask is hashed from, four int32: two for its rows, two for its columns."""
+    words = []
+    for axis in ("row", "column"):
+        digest = hashlib.sha256(f"dropout/{seed}/{step}/{layer}/{axis}".encode()).digest()
+        words += [int.from_bytes(digest[i:i + 4], "little", signed=True) for i in (0, 4)]
+    return words
+
+
+def _keys(words: torch.Tensor, start: int, count: int, device: torch.device) -> torch.Tensor:
+    """Random int32 keys of positions start..start+count of one axis of the mask, given its two words. Hashed where the words
+    lie: from the CPU some thousand numbers travel to a GPU sooner than it is told of 26 operations on them."""
+    first, second = words.unbind()
+    keys = torch.arange(start, start + count, dtype=torch.int32, device=words.device)
     return _hash32(_hash32(keys ^ first) ^ second).to(device, non_blocking=True)
 
 
-def keep_mask(p: float, *, seed: int, step: int, layer: str, rows: tuple[int, int], columns: tuple[int, int],
+def threshold(p: float) -> int:
+    """The least int32 drawn that keeps its neuron: a share p of all lies below."""
+    return min(round(p * 2**32) - 2**31, 2**31 - 1)
+
+
+def keep_mask(p: float, words: torch.Tensor, *, rows: tuple[int, int], columns: tuple[int, int],
               device: torch.device) -> torch.Tensor:
-    """Which neurons stay: (B, N) bool, each True with probability 1 - p. `rows` and `columns` are [start, stop)."""
-    row_keys = _keys(seed, step, layer, "row", rows[0], rows[1] - rows[0], device)
-    column_keys = _keys(seed, step, layer, "column", columns[0], columns[1] - columns[0], device)
+    """Which neurons stay: (B, N) bool, each True with probability 1 - p. `words`: (4,) int32, see `dropout_words`. `rows` and
+    `columns` are [start, stop)."""
+    row_keys = _keys(words[:2], rows[0], rows[1] - rows[0], device)
+    column_keys = _keys(words[2:], columns[0], columns[1] - columns[0], device)
     drawn = _hash32(row_keys[:, None] ^ column_keys[None, :])  # uniform over -2^31 .. 2^31 - 1
-    return drawn >= min(round(p * 2**32) - 2**31, 2**31 - 1)
+    return drawn >= threshold(p)
 
 
-def dropout(x: torch.Tensor, p: float, *, seed: int, step: int, layer: str, first_row: int, first_column: int) -> torch.Tensor:
-    """Inverted dropout of (B, N): zero with probability p, else divided by 1 - p. Same dtype as x."""
+def dropout(x: torch.Tensor, p: float, words: torch.Tensor, *, first_row: int, first_column: int) -> torch.Tensor:
+    """Inverted dropout of (B, N): zero with probability p, else divided by 1 - p. Same dtype as x. `words`: (4,) int32, on the
+    CPU or on the device of x."""
     if p == 0.0:
         return x
-    keep = keep_mask(p, seed=seed, step=step, layer=layer, rows=(first_row, first_row + x.shape[0]),
-                     columns=(first_column, first_column + x.shape[1]), device=x.device)
+    keep = keep_mask(p, words, rows=(first_row, first_row + x.shape[0]), columns=(first_column, first_column + x.shape[1]),
+                     device=x.device)
     return x * keep.to(x.dtype).mul_(1.0 / (1.0 - p))

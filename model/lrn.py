@@ -13,7 +13,6 @@ Gradient, with f = s^-beta and W the sum over a window: dx = g f - 2 alpha beta 
 B batch, C channels, G groups (towers), H row, W column. A map tensor is (M, N, S): N channels of one group and the shift S
 between them in memory, (B·G, N, H·W) for NCHW and (B·H·W·G, N, 1) for channels_last. P elements of one of the M maps with its
 padding: (N + n - 1)·S."""
-import functools
 import importlib
 from types import ModuleType
 from typing import Any, Optional
@@ -21,25 +20,28 @@ from typing import Any, Optional
 import torch
 from torch.autograd.function import once_differentiable
 
-from model.config import LrnConfig
+from model.config import Kernels, LrnConfig
+from model.kernels import takes_triton
 
 # Elements of a chunk for each thread of a CPU: 1 MiB in float32. Of 2^14 .. 2^21 it is within 5% of the best at 55×55,
 # 27×27 and 15×15 pixels in both memory formats (docs/lab-log.md).
 CHUNK = 1 << 18
 
 
-def local_response_norm(x: torch.Tensor, config: LrnConfig, groups: int = 1, relu: bool = False) -> torch.Tensor:
+def local_response_norm(x: torch.Tensor, config: LrnConfig, groups: int = 1, relu: bool = False,
+                        kernels: Kernels = "auto") -> torch.Tensor:
     """Normalise over adjacent channels (paper §3.3): (B, C, H, W) → the same shape, dtype and memory format.
 
     Windows are clipped at the ends of each of the `groups` equal parts of C (else ValueError): one group per tower keeps them
     apart. With `relu`, x passes through max(x, 0) first. Arithmetic is in float32, or in float64 for float64 input. It can be
-    differentiated once. `torch.nn.LocalResponseNorm` divides alpha by n: it equals this one when given alpha·n."""
+    differentiated once. `kernels`: Triton's or these chunks, see model/kernels. `torch.nn.LocalResponseNorm` divides alpha by n:
+    it equals this one when given alpha·n."""
     if x.dim() != 4 or x.shape[1] % groups:
         raise ValueError(f"input of LRN (={tuple(x.shape)}) must be (B, C, H, W) with C a multiple of {groups} groups; "
                          f"give each tower the same number of channels")
     if x.numel() == 0:
         return x
-    result: torch.Tensor = _Lrn.apply(x, config, groups, relu)
+    result: torch.Tensor = _Lrn.apply(x, config, groups, relu, kernels)
     return result
 
 
@@ -158,39 +160,32 @@ def _backward_in_chunks(x: torch.Tensor, grad: torch.Tensor, result: torch.Tenso
             target.copy_(dx)
 
 
-@functools.cache
-def triton_kernels() -> Optional[ModuleType]:
-    """model.kernels.lrn, or None where Triton or its C compiler is missing."""
-    try:
-        return importlib.import_module("model.kernels.lrn")
-    except ImportError:
+def _kernels(x: torch.Tensor, config: LrnConfig, kernels: Kernels) -> Optional[ModuleType]:
+    """model.kernels.lrn, which is imported only where Triton is used; None for the chunks."""
+    if not takes_triton(kernels, x.device):
         return None
-
-
-def _kernels(x: torch.Tensor, config: LrnConfig) -> Optional[ModuleType]:
-    module = triton_kernels() if x.is_cuda else None
-    return module if module is not None and module.takes(x, config) else None
+    module = importlib.import_module("model.kernels.lrn")
+    return module if module.takes(x, config) else None
 
 
 class _Lrn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, config: LrnConfig, groups: int, relu: bool) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, config: LrnConfig, groups: int, relu: bool, choice: Kernels) -> torch.Tensor:
         x = x.contiguous(memory_format=_memory_format(x))
         y = torch.empty_like(x)
-        kernels = _kernels(x, config)
+        kernels = _kernels(x, config, choice)
         (kernels.forward if kernels else _forward_in_chunks)(_as_maps(x, groups), _as_maps(y, groups), config, relu)
         ctx.save_for_backward(x)
-        ctx.constants = config, groups, relu
+        ctx.constants = config, groups, relu, kernels
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         x, = ctx.saved_tensors
-        config, groups, relu = ctx.constants
+        config, groups, relu, kernels = ctx.constants
         result = torch.empty_like(x)
         grad = grad.contiguous(memory_format=_memory_format(x))
-        kernels = _kernels(x, config)
         (kernels.backward if kernels else _backward_in_chunks)(
             _as_maps(x, groups), _as_maps(grad, groups), _as_maps(result, groups), config, relu)
-        return result, None, None, None
+        return result, None, None, None, None

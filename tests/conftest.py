@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 import train  # noqa: F401 (before torch: it says how idle threads wait)
+import torch
+
+# Without a GPU the tests of model/kernels run in Triton's interpreter, on CPU tensors. Triton reads this when it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import torch
 from tests.helpers.networks import small
 from tests.helpers.small_set import photographs, write_set
 
-from model import lrn as response_norm
 from model.alexnet import AlexNet
-from model.config import LrnConfig
+from model.config import Kernels, LrnConfig
+from model.kernels import what_is_missing
 from model.lrn import local_response_norm
 from pipeline.decoding.normalize import Normalizer
 from pipeline.config import DataConfig, LoaderConfig
@@ -153,9 +153,10 @@ def test_response_normalisation_equals_the_cpus(layout: torch.memory_format) -> 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Opens the fused way of LRN alone; the list names the passes that go through it."""
-    pytest.importorskip("triton", reason="Triton is not installed (it comes with torch for CUDA)")
-    module, taken = response_norm.fused(), []
-    assert module is not None, "Triton is here, but not what it builds with: see model/kernels/lrn.py"
+    from model.kernels import lrn as module
+
+    assert what_is_missing() is None
+    taken: list[str] = []
     launch = module._launch
 
     def counted(kernel: Any, *rest: Any) -> None:
@@ -167,10 +168,10 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def normalised(x: torch.Tensor, g: torch.Tensor, lrn: LrnConfig, groups: int = 2,
-               relu: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+               relu: bool = True, kernels: Kernels = "auto") -> tuple[torch.Tensor, torch.Tensor]:
     """LRN of x and, given the gradient by it, that by x."""
     leaf = x.detach().requires_grad_()
-    y = local_response_norm(leaf, lrn, groups, relu)
+    y = local_response_norm(leaf, lrn, groups, relu, kernels)
     return y.detach(), torch.autograd.grad(y, leaf, g)[0]
 
 
@@ -273,10 +274,9 @@ def test_fused_response_normalisation_past_2_31_elements(fused: list[str], layou
         assert torch.equal(whole[-2:], last)
 
 
-def test_response_normalisation_without_triton_takes_the_chunks(fused: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_response_normalisation_without_triton_takes_the_chunks(fused: list[str]) -> None:
     x, g = (drawn(2, 32, 9, 7, dtype=torch.float64, layout=torch.channels_last, seed=seed) for seed in range(2))
-    monkeypatch.setattr(response_norm, "fused", lambda: None)
-    for here, there in zip(normalised(x, g, STRONG), normalised(x.cuda(), g.cuda(), STRONG), strict=True):
+    for here, there in zip(normalised(x, g, STRONG), normalised(x.cuda(), g.cuda(), STRONG, kernels="torch"), strict=True):
         torch.testing.assert_close(there.cpu(), here, rtol=1e-13, atol=1e-13)
     assert fused == []
 

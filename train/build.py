@@ -8,6 +8,7 @@ from typing import Any, Callable, ContextManager, Optional
 import torch
 
 from model.alexnet import AlexNet, canonical_shapes
+from model.kernels import takes_triton
 from model.towers import BOTH, Tower
 from pipeline import tiers
 from pipeline.config import LoaderConfig
@@ -118,7 +119,9 @@ def network(config: Config, topology: Topology) -> AlexNet:
     """The network, or this process's tower of it, with its initial values, on its device."""
     tower = BOTH if topology.tower_ranks == 1 else Tower(topology.tower_rank, topology.tower_ranks, topology.group("tower"))
     scheme = config.parallel.scheme if topology.tower_ranks == 2 else "towers"  # the same in one process
-    built = AlexNet(config.model, seed=config.train.seed, tower=tower, scheme=scheme, overlap=config.parallel.overlap)
+    takes_triton(config.machine.kernels, topology.device)  # raises where they are demanded and cannot run
+    built = AlexNet(config.model, seed=config.train.seed, tower=tower, scheme=scheme, overlap=config.parallel.overlap,
+                    kernels=config.machine.kernels)
     built.to(topology.device, torch.float64 if config.machine.precision == "fp64" else torch.float32)
     if config.machine.channels_last:
         built.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

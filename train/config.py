@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from model.config import ModelConfig
+from model.config import Kernels, ModelConfig
 from pipeline.config import LANES, WINDOW, DataConfig, LoaderConfig
 from train.optimizer_config import OptimizerConfig, ScheduleConfig, check, require
 
@@ -138,6 +138,7 @@ class MachineConfig(LoaderConfig):
         precision: fp32 is without TF32 on a GPU; bf16 is autocast, weights and velocity stay float32; fp64 is all float64.
         channels_last: memory layout of images and kernels.
         deterministic: on a GPU, use only kernels with reproducible results.
+        kernels: auto takes Triton's on a GPU where they can be built; torch never, triton always.
         torch_threads: threads of the network on a CPU, per process; 0: the cores divided by the processes.
         archives: folder of archives that are no longer where the index says, or, tier streamed, s3://bucket/prefix; empty: none.
         runs: folder of run folders.
@@ -156,6 +157,7 @@ class MachineConfig(LoaderConfig):
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     channels_last: bool = False
     deterministic: bool = True
+    kernels: Kernels = "auto"
     torch_threads: int = 0
     archives: str = ""
     runs: str = "runs"

@@ -8,17 +8,12 @@ and beyond the ends, count as 0, which clips the windows. How lanes meet memory 
   S = 1, channels_last  a program is L lanes in a row; each loads C channels at once, 16 bytes: rows of an (L, C) tile.
 
 M maps, N channels of one group, S shift (model/lrn.py); C channels of a lane, L lanes of a program; h = n // 2. The `reach` of
-a load is how many channels it takes on each side of the C. Importing this module raises ImportError where Triton (it comes
-with torch for CUDA), or what it builds its launchers with, is missing; model/lrn.py then goes without."""
+a load is how many channels it takes on each side of the C."""
 # Triton's language is typed when it compiles: a tuple grows in an unrolled loop. And Triton need not be here.
 # mypy: disable-error-code="assignment, import-not-found, import-untyped"
 from __future__ import annotations
 
 import math
-import os
-import shutil
-import sysconfig
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,19 +26,6 @@ LANES = 128    # of a program: one a thread
 CHANNELS = 16  # of a lane in NCHW. Backward with n = 5 it loads 24 of x and 20 of the gradient for them
 WIDEST = 31    # window: loops over it are unrolled
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
-def _what_is_missing() -> str | None:
-    """What Triton lacks for its launchers, which it compiles at the first launch: searched for as Triton does."""
-    if os.environ.get("CC") is None and shutil.which("gcc") is None and shutil.which("clang") is None:
-        return "a C compiler (CC, gcc or clang)"
-    scheme = sysconfig.get_default_scheme()
-    headers = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"]
-    return None if (Path(headers) / "Python.h").exists() else f"Python's headers ({headers}/Python.h)"
-
-
-if _missing := _what_is_missing():
-    raise ImportError(f"Triton (={triton.__version__}) finds no {_missing}; install it for a faster LRN")
 
 
 @triton.jit
@@ -208,8 +190,8 @@ def _backward(x_ptr: tl.tensor, g_ptr: tl.tensor, dx_ptr: tl.tensor, lanes: tl.t
 
 
 def takes(x: torch.Tensor, config: LrnConfig) -> bool:
-    """Whether the kernels are made for this input: its device, its type and the window."""
-    return x.is_cuda and x.dtype in DTYPES and config.n <= WIDEST
+    """Whether the kernels are made for this input: its type and the window."""
+    return x.dtype in DTYPES and config.n <= WIDEST
 
 
 def forward(x: torch.Tensor, y: torch.Tensor, config: LrnConfig, relu: bool) -> None:
@@ -234,7 +216,7 @@ def _launch(kernel: Any, tensors: tuple[torch.Tensor, ...], config: LrnConfig, r
         lanes = shift
         programs = maps * triton.cdiv(n, channels) * triton.cdiv(shift, LANES)
     wide = any(t.dtype == torch.float64 for t in tensors)
-    with torch.cuda.device_of(tensors[0]):
+    with torch.cuda.device_of(tensors[0]):  # without effect on a CPU, in the interpreter
         kernel[(programs,)](*tensors, lanes, shift, K=config.k, ALPHA=config.alpha, BETA=config.beta, WINDOW=config.n,
                             RELU=relu, FLOAT=tl.float64 if wide else tl.float32, N=n, C=channels, L=LANES, LAST=last,
                             num_warps=LANES // 32)

@@ -121,6 +121,16 @@ def test_rows_of_a_cut_batch() -> None:
     torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+def test_words_stand_for_the_step() -> None:
+    network = AlexNet(SMALL, seed=3)
+    x = images(6)
+    assert network.dropout_words(4).shape == (2, 4) and network.dropout_words(4).device.type == "cpu"
+    assert torch.equal(network(x[2:5], words=network.dropout_words(4), rows=(2, 6)), network(x[2:5], step=4, rows=(2, 6)))
+    assert not torch.equal(network(x, words=network.dropout_words(5)), network(x, step=4))
+    with pytest.raises(ValueError, match=r"words \(=\(1, 4\) torch.int32\) must be \(2, 4\) int32"):
+        network(x, words=network.dropout_words(4)[:1])
+
+
 def test_step_chooses_the_masks_and_test_needs_none() -> None:
     network = AlexNet(SMALL, seed=3)
     x = images()

@@ -4,14 +4,18 @@ import hashlib
 import pytest
 import torch
 
-from model.dropout import dropout, keep_mask
+from model.dropout import dropout, dropout_words, keep_mask
 
 CPU = torch.device("cpu")
 
 
+def words(seed: int = 1, step: int = 2, layer: str = "fc6") -> torch.Tensor:
+    return torch.tensor(dropout_words(seed, step, layer), dtype=torch.int32)
+
+
 def mask(p: float = 0.5, seed: int = 1, step: int = 0, layer: str = "fc6", rows: tuple[int, int] = (0, 128),
          columns: tuple[int, int] = (0, 4096)) -> torch.Tensor:
-    return keep_mask(p, seed=seed, step=step, layer=layer, rows=rows, columns=columns, device=CPU)
+    return keep_mask(p, words(seed, step, layer), rows=rows, columns=columns, device=CPU)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
@@ -73,18 +77,18 @@ def test_equals_the_hash_in_plain_python() -> None:
 
 def test_inverted() -> None:
     x = torch.full((64, 256), 3.0)
-    y = dropout(x, 0.25, seed=1, step=2, layer="fc6", first_row=0, first_column=0)
+    y = dropout(x, 0.25, words(), first_row=0, first_column=0)
     assert set(y.unique().tolist()) == {0.0, 4.0}
-    assert dropout(x, 0.0, seed=1, step=2, layer="fc6", first_row=0, first_column=0) is x
+    assert dropout(x, 0.0, words(), first_row=0, first_column=0) is x
 
 
 def test_gradient_passes_where_the_neuron_stays() -> None:
     x = torch.ones(4, 8, dtype=torch.float64, requires_grad=True)
-    y = dropout(x, 0.5, seed=1, step=2, layer="fc6", first_row=0, first_column=0)
+    y = dropout(x, 0.5, words(), first_row=0, first_column=0)
     y.sum().backward()
     assert x.grad is not None and torch.equal(x.grad, y.detach())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_dtype_stays(dtype: torch.dtype) -> None:
-    assert dropout(torch.ones(2, 4, dtype=dtype), 0.5, seed=1, step=2, layer="fc6", first_row=0, first_column=0).dtype == dtype
+    assert dropout(torch.ones(2, 4, dtype=dtype), 0.5, words(), first_row=0, first_column=0).dtype == dtype

@@ -1,14 +1,4 @@
-"""LRN by hand, against a slow loop, against torch's own, and its gradient.
-
-Under TRITON_INTERPRET=1 the kernels of model/kernels/lrn.py do the work, on CPU tensors, and these tests are theirs:
-`test_kernels_in_tritons_interpreter` starts them so.
-"""
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+"""LRN on a CPU: by hand, against a slow loop, against torch's own, and its gradient. Its kernels: test_kernels_lrn.py."""
 import pytest
 import torch
 from torch.nn import functional
@@ -24,14 +14,6 @@ FORMATS = [torch.contiguous_format, torch.channels_last]
 # Float32: sums of 9 terms and a power, a few of 2^-24 relative each. The halves round only their output: 2^-9 and 2^-12
 # of it, and of gradients up to 10.
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@pytest.fixture(autouse=True)
-def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    if INTERPRETED:
-        from model.kernels import lrn as lrn_triton
-        monkeypatch.setattr(lrn, "_kernels", lambda x, config: lrn_triton)
 
 
 def maps(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
@@ -96,27 +78,6 @@ def test_equals_torchs_forward_and_backward(config: LrnConfig, relu: bool, memor
     assert (y.dtype, x.grad.dtype) == (dtype, dtype)
     assert y.is_contiguous(memory_format=memory_format) and x.grad.is_contiguous(memory_format=memory_format)
     tolerance = TOLERANCES[dtype]
-    torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(x.grad.double(), wide.grad, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("shape, groups", [((1, 24, 13, 11), 1), ((2, 38, 3, 5), 2), ((3, 12, 1, 1), 2)])
-@pytest.mark.parametrize("n, beta", [(5, 0.75), (7, 0.6), (15, 0.75)])
-@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_sizes_that_fill_no_block(shape: tuple[int, int, int, int], groups: int, n: int, beta: float,
-                                  memory_format: torch.memory_format, dtype: torch.dtype) -> None:
-    """Of a GPU's kernels: pixels 128 + 15; channels 16 + 8, or an odd number of them; windows wider than the channels."""
-    config = LrnConfig(1.0, n, 0.3, beta)
-    x = maps(*shape, dtype=dtype).to(memory_format=memory_format).requires_grad_()
-    g = maps(*shape, dtype=dtype, seed=1)
-    y = local_response_norm(x, config, groups, relu=True)
-    y.backward(g)
-    wide = x.detach().double().contiguous().requires_grad_()
-    expected = torchs(functional.relu(wide), config, groups)
-    expected.backward(g.double())
-    assert x.grad is not None and wide.grad is not None
-    tolerance = TOLERANCES[dtype] * (1 if n < 15 else 2)  # 15 terms, not 9
     torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(x.grad.double(), wide.grad, rtol=tolerance, atol=tolerance)
 
@@ -201,51 +162,6 @@ def test_nan_is_not_hidden_in_the_gradient() -> None:
     local_response_norm(x, STRONG).sum().backward()
     assert x.grad is not None
     assert x.grad.flatten().isnan().tolist() == [True] * 6 + [False] * 3
-
-
-def test_a_cpu_does_not_look_for_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lrn, "triton_kernels", lambda: pytest.fail("looked for Triton"))
-    local_response_norm(maps(1, 6, 2, 2).requires_grad_(), STRONG).sum().backward()
-
-
-def test_without_triton_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "model.kernels.lrn", None)  # importing it raises ImportError
-    assert lrn.triton_kernels.__wrapped__() is None
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="for the kernels alone; test_kernels_in_tritons_interpreter runs it")
-def test_kernels_say_what_they_lack(monkeypatch: pytest.MonkeyPatch) -> None:
-    from model.kernels import lrn as lrn_triton
-    monkeypatch.setenv("CC", "cc")
-    monkeypatch.setattr(lrn_triton.sysconfig, "get_paths", lambda scheme: {"include": "/nowhere"})
-    assert lrn_triton._what_is_missing() == "Python's headers (/nowhere/Python.h)"
-    monkeypatch.delenv("CC")
-    monkeypatch.setattr(lrn_triton.shutil, "which", lambda name: None)
-    assert lrn_triton._what_is_missing() == "a C compiler (CC, gcc or clang)"
-    monkeypatch.setitem(sys.modules, "model.kernels.lrn", None)
-    specification = importlib.util.find_spec("model.lrn")
-    assert specification is not None and specification.origin is not None
-    source = Path(specification.origin).parent / "kernels" / "lrn.py"
-    again = importlib.util.spec_from_file_location("again", source)
-    assert again is not None and again.loader is not None
-    with pytest.raises(ImportError, match=r"Triton \(=.*\) finds no a C compiler"):
-        again.loader.exec_module(importlib.util.module_from_spec(again))
-
-
-@pytest.mark.skipif(INTERPRETED, reason="runs in the interpreter already")
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed (it comes with torch for CUDA)")
-@pytest.mark.parametrize("chosen", [
-    "by_hand or nan or lack or strided or empty or nothing_but or (fill_no_block and 7-0.6-shape0 and not float64)",
-    # All but gradcheck, whose hundreds of calls take minutes there, and what is not about kernels.
-    pytest.param("not gradcheck and not chunks and not interpreter and not look_for and not divide and not config_errors",
-                 marks=pytest.mark.slow)], ids=["few", "all"])
-def test_kernels_in_tritons_interpreter(chosen: str) -> None:
-    """The tests above, on the kernels instead of the chunks."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
-    done = subprocess.run(command, cwd=Path(__file__).resolve().parents[2], env={**os.environ, "TRITON_INTERPRET": "1"},
-                          capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout
 
 
 def test_channels_that_do_not_divide() -> None:
