@@ -12,8 +12,6 @@ import torch
 from pipeline.decoding.resize import Buffers
 from pipeline.sampling.augment import Augmentation
 
-_SERIAL = 32768  # values from which torch works in several threads (at::internal::GRAIN_SIZE)
-
 
 class Normalizer:
     """Flips crops, subtracts the mean and adds the shift. `mean_image` (3, S, S) float32: the piece at each crop's position,
@@ -28,10 +26,6 @@ class Normalizer:
         self._crop, self._device, self._buffers, self._centered = crop_px, device, Buffers(), centered
         self._mean = None if mean_image is None else np.ascontiguousarray(mean_image)
         self._mean_there = None if mean_image is None else torch.from_numpy(self._mean).to(device)
-        self._flipped = None if mean_image is None else np.ascontiguousarray(mean_image[..., ::-1])
-        # NumPy flips bytes one by one, torch many at once where they lie densely; but from this many values on torch starts
-        # threads of its own, which on a busy machine wait for each other longer than they work.
-        self._rows_at_once = max(1, (_SERIAL - 1) // (3 * crop_px))
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, "normalize") if device.type == "cpu" else None
 
@@ -56,23 +50,20 @@ class Normalizer:
               low: int, high: int) -> None:
         """Rows low…high. In NumPy, which frees the interpreter's lock and starts no threads of its own; in few calls, since at
         each one threads wait for each other to get that lock back."""
-        size = self._crop
+        size, mean, shifts = self._crop, self._mean, augmentation.shift[:, :, None, None]
+        tops, lefts, mirror = augmentation.top.tolist(), augmentation.left.tolist(), augmentation.mirror.tolist()
+        memory = np.empty(images.shape[1:], np.float32)  # NumPy flips floats while it adds, and bytes one by one
         for row in range(low, high):
-            crop, image, mean, flipped = pixels[row], images[row], self._mean, bool(augmentation.mirror[row])
-            if flipped and (crop.stride(2) == 1 or crop.stride(1) == 3 * size):  # dense
-                for first in range(0, size, self._rows_at_once):
-                    block = slice(first, first + self._rows_at_once)
-                    np.copyto(image[:, block], crop[:, block].flip(-1).numpy())
-            else:
-                np.copyto(image, crop.numpy()[:, :, ::-1] if flipped else crop.numpy())
-            if mean is not None:
-                if not self._centered:
-                    top, left = int(augmentation.top[row]), int(augmentation.left[row])
-                    if flipped and self._flipped is not None:
-                        mean, left = self._flipped, self._flipped.shape[-1] - size - left
-                    mean = mean[:, top:top + size, left:left + size]
-                np.subtract(image, mean, out=image)
-            np.add(image, augmentation.shift[row][:, None, None], out=image)
+            image, top, left = images[row], tops[row], lefts[row]
+            values = memory if mirror[row] else image
+            np.copyto(values, pixels[row].numpy())
+            if mean is not None and not self._centered:
+                np.subtract(values, mean[:, top:top + size, left:left + size], out=values)
+            if mirror[row]:
+                values = values[:, :, ::-1]
+            if mean is not None and self._centered:
+                values = np.subtract(values, mean, out=image)
+            np.add(values, shifts[row], out=image)
 
     def whole(self, pixels: torch.Tensor, augmentation: Augmentation) -> torch.Tensor:
         """(B, 3, crop, crop) float32 from (B, 3, crop, crop) uint8 on the device, all at once; the same bits as row by row."""
