@@ -139,6 +139,10 @@ class MachineConfig(LoaderConfig):
         channels_last: memory layout of images and kernels.
         deterministic: on a GPU, use only kernels with reproducible results.
         kernels: auto takes Triton's on a GPU where they can be built; torch never, triton always.
+        step: eager, or captured: the whole step is one CUDA graph (one process with a GPU only: collectives stay out of graphs);
+            auto: captured where it can be.
+        sync_steps: steps between two synchronisations of host and device, which read losses, and stop or fail if need be; 0: 1 on
+            a CPU, 4 on a GPU. metrics.jsonl has every step all the same.
         torch_threads: threads of the network on a CPU, per process; 0: the cores divided by the processes.
         archives: folder of archives that are no longer where the index says, or, tier streamed, s3://bucket/prefix; empty: none.
         runs: folder of run folders.
@@ -158,6 +162,8 @@ class MachineConfig(LoaderConfig):
     channels_last: bool = False
     deterministic: bool = True
     kernels: Kernels = "auto"
+    step: Literal["auto", "eager", "captured"] = "auto"
+    sync_steps: int = 0
     torch_threads: int = 0
     archives: str = ""
     runs: str = "runs"
@@ -174,8 +180,8 @@ class MachineConfig(LoaderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, low in (("torch_threads", 0), ("checkpoint_steps", 0), ("checkpoint_epochs", 1), ("keep_last", 1),
-                          ("stop_after", 0), ("metrics_steps", 1), ("test_batch", 1)):
+        for name, low in (("sync_steps", 0), ("torch_threads", 0), ("checkpoint_steps", 0), ("checkpoint_epochs", 1),
+                          ("keep_last", 1), ("stop_after", 0), ("metrics_steps", 1), ("test_batch", 1)):
             check(self, f"machine.{name}", getattr(self, name) >= low, f"must be at least {low}; raise it")
         for name in ("timeout_s", "silence_s", "log_s"):
             check(self, f"machine.{name}", getattr(self, name) > 0, "must be positive; give seconds")

@@ -8,9 +8,10 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Mapping, Optional
+from typing import Any, Iterator, Mapping, Optional
 
 from pipeline.index.sample_index import SampleIndex
+from pipeline.loading.batch import Batch
 from pipeline.loading.eval_loader import EvalLoader
 from pipeline.loading.train_loader import TrainLoader
 from pipeline.reading.quarantine import SampleError
@@ -27,8 +28,9 @@ from train.parallel.failure import enter_phase
 from train.parallel.pair_loader import PairLoader
 from train.parallel.topology import Topology
 from train.recipe import dump
+from train.results import Flags, StepResult
 from train.run_folder import CHECKPOINTS, METRICS, Metrics, check_same_recipe
-from train.step import StepResult, TrainStep
+from train.step import TrainStep
 
 SAME_SIGNAL_S = 1.0  # a second Ctrl-C sooner than this is the first one, passed on by torchrun
 
@@ -108,33 +110,54 @@ class Trainer:
         self._train_step.network.train()
         enter_phase("load", loader.step)
         with self._data_wait.measured(loader.monitor):
-            for batch in loader:
-                self._data_wait.batch_arrived(loader.monitor)
-                result = self._train_step(batch, progress.epoch, lambda: (self._stop.received, self._saver.failed))
-                stop, save_failed = result.flags
-                if save_failed:
-                    self._saver.wait()  # raises, in all processes
-                progress.add(self._config.train.batch, result.errors, result.loss)
-                throughput.add(self._config.train.batch)
-                self._log(batch.step, result, throughput)
+            for batch in self._batches(throughput):
+                self._train_step(batch, progress.epoch, lambda: Flags(self._stop.received, self._saver.failed))
+                save = self._is_due(machine.checkpoint_steps, loader.step)
+                ends = loader.epoch > progress.epoch or loader.step == machine.stop_after
+                stop = self._count(self._train_step.results(wait=save or ends), throughput)
                 if stop or loader.step == machine.stop_after:
+                    self._count(self._train_step.results(), throughput)
                     return False
-                if self._is_due(machine.checkpoint_steps) and loader.epoch == progress.epoch:  # else after the validation
+                if save and loader.epoch == progress.epoch:  # else after the validation
                     self._save()
                 enter_phase("load", loader.step)
         return True
 
-    def _is_due(self, steps: int) -> bool:
-        """Whether something that happens every so many steps (0 for never) happens after the last one."""
-        return steps > 0 and self._loader.step % steps == 0
+    def _batches(self, throughput: ThroughputMeter) -> Iterator[Batch]:
+        """The rest of the epoch's batches. Before an error of the loader is raised, the steps before it are counted."""
+        try:
+            for batch in self._loader:
+                self._data_wait.batch_arrived(self._loader.monitor)
+                yield batch
+        except Exception:
+            self._count(self._train_step.results(), throughput)
+            raise
 
-    def _log(self, step: int, result: StepResult, throughput: ThroughputMeter) -> None:
+    def _count(self, read: Iterator[list[StepResult]], throughput: ThroughputMeter) -> bool:
+        """Count and log steps whose results were read. Whether to stop."""
+        stop, batch = False, self._config.train.batch
+        for results in read:
+            if any(result.flags.save_failed for result in results):
+                self._saver.wait()  # raises, in all processes
+            throughput.add(len(results) * batch)
+            for result in results:
+                stop |= result.flags.stop
+                self._progress.add(batch, result.errors, result.loss)
+                self._log(result, throughput)
+        return stop
+
+    @staticmethod
+    def _is_due(every: int, step: int) -> bool:
+        """Whether something that happens every so many steps (0 for never) happens after so many."""
+        return every > 0 and step % every == 0
+
+    def _log(self, result: StepResult, throughput: ThroughputMeter) -> None:
         train, recent = self._config.train, throughput.recent()
-        if self._is_due(self._config.machine.metrics_steps):
-            self._metrics.write("step", step=step, epoch=self._progress.epoch, lr=result.lr, loss=result.loss,
+        if self._is_due(self._config.machine.metrics_steps, result.step + 1):
+            self._metrics.write("step", step=result.step, epoch=self._progress.epoch, lr=result.lr, loss=result.loss,
                                 error=result.errors / train.batch, **recent.as_dict())
-        left_s = (self.steps - step - 1) * train.batch / recent.images_per_s
-        self._console.step(f"{self._progress.epoch + 1}/{train.epochs}", step, self._progress.images // train.batch,
+        left_s = (self.steps - result.step - 1) * train.batch / recent.images_per_s
+        self._console.step(f"{self._progress.epoch + 1}/{train.epochs}", result.step, self._progress.images // train.batch,
                            len(self._loader), *self._progress.means(), recent, left_s)
 
     def _validate(self) -> Optional[Score]:
@@ -166,7 +189,7 @@ class Trainer:
             self._console.print(f"validation error no longer improves: learning rate {schedule.lr(step, epoch + 1):g}")
         self._progress = Progress(epoch + 1)
         machine = self._config.machine
-        if epoch + 1 == epochs or (epoch + 1) % machine.checkpoint_epochs == 0 or self._is_due(machine.checkpoint_steps):
+        if epoch + 1 == epochs or (epoch + 1) % machine.checkpoint_epochs == 0 or self._is_due(machine.checkpoint_steps, step):
             self._save(score)
 
     def test(self) -> Optional[Score]:

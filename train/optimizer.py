@@ -50,27 +50,50 @@ class PaperSGD(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "lr_factor": 1.0,
                                   "layerwise": True, "layer": ""})
 
+    def rates(self) -> list[float]:
+        """What `step` takes as `rates`: for each group its learning rate and its weight decay times that, both negative."""
+        rates = [-group["lr"] * group["lr_factor"] for group in self.param_groups]
+        return [number for group, rate in zip(self.param_groups, rates) for number in (rate, group["weight_decay"] * rate)]
+
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]  # no closure
-        """Update every parameter that has a gradient."""
-        for group in self.param_groups:
-            lr = group["lr"] * group["lr_factor"]
+    def step(self, rates: Optional[torch.Tensor] = None,  # type: ignore[override]  # no closure
+             frozen: Optional[torch.Tensor] = None) -> None:
+        """Update every parameter that has a gradient, without synchronisation. `rates`: `self.rates()` as (2 groups,) float64,
+        default: as they are now. `frozen`: () bool; while True nothing changes. Both on the parameters' device."""
+        device = self.param_groups[0]["params"][0].device
+        if rates is None:
+            rates = torch.tensor(self.rates(), dtype=torch.float64, device=device)
+        # A rate of 0 freezes a group: no weight moves, not even by its remaining velocity.
+        holds = rates[::2] == 0 if frozen is None else (rates[::2] == 0) | frozen
+        for group, (rate, decay), hold in zip(self.param_groups, rates.view(-1, 2), holds):
             params = [p for p in group["params"] if p.grad is not None]
-            if not params or lr == 0:  # frozen: no weight moves, not even by its remaining velocity
-                continue
-            grads = [p.grad for p in params]
             velocities = [self.velocity(p) for p in params]
-            decay = group["weight_decay"]
-            torch._foreach_mul_(velocities, group["momentum"])
-            if self.lars is None or not group["layerwise"]:
-                if decay:
-                    torch._foreach_add_(velocities, params, alpha=-decay * lr)
-                torch._foreach_add_(velocities, grads, alpha=-lr)
-            else:
-                factors = self.lars.factors(params, grads, decay)
-                torch._foreach_addcmul_(velocities, params, factors, value=-decay * lr)
-                torch._foreach_addcmul_(velocities, grads, factors, value=-lr)
-            torch._foreach_add_(params, velocities)
+            if not params:
+                continue
+            if not hold.is_cpu:
+                before = [(v.clone(), p.detach().clone()) for v, p in zip(velocities, params)]
+            elif hold:
+                continue
+            self._update(group, params, velocities, rate.to(params[0].dtype), decay.to(params[0].dtype))
+            if not hold.is_cpu:  # the host does not know, so what must be held is put back
+                for velocity, parameter, kept in zip(velocities, params, before):
+                    torch.where(hold, kept[0], velocity, out=velocity)
+                    torch.where(hold, kept[1], parameter, out=parameter)
+
+    def _update(self, group: dict[str, Any], params: list[torch.Tensor], velocities: list[torch.Tensor], rate: torch.Tensor,
+                decay: torch.Tensor) -> None:
+        """v <- momentum v + decay w + rate g; w <- w + v. `rate`, `decay`: () tensors, negative."""
+        grads = [parameter.grad for parameter in params]
+        torch._foreach_mul_(velocities, group["momentum"])
+        if self.lars is None or not group["layerwise"]:
+            if group["weight_decay"]:
+                torch._foreach_addcmul_(velocities, params, [decay] * len(params))
+            torch._foreach_addcmul_(velocities, grads, [rate] * len(params))
+        else:
+            factors = self.lars.factors(params, grads, group["weight_decay"])
+            torch._foreach_addcmul_(velocities, torch._foreach_mul(params, decay), factors)
+            torch._foreach_addcmul_(velocities, torch._foreach_mul(grads, rate), factors)
+        torch._foreach_add_(params, velocities)
 
     def velocity(self, parameter: torch.Tensor) -> torch.Tensor:
         """The velocity of a parameter, created as zeros on first use."""

@@ -1,7 +1,10 @@
-"""One training step: forward, loss, backward, gradient all-reduce, check for NaN and infinity, optimizer update."""
-import math
-from dataclasses import dataclass
-from typing import Callable, Sequence
+"""One training step: forward, loss, backward, gradient all-reduce, check for NaN and infinity, optimizer update.
+
+The host begins steps and reads their results later (train/results.py). So the step is a function of tensors on the device alone:
+images, labels, and some numbers of the host's, such as the learning rates. A result that is not finite freezes the weights there:
+when the host reads it, they are still those of the last good step.
+"""
+from typing import Callable, Iterator
 
 import torch
 from torch.nn import functional
@@ -9,25 +12,13 @@ from torch.nn import functional
 from pipeline.loading.batch import Batch
 from train import build
 from train.config import Config
-from train.exit_codes import NOT_FINITE, CommonError
 from train.optimizer import Schedule, build_optimizer, set_lr
 from train.parallel.failure import enter_phase
 from train.parallel.gradients import GradientReducer
 from train.parallel.topology import Topology
+from train.results import Flags, ResultRing, StepResult
 
-
-class NotFinite(CommonError):
-    """The loss or a gradient is NaN or infinite; the update was not made."""
-    code = NOT_FINITE
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step gave, the same in all processes."""
-    lr: float
-    loss: float  # mean over the global batch
-    errors: int  # misclassified images of the global batch
-    flags: list[bool]  # for each flag given to the step, whether it is true in any process
+SYNC_STEPS = 4  # by default, on a GPU
 
 
 class TrainStep:
@@ -39,27 +30,36 @@ class TrainStep:
         self.optimizer = build_optimizer(self.network, config.optimizer, self.schedule.layers, topology.group("tower"))
         self.autocast = build.autocast(config, topology)
         self._config, self._topology = config, topology
+        if config.machine.step == "captured" and not (topology.is_single and topology.device.type == "cuda"):
+            raise ValueError(f"machine.step (=captured) needs a single process with a GPU, not {topology.world_size} on "
+                             f"{topology.device.type}; use auto")
         self._gradients = GradientReducer(self.network, topology, config.parallel.overlap)
+        self._ring = ResultRing(config.machine.sync_steps or (SYNC_STEPS if topology.device.type == "cuda" else 1), topology)
 
-    def __call__(self, batch: Batch, epoch: int, flags: Callable[[], Sequence[bool]] = tuple) -> StepResult:
-        """Update the network by this process's rows of a global batch. All processes call it together. `flags` is called after
-        the backward pass; what it gives travels with the sums of loss and errors, and costs no communication of its own. Raises
-        NotFinite before the update, in all processes, naming step and learning rate."""
+    def __call__(self, batch: Batch, epoch: int, flags: Callable[[], Flags] = Flags) -> None:
+        """Begin to update the network by this process's rows of a global batch. All processes call it together. `flags` is called
+        after the backward pass; what it gives travels with the sums of loss and errors, and costs no communication of its own."""
         lr = self.schedule.lr(batch.step, epoch)
         set_lr(self.optimizer, lr, self.schedule.layer_rates(epoch))
-        loss, errors, norm = self._forward_backward(batch).tolist()  # waits for the device, once a step
-        broken = not (math.isfinite(loss) and math.isfinite(norm))
-        total_loss, total_errors, any_broken, *any_flags = self._topology.all_reduce_sum([loss, errors, broken, *flags()])
-        if any_broken:
-            raise NotFinite(self._name_not_finite(loss, norm, batch.step, lr))
-        enter_phase("update", batch.step)
-        self.optimizer.step()
-        towers = self._topology.tower_ranks  # both towers of a pair have counted the same images
-        return StepResult(lr, total_loss / towers, int(total_errors / towers), [flag > 0 for flag in any_flags])
+        numbers = self._topology.upload([*self.optimizer.rates(), batch.step % self._ring.steps])
+        self._compute(batch, numbers, flags)
+        self._ring.begun(batch.step, lr, flags())
+
+    def results(self, wait: bool = True) -> Iterator[list[StepResult]]:
+        """Results not given before, in lists of those that were read together: of all steps begun (`wait`), or of those that can
+        be had without keeping the device waiting. Raises NotFinite in place of the first that is not finite, in all processes,
+        naming step and learning rate."""
+        return self._ring.read(wait)
 
     def tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, tuple[int, ...]]]:
         """Weights and velocities as a checkpoint holds them, and their canonical shapes."""
         return build.parameters(self.network, self._config, self.optimizer)
+
+    def _compute(self, batch: Batch, numbers: torch.Tensor, flags: Callable[[], Flags]) -> None:
+        """The step, on the device. `numbers`: `PaperSGD.rates` and the row of the ring."""
+        self._ring.write(numbers[-1], self._forward_backward(batch), flags)
+        enter_phase("update", batch.step)
+        self.optimizer.step(numbers[:-1], self._ring.frozen)
 
     def _forward_backward(self, batch: Batch) -> torch.Tensor:
         """Compute the gradients of the global batch's mean loss, in micro-batches. Returns (3,): this process's share of the mean
@@ -80,12 +80,3 @@ class TrainStep:
             loss = loss + piece_loss.detach()
             errors += (logits.detach().argmax(1) != labels).sum()
         return torch.stack([loss, errors, self._gradients.finish()])
-
-    def _name_not_finite(self, loss: float, norm: float, step: int, lr: float) -> str:
-        for rank, (rank_loss, rank_norm) in enumerate(self._topology.gather_objects((loss, norm))):
-            if not math.isfinite(rank_loss) or not math.isfinite(rank_norm):
-                break
-        what = f"norm of the gradient (={rank_norm})" if math.isfinite(rank_loss) else f"loss (={rank_loss})"
-        process = "" if self._topology.is_single else f" of process {rank}"
-        return (f"{what}{process} at step {step} with learning rate {lr:g} is not finite; the update was not made: lower "
-                "optimizer.lr and give another --machine.name")

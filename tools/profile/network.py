@@ -23,6 +23,8 @@ class NetworkStep:
 
     def __call__(self, batch: Batch) -> None:
         self._step(replace(batch, step=next(self._steps)), 0)
+        for _ in self._step.results():
+            pass
 
     def synthetic(self) -> Iterator[int]:
         """Steps on the same images of noise, without end; each gives the images of all processes together."""

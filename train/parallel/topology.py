@@ -76,6 +76,11 @@ class Topology:
         group: dist.ProcessGroup = dist.new_subgroups_by_enumeration(nodes, timeout=self.timeout)[0]
         return group
 
+    def upload(self, values: Sequence[float]) -> torch.Tensor:
+        """Numbers as a tensor (N,) float64 on the device, without waiting for it."""
+        on_gpu = self.device.type == "cuda"  # torch keeps the pinned memory until the copy is done
+        return torch.tensor(values, dtype=torch.float64, pin_memory=on_gpu).to(self.device, non_blocking=True)
+
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         """Sums over all processes, in float64."""
         if self.is_single:

@@ -1,0 +1,141 @@
+"""Steps whose results the host reads later (machine.sync_steps): the same bits as if each were read at once."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.compute_stats import compute
+from pipeline.loading.batch import Batch
+from pipeline.loading.train_loader import TrainLoader
+from pipeline.reading.quarantine import SampleError
+from pipeline.stats import stats_path
+from tests.helpers.disturbed_run import signal_at
+from tests.helpers.recipes import write_recipe
+from tests.helpers.runs import here, lines, same, watch
+from tests.helpers.small_set import photographs, write_set
+from train.parallel.topology import Topology
+from train.recipe import parse
+from train.results import Flags, NotFinite, StepResult
+from train.step import TrainStep
+
+MILESTONE = ("--schedule.plateau=null", "--schedule.milestones=[{epoch: 1, lr: 1e-3, layer_rates: {conv1: 0}}]")
+RUN = (*MILESTONE, "--train.epochs=2", "--train.batch=4")  # two epochs of 6 steps
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("results")
+    blobs = photographs(26)
+    index = write_set(folder / "set", blobs[:24], blobs[24:], classes=6)
+    compute(index, "train", 76).save(stats_path(index.path, 76))
+    return write_recipe(folder, index.path)
+
+
+def batches(count: int, device: str = "cpu") -> Iterator[Batch]:
+    random = torch.Generator().manual_seed(0)
+    for step in range(count):
+        images, labels = torch.randn(8, 3, 67, 67, generator=random) * 50, torch.randint(6, (8,), generator=random)
+        yield Batch(images.to(device), labels.to(device), np.arange(8), np.zeros(8, np.int64), step)
+
+
+def train(recipe: Path, sync_steps: int, spoilt: int = -1, *words: str) -> tuple[list[StepResult], str, dict[str, torch.Tensor]]:
+    """Results of 11 steps, of which the one number `spoilt` has an image of NaN; the error; weights and velocities at the end."""
+    step = TrainStep(parse(["--config", str(recipe), *MILESTONE, f"--machine.sync_steps={sync_steps}", *words]).config,
+                     Topology.single())
+    found: list[StepResult] = []
+    try:
+        for batch in batches(11):
+            if batch.step == spoilt:
+                batch.images[3, 0, 5, 5] = float("nan")
+            step(batch, epoch=batch.step // 6)
+            for results in step.results(wait=batch.step in (8, 10)):
+                found += results
+        error = ""
+    except NotFinite as failure:
+        error = str(failure)
+    return found, error, {name: tensor.clone() for name, tensor in step.tensors()[0].items()}
+
+
+@pytest.mark.parametrize("words", [(), ("--parallel.accumulate=3", "--optimizer.lars={trust: 0.01, epsilon: 1e-8}")],
+                         ids=["plain", "accumulated, LARS"])
+def test_losses_and_weights_are_those_of_steps_read_at_once(recipe: Path, words: tuple[str, ...]) -> None:
+    results, error, tensors = train(recipe, 1, -1, *words)
+    assert error == "" and [result.step for result in results] == list(range(11)) and len({r.loss for r in results}) == 11
+    for sync_steps in (2, 4):
+        later, error, others = train(recipe, sync_steps, -1, *words)
+        assert later == results and error == ""
+        assert all(torch.equal(others[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("spoilt", [0, 4, 5, 6, 7, 10])
+def test_what_is_not_finite_is_told_later_and_changes_no_weight(recipe: Path, spoilt: int) -> None:
+    results, error, tensors = train(recipe, 1, spoilt)
+    assert error.startswith(f"loss (=nan) at step {spoilt} with learning rate") and len(results) == spoilt
+    later, its_error, others = train(recipe, 4, spoilt)
+    assert later == results and its_error == error
+    assert all(torch.equal(others[name], tensor) for name, tensor in tensors.items())
+    assert not any(tensor.isnan().any() for tensor in others.values())
+
+
+def test_flags_are_those_of_their_step(recipe: Path) -> None:
+    step = TrainStep(parse(["--config", str(recipe), "--machine.sync_steps=3"]).config, Topology.single())
+    for batch in batches(3):
+        step(batch, 0, lambda: Flags(stop=batch.step == 1, save_failed=batch.step == 2))
+        assert not list(step.results(wait=False))
+    assert [result.flags for result in next(step.results())] == [Flags(), Flags(stop=True), Flags(save_failed=True)]
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("runs")
+    here(recipe, runs, *RUN)
+    return runs / "small"
+
+
+def test_stopped_and_resumed_after_every_step(recipe: Path, whole: Path, tmp_path: Path) -> None:
+    for step in range(1, 12):
+        here(recipe, tmp_path, *RUN, "--machine.sync_steps=4", f"--machine.stop_after={step}", *["--resume"][:step - 1], code=75)
+    here(recipe, tmp_path, *RUN, "--machine.sync_steps=4", "--resume")
+    same(whole, tmp_path / "small")
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_signal_stops_within_so_many_steps(recipe: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                             number: int) -> None:
+    with monkeypatch.context() as patch:
+        watch(patch, lambda network: signal_at(network, True, number, signal.SIGINT))
+        out, _ = here(recipe, tmp_path, *RUN, "--machine.sync_steps=4", "--machine.checkpoint_steps=3", code=75)
+    assert f"stopped and saved at step {3 if number < 3 else 6}; resume with --resume" in out
+    assert [line["step"] for line in lines(tmp_path / "small") if line["kind"] == "step"] == list(range(3 if number < 3 else 6))
+    here(recipe, tmp_path, *RUN, "--machine.sync_steps=4", "--resume")
+    same(whole, tmp_path / "small")
+
+
+def test_when_the_loader_fails_the_steps_before_are_counted(recipe: Path, whole: Path, tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    original = TrainLoader.__next__
+
+    def following(self: TrainLoader) -> Batch:
+        if self.step == 3:
+            raise SampleError(self.index, 0, "is broken on purpose")
+        return original(self)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainLoader, "__next__", following)
+        _, err = here(recipe, tmp_path, *RUN, "--machine.sync_steps=4", code=4)
+    assert "is broken on purpose" in err
+    assert list(lines(tmp_path / "small")) == list(lines(whole))[:3]
+
+
+def test_the_step_makes_no_synchronisation(recipe: Path) -> None:
+    """Its tensors have no values, so that asking for one is an error."""
+    config = parse(["--config", str(recipe), *MILESTONE, "--optimizer.lars={trust: 0.01, epsilon: 1e-8}"]).config
+    step = TrainStep(config, replace(Topology.single(), device=torch.device("meta")))
+    for batch in batches(3, "meta"):
+        step(batch, 0)
