@@ -54,7 +54,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """How fast the machine makes batches. Never changes a pixel, the order or the augmentation.
+    """How fast the machine makes batches. Never changes the order or the augmentation; and pixels only in the three settings that
+    say so, on a GPU, by rounding: its decoders differ by a grey level here and there, more at edges of colour.
 
     Attributes:
         threads: DALI's worker threads; 0 means one per core this process may use.
@@ -64,7 +65,14 @@ class LoaderConfig:
         check_crc: compare each file's bytes with the CRC-32 of the index (25 µs for 110 kB); finds flipped bits that
             decode to other pixels without an error.
         quarantine_budget: largest share of the training samples that may be unreadable before training stops.
-        hw_decoder_load: GPU only: share of baseline JPEGs given to the hardware engine.
+        gpu_decode: GPU only, changes pixels: region, decode only what lies under a crop; whole, the image; auto is region, but
+            whole with DALI's build for CUDA 13, whose decoder of regions is reported to crash.
+        fancy_upsampling: GPU only, changes pixels: interpolate the chroma of 4:2:0 and 4:2:2 as CPUs do; else it is repeated.
+            With it, regions of such images are decoded by the CPU (nvImageCodec 0.9 with nvJPEG before 13.2); whole ones are not.
+        hw_decoder_load: GPU only, changes pixels: share of each batch's baseline JPEGs given to the hardware engine. Between 0
+            and 1 the decoder of an image depends on its place in the batch; squares that are kept (tier resident) and
+            evaluations therefore take 1 instead.
+        channels_last: memory layout of the network's kernels, and of the images that a GPU's loader makes.
         preallocate_px: GPU only: side of the largest image for which decoder memory is reserved at the start; 0: none.
         resident_memory: where tier resident keeps images: ram, one memory-mapped file for all processes of a node; or gpu,
             spread over the node's processes.
@@ -79,7 +87,10 @@ class LoaderConfig:
     read_threads: int = 2
     check_crc: bool = True
     quarantine_budget: float = 1e-4
+    gpu_decode: str = "auto"
+    fancy_upsampling: bool = True
     hw_decoder_load: float = 0.65
+    channels_last: bool = False
     preallocate_px: int = 0
     resident_memory: str = "ram"
     resident_folder: str = ""
@@ -87,6 +98,8 @@ class LoaderConfig:
     def __post_init__(self) -> None:
         for name, low in (("threads", 0), ("prefetch", 1), ("queue", 1), ("read_threads", 0), ("preallocate_px", 0)):
             _check(f"machine.{name}", value := getattr(self, name), value >= low, f"be at least {low}; correct the setting")
+        _check("machine.gpu_decode", self.gpu_decode, self.gpu_decode in ("auto", "region", "whole"),
+               "be auto, region or whole; correct the setting")
         _check("machine.resident_memory", self.resident_memory, self.resident_memory in ("ram", "gpu"),
                "be ram or gpu; correct the setting")
         for name in ("quarantine_budget", "hw_decoder_load"):

@@ -136,7 +136,6 @@ class MachineConfig(LoaderConfig):
     Attributes:
         device: auto takes a GPU when there is one.
         precision: fp32 is without TF32 on a GPU; bf16 is autocast, weights and velocity stay float32; fp64 is all float64.
-        channels_last: memory layout of images and kernels.
         deterministic: on a GPU, use only kernels with reproducible results.
         kernels: auto takes Triton's on a GPU where they can be built; torch never, triton always.
         step: eager, or captured: the whole step is one CUDA graph (one process with a GPU only: collectives stay out of graphs);
@@ -159,7 +158,6 @@ class MachineConfig(LoaderConfig):
     """
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
-    channels_last: bool = False
     deterministic: bool = True
     kernels: Kernels = "auto"
     step: Literal["auto", "eager", "captured"] = "auto"

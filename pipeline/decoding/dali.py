@@ -1,10 +1,10 @@
-"""The DALI pipelines: region decode of batches, and small ones for checking, packing and streaming. All of `nvidia.dali` is here.
+"""The DALI pipelines: region decode of batches, and small ones for checking, packing and streaming. With `graph.py` all of
+`nvidia.dali` is here.
 
-Order and crops come in as tensors; DALI decodes as far as the crop reaches, to uint8. On a GPU (`device_id`), with its `mixed`
-decoder, it resizes there too; on a CPU `pipeline.decoding.resize` does. B samples, S side of the output in pixels."""
+Order and crops come in as tensors. On a GPU the whole graph of `graph.py` runs there; on a CPU DALI decodes as far as the crop
+reaches, to uint8, and `pipeline.decoding.resize` resizes. B samples, S side of the output in pixels."""
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import nvidia.dali.types as types
 import torch
 from nvidia.dali.pipeline import Pipeline
 
-from pipeline.config import LoaderConfig
+from pipeline.decoding.graph import DecodeSettings, columns, define
 from pipeline.decoding.resize import Resizer, planar_crops, resize
 from pipeline.sampling.batch_plan import BatchPlan, Bytes
 
@@ -35,53 +35,26 @@ class DecodeError(RuntimeError):
         self.reason = "cannot be decoded" + (f" ({detail})" if detail else "")
 
 
-@dataclass(frozen=True)
-class DecodeSettings:
-    """What a `RegionPipeline` computes."""
-    batch: int  # largest
-    side_px: int  # side S of the output
-    resample: bool  # False when every image has the output's scale already, so that the region decoded is the output
-    machine: LoaderConfig
-    threads: int  # DALI's worker threads
-    device_id: int | None  # GPU, or None for the CPU
-    decode_only: bool = False  # end after the decoder, to measure it: shapes, (B, 3) int64, come out
-    inputs_only: bool = False  # take all inputs and decode nothing, to measure what feeds the decoder: sums, (B, 2), come out
-
-
 class RegionPipeline:
-    """A built DALI pipeline that pulls plans with their bytes and gives (B, S, S, 3) uint8 pixels, RGB, in the same order. The
-    plans are read ahead by `machine.prefetch` batches, in the collecting thread. DALI reads their bytes in place."""
+    """A built DALI pipeline that pulls plans with their bytes and gives their pixels, RGB, in the same order. The plans are read
+    ahead by `machine.prefetch` batches, in the collecting thread. DALI reads their bytes in place."""
 
     def __init__(self, plans: Iterator[BatchPlan], settings: DecodeSettings) -> None:
         self._plans, self._settings = plans, settings
         self._failure: Exception | None = None
         self._alive: deque[BatchPlan] = deque()
         self._collected: BatchPlan | None = None
-        gpu, resizes = settings.device_id is not None, settings.resample and not settings.decode_only
-        self._resizes_here = gpu and resizes
-        self._resizer = Resizer(settings.side_px, settings.threads) if resizes and not gpu and not settings.inputs_only else None
+        resizes = settings.resample and not (settings.in_dali or settings.decode_only or settings.inputs_only)
+        self._resizer = Resizer(settings.side_px, settings.threads) if resizes else None
         self._pipe: Any = Pipeline(batch_size=settings.batch, num_threads=settings.threads, device_id=settings.device_id,
                                    prefetch_queue_depth=settings.machine.prefetch, seed=0)
         with self._pipe:
-            self._pipe.set_outputs(self._define(settings.machine, gpu))
+            inputs = {"encoded": (types.UINT8, 1, lambda plan: plan.encoded), **columns(settings)}
+            kinds, dims, self._columns = zip(*inputs.values(), strict=True)
+            nodes = dict(zip(inputs, fn.external_source(source=self._pull, num_outputs=len(inputs), batch=True, no_copy=True,
+                                                        dtype=kinds, ndim=dims), strict=True))
+            self._pipe.set_outputs(define("cpu" if settings.device_id is None else "gpu", settings, nodes))
         self._pipe.build()
-
-    def _define(self, machine: LoaderConfig, gpu: bool) -> Any:
-        kinds = [types.UINT8, types.INT32, types.INT32] + [types.FLOAT, types.FLOAT] * self._resizes_here
-        encoded, anchor, shape, *ends = fn.external_source(source=self._pull, num_outputs=len(kinds), batch=True, no_copy=True,
-                                                           dtype=kinds, ndim=[1] * len(kinds))
-        if self._settings.inputs_only:
-            return sum([anchor, shape, *ends], encoded.shape())
-        # EXIF orientation would turn the pixels away from the index's width and height. The hints exist on GPUs only.
-        hints: dict[str, Any] = {"hw_decoder_load": machine.hw_decoder_load, "jpeg_fancy_upsampling": True,
-                                 "preallocate_width_hint": machine.preallocate_px,
-                                 "preallocate_height_hint": machine.preallocate_px} if gpu else {}
-        pixels = fn.decoders.image_slice(encoded, start=anchor, shape=shape, axis_names="HW", output_type=types.RGB,
-                                         adjust_orientation=False, device="mixed" if gpu else "cpu", **hints)
-        if not ends:
-            return pixels.shape() if self._settings.decode_only else pixels
-        return fn.resize(pixels, size=(self._settings.side_px, self._settings.side_px), roi_start=ends[0], roi_end=ends[1],
-                         interp_type=types.INTERP_LINEAR, antialias=True)
 
     def _pull(self) -> tuple[Any, ...]:
         """DALI's callback. A failing source ends the stream here, so that the batches before it still come out."""
@@ -95,18 +68,15 @@ class RegionPipeline:
             self._failure = failure
             raise StopIteration from failure
         self._alive.append(plan)
-        regions = plan.regions
-        if self._settings.resample and self._settings.device_id is None:  # see pipeline/decoding/resize.py
-            return plan.encoded, np.zeros_like(regions.anchor), regions.reach
-        ends = (regions.start, regions.end) if self._resizes_here else ()
-        return (plan.encoded, regions.anchor, regions.shape, *ends)
+        return tuple(column(plan) for column in self._columns)
 
     def collect(self) -> torch.Tensor:
-        """The next batch, (B, S, S, 3) uint8 on the pipeline's device. Raises as `rows`."""
+        """The next batch, (B, S, S, 3) uint8, or finished (B, 3, S, S) float32, on the pipeline's device. Raises as `rows`."""
         output, plan = self._run()
         if self._resizer is not None:
             return self._resizer([torch.from_dlpack(image) for image in output], plan.regions)
-        return torch.from_dlpack(output.as_tensor())
+        pixels, finish = torch.from_dlpack(output.as_tensor()), self._settings.finish
+        return pixels.permute(0, 3, 1, 2) if finish is not None and finish.channels_last and pixels.dim() == 4 else pixels
 
     def rows(self) -> Sequence[torch.Tensor]:
         """The next batch as B views (3, S, S) uint8 in CPU memory, each to be used before the same thread asks for another.

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from pipeline.decoding.dali import DecodeError, RegionPipeline, DecodeSettings
+from pipeline.decoding.dali import DecodeError, RegionPipeline
+from pipeline.decoding.graph import DecodeSettings
 from pipeline.monitor import Monitor, decoder_threads, threads
 from pipeline.sampling.batch_plan import BatchPlan
 
@@ -15,15 +16,15 @@ Pixels = torch.Tensor | Sequence[torch.Tensor]
 
 
 class Decoder(Iterator[tuple[BatchPlan, Pixels]]):
-    """Gives each of the `plans` (with their bytes, maybe without end) with its pixels: on a GPU (B, 3, S, S) uint8; on a CPU B
-    views (3, S, S) uint8, each to be used before the same thread asks for another; or `whole`, (B, S, S, 3) uint8 on either.
-    Batches of which nothing is left are passed over. `recover`: (plan, row, reason) → the plan without that row's sample,
-    which cannot be decoded; may raise instead."""
+    """Gives each of the `plans` (with their bytes, maybe without end) with its pixels: `whole`, what `RegionPipeline.collect`
+    gives, as always on a GPU; else B views (3, S, S) uint8, each to be used before the same thread asks for another. Batches of
+    which nothing is left are passed over. `recover`: (plan, row, reason) → the plan without that row's sample, which cannot be
+    decoded; may raise instead."""
 
     def __init__(self, plans: Iterator[BatchPlan], settings: DecodeSettings, recover: Callable[[BatchPlan, int, str], BatchPlan],
                  monitor: Monitor, *, whole: bool = False) -> None:
-        self._plans, self._settings, self._recover, self._monitor, self._whole = plans, settings, recover, monitor, whole
-        self._rows = not whole and settings.device_id is None
+        self._plans, self._settings, self._recover, self._monitor = plans, settings, recover, monitor
+        self._rows = not whole and not settings.in_dali
         self._waiting: deque[BatchPlan] = deque()  # pulled by DALI, not yet collected
         monitor.enter("decode")  # DALI is being started
         self._before: set[int] | None = threads()
@@ -56,7 +57,7 @@ class Decoder(Iterator[tuple[BatchPlan, Pixels]]):
                 if self._before is not None:
                     self._monitor.decoders |= decoder_threads(self._before)
                     self._before = None
-            return plan, pixels if self._rows or self._whole else pixels.permute(0, 3, 1, 2)
+            return plan, pixels
 
     def _one_by_one(self, plan: BatchPlan, error: DecodeError) -> tuple[BatchPlan, Any]:
         """Decode sample by sample: DALI does not say which one failed, and has lost the whole batch."""

@@ -9,7 +9,7 @@ import torch
 
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.decoding import geometry
-from pipeline.decoding.dali import DecodeSettings
+from pipeline.decoding.graph import DecodeSettings, Finish
 from pipeline.decoding.normalize import Normalizer
 from pipeline.index.sample_index import SampleIndex
 from pipeline.monitor import Monitor
@@ -70,6 +70,9 @@ class LoaderContext:
         sizes = geometry.sizes(self.index, ids)
         resample = bool((sizes != geometry.resized(sizes, self.data.square_px)).any())
         return DecodeSettings(batch, side_px, resample, self.machine, self.threads, self.device_id)
+
+    def finish(self, mean_image: npt.NDArray[np.float32] | None) -> Finish:
+        return Finish(mean_image, self.data.mean == "image_center", self.machine.channels_last)
 
     def normalizer(self, side_px: int, mean_image: npt.NDArray[np.float32] | None) -> Normalizer:
         return Normalizer(side_px, mean_image, centered=self.data.mean == "image_center", threads=self.threads,

@@ -54,9 +54,9 @@ class Evaluation:
     def decoding_chain(self, convert: Callable[[torch.Tensor], torch.Tensor] | None = None) -> DecodingChain:
         """The chain that reads the index and decodes, whatever the tier of the training. `convert`: see `DecodingChain`."""
         context = self.context
+        settings = context.decoding(self.ids, self.batch, context.data.square_px).by_sample()
         return DecodingChain(context, self.plan, ArchiveSource(context.index, check_crc=context.machine.check_crc), self.policy,
-                             context.decoding(self.ids, self.batch, context.data.square_px), self.mean_image, raw=self.raw,
-                             convert=convert)
+                             settings, self.mean_image, raw=self.raw, convert=convert)
 
 
 class EvalLoader(Loader):

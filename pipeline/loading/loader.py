@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.decoding.dali import DecodeSettings
+from pipeline.decoding.graph import DecodeSettings
 from pipeline.decoding.decoder import Decoder, Pixels
 from pipeline.decoding.normalize import Normalizer
 from pipeline.loading.batch import Batch, LoaderContext
@@ -53,13 +53,15 @@ class DecodingChain(Chain):
     `plan` is called in the reading threads; `policy` is for corrupt samples; `mean_image` (3, S, S) or None, see `Normalizer`;
     `raw`: no normalizing, images are the pixels (B, S, S, 3) uint8; `convert` changes pixels (B, S, S, 3) uint8 before they are
     normalized, giving (B, 3, S, S)."""
-    stages = ("read", "decode", "normalize")
+    stages: tuple[str, ...] = ("read", "decode", "normalize")  # on a GPU the graph of DALI does what the last one does
 
     def __init__(self, context: LoaderContext, plan: Callable[[int], BatchPlan], source: Source, policy: Policy,
                  settings: DecodeSettings, mean_image: npt.NDArray[np.float32] | None = None, *, raw: bool = False,
                  convert: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
         self.context, self.plan, self.source, self.settings, self.queue = context, plan, source, settings, context.queue
         self.normalizer = partial(context.normalizer, settings.side_px, mean_image)
+        if context.device_id is not None and not raw and convert is None:
+            self.settings, self.stages = replace(settings, finish=context.finish(mean_image)), ("read", "decode")
         self.policy, self._raw, self._convert = policy, raw, convert
 
     def read(self, steps: Iterable[int]) -> Generator[BatchPlan, None, None]:
@@ -112,6 +114,12 @@ class DecodingChain(Chain):
                 del item  # the pixels: while the next ones are decoded, whoever took them decides how long they live
 
     def batches(self, steps: Iterable[int]) -> Generator[Batch, None, None]:
+        if self.settings.finish is not None:  # what is decoded is finished
+            with closing(self.decode(steps)) as decoded:
+                for plan, images in decoded:
+                    yield self.context.batch(plan.step, plan.ids, plan.epochs, images)  # type: ignore[arg-type]  # a tensor
+                    del images
+            return
         with closing(self.normalizer()) as normalizer, closing(self.decode(steps)) as decoded:
             yield from one_ahead(itertools.starmap(partial(self._begin, normalizer), decoded))
 

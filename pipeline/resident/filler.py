@@ -28,8 +28,8 @@ class Filler:
         self._context, self._store, self._ids, self.chunk, self._skipped = context, store, ids, chunk, skipped
         self._complete = complete
         source = ArchiveSource(context.index, check_crc=context.machine.check_crc)
-        self._chain = DecodingChain(context, self._plan, source, policy, context.decoding(ids, chunk, context.data.square_px),
-                                    raw=True)
+        settings = context.decoding(ids, chunk, context.data.square_px).by_sample()
+        self._chain = DecodingChain(context, self._plan, source, policy, settings, raw=True)
         self.failed = np.zeros(len(ids), bool)  # rows that no process will fill, as all of them know
         self._planned = np.zeros(len(ids), bool)  # on their way through the chain
         self._decoded: Generator[tuple[BatchPlan, Pixels], None, None] | None = None

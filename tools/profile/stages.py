@@ -4,7 +4,7 @@ A stage alone gets its inputs ready-made and its outputs are thrown away; so its
 free, and the CPU times of all stages add up to the loader's. The code that runs is the loader's own, through its `Chain`:
 
     read        order, crops and regions, and the bytes of every page       crc         check them
-    decode      DALI, of the region (on a GPU also the resize)              normalize   `Normalizer` (on a CPU also the resize)
+    decode      DALI, of the region (on a GPU all until images are ready)   normalize   on a CPU: the resize and `Normalizer`
     copy        to a GPU                                                    hand-over   labels, `Batch`, the queue between threads
 """
 import gc
@@ -56,7 +56,7 @@ def workloads(loader: TrainLoader, make: Callable[[LoaderConfig], TrainLoader],
     checks = machine.check_crc and bool(loader.index.header["crc32"])
     alone = [_until("read", "read", make(replace(machine, check_crc=False)), closers), *_alone(loader, checks, closers),
              _hand_over(loader, closers)]
-    ends = [("read", "crc")] * checks + [("decode", "decode"), ("normalize", "normalize")]
+    ends = [("read", "crc")] * checks + [(stage, stage) for stage in loader.chain.stages[1:]]
     return alone, [_until(stage, f"up to {name}", make(machine), closers) for stage, name in ends]
 
 
@@ -88,10 +88,11 @@ def _alone(loader: TrainLoader, checks: bool, closers: ExitStack) -> Iterator[Wo
     collect = pipeline.collect if gpu else pipeline.rows  # rows are resized by whoever normalizes them
     decoded = (len(collect()) for _ in itertools.count())
     yield Workload("decode", map(partial(arrived, loader), decoded), machine.prefetch + 1, None, loader.threads, size)
-    normalizer = closers.enter_context(closing(chain.normalizer()))
-    normalized = (len(normalizer.begin(pixels, plan.augmentation)()) for plan, pixels in itertools.cycle(inputs))
-    yield Workload("normalize", map(partial(arrived, loader), normalized), 2, None, 1 if gpu else loader.threads)
-    if gpu:
+    if not gpu:
+        normalizer = closers.enter_context(closing(chain.normalizer()))
+        normalized = (len(normalizer.begin(pixels, plan.augmentation)()) for plan, pixels in itertools.cycle(inputs))
+        yield Workload("normalize", normalized, 2, None, loader.threads)
+    else:
         pinned = [(torch.from_numpy(np.concatenate(plan.encoded)).pin_memory(), len(plan.ids)) for plan in plans]
         copied = ((encoded.to(loader.device, non_blocking=True), count) for encoded, count in itertools.cycle(pinned))
         yield Workload("copy", (arrived(loader, count) for _, count in copied), 2, None, 1, size)
