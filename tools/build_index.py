@@ -12,16 +12,21 @@
 
 Nothing is extracted; archives are only read. Exit code: 0 done, 1 damage found, 2 an error, 130 interrupted.
 """
-
-import argparse
-import json
 import sys
-from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 if not __package__:  # run as a file: tools/profile must not hide the standard library's `profile`
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from train.exit_codes import run_command, start_command  # noqa: E402
+
+if __name__ == "__main__":
+    start_command()
+
+import argparse
+import json
+from collections import Counter
+from typing import TYPE_CHECKING, Any
 
 from tools.cli import ProgressBar, guarded, printable  # noqa: E402
 
@@ -255,4 +260,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

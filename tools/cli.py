@@ -1,14 +1,13 @@
-"""What the commands share: exit codes and errors of one line, text safe for a terminal, progress on stderr."""
-import io
-import os
+"""What the tools share: errors of one line, text safe for a terminal, progress on stderr."""
 import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
 
-from pipeline.io_errors import explain
 from pipeline.process_pool import Progress
+from train.exit_codes import MISTAKE, exit_code, printable
+
+__all__ = ["ProgressBar", "guarded", "printable"]
 
 LINE_S = 10.0  # seconds between two lines where no terminal is
 
@@ -16,31 +15,7 @@ LINE_S = 10.0  # seconds between two lines where no terminal is
 def guarded(work: Callable[[], int | None], interrupted: str = "interrupted") -> int:
     """Do the work of a command; returns its exit code: what `work` returns (None: 0), 2 after an error that is the user's or the
     world's, 130 after Ctrl-C, each with one line on stderr and no traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no error
-    try:
-        code = work() or 0
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # ls | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        return 130
-    except MemoryError as error:
-        print(f"error: not enough memory ({error}); close other programs, or ask for less", file=sys.stderr)
-    except OSError as error:
-        print(f"error: {printable(explain(error))}", file=sys.stderr)
-    except (ValueError, RuntimeError) as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
-    return 2
-
-
-def printable(text: Any) -> str:
-    """Text from an archive or a path, safe for a terminal: no control characters, no undecodable bytes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
+    return exit_code(work, "close other programs, or ask for less", interrupted, failed=MISTAKE)
 
 
 class ProgressBar(Progress):

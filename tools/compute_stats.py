@@ -4,12 +4,18 @@
 
 Interrupted, the same command resumes where it last saved. Exit codes: 0 done, 2 an error, 130 interrupted.
 """
-import argparse
 import sys
 from pathlib import Path
 
 if not __package__:  # run as a file: tools/profile must not hide the standard library's `profile`
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from train.exit_codes import run_command, start_command  # noqa: E402
+
+if __name__ == "__main__":
+    start_command()
+
+import argparse
 
 from tools.cli import ProgressBar, guarded  # noqa: E402
 
@@ -62,4 +68,4 @@ def _compute(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

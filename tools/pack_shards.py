@@ -9,14 +9,20 @@ KEY.jpg and KEY.cls. Killed or interrupted, the same command resumes, and the by
 
 Exit code: 0 done (or this rank's share), 2 an error, 130 interrupted.
 """
-import argparse
-import os
 import sys
-import time
 from pathlib import Path
 
 if not __package__:  # run as a file: tools/profile must not hide the standard library's `profile`
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from train.exit_codes import run_command, start_command  # noqa: E402
+
+if __name__ == "__main__":
+    start_command()
+
+import argparse
+import os
+import time
 
 from tools.cli import ProgressBar, guarded  # noqa: E402
 
@@ -109,4 +115,4 @@ def _pack(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -10,15 +10,21 @@ machine failed; 130 interrupted.
 """
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
 if not __package__:  # run as a file: tools/profile must not hide the standard library's `profile`
-    sys.path[0] = str(ROOT)
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from train.exit_codes import run_command, start_command  # noqa: E402
+
+if __name__ == "__main__":
+    start_command()
+
+import argparse
+from collections.abc import Sequence
+
+ROOT = Path(__file__).resolve().parent.parent
 from tools.cli import guarded  # noqa: E402  # found by the line above
 
 PAPER = ROOT / "train" / "recipes" / "alexnet_ilsvrc2012.yaml"
@@ -87,4 +93,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -8,9 +8,13 @@ LRN, pooling and dropout are part of a neighbouring kernel, so that each map is 
 """
 from __future__ import annotations
 
+from train.exit_codes import run_command, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,4 +147,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

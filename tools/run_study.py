@@ -20,6 +20,17 @@ Ctrl-C, or SIGTERM, stops all of them with a checkpoint; a second Ctrl-C does no
 RUNS/NAME/RUN.log, a summary in RUNS/NAME/study.json. Exit codes: 0 all done, 1 some failed, 2 a mistake in the study, 130
 interrupted.
 """
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: tools/profile must not hide the standard library's `profile`
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from train.exit_codes import run_command, start_command  # noqa: E402
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 import contextlib
 import json
@@ -28,17 +39,12 @@ import shlex
 import signal
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-if not __package__:  # run as a file: tools/profile must not hide the standard library's `profile`
-    sys.path[0] = str(ROOT)
-
 from pipeline.files import LockHeld, lock, write_json  # noqa: E402 (the path first)
 from tools.cli import guarded  # noqa: E402
 from tools.study import Run, Study, read_study, test_of  # noqa: E402
@@ -241,4 +247,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

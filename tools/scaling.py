@@ -11,16 +11,24 @@ pairs that share its fully connected layers only.
 """
 from __future__ import annotations
 
-import argparse
-import math
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 if not __package__:  # run as a file: tools/profile must not hide the standard library's `profile`
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from train.exit_codes import run_command, start_command  # noqa: E402
+
+if __name__ == "__main__":
+    start_command()
+
+import argparse
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from tools.cli import guarded  # noqa: E402
 
 if TYPE_CHECKING:  # --help needs no torch
     from model.config import ModelConfig
@@ -238,8 +246,13 @@ def show() -> None:
            for name, changed in VARIANTS.items()))
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str]) -> int:
+    """The command. Returns its exit code."""
     parser = argparse.ArgumentParser(description="Training steps on 1 to 1,024 H200s, computed from assumed speeds.")
     parser.add_argument("--project", action="store_true", help="print the tables (what it does in any case)")
-    parser.parse_args()
-    show()
+    parser.parse_args(argv)
+    return guarded(show)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -2,11 +2,13 @@
 data wait, its cause and the loader's headroom. Only one process prints.
 """
 import contextlib
+import os
 import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import IO, Any, Callable, Iterator, Optional
 
 from rich.console import Console as Terminal
@@ -69,10 +71,11 @@ def _throughput(start: tuple[float, int, Waits], end: tuple[float, int, Waits]) 
 
 class Console:
     """Everything a run prints on stdout. Not `enabled`, in all processes but the main one, it prints nothing. Whether `stream` is
-    a terminal decides between a live line and plain ones, `log_s` seconds apart."""
+    a terminal decides between a live line and plain ones, `log_s` seconds apart. Output never ends a run: when nobody reads it
+    any more (`… | head`) or it cannot be written, the rest goes to the file `log`."""
 
-    def __init__(self, enabled: bool, log_s: float, stream: Optional[IO[str]] = None) -> None:
-        self._enabled, self._log_s, self._stream = enabled, log_s, stream or sys.stdout
+    def __init__(self, enabled: bool, log_s: float, stream: Optional[IO[str]] = None, log: Path = Path(os.devnull)) -> None:
+        self._enabled, self._log_s, self._stream, self._log = enabled, log_s, stream or sys.stdout, log
         self._last_line_s, self._has_header = -float("inf"), False
         terminal = Terminal(file=self._stream, highlight=False)
         self._live = Live(console=terminal, transient=True) if enabled and terminal.is_terminal else None
@@ -83,8 +86,23 @@ class Console:
             return
         if self._live is not None:
             self._live.console.print(Text(text))
-        else:
+            return
+        try:
             print(text, file=self._stream, flush=True)
+        except OSError as error:
+            self._divert(error)
+
+    def _divert(self, error: OSError) -> None:
+        """Let the stream write into the log, what it still holds included."""
+        try:
+            file = open(self._log, "ab")
+        except OSError:  # the run folder is not there yet
+            file = open(os.devnull, "wb")
+        with file:
+            os.dup2(file.fileno(), self._stream.fileno())
+        with contextlib.suppress(OSError):
+            print(f"WARNING: output (={error.strerror}) goes on in {self._log}", file=sys.stderr, flush=True)
+            self._stream.flush()
 
     def warn(self, text: str) -> None:
         self.print(f"WARNING: {text}")

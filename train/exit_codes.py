@@ -1,10 +1,17 @@
-"""Exit codes of the commands; one-line errors instead of tracebacks; how a process ends.
+"""How every command begins and ends: exit codes, errors of one line instead of tracebacks, Ctrl-C, and a terminal or pipe that
+cannot take the text.
 
-Reads torchrun's variables by itself: a command line is parsed, and refused, before torch is imported.
+Imports nothing heavy, and reads torchrun's variables by itself: a command line is parsed, and refused, before torch is imported.
 """
+import contextlib
+import io
 import os
+import signal
 import sys
-from typing import Callable, NoReturn, Optional, Sequence
+from types import FrameType
+from typing import Any, Callable, NoReturn, Optional, Sequence
+
+from pipeline.io_errors import explain
 
 DONE, MISTAKE, NOT_FINITE, FAILED, STOPPED, INTERRUPTED = 0, 2, 3, 4, 75, 130
 
@@ -14,26 +21,68 @@ class CommonError(RuntimeError):
     code = FAILED
 
 
+def start_command() -> None:
+    """Begin a command, before it imports anything else: what the terminal's encoding lacks is replaced, and Ctrl-C ends it with
+    130 and one line, also in the middle of an import."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # None: its descriptor is closed; this takes it
+        setattr(sys, name, stream)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGINT, _interrupted)
+
+
+def _interrupted(number: int, frame: Optional[FrameType]) -> None:
+    """A KeyboardInterrupt is lost, or becomes another error, in the middle of an import: there is nothing to tidy up yet."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, b"interrupted\n")
+            os._exit(INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def run_command(main: Callable[[list[str]], Optional[int]]) -> NoReturn:
+    """Run a command that `start_command` has begun, and end the process with its exit code."""
+    try:
+        code = main(sys.argv[1:]) or DONE
+    except SystemExit as end:  # argparse, after --help or a wrong option
+        code = end.code if isinstance(end.code, int) else DONE
+    exit_now(code)
+
+
 def is_main_process() -> bool:
     """Whether this process prints what all of them find alike: it is the only one, or the first."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def exit_code(work: Callable[[], Optional[int]], memory_advice: str) -> int:
+def exit_code(work: Callable[[], Optional[int]], memory_advice: str, interrupted: str = "interrupted",
+              failed: int = FAILED) -> int:
     """Do the work of a command; returns its exit code, after one line on stderr when it failed. `memory_advice`: what to do when
-    memory does not suffice."""
+    memory does not suffice. `failed`: the code for what is no mistake of the user's."""
     try:
-        return work() or DONE
+        code = work() or DONE
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()  # here, where a full disk can be told
+        return code
     except ValueError as error:
         return _fail(error, MISTAKE, is_main_process())
     except CommonError as error:
         return _fail(error, error.code, is_main_process())
     except MemoryError as error:  # Python's own has no text
-        return _fail(MemoryError(f"memory (={str(error) or 'used up'}) does not suffice; {memory_advice}"), FAILED)
+        return _fail(MemoryError(f"memory (={str(error) or 'used up'}) does not suffice; {memory_advice}"), failed)
+    except BrokenPipeError:  # … | head
+        return DONE
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] in ("pipeline", "model", "train", "tools"):
+            raise
+        return _fail(RuntimeError(f"module (={error.name or 'unknown'}) cannot be imported ({error}); install what is missing "
+                                  "with pip install -e ."), failed)
     except (RuntimeError, OSError) as error:  # each process has its own: after rank, step and phase, which failure.py notes
-        return _fail(error, FAILED, position="".join(f"{note}: " for note in getattr(error, "__notes__", ())))
+        return _fail(error, failed, position="".join(f"{note}: " for note in getattr(error, "__notes__", ())))
     except KeyboardInterrupt:  # before signal handlers are installed, or a second one
-        print("interrupted", file=sys.stderr)
+        _say(interrupted)
         return INTERRUPTED
 
 
@@ -42,8 +91,19 @@ def _fail(error: Exception, code: int, prints: bool = True, position: str = "") 
     if sys.flags.dev_mode:
         raise error
     if prints:
-        print(f"error: {position}{error}\n", end="", file=sys.stderr)  # in one write: processes share stderr
+        _say(f"error: {position}{printable(explain(error) if isinstance(error, OSError) else error)}")
     return code
+
+
+def _say(line: str) -> None:
+    """A line on stderr, in one write, as processes share it; none when nobody can read it."""
+    with contextlib.suppress(OSError):
+        print(f"{line}\n", end="", file=sys.stderr, flush=True)
+
+
+def printable(text: Any) -> str:
+    """Text from an archive or a path, safe for a terminal: no control characters, no undecodable bytes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
 
 
 def with_torchrun_report(command: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
@@ -57,6 +117,7 @@ def with_torchrun_report(command: Callable[[Sequence[str]], int]) -> Callable[[S
 def exit_now(code: int) -> NoReturn:
     """End this process at once, everything being closed: taking libraries down takes seconds, may never end beside a dead
     process, and a signal that comes meanwhile would change the exit code."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe, a full disk
+            stream.flush()
     os._exit(code)

@@ -12,14 +12,14 @@ Exit codes (torchrun's own is 1 for any of them but 0; its report shows them):
     75  stopped by SIGTERM, Ctrl-C or machine.stop_after, and saved: resume with --resume
     130 interrupted by Ctrl-C before training began; a second Ctrl-C kills at once
 """
-import signal
-import sys
+from train.exit_codes import run_command, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 from typing import Sequence
 
-if __name__ == "__main__":  # Ctrl-C while modules are imported ends it without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-from train.exit_codes import exit_code, exit_now, with_torchrun_report
+from train.exit_codes import exit_code, with_torchrun_report
 from train.recipe import parse
 
 
@@ -37,5 +37,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    exit_now(with_torchrun_report(main)(sys.argv[1:]))
+    run_command(with_torchrun_report(main))

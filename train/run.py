@@ -51,7 +51,8 @@ def train_and_test(request: CommandLine, topology: Topology) -> int:
     restarted = not request.resume and is_restarted(folder, topology)
     resume = request.resume or restarted
     with contextlib.ExitStack() as stack:
-        console = stack.enter_context(contextlib.closing(Console(topology.is_main, config.machine.log_s)))
+        console = stack.enter_context(contextlib.closing(
+            Console(topology.is_main, config.machine.log_s, log=folder / run_folder.LOG)))
         index = build.index(config, config.data.train_split, config.data.validation_split, config.data.test_split)
         stats = Stats.for_index(index, config.data.square_px, config.data.train_split)
         train_step = TrainStep(config, topology)
@@ -128,4 +129,4 @@ def claim(folder: Path, config: Config, resume: bool, topology: Topology) -> Non
 
 
 def _key(folder: Path) -> str:
-    return f"began {folder.resolve()}"
+    return f"began {ascii(str(folder.resolve()))}"  # a path may hold bytes that are no text

@@ -16,7 +16,7 @@ from train.config import Config, differences
 from train.recipe import load
 
 CONFIG, VERSIONS, METRICS, CHECKPOINTS = "config.yaml", "versions.jsonl", "metrics.jsonl", "checkpoints"
-QUARANTINE = "quarantine.jsonl"
+QUARANTINE, LOG = "quarantine.jsonl", "console.log"
 
 
 class Metrics:

@@ -1,4 +1,5 @@
 """The commands: --help is quick, errors are one line and exit 2."""
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,15 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = [[path.relative_to(ROOT).as_posix()] for path in sorted((ROOT / "tools").rglob("*.py"))
             if '__name__ == "__main__"' in path.read_text(encoding="utf-8")] + [["-m", "train.main"], ["-m", "train.evaluate"]]
 
+# A terminal, or a locale without coercion, that knows ASCII only: what it lacks is replaced.
+ASCII = {"PYTHONIOENCODING": "ascii", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "LC_ALL": "POSIX"}
+
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_help_imports_neither_torch_nor_dali_nor_scipy(words: list[str]) -> None:
     result = subprocess.run([sys.executable, "-X", "importtime", *words, "--help"], cwd=ROOT, capture_output=True,
-                            text=True)
-    assert result.returncode == 0 and "usage:" in result.stdout
+                            text=True, env={**os.environ, **ASCII})
+    assert result.returncode == 0 and "usage:" in result.stdout and result.stdout.isascii()
     imported = {line.rsplit("|", 1)[1].strip() for line in result.stderr.splitlines() if "import time:" in line}
     assert "argparse" in imported
     assert imported & {"torch", "nvidia.dali", "scipy", "matplotlib"} == set()

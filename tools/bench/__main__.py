@@ -9,6 +9,11 @@ folder.
 """
 from __future__ import annotations
 
+from train.exit_codes import run_command, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 import contextlib
 import datetime
@@ -142,4 +147,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

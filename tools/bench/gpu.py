@@ -12,6 +12,11 @@ Each figure is the median of --repeats turns of --seconds, with the smallest and
 """
 from __future__ import annotations
 
+from train.exit_codes import run_command, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 import itertools
 import sys
@@ -176,4 +181,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -7,6 +7,11 @@ measured where the product waits: for activations (`Exchange.wait`), for gradien
 """
 from __future__ import annotations
 
+from train.exit_codes import run_command, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 import os
 import socket
@@ -196,4 +201,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -9,6 +9,11 @@ What stands after `--` goes to the training as it is. Exit code: that of the fir
 """
 from __future__ import annotations
 
+from train.exit_codes import run_command, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 import json
 import shlex
@@ -155,4 +160,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -5,6 +5,11 @@ neither padded nor consecutive, validation members are out of name order, ILSVRC
 inner nodes beside the leaves, and a few files are odd (a PNG, a CMYK and a grey picture named .JPEG, an empty file, a JPEG cut
 short). The same arguments and library versions give the same bytes.
 """
+from train.exit_codes import run_command, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
 import gzip
 import io
@@ -143,4 +148,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

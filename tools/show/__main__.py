@@ -9,14 +9,20 @@
 
 Exit code 0, or 2 with a message on stderr.
 """
-import argparse
-import importlib
 import sys
 from pathlib import Path
-from typing import Any
 
 if not __package__:  # run as a file: tools/profile must not hide the standard library's `profile`
     sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from train.exit_codes import run_command, start_command  # noqa: E402
+
+if __name__ == "__main__":
+    start_command()
+
+import argparse
+import importlib
+from typing import Any
 
 from tools.cli import guarded  # noqa: E402
 
@@ -80,4 +86,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

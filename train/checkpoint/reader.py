@@ -13,7 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import filesystem, metadata
 
-from pipeline.files import is_bare_name
+from pipeline.schema import is_file_name
 
 ALLOWED: dict[tuple[str, str], Any] = {
     **{(kind.__module__, kind.__name__): kind for kind in (
@@ -67,7 +67,7 @@ def _check(found: Any) -> None:
         if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
             raise ValueError(f"the parts of {name} are not the whole of it")
     for index, place in found.storage_data.items():
-        if not is_bare_name(place.relative_path):
+        if type(place.relative_path) is not str or not is_file_name(place.relative_path):
             raise ValueError(f"it names a file elsewhere, {place.relative_path!r}")
         if type(index) is not metadata.MetadataIndex or min(place.offset, place.length) < 0 \
                 or getattr(place, "transform_descriptors", None):

@@ -9,13 +9,16 @@ All probabilities are saved (train/evaluate/predictions.py): the same command th
 each process holds all of a network and tests every N-th batch, with the same result to the bit.
 Exit codes: 0 done, 2 a mistake in what was asked, 4 the machine failed, 130 interrupted.
 """
+from train.exit_codes import run_command, start_command
+
+if __name__ == "__main__":
+    start_command()
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Sequence
 
-from train.exit_codes import exit_code, exit_now
+from train.exit_codes import exit_code
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -55,4 +58,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    exit_now(main(sys.argv[1:]))
+    run_command(main)

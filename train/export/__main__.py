@@ -7,12 +7,16 @@ The folder (train/export/safetensors_io.py lists its files) is written whole or 
 network's logits. Errors on the card are those that the run noted of this very checkpoint. See docs/weights.md.
 Exit codes: 0 done, 2 a mistake in what was asked, 4 the machine failed or the check did, 130 interrupted.
 """
+from train.exit_codes import run_command, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import argparse
-import sys
 from pathlib import Path
 from typing import Sequence
 
-from train.exit_codes import exit_code, exit_now
+from train.exit_codes import exit_code
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -64,4 +68,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    exit_now(main(sys.argv[1:]))
+    run_command(main)

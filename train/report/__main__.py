@@ -5,6 +5,10 @@
 The page needs no network, no script and no other file. Runs may be unfinished or broken: what cannot be read is named in it.
 Exit codes: 0 done, 2 a mistake in what was asked, 4 the machine failed, 130 interrupted.
 """
+from train.exit_codes import run_command, start_command
+
+if __name__ == "__main__":
+    start_command()
 
 import argparse
 import sys
@@ -57,4 +61,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)
