@@ -13,6 +13,7 @@ import re
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,6 +168,18 @@ def lock(path: Path, *, wait: bool = False) -> BinaryIO:
     return file
 
 
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Hold the exclusive lock of a folder itself, waiting for it; on a file system without such locks nobody is kept out."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -201,6 +214,30 @@ def difference(path: Path, entry: Mapping[str, Any]) -> str:
     return ""
 
 
+def stamp(path: Path, sha256: str) -> list[Any]:
+    """What changes whenever a file is written, with the hash that its content was compared with; [] when it is not there."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return []
+    return [sha256, status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def remember(memory: Path, stamps: Mapping[str, list[Any]]) -> None:
+    """Keep stamps, taken before their files were read and found right, for `recalled`; where they can be kept."""
+    if all(each[-1] < time.time_ns() - 2_000_000_000 for each in stamps.values()):  # a write in the same tick leaves the times
+        with contextlib.suppress(OSError):
+            write_json(memory, stamps)
+
+
+def recalled(memory: Path) -> dict[str, list[Any]]:
+    """The stamps that `remember` kept; {} when there are none."""
+    try:
+        return read_as(dict[str, list[Any]], json.loads(memory.read_bytes()), "stamps")
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
 def write_json(path: Path, content: Any, *, newline: bool = True) -> None:
     """Write a value as indented JSON, atomically."""
     with atomic_write(path) as file:
@@ -220,7 +257,7 @@ def read_manifest(path: Path, *, own_hash: bool = False) -> dict[str, Any]:
     """
     try:
         manifest = json.loads(path.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError("is not JSON") from None
     if not isinstance(manifest, dict):
         raise ValueError("is not a JSON object")

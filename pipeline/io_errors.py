@@ -20,7 +20,7 @@ _CAUSES = {
     errno.EROFS: ("cannot be written: its disk is mounted read-only", "name another place"),
     errno.EACCES: ("may not be read or written by this user",
                    "change its permissions and those of the folders above it, or name another"),
-    errno.ENOENT: ("is not there", "correct the name, or mount the disk it lies on"),
+    errno.ENOENT: ("is not there", "correct the name, restore it, or mount the disk it lies on"),
     errno.ENOTDIR: ("lies below a file, which is no folder", "correct the name"),
     errno.EISDIR: ("is a folder, not a file", "give a file"),
     errno.EEXIST: ("is there already", "give another name"),

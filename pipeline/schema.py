@@ -1,13 +1,14 @@
 """Schemas of what is read back from files: JSON values as typed dataclasses, or a one-line error.
 
-A schema is a dataclass whose fields are int, float, str, bool, list[T], dict[str, T], T | None, another schema, Any, or one of
-these with rules: `Annotated[T, rule]`, where `rule(value)` gives the rule broken as a predicate, or "".
+A schema is a dataclass whose fields are int, float, str, bool, Path, list[T], dict[str, T], T | None, another schema, Any, or one
+of these with rules: `Annotated[T, rule]`, where `rule(value)` gives the rule broken as a predicate, or "".
 """
 import dataclasses
 import functools
 import re
 import types
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
@@ -57,6 +58,8 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
                 for key, each in value.items()}
     if kind is float and type(value) is int:
         return float(value)
+    if kind is Path:
+        return Path(_convert(str, value, name))
     if kind is not Any:
         _expect(kind, value, name, {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[kind])
     return value

@@ -31,7 +31,8 @@ from model.lrn import local_response_norm
 from pipeline import rng as counter
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.decoding import geometry
-from pipeline.index.sample_index import SampleIndex, content_sha256
+from pipeline.index.header import content_sha256
+from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.batch import Batch
 from pipeline.reading.quarantine import Quarantine
 from pipeline.sampling.augment import augment, lighting_shift

@@ -29,7 +29,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_each_cause_is_one_line_with_thing_and_remedy(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    for number, words in ((errno.ENOENT, "is not there; correct the name, or mount"),
+    for number, words in ((errno.ENOENT, "is not there; correct the name, restore it, or mount"),
                           (errno.EIO, "its disk reports an error (EIO)"),
                           (errno.EMFILE, "as many files open as it may; raise the limit (ulimit -n 65536)"),
                           (errno.EACCES, "may not be read or written by this user; change its permissions"),

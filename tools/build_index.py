@@ -218,7 +218,8 @@ def verify(args: argparse.Namespace) -> int:
 def ls(args: argparse.Namespace) -> None:
     import numpy as np
 
-    from pipeline.index.sample_index import FORMATS, REASONS, label_of
+    from pipeline.index.header import label_of
+    from pipeline.index.sample_index import FORMATS, REASONS
 
     index = _load(args)
     ids = np.arange(len(index))

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.index.sample_index import SPLITS, Archive, ClassInfo, label_of
+from pipeline.index.header import Archive, ClassInfo, label_of
+from pipeline.index.sample_index import SPLITS
 from pipeline.index.scan import (CHUNK, DUPLICATE, Oddity, Part, base_names, is_last_of_its_name, joined, scan_files, scan_inner,
                                  scan_members)
 from pipeline.index.tar import ArchiveError, Member, fingerprint, open_tar, refuse_compressed, walk

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.index.builder import Builder
 from pipeline.index.image_header import is_image_name
-from pipeline.index.sample_index import Archive, ClassInfo, label_of
+from pipeline.index.header import Archive, ClassInfo, label_of
 from pipeline.index.scan import Oddity
 from pipeline.index.tar import Member
 

@@ -14,7 +14,8 @@ import numpy as np
 from scipy.io import loadmat
 
 from pipeline.index.builder import Builder
-from pipeline.index.sample_index import REASONS, SAMPLE, ClassInfo, label_of
+from pipeline.index.header import ClassInfo, label_of
+from pipeline.index.sample_index import REASONS, SAMPLE
 from pipeline.index.scan import Oddity, Part, base_names
 
 _MAX_ID = 1_000_000

@@ -4,13 +4,7 @@ An index is a folder: `index.json`, its header, and `samples.npy` (rows of `SAMP
 when a folder tree of images was indexed (NUL-terminated relative paths). Names of tar members are not stored: they are read
 back from the tar headers. The row number is the sample's **id**; it never changes, excluded rows stay. Rows are sorted by split
 (train, val, test), in train by class, then by position in the archive; in val and test by name (ILSVRC: by base name), or as in
-train where they were held out of it (`pipeline.index.subset`).
-
-The header holds counts, classes, archives, oddities and SHA-256 hashes: of each array file (`verify` checks those), and of its
-own content without the archives' paths (`read_header` checks that: it is the identity of the data set, `SampleIndex.sha256`).
-`packed`, in an index of packed images: how they were made (`PackOptions`), source (split → `split_sha256` of the original's) and
-measured (split → images, mean bytes, psnr_mean and psnr_min in dB). `derived`: for each subset that led here, first one first,
-SHA-256, rows and classes of the index it was taken of, the options, and the classes that had too few images.
+train where they were held out of it (`pipeline.index.subset`). The header: `pipeline.index.header`.
 """
 import hashlib
 import json
@@ -18,17 +12,19 @@ import mmap
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline.files import json_sha256
+from pipeline.files import difference, recalled, remember, stamp
+from pipeline.index.header import Header, read_header
 from pipeline.index.tar import BLOCK, ByteWindow, fingerprint, read_member
 
-VERSION = 1
-MAGIC = "alexnet-sample-index"
+VERIFIED = "verified.json"  # in the folder of a large index: see `load`
+ONCE_BYTES = 64 << 20  # of its arrays; smaller ones are compared with their SHA-256 at every load
+_OPEN = 64  # archives that stay open
+_CHECKED = 1 << 16  # rows that are checked together: their 2.6 MB stay in the cache
 SPLITS = ("train", "val", "test")
 FORMATS = ("unknown", "jpeg", "png", "gif", "webp", "bmp", "gzip")
 # Reasons of odd images. Kept: grey, cmyk, misnamed (a PNG called .JPEG), patched (replaced by 2010's patch_images).
@@ -51,103 +47,52 @@ SAMPLE = np.dtype([
 ])
 
 
-@dataclass(frozen=True)
-class ClassInfo:
-    """One class: its WordNet id (or folder name) and its words (empty without a devkit)."""
-    wnid: str
-    words: str
-
-
-@dataclass(frozen=True)
-class Archive:
-    """A tar file or a folder of images, as it was when indexed. `size` in bytes (a folder: of all its images)."""
-    path: Path
-    size: int
-    fingerprint: str
-    kind: str  # "tar" | "folder"
-    nested: bool = False  # a tar of <wnid>.tar: a sample's name is <wnid>/<name in the inner tar>
-
-    @property
-    def is_folder(self) -> bool:
-        return self.kind == "folder"
-
-
-def label_of(classes: Sequence[ClassInfo]) -> dict[str, int]:
-    """wnid → label."""
-    return {entry.wnid: label for label, entry in enumerate(classes)}
-
-
-def content_sha256(header: dict[str, Any]) -> str:
-    """SHA-256 (hex) of a header without its archives' paths: equal wherever the archives lie."""
-    content = {key: value for key, value in header.items() if key != "sha256"}
-    if isinstance(header.get("archives"), list):
-        content["archives"] = [{key: value for key, value in archive.items() if key != "path"}
-                               for archive in header["archives"] if isinstance(archive, dict)]
-    return json_sha256(content)
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """The checked header of the index folder `path`. Raises ValueError when it is no index, of another version, or altered."""
-    file = path / "index.json"
-    if not file.is_file():
-        problem = "has no index.json" if path.is_dir() else "does not exist" if not path.exists() else "is not a folder"
-        raise ValueError(f"index (={path}) {problem}; make one with tools/build_index.py build")
-    try:
-        header = json.loads(file.read_bytes())
-    except ValueError:
-        raise ValueError(f"index header (={file}) is not JSON; build the index again") from None
-    if not isinstance(header, dict) or header.get("magic") != MAGIC:
-        raise ValueError(f"index header (={file}) is not that of a sample index; build one with tools/build_index.py")
-    if header.get("version") != VERSION:
-        raise ValueError(f"index version (={header.get('version')}) of {file} is not {VERSION}, the one this code "
-                         f"reads; build the index again")
-    if content_sha256(header) != header.get("sha256"):
-        raise ValueError(f"index header (={file}) does not match its SHA-256, so it was altered; build it again")
-    return header
+class DamagedBytes(ValueError):
+    """The bytes of a sample were read, and are not those that were indexed."""
 
 
 class SampleIndex:
     """A loaded index. `samples` is a read-only memory map of SAMPLE rows; see the module for the order of rows."""
 
-    def __init__(self, path: Path, header: dict[str, Any], samples: np.ndarray, folders: Sequence[Path]) -> None:
+    def __init__(self, path: Path, header: dict[str, Any], about: Header, samples: np.ndarray, folders: Sequence[Path]) -> None:
         self.path, self.header, self.samples, self.sha256 = path, header, samples, str(header["sha256"])
-        self.classes = [ClassInfo(**entry) for entry in header["classes"]]
-        self.archives = [Archive(**{**entry, "path": Path(entry["path"])}) for entry in header["archives"]]
-        self.split_names: list[str] = [split["name"] for split in header["splits"]]
-        self.packed: dict[str, Any] | None = header.get("packed")  # see the module; None when these are the originals
-        self.derived: list[dict[str, Any]] = header.get("derived", [])
+        self.classes, self.archives, self.files = about.classes, about.archives, about.files
+        self.split_names = [split.name for split in about.splits]
+        self.packed: dict[str, Any] | None = header.get("packed")  # header.Packed; None: these are the originals
+        self.derived: list[dict[str, Any]] = header.get("derived", [])  # header.Derivation
+        self._splits = about.splits
         self._folders = list(folders)
         self._open: dict[int, ByteWindow] = {}
         self._split_hashes: dict[str, str] = {}
         self._archive_paths: dict[int, Path] = {}
         self._names: mmap.mmap | None = None
-        self._lock = threading.Lock()  # a window serves one thread at a time
+        self._lock, self._pid = threading.Lock(), os.getpid()  # a window serves one thread at a time
 
     @classmethod
     def load(cls, path: str | Path, archives: str | Path | Sequence[str | Path] | None = None) -> "SampleIndex":
         """Memory-map the index at `path`. `archives`: folder(s) to find archives in when the recorded path is gone, by the end
-        of that path (train/000.tar before 000.tar). Raises ValueError when it is no index, of another version, cut or altered."""
+        of that path (train/000.tar before 000.tar). Raises ValueError when it is no index, of another version, cut or altered.
+
+        The arrays are compared with their SHA-256: below ONCE_BYTES at every load, else when their inode, size or times are not
+        those that verified.json beside them has kept since the last time (it is not kept on a disk that cannot be written)."""
         path = Path(path).absolute()
-        header = read_header(path)
+        header, about = read_header(path)
         folders = [Path(folder) for folder in ([archives] if isinstance(archives, (str, Path)) else archives or [])]
         for folder in folders:
             if not folder.is_dir():
                 raise ValueError(f"archives (={folder}) is not a folder; give the folder that holds the tar files")
-        for name, entry in header["files"].items():
-            file = path / entry["file"]
-            size = file.stat().st_size if file.is_file() else None
-            if size != entry["size"]:
-                raise ValueError(f"{name} (={file}) {'is missing' if size is None else f'has {size} bytes'} but the "
-                                 f"header says {entry['size']} bytes; build the index again")
-        file = path / header["files"]["samples"]["file"]
-        try:
-            samples = np.load(file, mmap_mode="r" if header["samples"] else None, allow_pickle=False)
-        except ValueError as error:
-            raise ValueError(f"samples (={file}) cannot be read ({error}); build the index again") from None
-        if samples.dtype != SAMPLE or samples.shape != (header["samples"],):
-            raise ValueError(f"samples (={file}) holds {samples.shape} of {samples.dtype}, not the "
-                             f"{header['samples']} samples of the header; build the index again")
-        return cls(path, header, samples, folders)
+        arrays = list(filter(None, (about.files.samples, about.files.names)))
+        stamps = {array.file: stamp(path / array.file, array.sha256) for array in arrays}
+        is_new = sum(array.size for array in arrays) < ONCE_BYTES or stamps != recalled(path / VERIFIED)
+        for array in arrays:
+            if is_new and (problem := difference(path / array.file, vars(array))):
+                raise ValueError(f"array (={path / array.file}) of the index {problem}; build the index again")
+        samples = _mapped(path / about.files.samples.file, about)
+        if is_new:
+            _check_rows(samples, about, path / about.files.samples.file)
+            if sum(array.size for array in arrays) >= ONCE_BYTES:
+                remember(path / VERIFIED, stamps)
+        return cls(path, header, about, samples, folders)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -155,8 +100,7 @@ class SampleIndex:
     @property
     def name_bytes(self) -> bytes | None:
         """names.bin, or None when no archive is a folder."""
-        names = self.header["files"].get("names")
-        return (self.path / names["file"]).read_bytes() if names else None
+        return (self.path / self.files.names.file).read_bytes() if self.files.names else None
 
     def __reduce__(self) -> tuple[Any, ...]:  # to another process go the paths, not the rows
         return SampleIndex.load, (self.path, self._folders)
@@ -165,8 +109,8 @@ class SampleIndex:
         """The rows of a split, excluded ones included. Raises ValueError naming the splits there are."""
         if split not in self.split_names:
             raise ValueError(f"split (={split}) is not in the index {self.path}; it has {', '.join(self.split_names)}")
-        entry = self.header["splits"][self.split_names.index(split)]
-        return slice(entry["first"], entry["first"] + entry["count"])
+        entry = self._splits[self.split_names.index(split)]
+        return slice(entry.first, entry.first + entry.count)
 
     def ids(self, split: str) -> np.ndarray:
         """Sample ids of a split that are not excluded: (N,) int64, ascending."""
@@ -198,7 +142,7 @@ class SampleIndex:
         if self.archives[position].is_folder:
             return self._folder_name(int(row["offset"]))
         header = int(row["offset"]) - BLOCK * int(row["header_blocks"])
-        with self._lock:
+        with self._lock_here():
             name = read_member(self._window(position), header).name
         return f"{self.classes[row['label']].wnid}/{name}" if self.archives[position].nested else name
 
@@ -250,7 +194,7 @@ class SampleIndex:
         raise ValueError(f"archive (={archive.path}) is not there"
                          f"{''.join(f', nor in {folder}' for folder in self._folders)}"
                          f"{''.join(f' ({path} has another size or content)' for path in others)}; "
-                         f"name the folder that holds it with --archives")
+                         "name the folder that holds it with --archives (in training: --machine.archives), or mount its disk")
 
     def _is_archive(self, position: int, path: Path) -> bool:
         """Whether `path` is the archive that was indexed: a tar by size and fingerprint, a folder by two of its files."""
@@ -264,30 +208,72 @@ class SampleIndex:
             return False
 
     def read(self, id: int) -> bytes:
-        """The bytes of one image, by a plain read. Raises ValueError when they are not there."""
+        """The bytes of one image, by a plain read. Raises DamagedBytes when they are not as many as were indexed; OSError and
+        other ValueErrors when they cannot be read now, which says nothing about them."""
         row = self.row(id)
         position, size = int(row["archive"]), int(row["size"])
         if self.archives[position].is_folder:
-            try:
-                data = self.file_path(id).read_bytes()
-            except OSError as error:
-                raise ValueError(f"file (={error.filename}) of sample {id} cannot be read ({error.strerror}); restore it, or "
-                                 f"leave it out with verify --full --exclude") from None
-        else:
-            with self._lock:
-                data = self._window(position).at(int(row["offset"]), size)
+            data = self.file_path(id).read_bytes()
+            if len(data) != size:
+                raise DamagedBytes(f"file (={self.file_path(id)}) of sample {id} has {len(data)} bytes, the index says {size}; "
+                                   "run verify")
+            return data
+        with self._lock_here():
+            data = self._window(position).at(int(row["offset"]), size)
         if len(data) != size:
-            raise ValueError(f"sample (={id}) of {self.archives[position].path} has {len(data)} bytes, the index says "
-                             f"{size}; run verify")
+            raise ValueError(f"archive (={self.archive_path(position)}) was cut while it was read, within sample {id}; restore "
+                             "it")
         return data
 
+    def _lock_here(self) -> threading.Lock:
+        """The lock of the open archives. In a forked process both are made anew: a thread it does not have may hold the lock."""
+        if self._pid != os.getpid():
+            self._pid, self._lock, self._open = os.getpid(), threading.Lock(), {}
+        return self._lock
+
     def _window(self, position: int) -> ByteWindow:
-        if position not in self._open:
-            self._open[position] = ByteWindow(self.archive_path(position), window=4096)
-        return self._open[position]
+        """The archive, opened; the lock is held. Of many shards the last ones stay open."""
+        window = self._open.pop(position, None) or ByteWindow(self.archive_path(position), window=4096)
+        if len(self._open) >= _OPEN:
+            self._open.pop(next(iter(self._open))).close()
+        self._open[position] = window
+        return window
 
     def _folder_name(self, offset: int) -> str:
         if self._names is None:
-            with open(self.path / self.header["files"]["names"]["file"], "rb") as file:
+            assert self.files.names is not None  # see _check_rows
+            with open(self.path / self.files.names.file, "rb") as file:
                 self._names = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return os.fsdecode(self._names[offset:self._names.find(b"\0", offset)])
+
+
+def _mapped(file: Path, about: Header) -> np.ndarray:
+    """samples.npy as a read-only memory map. Raises ValueError when it is not that of the header."""
+    try:
+        samples: np.ndarray = np.load(file, mmap_mode="r" if about.samples else None, allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # NumPy evaluates its header as a Python literal
+        raise ValueError(f"samples (={file}) cannot be read ({error}); build the index again") from None
+    if samples.dtype != SAMPLE or samples.shape != (about.samples,):
+        raise ValueError(f"samples (={file}) holds {samples.shape} of {samples.dtype}, not the {about.samples} samples of the "
+                         "header; build the index again")
+    return samples
+
+
+def _check_rows(samples: np.ndarray, about: Header, file: Path) -> None:
+    """Raise ValueError when a row points at a class, archive, split, name … that is not there."""
+    stops = {"archive": len(about.archives), "label": len(about.classes), "format": len(FORMATS), "reason": len(REASONS)}
+    is_folder = np.array([archive.is_folder for archive in about.archives], bool)
+    name_bytes = about.files.names.size if about.files.names else 0
+    for code, split in enumerate(about.splits):
+        for first in range(split.first, split.first + split.count, _CHECKED):
+            rows = samples[first:min(first + _CHECKED, split.first + split.count)]
+            wrong = [name for name, stop in stops.items() if rows[name].max() >= stop or int(rows[name].min()) < -1]
+            if (rows["split"] != code).any() or int((rows["excluded"] != 0).sum()) > split.excluded:
+                wrong.append("split")
+            if not wrong and is_folder.any() and (rows["offset"][is_folder[rows["archive"]]] >= name_bytes).any():
+                wrong.append("name")
+            if wrong:
+                raise ValueError(f"samples (={file}) hold a {wrong[0]} from row {first} on that is not in the index; build the "
+                                 "index again")

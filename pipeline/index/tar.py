@@ -61,9 +61,13 @@ class ByteWindow(AbstractContextManager["ByteWindow"]):
 
     def _read(self, offset: int, count: int) -> bytes:
         parts = []
-        while count > 0 and (part := os.pread(self._file, count, offset)):  # one pread returns at most 2 GiB
-            parts.append(part)
-            offset, count = offset + len(part), count - len(part)
+        try:
+            while count > 0 and (part := os.pread(self._file, count, offset)):  # one pread returns at most 2 GiB
+                parts.append(part)
+                offset, count = offset + len(part), count - len(part)
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """Checks archives against an index: quick (a sample of rows) or full (every header and CRC-32).
 
-A `Finding` names what is damaged; `exclude` marks such samples excluded in the index. `pipeline.decoding.scrub` decodes every
-image besides.
+A `Finding` names what is damaged; `exclude` marks such samples excluded in the index. Only bytes that were read are damaged: what
+cannot be opened or read now is an error, which ends the check. `pipeline.decoding.scrub` decodes every image besides.
 """
 import contextlib
 import zlib
@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.files import difference
 from pipeline.index.folders import folder_archive, list_folder
 from pipeline.index.image_header import FORMAT_CODE, probe
-from pipeline.index.sample_index import REASONS, SampleIndex
+from pipeline.index.sample_index import REASONS, DamagedBytes, SampleIndex
 from pipeline.index.tar import BLOCK, ArchiveError, ByteWindow, fingerprint, read_member
 from pipeline.index.writer import mark_excluded
 from pipeline.process_pool import Progress, in_processes
@@ -30,12 +29,9 @@ class Finding(NamedTuple):
 
 
 def check_files(index: SampleIndex) -> list[Finding]:
-    """The index's arrays against their SHA-256, and every archive's size and fingerprint. Raises ValueError when an
-    archive is not there."""
+    """Every archive's size and fingerprint (the index's arrays were compared when it was loaded). Raises ValueError when an
+    archive is not there, OSError."""
     findings = []
-    for entry in index.header["files"].values():
-        if difference(index.path / entry["file"], entry):
-            findings.append(Finding(None, str(index.path / entry["file"]), "differs from its SHA-256; build it again"))
     for position, archive in enumerate(index.archives):
         path = index.find_archive(position)
         if archive.is_folder:
@@ -79,11 +75,11 @@ def full(index: SampleIndex, jobs: int, progress: Progress = Progress()) -> list
 def exclude(index: SampleIndex, findings: Sequence[Finding]) -> int:
     """Mark the samples found damaged excluded, atomically. Returns how many were not excluded before.
 
-    Raises ValueError when a tar or the index itself differs: that would throw away good samples. A folder of images always
-    differs when one of its files does.
+    Raises ValueError when a tar differs, before or after the check: that would throw away good samples. A folder of images always
+    differs when one of its files does. Raises OSError when by now an archive cannot be read.
     """
-    folders = {str(archive.path) for archive in index.archives if archive.is_folder}
-    for finding in findings:
+    folders = {str(index.find_archive(position)) for position, archive in enumerate(index.archives) if archive.is_folder}
+    for finding in (*findings, *check_files(index)):
         if finding.id is None and finding.name not in folders:
             raise ValueError(f"{finding.name} {finding.problem}, so nothing was excluded; restore it first, or build the "
                              f"index again")
@@ -128,7 +124,7 @@ def _check_row(index: SampleIndex, id: int, source: ByteWindow | None, crc: bool
     size = int(row["size"])
     try:
         if source is None:
-            data = index.file_path(id).read_bytes()
+            data = index.read(id)
         else:
             member = read_member(source, int(row["offset"]) - BLOCK * int(row["header_blocks"]))
             if (member.offset, member.size) != (int(row["offset"]), size):
@@ -136,10 +132,16 @@ def _check_row(index: SampleIndex, id: int, source: ByteWindow | None, crc: bool
             data = source.at(member.offset, size)
     except ArchiveError as error:
         return f"its tar header is damaged: {error}"
-    except OSError as error:
-        return f"cannot be read: {error}"
+    except DamagedBytes as error:
+        return str(error)
     if len(data) != size:
         return f"has {len(data)} bytes, the index says {size}"
+    return check_bytes(index, id, data, crc)
+
+
+def check_bytes(index: SampleIndex, id: int, data: bytes, crc: bool) -> str:
+    """What is wrong with the bytes of a sample, by its CRC-32 (if `crc`) and its header; "" when nothing is."""
+    row = index.samples[id]
     if crc and zlib.crc32(data) != row["crc32"]:
         return f"has CRC-32 {zlib.crc32(data):08x}, the index says {row['crc32']:08x}"
     info = probe(data, True)

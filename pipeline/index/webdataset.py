@@ -9,7 +9,8 @@ from pathlib import Path
 from pipeline.index.builder import Builder
 from pipeline.index.folders import SPLIT_NAMES
 from pipeline.index.image_header import is_image_name
-from pipeline.index.sample_index import REASONS, ClassInfo
+from pipeline.index.header import ClassInfo
+from pipeline.index.sample_index import REASONS
 from pipeline.index.scan import Oddity, Part, joined, scan_members
 from pipeline.index.tar import ArchiveError, Member, open_tar, walk
 

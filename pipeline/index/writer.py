@@ -4,6 +4,7 @@ A new index is a folder that appears in one rename. When the folder exists alrea
 arrays go beside the old ones under new names and `index.json` is replaced last: a reader sees the old index or the new one.
 Other files in the folder (statistics, packed shards) stay.
 """
+import contextlib
 import hashlib
 import io
 import json
@@ -16,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.files import atomic_folder, atomic_write, remove_dead
-from pipeline.index.sample_index import (MAGIC, REASONS, SAMPLE, VERSION, Archive, ClassInfo, SampleIndex, content_sha256,
-                                         read_header)
+from pipeline.files import atomic_folder, atomic_write, locked_folder, remove_dead
+from pipeline.index.header import ARRAY_NAME, MAGIC, VERSION, Archive, ClassInfo, content_sha256, read_header
+from pipeline.index.sample_index import REASONS, SAMPLE, SampleIndex
 
 
 def check_output(out: Path, force: bool) -> None:
@@ -63,11 +64,13 @@ def write_index(out: str | Path, samples: np.ndarray, *, classes: Sequence[Class
         header["derived"] = list(derived)
     if packed is not None:
         header["packed"] = packed
-    return _publish(out, header, samples, names, is_packed=packed is not None)
+    with locked_folder(out) if out.exists() else contextlib.nullcontext():
+        return _publish(out, header, samples, names, is_packed=packed is not None)
 
 
 def mark_excluded(index: SampleIndex, damaged: dict[int, tuple[str, str]]) -> str:
-    """Mark samples (id → name, what is wrong) excluded, in place and atomically; returns the new SHA-256."""
+    """Mark samples (id → name, what is wrong) excluded, in place and atomically; returns the new SHA-256. Raises RuntimeError
+    when another process has changed the index since it was loaded."""
     samples = np.array(index.samples)
     ids = sorted(id for id in damaged if not samples["excluded"][id])
     samples["excluded"][ids], samples["reason"][ids] = 1, REASONS.index("damaged")
@@ -75,7 +78,11 @@ def mark_excluded(index: SampleIndex, damaged: dict[int, tuple[str, str]]) -> st
     oddities += [{"name": damaged[id][0], "split": index.split_names[samples["split"][id]],
                   "reason": f"damaged: {damaged[id][1]}", "kept": False, "id": id} for id in ids]
     header = {**index.header, "splits": _splits(samples, index.split_names), "reasons": _reasons(samples), "oddities": oddities}
-    return _publish(index.path, header, samples, index.name_bytes)
+    with locked_folder(index.path):
+        if read_header(index.path)[0]["sha256"] != index.sha256:
+            raise RuntimeError(f"index (={index.path}) was changed by another process meanwhile, so nothing was excluded; run "
+                               "the same command again")
+        return _publish(index.path, header, samples, index.name_bytes)
 
 
 def _splits(samples: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -128,10 +135,5 @@ def _publish(out: Path, header: dict[str, Any], samples: np.ndarray, names: byte
 
 
 def _array_files(out: Path) -> list[str]:
-    """Names of the array files of the index at `out`, damaged or not; empty when there is none."""
-    if not out.exists():
-        return []
-    try:
-        return [entry["file"] for entry in read_header(out)["files"].values()]
-    except ValueError:  # damaged: replace whatever arrays lie there
-        return [file.name for file in out.iterdir() if file.name.startswith(("samples.", "names."))]
+    """Names of the array files that lie in the index folder `out`, those of a damaged index too; empty when there is none."""
+    return [file.name for file in out.iterdir() if ARRAY_NAME.fullmatch(file.name)] if out.exists() else []

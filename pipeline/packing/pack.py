@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.files import atomic_write, is_temporary, remove_dead
-from pipeline.index.sample_index import FORMATS, REASONS, Archive, SampleIndex
+from pipeline.index.header import Archive
+from pipeline.index.sample_index import FORMATS, REASONS, SampleIndex
 from pipeline.index.tar import BLOCK, fingerprint
 from pipeline.index.writer import write_index
 from pipeline.packing.plan import PackOptions, Piece, Plan, order, pieces

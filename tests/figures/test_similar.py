@@ -14,7 +14,8 @@ from matplotlib.text import Text
 from PIL import Image
 
 from pipeline.files import with_own_hash
-from pipeline.index.sample_index import ClassInfo, SampleIndex
+from pipeline.index.header import ClassInfo
+from pipeline.index.sample_index import SampleIndex
 from pipeline.index.writer import mark_excluded
 from pipeline.tiers import eval_loader
 from tests.conftest import TinySet

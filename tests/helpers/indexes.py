@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.index.sample_index import SampleIndex, content_sha256
+from pipeline.files import file_sha256
+from pipeline.index.header import content_sha256
+from pipeline.index.sample_index import SampleIndex
 from tests.helpers.small_set import encode, picture
 from tests.helpers.tars import block, save, tar_bytes
 from tools.build_index import main
@@ -80,6 +82,18 @@ def contents(index: SampleIndex, split: str) -> dict[str, tuple[str, bytes]]:
         assert Image.open(io.BytesIO(data)).size == (row["width"], row["height"])
         found[index.name(id)] = (index.classes[row["label"]].wnid if row["label"] >= 0 else "", data)
     return found
+
+
+def with_rows(index: SampleIndex, samples: np.ndarray) -> SampleIndex:
+    """The index with other rows in its array file, with the right hashes; loaded."""
+    np.save(index.path / "samples.npy", samples)
+    altered(index.path, {"files": {**index.header["files"], **file_entry(index.path / "samples.npy")}})
+    return SampleIndex.load(index.path)
+
+
+def file_entry(path: Path) -> dict[str, dict[str, object]]:
+    """A header's entry for samples.npy."""
+    return {"samples": {"file": path.name, "size": path.stat().st_size, "sha256": file_sha256(path)}}
 
 
 def altered(folder: Path, change: dict[str, object], resign: bool = True) -> None:

@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image
 
 from pipeline.index.tar import fingerprint
-from pipeline.index.sample_index import FORMATS, SAMPLE, Archive, ClassInfo, SampleIndex, content_sha256
+from pipeline.index.header import Archive, ClassInfo, content_sha256
+from pipeline.index.sample_index import FORMATS, SAMPLE, SampleIndex
 from pipeline.index.writer import write_index
 
 

@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 
 from pipeline.index.tar import fingerprint
-from pipeline.index.sample_index import FORMATS, SAMPLE, Archive, ClassInfo, SampleIndex
+from pipeline.index.header import Archive, ClassInfo
+from pipeline.index.sample_index import FORMATS, SAMPLE, SampleIndex
 from pipeline.index.writer import write_index
 
 SIZES = [(64, 64), (90, 120), (120, 90), (333, 250), (250, 500), (41, 77), (600, 401), (256, 256), (300, 257), (96, 500)]

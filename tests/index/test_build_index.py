@@ -121,8 +121,8 @@ def test_a_folder_that_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         SampleIndex.load(index.path, tmp_path / "two").file_path(1)
     os.remove(tmp_path / "moved/set/cat/1.jpg")
     assert main(["cat", str(index.path), "1", "--archives", str(tmp_path / "moved")]) == 2
-    assert (f"error: file (={tmp_path}/moved/set/cat/1.jpg) of sample 1 cannot be read (No such file or directory); "
-            "restore it") in capsys.readouterr().err
+    assert (f"error: file (={tmp_path}/moved/set/cat/1.jpg) is not there; correct the name, restore it, or mount"
+            in capsys.readouterr().err)
 
 
 def test_fall2011(tmp_path: Path) -> None:

@@ -1,16 +1,21 @@
 """The index on disk: whole or not at all, checked on load, found again after a move."""
+import gc
 import os
 import pickle
 import re
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipeline.index.sample_index import REASONS, SAMPLE, Archive, ClassInfo, SampleIndex
+from pipeline.files import difference
+from pipeline.index.header import Archive, ClassInfo
+from pipeline.index.sample_index import REASONS, SAMPLE, SampleIndex
 from pipeline.index.tar import fingerprint, open_tar, walk
 from pipeline.index.writer import check_output, mark_excluded, write_index
-from tests.helpers.indexes import altered
+from tests.helpers.indexes import altered, file_entry, with_rows
 from tests.helpers.tars import save, tar_bytes
 
 FILES = {"n1/a.JPEG": b"aaa", "n2/b.JPEG": b"bbbb", "x/" * 80 + "c.JPEG": b"c" * 600, "d.JPEG": b"dd"}
@@ -142,7 +147,7 @@ def test_load_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"index version \(=99\) of .* is not 1, the one this code reads; build"):
         SampleIndex.load(index.path)
     altered(index.path, {"version": 1, "samples": 5})
-    with pytest.raises(ValueError, match=r"samples \(=.*samples.npy\) holds \(4,\) .*not the 5 samples of the header"):
+    with pytest.raises(ValueError, match=r"splits \(=train, val of 4 samples\) must be those of the 5 samples, each once"):
         SampleIndex.load(index.path)
     altered(index.path, {"samples": 4})
     SampleIndex.load(index.path)
@@ -156,19 +161,131 @@ def test_damaged_arrays(tmp_path: Path) -> None:
     file = index.path / "samples.npy"
     data = file.read_bytes()
     file.write_bytes(data[:-40])
-    with pytest.raises(ValueError, match=r"samples \(=.*samples.npy\) has \d+ bytes but the header says \d+ bytes; "
-                                         "build the index again"):
+    with pytest.raises(ValueError, match=r"array \(=.*samples.npy\) of the index has \d+ bytes, was written with \d+; build the"):
         SampleIndex.load(index.path)
     file.write_bytes(bytes(len(data)))
+    with pytest.raises(ValueError, match=r"array \(=.*samples.npy\) of the index has SHA-256 .*, was written with .*; build the"):
+        SampleIndex.load(index.path)
+    altered(index.path, {"files": file_entry(file)})
     with pytest.raises(ValueError, match=r"samples \(=.*samples.npy\) cannot be read \(.*\); build the index again"):
         SampleIndex.load(index.path)
     file.unlink()
-    with pytest.raises(ValueError, match=r"samples \(=.*samples.npy\) is missing but the header says"):
+    with pytest.raises(ValueError, match=r"array \(=.*samples.npy\) of the index is missing; build the index again"):
         SampleIndex.load(index.path)
     np.save(file, np.array([{"an": "object"}]), allow_pickle=True)  # a pickle is never loaded
-    altered(index.path, {"files": {"samples": {"file": "samples.npy", "size": file.stat().st_size, "sha256": ""}}})
+    altered(index.path, {"files": file_entry(file)})
     with pytest.raises(ValueError, match="cannot be read .*Python objects"):
         SampleIndex.load(index.path)
+
+
+def test_a_large_index_is_hashed_again_when_it_was_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """verified.json keeps inode, size and times of large arrays: any write changes them, also one that sets the times back."""
+    index = write(tmp_path)
+    file = index.path / "samples.npy"
+    hashed: list[str] = []
+    monkeypatch.setattr("pipeline.index.sample_index.difference",
+                        lambda path, entry: hashed.append(path.name) or difference(path, entry))
+    for _ in range(2):
+        SampleIndex.load(index.path)
+    assert len(hashed) == 2 and not (index.path / "verified.json").exists()  # a small one: always
+    monkeypatch.setattr("pipeline.index.sample_index.ONCE_BYTES", 1)
+    SampleIndex.load(index.path)
+    assert not (index.path / "verified.json").exists()  # just written: a second write may leave the times as they are
+    time.sleep(2.1)
+    hashed.clear()
+    for _ in range(3):
+        SampleIndex.load(index.path)
+    assert hashed == ["samples.npy"]
+    (index.path / "verified.json").write_text("[")
+    SampleIndex.load(index.path)
+    assert len(hashed) == 2
+    before = file.stat()
+    data = bytearray(file.read_bytes())
+    data[-30] ^= 1
+    with open(file, "r+b") as stream:
+        stream.write(data)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(ValueError, match="of the index has SHA-256"):
+        SampleIndex.load(index.path)
+
+
+@pytest.mark.parametrize(("field", "row", "value", "words"), [
+    ("label", 1, 2, "label"), ("label", 0, -2, "label"), ("archive", 3, 1, "archive"), ("format", 0, 99, "format"),
+    ("reason", 2, 200, "reason"), ("split", 3, 0, "split"), ("excluded", 0, 1, "split")])
+def test_rows_point_at_what_is_there(tmp_path: Path, field: str, row: int, value: int, words: str) -> None:
+    """Wrong values with right hashes."""
+    index = write(tmp_path)
+    rows = np.array(index.samples)
+    rows[field][row] = value
+    with pytest.raises(ValueError, match=rf"samples \(=.*samples.npy\) hold a {words} from row \d+ on that is not in the index"):
+        with_rows(index, rows)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"files": {}}, "header.files (without samples) must have it"), ({"classes": None}, "header.classes (=None) must be a list"),
+    ({"samples": -5}, "header.samples (=-5) must be a number from 0 up"), ({"splits": [{"name": "train"}]}, "without first"),
+    ({"archives": {}}, "header.archives (={}) must be a list"), ({"crc32": "no"}, "header.crc32 (='no') must be true or false"),
+    ({"oddities": [{"id": 9, "name": "b", "split": "train", "reason": "", "kept": True}]}, "must be of a split and a sample"),
+    ({"packed": {"square_px": "76"}}, "header.packed.square_px (='76') must be a whole number"),
+    ({"derived": [3]}, "header.derived[0] (=3) must be an object"), ({"reasons": {"grey": 1.5}}, "must be a whole number")])
+def test_headers_of_wrong_types_with_a_right_hash(tmp_path: Path, change: dict[str, object], words: str) -> None:
+    index = write(tmp_path)
+    altered(index.path, change)
+    with pytest.raises(ValueError) as error:
+        SampleIndex.load(index.path)
+    assert words in str(error.value) and "is none that build_index.py writes: " in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["../precious.npy", "/precious.npy", "precious.npy", "stats.npz", "samples.npy/../x"])
+def test_a_crafted_header_cannot_name_other_files(tmp_path: Path, name: str) -> None:
+    """Neither is such a file read, nor do --force and --exclude remove it."""
+    index = write(tmp_path)
+    precious = [save(tmp_path / "precious.npy", b"mine"), save(index.path / "precious.npy", b"mine"),
+                save(index.path / "stats.npz", b"")]
+    altered(index.path, {"files": {"samples": {**index.header["files"]["samples"], "file": name}}})
+    with pytest.raises(ValueError, match=r"files.samples.file \(=.*\) must be samples.npy or names.bin, bare"):
+        SampleIndex.load(index.path)
+    with pytest.raises(ValueError, match="must be samples.npy or names.bin, bare"):
+        mark_excluded(index, {1: ("b", "does not decode")})
+    write(tmp_path, force=True)
+    assert all(path.exists() for path in precious)
+
+
+def test_exclusions_of_two_processes_are_not_lost(tmp_path: Path) -> None:
+    index = write(tmp_path)
+    mark_excluded(index, {1: ("b", "does not decode")})
+    with pytest.raises(RuntimeError, match="was changed by another process meanwhile, so nothing was excluded; run the same"):
+        mark_excluded(index, {0: ("a", "does not decode")})
+    assert SampleIndex.load(index.path).ids("train").tolist() == [0, 2]
+
+
+def test_more_shards_than_files_that_may_be_open(tmp_path: Path) -> None:
+    """Read by one process that may have 80 files open; and nothing stays open when the index is gone."""
+    paths = [save(tmp_path / f"{i:03d}.tar", tar_bytes({"a.jpg": b"%03d" % i})) for i in range(200)]
+    rows = np.zeros(len(paths), SAMPLE)
+    rows["archive"], rows["offset"], rows["size"], rows["header_blocks"] = np.arange(len(paths)), 512, 3, 1
+    write_index(tmp_path / "index", rows, classes=[ClassInfo("n1", "")], splits=["train"], preset="webdataset", crc32=False,
+                archives=[Archive(path, path.stat().st_size, fingerprint(path), "tar") for path in paths])
+    index, before = SampleIndex.load(tmp_path / "index"), len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        assert [index.read(id) for id in range(200)] == [b"%03d" % id for id in range(200)]
+    assert len(os.listdir("/proc/self/fd")) - before <= 64
+    del index
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_an_index_works_in_a_forked_process(tmp_path: Path) -> None:
+    """Also when a thread, which the child does not have, holds the lock of its archives meanwhile."""
+    index = write(tmp_path)
+    index.read(0)
+    with index._lock_here():
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            os._exit(0 if index.read(1) == b"bbbb" and index.name(0) == "n1/a.JPEG" else 1)
+        assert os.waitpid(child, 0)[1] == 0
 
 
 def test_output_is_never_overwritten_by_accident(tmp_path: Path) -> None:

@@ -1,6 +1,10 @@
 """verify finds each damaged image, and only those; --exclude takes them out and nothing else."""
+import errno
 import json
 import os
+import resource
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +13,11 @@ import pytest
 from pipeline.index import verify
 from pipeline.index.sample_index import SampleIndex
 from pipeline.decoding.scrub import scrub
+from pipeline.stats import Stats
 from tests.helpers.small_set import encode, picture
 from tests.helpers.tars import save, tar_bytes
 from tools.build_index import main
+from tools.cli import ProgressBar
 
 COUNT = 150  # more than two batches of the scrub
 
@@ -137,8 +143,12 @@ def test_altered_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     rows = np.array(index.samples)
     rows["label"][3] = 1
     np.save(index.path / "samples.npy", rows)
-    assert main(["verify", str(index.path)]) == 1
-    assert "samples.npy differs from its SHA-256; build it again" in capsys.readouterr().out
+    for command in (["verify", str(index.path)], ["info", str(index.path)], ["cat", str(index.path), "0"]):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert "samples.npy) of the index has SHA-256" in error and error.endswith("; build the index again\n")
+    with pytest.raises(ValueError, match="of the index has SHA-256 .*; build the index again"):  # not: compute the statistics
+        Stats.for_index(SampleIndex.load(index.path), 76)
 
 
 def test_folder_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,29 +160,131 @@ def test_folder_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     data = bytearray((tmp_path / "tree/b/3.jpg").read_bytes())
     data[400] ^= 1
     save(tmp_path / "tree/b/3.jpg", data)
-    (tmp_path / "tree/a/2.jpg").unlink()
+    save(tmp_path / "tree/a/2.jpg", b"short")
     capsys.readouterr()
     assert main(["verify", str(tmp_path / "index"), "--full"]) == 1
     said = capsys.readouterr().out
-    assert "damaged: sample 1 (=a/2.jpg) cannot be read: " in said and "damaged: sample 4 (=b/3.jpg) has CRC-32" in said
+    assert "2.jpg) of sample 1 has 5 bytes, the index says " in said and "damaged: sample 4 (=b/3.jpg) has CRC-32" in said
     assert f"damaged: {tmp_path / 'tree'} has " in said
     assert json.loads((tmp_path / "index/index.json").read_text())["reasons"] == {}
+    assert main(["verify", str(tmp_path / "index"), "--full", "--exclude"]) == 0
+    assert "excluded 2 more samples" in capsys.readouterr().out
+    assert list(SampleIndex.load(tmp_path / "index").ids("train")) == [0, 2, 3, 5]
+
+
+def disturbed(monkeypatch: pytest.MonkeyPatch, disturb: Callable[[], None]) -> None:
+    """Let the first step of a check disturb what is being checked."""
+    class Disturbed(ProgressBar):
+        def advance(self, images: int, bytes: int) -> None:
+            if not done:
+                done.append(True)
+                disturb()
+
+    done: list[bool] = []
+    monkeypatch.setattr("tools.build_index.ProgressBar", Disturbed)
+
+
+def folder_of(tmp_path: Path, count: int) -> SampleIndex:
+    for number in range(count):
+        save(tmp_path / f"away/tree/{'ab'[number % 2]}/{number:03d}.jpg", encode(picture(number, 20, 30)))
+    assert main(["build", "classes", str(tmp_path / "away/tree"), "--out", str(tmp_path / "index")]) == 0
+    return SampleIndex.load(tmp_path / "index")
+
+
+@pytest.mark.parametrize("how", ["--full", "--scrub"])
+@pytest.mark.parametrize("fault", ["away", "file gone", "EMFILE", "EIO", "ESTALE", "EACCES"])
+def test_what_cannot_be_read_now_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                capsys: pytest.CaptureFixture[str], how: str, fault: str) -> None:
+    """In the midst of a check with --exclude: it ends with one line, and excludes nothing."""
+    monkeypatch.setattr(verify, "_CHUNK_BYTES", 20_000)  # several tasks
+    index = folder_of(tmp_path, COUNT)
+    open_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def disturb() -> None:
+        if fault == "away":
+            os.rename(tmp_path / "away", tmp_path / "back")
+        elif fault == "file gone":
+            os.remove(index.file_path(COUNT - 1))
+        elif fault == "EMFILE":
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, open_files[1]))
+        else:  # which no file system gives on demand
+            read = Path.read_bytes
+
+            def fails(path: Path) -> bytes:
+                if path.suffix == ".jpg":
+                    raise OSError(getattr(errno, fault), os.strerror(getattr(errno, fault)), str(path))
+                return read(path)
+
+            monkeypatch.setattr(Path, "read_bytes", fails)
+
+    disturbed(monkeypatch, disturb)
+    capsys.readouterr()
+    try:
+        code = main(["verify", str(index.path), how, "--exclude", "--jobs", "1"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, open_files)
+    said = capsys.readouterr()
+    assert code == 2 and "damaged" not in said.out and said.err.startswith("error: ") and said.err.count("\n") == 1
+    words = {"away": "is not there", "file gone": "is not there; correct the name, restore it", "EMFILE": "ulimit -n",
+             "EIO": "its disk reports an error (EIO)", "ESTALE": "(ESTALE)", "EACCES": "may not be read or written by this user"}
+    assert words[fault] in said.err
+    after = SampleIndex.load(index.path)
+    assert after.sha256 == index.sha256 and len(after.ids("train")) == COUNT
+
+
+def test_an_archive_that_changes_during_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    """Cut while it is read: its samples are not excluded."""
+    monkeypatch.setattr(verify, "_CHUNK_BYTES", 20_000)
+    for how in ("--full", "--scrub"):
+        index = build(tmp_path / how)
+        path = index.archive_path(0)
+        disturbed(monkeypatch, partial(os.truncate, path, 100_000))
+        capsys.readouterr()
+        assert main(["verify", str(index.path), how, "--exclude", "--jobs", "1"]) == 2
+        error = capsys.readouterr().err
+        assert "when it was indexed, so nothing was excluded" in error or "was cut while it was read" in error
+        assert SampleIndex.load(index.path).sha256 == index.sha256
 
 
 def test_a_folder_that_lost_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The advice of the error works, and what is counted is samples."""
-    for number in range(6):
-        save(tmp_path / f"tree/{'ab'[number % 2]}/{number}.jpg", encode(picture(number, 20, 30)))
-    (tmp_path / "tree/fish").mkdir()
-    assert main(["build", "classes", str(tmp_path / "tree"), "--out", str(tmp_path / "index")]) == 0
-    index = SampleIndex.load(tmp_path / "index")
-    assert [odd["reason"] for odd in index.header["oddities"]] == ["a folder without images"]
-    index.file_path(2).unlink()
+    """What is not there is not damaged: it is named, and not excluded."""
+    index = folder_of(tmp_path, 6)
+    path = index.file_path(2)
+    path.rename(tmp_path / "kept")
     capsys.readouterr()
-    assert main(["verify", str(index.path), "--full"]) == 1
-    assert "1 damaged of 6 samples, every CRC-32" in capsys.readouterr().out
+    for how in (["--full"], ["--full", "--exclude"], ["--scrub", "--exclude"]):
+        assert main(["verify", str(index.path), *how, "--jobs", "1"]) == 2
+        assert capsys.readouterr().err.endswith(f"error: file (={path}) is not there; correct the name, restore it, or mount the "
+                                                "disk it lies on\n")
+    (tmp_path / "kept").rename(path)
     assert main(["verify", str(index.path), "--full", "--exclude"]) == 0
-    assert "excluded 1 more samples" in capsys.readouterr().out
-    assert list(SampleIndex.load(index.path).ids("train")) == [0, 1, 3, 4, 5]
-    main(["verify", str(index.path), "--scrub"])
-    assert "0 damaged of 5 samples, every image decoded; 1 excluded before, not checked" in capsys.readouterr().out
+    assert len(SampleIndex.load(index.path).ids("train")) == 6
+
+
+def test_what_libjpeg_warns_of_is_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """DALI decodes these: a height larger than the data, bytes behind the data, a scan that ends early; indexed so, with their
+    CRC-32. A CMYK, a grey, a progressive one and one with sizes that TurboJPEG cannot name are healthy."""
+    whole = encode(picture(1, 60, 80))
+    taller = bytearray(whole)
+    taller[whole.index(b"\xff\xc0") + 6] += 40
+    odd = {3: bytes(taller), 70: whole[:-2] + b"rubbish" * 8 + whole[-2:], 71: whole[:-300] + whole[-2:]}
+    healthy = {8: encode(picture(2, 60, 80).convert("CMYK")), 9: encode(picture(3, 60, 80).convert("L")),
+               10: encode(picture(4, 60, 80), quality=80, progressive=True),
+               11: encode(picture(5, 60, 80).convert("CMYK"), quality=80, subsampling=0)}
+    index = build(tmp_path, odd | healthy)
+    capsys.readouterr()
+    assert main(["verify", str(index.path), "--scrub"]) == 1
+    found = capsys.readouterr().out
+    assert sorted(int(line.split()[2]) for line in found.splitlines() if line.startswith("damaged: sample")) == sorted(odd)
+    assert "premature end of data segment" in found and "extraneous bytes before marker 0xd9" in found
+
+
+def test_scrub_compares_checksums(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The advice of training after a CRC error leaves that image out, though it decodes."""
+    index = build(tmp_path)
+    flip(index, 99, 700)
+    capsys.readouterr()
+    assert main(["verify", str(index.path), "--scrub", "--exclude"]) == 0
+    assert "damaged: sample 99 (=dog/099.JPEG) has CRC-32" in capsys.readouterr().out
+    assert 99 not in SampleIndex.load(index.path).ids("train")

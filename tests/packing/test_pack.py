@@ -20,13 +20,15 @@ import simplejpeg
 from pipeline.packing import pack
 from pipeline.index.tar import open_tar, walk
 from pipeline.config import DataConfig, LoaderConfig
-from pipeline.index.sample_index import SampleIndex, content_sha256
+from pipeline.index.header import content_sha256
+from pipeline.index.sample_index import SampleIndex
 from pipeline.index.writer import mark_excluded
 from pipeline.packing.plan import PackOptions, order
 from pipeline.packing.shard import decoded, psnr, squared_error
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats, stats_path
 from pipeline.tiers import eval_loader
+from tests.helpers.indexes import with_rows
 from tests.helpers.small_set import encode, photographs, picture, write_set
 from tools import build_index
 from tools.pack_shards import main, topology
@@ -327,9 +329,9 @@ def test_whole_images(source: SampleIndex, tmp_path: Path) -> None:
 
 def test_images_without_a_label_have_no_cls(tmp_path: Path) -> None:
     index = write_set(tmp_path, photographs(4))
-    samples = np.load(index.path / "samples.npy")
+    samples = np.array(index.samples)
     samples["label"] = -1
-    np.save(index.path / "samples.npy", samples)
+    with_rows(index, samples)
     assert main([str(index.path), str(tmp_path / "out"), "--square-px", "32", "--jobs", "1"]) == 0
     with open_tar(tmp_path / "out" / "train-000000.tar") as tar:
         assert [Path(member.name).suffix for member in walk(tar)] == [".jpg"] * 4

@@ -17,7 +17,8 @@ import torch
 from model.alexnet import AlexNet
 from model.towers import tower_slice
 from pipeline.files import file_sha256
-from pipeline.index.sample_index import ClassInfo, SampleIndex
+from pipeline.index.header import ClassInfo
+from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.eval_loader import EvalLoader, square_loader
 from pipeline.stats import Stats
 from train import build

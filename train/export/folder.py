@@ -15,7 +15,7 @@ import torch
 
 from model.alexnet import AlexNet, canonical_shapes, parameter_count, shapes
 from pipeline.files import atomic_folder, remove_dead
-from pipeline.index.sample_index import ClassInfo
+from pipeline.index.header import ClassInfo
 from pipeline.stats import Stats
 from train.checkpoint import checkpoint
 from train.checkpoint.resolve import Resolved
