@@ -60,7 +60,7 @@ class LoaderConfig:
     Attributes:
         threads: DALI's worker threads; 0 means one per core this process may use.
         prefetch: batches DALI keeps ready, at least 1.
-        queue: finished batches that wait for the network, at least 1 (CPU only; on a GPU the device runs ahead by itself).
+        queue: finished batches that wait for the network, at least 1; those that wait on a GPU take its memory.
         read_threads: threads that fetch bytes from storage and check them; 0 reads in the caller's thread.
         check_crc: compare each file's bytes with the CRC-32 of the index (25 µs for 110 kB); finds flipped bits that
             decode to other pixels without an error.

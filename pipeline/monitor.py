@@ -148,9 +148,10 @@ class Monitor:
                     self.events.append(Event(name, threading.current_thread().name, start, end, step))
 
     @contextmanager
-    def waiting(self, step: int, stream: Any = None, *, swap: bool = False) -> Iterator[None]:
+    def waiting(self, step: int, stream: Any = None, *, swap: bool = False, on_device: str = "decode") -> Iterator[None]:
         """The consumer waits for batch `step`; or (`swap`) for what another process sends of it, which no stage is the cause of.
-        `stream`: its CUDA stream, on whose clock the waiting is measured, or None."""
+        `stream`: its CUDA stream, on whose clock the waiting is measured, or None; made there to wait for the batch in here, so
+        that what the host does not wait for is counted too, as the stage `on_device`."""
         self._settle()
         before, start = self.totals(), self.now()
         mark = None if stream is None else _mark(stream)
@@ -162,7 +163,7 @@ class Monitor:
         if mark is None:
             self._waits = self._waits.plus(wait)
         else:
-            self._pending.append((mark, _mark(stream), wait, "copy" if swap else "decode"))
+            self._pending.append((mark, _mark(stream), wait, "copy" if swap else on_device))
 
     @property
     def waits(self) -> Waits:

@@ -76,7 +76,7 @@ class EvalLoader(Loader):
         try:
             for number in itertools.count():
                 try:
-                    batch = self._next(prefetcher, number)
+                    batch = self.take(prefetcher, number)
                 except StopIteration:
                     return
                 yield batch

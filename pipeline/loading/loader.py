@@ -15,6 +15,7 @@ from pipeline.decoding.graph import DecodeSettings
 from pipeline.decoding.decoder import Decoder, Pixels
 from pipeline.decoding.normalize import Normalizer
 from pipeline.loading.batch import Batch, LoaderContext
+from pipeline.loading.device import SideStream
 from pipeline.loading.prefetch import Prefetcher, ahead_in_threads, one_ahead
 from pipeline.reading.quarantine import Policy, SampleError
 from pipeline.reading.source import Source
@@ -58,7 +59,7 @@ class DecodingChain(Chain):
     def __init__(self, context: LoaderContext, plan: Callable[[int], BatchPlan], source: Source, policy: Policy,
                  settings: DecodeSettings, mean_image: npt.NDArray[np.float32] | None = None, *, raw: bool = False,
                  convert: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
-        self.context, self.plan, self.source, self.settings, self.queue = context, plan, source, settings, context.queue
+        self.context, self.plan, self.source, self.settings, self.queue = context, plan, source, settings, context.machine.queue
         self.normalizer = partial(context.normalizer, settings.side_px, mean_image)
         if context.device_id is not None and not raw and convert is None:
             self.settings, self.stages = replace(settings, finish=context.finish(mean_image)), ("read", "decode")
@@ -150,15 +151,18 @@ class Pairs:
 
 
 class Loader(ABC):
-    """Batches of a chain. Close it, or use it in a `with`: its threads and buffers go when it is closed, or with the process,
-    not with the last reference."""
+    """Batches of a chain. Threads and decoders start with the first batch, not before: a CUDA graph must be captured while none
+    are at work (DALI, freeing memory, waits for the whole device), before that or after `close`. Close it, or use it in a `with`:
+    they go when it is closed, or with the process, not with the last reference."""
 
     def __init__(self, context: LoaderContext, chain: Chain) -> None:
         self.context, self.chain, self.monitor = context, chain, context.monitor
         self.index, self.split, self.data, self.machine = context.index, context.split, context.data, context.machine
         self.device, self.threads, self.labels, self.note = context.device, context.threads, context.labels, chain.note
         self.fill = chain.fill
-        self._prefetcher: Prefetcher[Batch] | None = None
+        self._prefetcher: Prefetcher[Any] | None = None
+        # Where nothing is made ahead, the consumer's own stream will do.
+        self._side = SideStream(self.device) if self.device.type == "cuda" and chain.queue else None
 
     def pairs(self) -> Pairs:
         return Pairs(self)
@@ -169,14 +173,20 @@ class Loader(ABC):
     @abstractmethod
     def __iter__(self) -> Iterator[Batch]: ...
 
-    def _start(self, steps: range) -> Prefetcher[Batch]:
-        self._prefetcher = Prefetcher(self.chain.batches(steps), self.chain.queue, self.monitor)
+    def _start(self, steps: range) -> Prefetcher[Any]:
+        self._prefetcher = self.ahead(self.chain.batches(steps))
         return self._prefetcher
 
-    def _next(self, prefetcher: Prefetcher[Batch], step: int) -> Batch:
+    def ahead(self, batches: Generator[Batch, None, None]) -> Prefetcher[Any]:
+        """What `take` takes batches from: made ahead of need by a thread, on a GPU on a stream of its own."""
+        return Prefetcher(batches if self._side is None else self._side.made(batches), self.chain.queue, self.monitor)
+
+    def take(self, prefetcher: Prefetcher[Any], step: int) -> Batch:
+        """The next batch, for this thread's current stream; the wait for it is counted as one for batch `step`."""
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        with self.monitor.waiting(step, stream):
-            return next(prefetcher)
+        with self.monitor.waiting(step, stream, on_device=self.chain.stages[-1]):
+            made = next(prefetcher)
+            return made if self._side is None else self._side.take(made)  # type: ignore[no-any-return]
 
     def close(self) -> None:
         """Free threads and buffers. The loader can be used again; it starts where it was."""

@@ -41,7 +41,7 @@ class TrainLoader(Loader, Iterator[Batch]):
             raise StopIteration
         prefetcher = self._prefetcher or self._start(range(self.step, sys.maxsize))
         try:
-            batch = self._next(prefetcher, self.step)
+            batch = self.take(prefetcher, self.step)
         except BaseException:
             self.close()  # what was prefetched is lost; the next call starts again at the batch that failed
             raise

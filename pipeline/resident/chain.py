@@ -50,7 +50,7 @@ class ResidentChain(Chain):
         self.context, self.store, self.filler, self.note = context, store, filler, store.note
         self.normalizer = partial(context.normalizer, store.layout.crop_px, mean_image)
         # An exchange must not run ahead of the batches consumed: a rank that stops would leave the others waiting in it.
-        self.queue = 0 if store.exchanges else context.queue
+        self.queue = 0 if store.exchanges else context.machine.queue
 
     @abstractmethod
     def rows(self, step: int) -> Rows:

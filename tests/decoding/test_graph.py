@@ -1,17 +1,16 @@
 """The GPU's DALI graph, run with CPU operators: its pixels, and its arithmetic to the bit against Normalizer."""
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tests.helpers.decoded import pixels, read, unfinished
 from tests.helpers.small_set import encode, photographs, picture, write_set
 
 from pipeline.compute_stats import compute
 from pipeline.config import DataConfig, LoaderConfig
-from pipeline.decoding.dali import RegionPipeline
 from pipeline.decoding.graph import DecodeSettings, Finish
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.batch import LoaderContext
@@ -19,7 +18,6 @@ from pipeline.loading.loader import DecodingChain
 from pipeline.loading.train_loader import TrainLoader
 from pipeline.monitor import Monitor
 from pipeline.reading.quarantine import Quarantine
-from pipeline.sampling.augment import Augmentation
 from pipeline.sampling.batch_plan import BatchPlan, plan_squares
 from pipeline.stats import Stats
 from pipeline.tiers import train_loader
@@ -44,26 +42,10 @@ def stats(photos: SampleIndex) -> Stats:
     return compute(photos, "train", 76)
 
 
-def read(loader: TrainLoader) -> Iterator[BatchPlan]:
-    """The plans of an epoch with their bytes."""
-    assert isinstance(loader.chain, DecodingChain)
-    with closing(loader.chain.read(range(len(loader)))) as plans:
-        yield from plans
-
-
-def pixels(plans: list[BatchPlan], settings: DecodeSettings) -> list[torch.Tensor]:
-    with closing(RegionPipeline(iter(plans), settings)) as pipeline:
-        return [pipeline.collect() for _ in plans]
-
-
 def squares_of(index: SampleIndex) -> Iterator[BatchPlan]:
     for step, ids in enumerate(np.array_split(index.ids("train"), 3)):
         plan = plan_squares(index, DATA.square_px, step, ids)
         yield replace(plan, encoded=[np.frombuffer(index.read(int(id)), np.uint8) for id in ids])
-
-
-def unfinished(plan: BatchPlan) -> BatchPlan:
-    return replace(plan, augmentation=Augmentation.none(len(plan.ids)))
 
 
 @pytest.mark.parametrize("mean", ["image", "image_center", "channel"])

@@ -28,7 +28,7 @@ from pipeline.decoding.decoder import Decoder, Pixels
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.batch import Batch
 from pipeline.loading.loader import DecodingChain
-from pipeline.loading.prefetch import Prefetcher, ahead_in_threads
+from pipeline.loading.prefetch import ahead_in_threads
 from pipeline.loading.train_loader import TrainLoader
 from pipeline.monitor import Monitor
 from pipeline.resident.chain import ResidentChain
@@ -141,8 +141,9 @@ def _hand_over(loader: TrainLoader, closers: ExitStack) -> Workload:
         for step, ids, epochs in itertools.cycle(taken):
             yield loader.context.batch(step, ids, epochs, images)
 
-    prefetcher = closers.enter_context(closing(Prefetcher(produce(), loader.chain.queue, loader.monitor)))
-    return Workload("hand-over", (len(batch.ids) for batch in prefetcher), loader.machine.queue + 1)
+    prefetcher = closers.enter_context(closing(loader.ahead(produce())))
+    batches = (loader.take(prefetcher, step) for step in itertools.count())
+    return Workload("hand-over", (len(batch.ids) for batch in batches), loader.machine.queue + 1)
 
 
 def end_to_end(loader: TrainLoader, consume: Callable[[Batch], None] | None = None, name: str = "loader") -> Workload:

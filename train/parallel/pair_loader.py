@@ -117,10 +117,13 @@ class PairLoader(Iterator[Batch]):
         works = self._send_receive(ids_epochs, _IDS_TAG)
         if not self._exchange_images:
             return _Exchange(half, half.images, ids_epochs, works)
-        images = half.images.new_empty(2, *half.images.shape)
-        images[self._rank] = half.images
+        last = not half.images.is_contiguous()  # channels_last, which the pair's images keep
+        rows = half.images.permute(0, 2, 3, 1) if last else half.images
+        images = rows.new_empty(2, *rows.shape)
+        images[self._rank] = rows
         works += self._send_receive(images, _IMAGES_TAG)
-        return _Exchange(half, images.flatten(0, 1), ids_epochs, works)
+        pair = images.flatten(0, 1)
+        return _Exchange(half, pair.permute(0, 3, 1, 2) if last else pair, ids_epochs, works)
 
     def _send_receive(self, halves: torch.Tensor, tag: int) -> list[dist.Work]:
         """Send row `rank` of `halves` to the other process, and receive the other row from it."""
