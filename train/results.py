@@ -63,7 +63,7 @@ class ResultRing:
 
     def write(self, row: torch.Tensor, result: torch.Tensor, flags: Callable[[], Flags]) -> None:
         """Write this process's `result` of a step, (3,): its share of the mean loss, how many of its images are misclassified,
-        the norm of its gradient; into `row` (() float64) of the ring, summed over all processes, which call this together. No
+        the norm of its gradient; into `row` ((1,) float64) of the ring, summed over all processes, which call this together. No
         synchronisation of host and device. From the first result on that is not finite in any process, `frozen` is True."""
         result, first = result.double(), _ALONE + 2 * self._topology.global_rank
         total = torch.zeros_like(self._rows[0])
@@ -72,10 +72,10 @@ class ResultRing:
         total[first:first + 2] = result[::2]
         if not self._topology.is_single:
             asked = flags()
-            total[3:5] = self._topology.upload([asked.stop, asked.save_failed])
+            total[3:5].copy_(self._topology.pinned([asked.stop, asked.save_failed]), non_blocking=True)
             dist.all_reduce(total)
         self.frozen |= total[2] > 0
-        self._rows.index_copy_(0, row.long()[None], total[None])
+        self._rows.index_copy_(0, row.long(), total[None])
 
     def begun(self, step: int, lr: float, flags: Flags) -> None:
         """The device has been given this step. Its row is step modulo `steps`."""

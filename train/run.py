@@ -82,7 +82,7 @@ def train_and_test(request: CommandLine, topology: Topology) -> int:
                                     initial_weights=trainer.initial_weights)
         console.print(f"{folder}: {len(index.ids(config.data.train_split))} images of {len(index.classes)} classes, "
                       f"{config.train.epochs} epochs, {trainer.steps} steps of {config.train.batch}, on {topology.device}")
-        for message in filter(None, (weights, loader.note)):
+        for message in filter(None, (weights, loader.note, train_step.prepare())):
             console.print(message)
         if config.model.classes > len(index.classes):
             console.warn(f"model.classes (={config.model.classes}) is more than the {len(index.classes)} of the index; the "

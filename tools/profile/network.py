@@ -20,6 +20,7 @@ class NetworkStep:
         build.configure_torch(config, topology)
         self._config, self._topology, self._steps = config, topology, itertools.count()
         self._step = TrainStep(config, topology)
+        self._step.prepare()
 
     def __call__(self, batch: Batch) -> None:
         self._step(replace(batch, step=next(self._steps)), 0)

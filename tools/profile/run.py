@@ -44,6 +44,7 @@ def profile(args: argparse.Namespace, config: Config) -> tuple[Profile, Sequence
                               Stats.for_index(index, data.square_px, split), resident=data.resident, window=data.window,
                               lanes=data.lanes, store=config.machine.archives if config.in_bucket else "",
                               device_id=topology.device.index)
+        network = NetworkStep(config, topology) if args.model else None  # before DALI is there: it may be captured
         monitor = Monitor(trace=args.trace is not None, nvtx=args.nvtx)
         with ExitStack() as closers:
             loader = closers.enter_context(open_loader(machine=machine, monitor=monitor))
@@ -55,8 +56,7 @@ def profile(args: argparse.Namespace, config: Config) -> tuple[Profile, Sequence
             workloads = [*alone, *cut, stages.end_to_end(loader)]
             if cut:
                 workloads.append(host.workload(open_loader(machine=machine), closers))
-            if args.model:
-                network = NetworkStep(config, topology)
+            if network is not None:
                 workloads += [Workload("network", network.synthetic(), 2), stages.end_to_end(loader, network, "together")]
             elif args.need:
                 workloads.append(stages.end_to_end(loader, _Pace(args.need), "together"))

@@ -76,10 +76,10 @@ class Topology:
         group: dist.ProcessGroup = dist.new_subgroups_by_enumeration(nodes, timeout=self.timeout)[0]
         return group
 
-    def upload(self, values: Sequence[float]) -> torch.Tensor:
-        """Numbers as a tensor (N,) float64 on the device, without waiting for it."""
-        on_gpu = self.device.type == "cuda"  # torch keeps the pinned memory until the copy is done
-        return torch.tensor(values, dtype=torch.float64, pin_memory=on_gpu).to(self.device, non_blocking=True)
+    def pinned(self, values: Sequence[float]) -> torch.Tensor:
+        """Numbers as a tensor (N,) float64 on the CPU, from where a copy to the device makes nobody wait. (torch keeps its memory
+        until such a copy is done.)"""
+        return torch.tensor(values, dtype=torch.float64, pin_memory=self.device.type == "cuda")
 
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         """Sums over all processes, in float64."""
