@@ -6,6 +6,7 @@
 The learning rate is inside the velocity (paper §5). PyTorch's SGD has it outside; the two differ in the steps after a change of
 the rate, when the paper's velocity still carries the old one. Biases have no decay and a rate of their own (release: twice).
 """
+import importlib
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Optional
 
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from torch import nn
 
 from model.alexnet import AlexNet
+from model.config import Kernels
+from model.kernels import takes_triton
 from train.optimizer_config import LarsConfig, OptimizerConfig, ScheduleConfig
 
 
@@ -39,14 +42,19 @@ class Lars:
         return list(torch.where((weight > 0) & (grad > 0), factors, 1.0).to(weights[0].dtype).unbind())
 
 
+def _is_on_host(flag: torch.Tensor) -> bool:
+    """Whether its value is known here without synchronisation."""
+    return flag.is_cpu
+
+
 class PaperSGD(torch.optim.Optimizer):
     """SGD with momentum and weight decay as in paper §5. State per parameter: `velocity`, of its shape, initially zero.
     A group of `params` may override `weight_decay`, `lr_factor` (its rate is lr times that), `layerwise` (False: without `lars`)
-    and `layer` (the name of its rate in `Schedule.layer_rates`). A rate of 0 freezes a group."""
+    and `layer` (the name of its rate in `Schedule.layer_rates`). A rate of 0 freezes a group. `kernels`: see model/kernels."""
 
     def __init__(self, params: Iterable[Any], *, lr: float, momentum: float, weight_decay: float,
-                 lars: Optional[Lars] = None) -> None:
-        self.lars = lars
+                 lars: Optional[Lars] = None, kernels: Kernels = "torch") -> None:
+        self.lars, self.kernels = lars, kernels
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "lr_factor": 1.0,
                                   "layerwise": True, "layer": ""})
 
@@ -63,29 +71,36 @@ class PaperSGD(torch.optim.Optimizer):
         device = self.param_groups[0]["params"][0].device
         if rates is None:
             rates = torch.tensor(self.rates(), dtype=torch.float64, device=device)
+        triton = takes_triton(self.kernels, device)
         # A rate of 0 freezes a group: no weight moves, not even by its remaining velocity.
         holds = rates[::2] == 0 if frozen is None else (rates[::2] == 0) | frozen
         for group, (rate, decay), hold in zip(self.param_groups, rates.view(-1, 2), holds):
             params = [p for p in group["params"] if p.grad is not None]
-            velocities = [self.velocity(p) for p in params]
             if not params:
                 continue
-            if not hold.is_cpu:
-                before = [(v.clone(), p.detach().clone()) for v, p in zip(velocities, params)]
-            elif hold:
-                continue
-            self._update(group, params, velocities, rate.to(params[0].dtype), decay.to(params[0].dtype))
-            if not hold.is_cpu:  # the host does not know, so what must be held is put back
-                for velocity, parameter, kept in zip(velocities, params, before):
-                    torch.where(hold, kept[0], velocity, out=velocity)
-                    torch.where(hold, kept[1], parameter, out=parameter)
+            velocities, dtype = [self.velocity(p) for p in params], params[0].dtype
+            if triton and self._is_plain(group) and (sgd := importlib.import_module("model.kernels.sgd")).takes(params):
+                sgd.update(params, velocities, [p.grad for p in params], momentum=group["momentum"], rate=rate.to(dtype),
+                           decay=decay.to(dtype), hold=hold)
+            elif not _is_on_host(hold):  # what must be held is put back
+                changed = [*velocities, *params]
+                before = [tensor.clone() for tensor in changed]
+                self._update(group, params, velocities, rate.to(dtype), decay.to(dtype))
+                for tensor, kept in zip(changed, before):
+                    torch.where(hold, kept, tensor, out=tensor)
+            elif not hold:
+                self._update(group, params, velocities, rate.to(dtype), decay.to(dtype))
+
+    def _is_plain(self, group: dict[str, Any]) -> bool:
+        """Whether a group is updated without LARS."""
+        return self.lars is None or not group["layerwise"]
 
     def _update(self, group: dict[str, Any], params: list[torch.Tensor], velocities: list[torch.Tensor], rate: torch.Tensor,
                 decay: torch.Tensor) -> None:
         """v <- momentum v + decay w + rate g; w <- w + v. `rate`, `decay`: () tensors, negative."""
         grads = [parameter.grad for parameter in params]
         torch._foreach_mul_(velocities, group["momentum"])
-        if self.lars is None or not group["layerwise"]:
+        if self.lars is None or self._is_plain(group):
             if group["weight_decay"]:
                 torch._foreach_addcmul_(velocities, params, [decay] * len(params))
             torch._foreach_addcmul_(velocities, grads, [rate] * len(params))
@@ -123,7 +138,8 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig, layers: Collect
             group |= {"weight_decay": 0.0, "lr_factor": config.bias_lr_factor, "layerwise": False}
         group["params"].append(parameter)
     return PaperSGD([groups[key] for key in sorted(groups)], lr=config.lr, momentum=config.momentum,
-                    weight_decay=config.weight_decay, lars=lars)
+                    weight_decay=config.weight_decay, lars=lars,
+                    kernels=network.kernels if isinstance(network, AlexNet) else "torch")
 
 
 class Schedule:

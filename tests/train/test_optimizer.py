@@ -14,6 +14,7 @@ import torch.multiprocessing as multiprocessing
 from torch import nn
 from torch.nn import functional
 
+from tests.helpers.kernels import DEVICE, rounding  # noqa: F401 (a fixture)
 from tests.helpers.networks import small
 
 from model.alexnet import AlexNet
@@ -186,6 +187,33 @@ def test_lars_in_two_towers_equals_one(tmp_path: Path) -> None:
     for name, expected in trained(BOTH).items():
         # Sums in another order, 1e-16 a term; norms of the halves only would differ by a third.
         torch.testing.assert_close(torch.cat([half[name] for half in halves]), expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", ["put back", "put back, LARS", "triton"])
+def test_on_a_device_whose_flags_the_host_does_not_know(way: str, monkeypatch: pytest.MonkeyPatch,
+                                                        rounding: None) -> None:  # noqa: F811
+    """The same bits as on a CPU: while frozen, and a group at a rate of 0, nothing moves."""
+    results = []
+    for apart in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.randn(shape, generator=generator).to(DEVICE).requires_grad_() for shape in ((9, 5), (7,), (3, 2))]
+        optimizer = PaperSGD([{"params": params[:1]}, {"params": params[1:2], "weight_decay": 0.0, "layerwise": False},
+                              {"params": params[2:], "layer": "last"}], lr=0.1, momentum=0.9, weight_decay=0.05,
+                             lars=Lars(LarsConfig(0.1, 1e-8)) if "LARS" in way else None,
+                             kernels="triton" if apart and way == "triton" else "torch")
+        with monkeypatch.context() as patch:
+            if apart and way != "triton":
+                patch.setattr("train.optimizer._is_on_host", lambda flag: False)
+            for step in range(5):
+                set_lr(optimizer, 0.1 / (step + 1), {"last": float(step != 2)})
+                for parameter in params:
+                    parameter.grad = torch.randn(parameter.shape, generator=generator).to(DEVICE)
+                    if step == 3:
+                        parameter.grad.fill_(float("nan"))
+                optimizer.step(torch.tensor(optimizer.rates(), dtype=torch.float64, device=DEVICE),
+                               torch.tensor(step == 3, device=DEVICE))
+        results.append([tensor.detach() for p in params for tensor in (p, optimizer.velocity(p))])
+    assert all(torch.equal(one, other) and one.isfinite().all() for one, other in zip(*results, strict=True))
 
 
 # --- schedules

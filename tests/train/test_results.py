@@ -23,6 +23,7 @@ from tests.helpers.disturbed_run import signal_at
 from tests.helpers.recipes import write_recipe
 from tests.helpers.runs import here, lines, same, watch
 from tests.helpers.small_set import photographs, write_set
+from train import build
 from train.parallel.topology import Topology
 from train.recipe import parse
 from train.results import Flags, NotFinite, StepResult
@@ -48,13 +49,15 @@ def batches(count: int, device: str = "cpu") -> Iterator[Batch]:
         yield Batch(images.to(device), labels.to(device), np.arange(8), np.zeros(8, np.int64), step)
 
 
-def train(recipe: Path, sync_steps: int, spoilt: int = -1, *words: str) -> tuple[list[StepResult], str, dict[str, torch.Tensor]]:
+def train(recipe: Path, sync_steps: int, spoilt: int = -1, *words: str,
+          device: str = "cpu") -> tuple[list[StepResult], str, dict[str, torch.Tensor]]:
     """Results of 11 steps, of which the one number `spoilt` has an image of NaN; the error; weights and velocities at the end."""
-    step = TrainStep(parse(["--config", str(recipe), *MILESTONE, f"--machine.sync_steps={sync_steps}", *words]).config,
-                     Topology.single())
-    found: list[StepResult] = []
+    config = parse(["--config", str(recipe), *MILESTONE, f"--machine.sync_steps={sync_steps}", *words]).config
+    build.configure_torch(config, Topology.single(device))
+    step, found = TrainStep(config, Topology.single(device)), list[StepResult]()
+    step.prepare()
     try:
-        for batch in batches(11):
+        for batch in batches(11, device):
             if batch.step == spoilt:
                 batch.images[3, 0, 5, 5] = float("nan")
             step(batch, epoch=batch.step // 6)
@@ -66,6 +69,10 @@ def train(recipe: Path, sync_steps: int, spoilt: int = -1, *words: str) -> tuple
     return found, error, {name: tensor.clone() for name, tensor in step.tensors()[0].items()}
 
 
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
 @pytest.mark.parametrize("words", [(), ("--parallel.accumulate=3", "--optimizer.lars={trust: 0.01, epsilon: 1e-8}")],
                          ids=["plain", "accumulated, LARS"])
 def test_losses_and_weights_are_those_of_steps_read_at_once(recipe: Path, words: tuple[str, ...]) -> None:
@@ -73,8 +80,7 @@ def test_losses_and_weights_are_those_of_steps_read_at_once(recipe: Path, words:
     assert error == "" and [result.step for result in results] == list(range(11)) and len({r.loss for r in results}) == 11
     for sync_steps in (2, 4):
         later, error, others = train(recipe, sync_steps, -1, *words)
-        assert later == results and error == ""
-        assert all(torch.equal(others[name], tensor) for name, tensor in tensors.items())
+        assert later == results and error == "" and equal(tensors, others)
 
 
 @pytest.mark.parametrize("spoilt", [0, 4, 5, 6, 7, 10])
@@ -82,8 +88,7 @@ def test_what_is_not_finite_is_told_later_and_changes_no_weight(recipe: Path, sp
     results, error, tensors = train(recipe, 1, spoilt)
     assert error.startswith(f"loss (=nan) at step {spoilt} with learning rate") and len(results) == spoilt
     later, its_error, others = train(recipe, 4, spoilt)
-    assert later == results and its_error == error
-    assert all(torch.equal(others[name], tensor) for name, tensor in tensors.items())
+    assert later == results and its_error == error and equal(tensors, others)
     assert not any(tensor.isnan().any() for tensor in others.values())
 
 
@@ -162,3 +167,52 @@ def test_the_step_takes_nothing_from_the_device_and_is_the_same_at_every_step(re
             step(batch, epoch=batch.step // 2)
         found.append(operations.found)
     assert len(found[0]) > 100 and found[1] == found[2]  # in the first one velocities are made
+
+
+def test_a_step_is_captured_on_one_gpu_only(recipe: Path, tmp_path: Path) -> None:
+    _, err = here(recipe, tmp_path, "--machine.step=captured", code=2)
+    assert err == "error: machine.step (=captured) needs a single process with a GPU, not 1 on cpu; use auto\n"
+
+
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+class TestOnAGpu:
+    """What only a GPU shows: `pytest -m gpu`."""
+    pytestmark = GPU
+
+    @pytest.mark.parametrize("spoilt", [-1, 0, 5, 7])
+    @pytest.mark.parametrize("words", [(), ("--machine.precision=bf16", "--machine.channels_last=true"),
+                                       ("--optimizer.lars={trust: 0.01, epsilon: 1e-8}", "--parallel.accumulate=2"),
+                                       ("--machine.kernels=torch",)], ids=str)
+    def test_captured_and_eager_give_the_same_bits(self, recipe: Path, spoilt: int, words: tuple[str, ...]) -> None:
+        expected = train(recipe, 1, spoilt, "--machine.step=eager", *words, device="cuda")
+        assert ("at step" in expected[1]) == (spoilt >= 0) and len(expected[0]) == (spoilt if spoilt >= 0 else 11)
+        for how, sync_steps in (("eager", 4), ("captured", 1), ("captured", 4)):
+            found = train(recipe, sync_steps, spoilt, f"--machine.step={how}", *words, device="cuda")
+            assert found[:2] == expected[:2] and equal(found[2], expected[2]), (how, sync_steps)
+
+    @pytest.mark.parametrize("how", ["eager", "captured"])
+    def test_nothing_synchronises(self, recipe: Path, how: str) -> None:
+        config = parse(["--config", str(recipe), *MILESTONE, f"--machine.step={how}"]).config
+        step, given = TrainStep(config, Topology.single("cuda")), list(batches(11, "cuda"))
+        step.prepare()
+        step(given[0], 0)
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            for batch in given[1:]:
+                step(batch, batch.step // 6)
+                list(step.results(wait=False))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert [result.step for results in step.results() for result in results] == [8, 9, 10]
+
+    def test_stopped_and_resumed(self, recipe: Path, tmp_path: Path) -> None:
+        for name, how, stops in (("eager", "eager", ()), ("captured", "captured", ()), ("stopped", "captured", (2, 3, 7, 11))):
+            words = [*RUN, "--machine.device=cuda", f"--machine.name={name}", f"--machine.step={how}"]
+            for number, stop in enumerate(stops):
+                here(recipe, tmp_path, *words, f"--machine.stop_after={stop}", *["--resume"][:number], code=75)
+            out, _ = here(recipe, tmp_path, *words, *["--resume"][:len(stops)])
+            assert f"step: {how}" in out
+        same(tmp_path / "eager", tmp_path / "captured")
+        same(tmp_path / "eager", tmp_path / "stopped")
