@@ -15,15 +15,18 @@ from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.eval_loader import square_loader
 from pipeline.process_pool import Progress
 from pipeline.reading.quarantine import quarantine_budget
-from pipeline.stats import Stats, load_arrays, save_arrays, stats_path
+from pipeline.schema import Count
+from pipeline.stats import IdText, Stats, load_arrays, save_arrays, skipped_ids, stats_path
 
 
 def compute(index: SampleIndex, split: str, square_px: int, *, machine: LoaderConfig = LoaderConfig(), batch: int = 64,
-            device_id: int | None = None, progress: Progress = Progress(), save_s: float = 30.0) -> Stats:
+            device_id: int | None = None, progress: Progress = Progress(), save_s: float = 30.0,
+            out: Path | None = None) -> Stats:
     """Statistics of a split's central squares of side `square_px`, decoded `batch` images at a time.
 
     Unreadable samples are skipped and listed. The pass is saved every `save_s` seconds (``stats-<split>-<S>.partial.npz`` beside
-    the index), and resumes there. Raises RuntimeError when more are unreadable than `machine.quarantine_budget` permits, or all.
+    the index), and resumes there; `out`: a file to write the statistics to before that is removed. Raises RuntimeError when more
+    are unreadable than `machine.quarantine_budget` permits, or all.
     """
     sizes = index.samples["size"][index.ids(split)].astype(np.int64)
     partial = stats_path(index.path, square_px, split).with_suffix(".partial.npz")
@@ -51,8 +54,22 @@ def compute(index: SampleIndex, split: str, square_px: int, *, machine: LoaderCo
         sums.skipped |= loader.skipped
     if sums.count == 0:
         raise RuntimeError(f"split (={split}) of {index.path} must have a readable image; all {len(sums.skipped)} failed")
+    stats = sums.stats(index.split_sha256(split), split)
+    if out is not None:  # a full disk must not cost the pass
+        stats.save(out)
     partial.unlink(missing_ok=True)
-    return sums.stats(index.split_sha256(split), split)
+    return stats
+
+
+@dataclass(frozen=True)
+class _About:
+    """Schema of the values of a pass under way."""
+    index: str
+    split: str
+    batch: Count
+    count: Count
+    next_batch: Count
+    skipped: dict[IdText, str]
 
 
 @dataclass
@@ -77,10 +94,9 @@ class _Sums:
     def resume(cls, path: Path, expected: dict[str, object], square_px: int) -> "_Sums":
         """The pass as last saved, if it was one over the same samples in the same batches; else a new one."""
         if path.exists():
-            arrays, about = load_arrays(path)
-            if {key: about.get(key) for key in expected} == expected:
-                return cls(arrays["image"], arrays["product"], about["count"], about["next_batch"],
-                           {int(id): why for id, why in about["skipped"].items()})
+            arrays, about = load_arrays(path, _About)
+            if {key: vars(about)[key] for key in expected} == expected:
+                return cls(arrays["image"], arrays["product"], about.count, about.next_batch, skipped_ids(about.skipped))
         return cls(np.zeros((square_px, square_px, 3), np.int64), np.zeros((3, 3), np.int64), 0, 0, {})
 
     def stats(self, index: str, split: str) -> Stats:

@@ -244,13 +244,14 @@ def write_json(path: Path, content: Any, *, newline: bool = True) -> None:
         file.write(json.dumps(content, indent=1).encode() + (b"\n" if newline else b""))
 
 
-def with_own_hash(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest and, under "sha256", the hash of all its other keys."""
-    return {**manifest, "sha256": json_sha256(manifest)}
+def with_own_hash(manifest: Mapping[str, Any], key: str = "sha256") -> dict[str, Any]:
+    """The manifest and, under `key`, the hash of all its other keys."""
+    return {**manifest, key: json_sha256(manifest)}
 
 
-def read_manifest(path: Path, *, own_hash: bool = False) -> dict[str, Any]:
-    """Read a JSON object; with `own_hash` one that `with_own_hash` made, returned without its hash.
+def read_manifest(path: Path, *, own_hash: bool = False, hash_if_any: str = "") -> dict[str, Any]:
+    """Read a JSON object; with `own_hash` one that `with_own_hash` made, returned without its hash. `hash_if_any`: key of a hash
+    that older ones lack.
 
     Its "files", where it has any, are bare names with a size and a hash. Raises OSError, and ValueError when it is no JSON
     object, breaks that, or was altered: a predicate like that of `difference`.
@@ -261,7 +262,8 @@ def read_manifest(path: Path, *, own_hash: bool = False) -> dict[str, Any]:
         raise ValueError("is not JSON") from None
     if not isinstance(manifest, dict):
         raise ValueError("is not a JSON object")
-    if own_hash and manifest.pop("sha256", None) != json_sha256(manifest):
+    key = hash_if_any if hash_if_any in manifest else "sha256" if own_hash else ""
+    if key and manifest.pop(key, None) != json_sha256(manifest):
         raise ValueError("does not match its SHA-256, so it was altered")
     if "files" in manifest:
         try:

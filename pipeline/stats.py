@@ -3,16 +3,31 @@
 `pipeline.compute_stats` computes them. S: side of the central square; pixel values 0–255.
 """
 import hashlib
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.files import atomic_write
 from pipeline.index.sample_index import SampleIndex
+from pipeline.schema import Count, read_as
+
+T = TypeVar("T")
+IdText = Annotated[str, lambda text: "" if text.isdecimal() and text.isascii() else "must be the id of a sample"]
+
+
+@dataclass(frozen=True)
+class _About:
+    """Schema of the values beside the arrays; see `Stats`."""
+    count: Count
+    skipped: dict[IdText, str]
+    index: str
+    split: str
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -62,18 +77,17 @@ class Stats:
     @classmethod
     def load(cls, path: str | Path) -> "Stats":
         """Read what `save` wrote. Raises ValueError: not such a file, or its hash does not fit its numbers."""
-        arrays, about = load_arrays(Path(path))
-        try:
-            skipped = {int(id): why for id, why in about["skipped"].items()}
-            stats = cls(arrays["mean_image"], arrays["channel_mean"], arrays["eigenvalues"], arrays["eigenvectors"],
-                        int(about["count"]), skipped, about["index"], about["split"])
-            expected = about["sha256"]
-        except KeyError as error:
-            raise ValueError(f"stats file {path} (without {error}) must be one that tools/compute_stats.py wrote; "
-                             "compute it again") from error
-        if stats.sha256 != expected:
+        arrays, about = load_arrays(Path(path), _About)
+        kinds = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+        side = max(arrays.get("mean_image", np.empty(0)).shape, default=0)
+        if kinds != {"mean_image": ((side, side, 3), np.float32), "channel_mean": ((3,), np.float32),
+                     "eigenvalues": ((3,), np.float64), "eigenvectors": ((3, 3), np.float64)}:
+            raise ValueError(f"stats file {path} (={', '.join(kinds)}) must hold the arrays that tools/compute_stats.py writes; "
+                             "delete it and compute it again")
+        stats = cls(**arrays, count=about.count, skipped=skipped_ids(about.skipped), index=about.index, split=about.split)
+        if stats.sha256 != about.sha256:
             raise ValueError(f"stats file {path} (SHA-256 {stats.sha256[:12]}) must have the recorded hash "
-                             f"{expected[:12]}; it is damaged, compute it again")
+                             f"{about.sha256[:12]}; it is damaged, compute it again")
         return stats
 
     @classmethod
@@ -103,12 +117,18 @@ def save_arrays(path: Path, arrays: dict[str, npt.NDArray[Any]], about: dict[str
         np.savez(file, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **arrays)  # type: ignore[arg-type]
 
 
-def load_arrays(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
-    """Read what `save_arrays` wrote. Raises ValueError."""
+def skipped_ids(skipped: dict[str, str]) -> dict[int, str]:
+    """Id → reason, of JSON's keys."""
+    return {int(id): why for id, why in skipped.items()}
+
+
+def load_arrays(path: Path, schema: type[T]) -> tuple[dict[str, npt.NDArray[Any]], T]:
+    """Read what `save_arrays` wrote, the values by their schema. Raises OSError, and ValueError when it is damaged."""
+    content = io.BytesIO(path.read_bytes())
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(content, allow_pickle=False) as file:
             arrays = dict(file)
-        return arrays, json.loads(arrays.pop("about").tobytes())
+        return arrays, read_as(schema, json.loads(arrays.pop("about").tobytes()), "about")
     except Exception as error:  # zipfile, NumPy and json each have errors of their own for a damaged file
         raise ValueError(f"stats file {path} ({type(error).__name__}) must be one that tools/compute_stats.py wrote; "
                          "delete it and compute it again") from error

@@ -57,8 +57,8 @@ def _compute(args: argparse.Namespace) -> None:
     if stats is None:
         machine = LoaderConfig(threads=args.threads, quarantine_budget=args.budget)
         with ProgressBar() as progress:
-            stats = compute(index, args.split, args.square_px, machine=machine, device_id=args.device, progress=progress)
-        stats.save(path)
+            stats = compute(index, args.split, args.square_px, machine=machine, device_id=args.device, progress=progress,
+                            out=path)
     mean, roots = stats.channel_mean, stats.eigenvalues ** 0.5
     print(f"{path}: {stats.count:,} images of {stats.split}, {len(stats.skipped)} skipped, SHA-256 {stats.sha256[:16]}")
     print(f"mean R {mean[0]:.2f} G {mean[1]:.2f} B {mean[2]:.2f}; "

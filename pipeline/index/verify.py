@@ -51,7 +51,7 @@ def quick(index: SampleIndex) -> list[Finding]:
     findings, ids = check_files(index), _not_damaged(index)
     ids = ids[np.unique(np.linspace(0, len(ids) - 1, min(SAMPLED, len(ids))).astype(np.int64))]
     for chunk in _chunks(index, ids):
-        findings += _check_rows(index, chunk, False)
+        findings += check_rows(index, chunk, False)
     return findings
 
 
@@ -66,7 +66,7 @@ def full(index: SampleIndex, jobs: int, progress: Progress = Progress()) -> list
     findings, ids = check_files(index), _not_damaged(index)
     sizes, chunks = index.samples["size"].astype(np.int64), list(_chunks(index, ids))
     progress.expect("checking", int(sizes[ids].sum()))
-    for chunk, result in zip(chunks, in_processes(_check_rows, [(index, chunk, True) for chunk in chunks], jobs), strict=True):
+    for chunk, result in zip(chunks, in_processes(check_rows, [(index, chunk, True) for chunk in chunks], jobs), strict=True):
         progress.advance(len(chunk), int(sizes[chunk].sum()))
         findings += result
     return findings
@@ -108,8 +108,10 @@ def _chunks(index: SampleIndex, ids: np.ndarray) -> Iterator[np.ndarray]:
     return filter(len, np.split(ids, np.flatnonzero(np.diff(key)) + 1))
 
 
-def _check_rows(index: SampleIndex, ids: np.ndarray, crc: bool) -> list[Finding]:
-    """What is wrong with rows of one archive."""
+def check_rows(index: SampleIndex, ids: np.ndarray, crc: bool) -> list[Finding]:
+    """What is wrong with rows `ids` of one archive, by their headers, and their CRC-32 if `crc`."""
+    if not len(ids):
+        return []
     position = int(index.samples["archive"][ids[0]])
     is_folder = index.archives[position].is_folder
     source = None if is_folder else ByteWindow(index.find_archive(position), 1 << 20 if crc else 16 << 10)

@@ -6,7 +6,6 @@ them again, and writes the index. Its row i is row i of the original, so order, 
 either; what is not packed (excluded, unreadable) keeps its row, which points at the reason in `left-out.tar`.
 """
 import contextlib
-import json
 import shutil
 import tarfile
 import zlib
@@ -22,6 +21,7 @@ from pipeline.files import atomic_write, is_temporary, remove_dead
 from pipeline.index.header import Archive
 from pipeline.index.sample_index import FORMATS, REASONS, SampleIndex
 from pipeline.index.tar import BLOCK, fingerprint
+from pipeline.index.verify import check_files, check_rows
 from pipeline.index.writer import write_index
 from pipeline.packing.plan import PackOptions, Piece, Plan, order, pieces
 from pipeline.packing.shard import (ENCODER, ROW, Shard, add_member, check_budget, check_shard, decoded, encode, finished, key_of,
@@ -56,8 +56,7 @@ def prepare(index: SampleIndex, out: Path, options: PackOptions, *, splits: Sequ
         plan = replace(wanted, shard_images=shard_images or max(1, shard_bytes // image_bytes), image_bytes=image_bytes)
         _check_space(index, out, plan)
         out.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path, keep=True) as file:  # another rank may have been quicker
-            file.write(json.dumps(asdict(plan), indent=1).encode() + b"\n")
+        plan.save(path)
     plan = Plan.load(path)
     if differences := plan.differences(replace(wanted, shard_images=shard_images or plan.shard_images)):
         raise ValueError(f"packing plan (={path}) was made with {differences}; give the same options and index to resume it, or "
@@ -167,21 +166,30 @@ def complete(index: SampleIndex, out: Path, plan: Plan, *, jobs: int = 1, budget
             raise RuntimeError(f"packed samples of {split} (={len(ids)}) must be the {len(index.ids(split))} of the index, "
                                "each once; remove OUT and pack again")
         skipped |= unreadable
-    if not _is_written(out, plan):
+    if not (out / "index.json").exists():
         _write_index(index, out, plan, shards, skipped)
-    packed = SampleIndex.load(out)
+    packed = _written(out, plan)
     notes = [f"left out sample {id} (={index.safe_name(id)}): {why}" for id, why in sorted(skipped.items())]
     square_px = plan.options.square_px
     return packed, notes + [_copy_stats(index, packed, split, square_px) for split in plan.source
                             if split == "train" or stats_path(index.path, square_px, split).exists()]
 
 
-def _is_written(out: Path, plan: Plan) -> bool:
-    """Whether the index lies in `out` already, whatever was excluded from it since."""
+def _written(out: Path, plan: Plan) -> SampleIndex:
+    """The index in `out`, whatever was excluded from it since. Raises RuntimeError when it or left-out.tar is damaged: written
+    again, it would include again what was excluded."""
+    advice = "; remove index.json, and the same command writes it again (what was excluded from it since, it includes again)"
     try:
-        return (SampleIndex.load(out).packed or {}).get("source") == plan.source
-    except ValueError:
-        return False
+        packed = SampleIndex.load(out)
+    except ValueError as error:
+        raise RuntimeError(f"index of packed images (={out}) is damaged ({error}){advice}") from None
+    if (packed.packed or {}).get("source") != plan.source:
+        raise RuntimeError(f"index of packed images (={out}) is not of these images{advice}")
+    rest = [position for position, archive in enumerate(packed.archives) if archive.path.name == LEFT_OUT]
+    findings = [*check_files(packed), *check_rows(packed, np.flatnonzero(np.isin(packed.samples["archive"], rest)), True)]
+    if findings:
+        raise RuntimeError(f"packed images (={findings[0].name} of {out}) are damaged: {findings[0].problem}{advice}")
+    return packed
 
 
 def _write_index(index: SampleIndex, out: Path, plan: Plan, shards: dict[Piece, Shard], skipped: dict[int, str]) -> None:
@@ -238,11 +246,14 @@ def _copy_stats(index: SampleIndex, packed: SampleIndex, split: str, square_px: 
     """Copy the statistics of the original, bound to the packed split; returns what was done, for the user."""
     path = stats_path(packed.path, square_px, split)
     if path.exists():
+        Stats.load(path)  # raises when it is damaged
         return f"{path} is there"
-    try:
-        stats = Stats.for_index(index, square_px, split)
-    except ValueError:
+    if not stats_path(index.path, square_px, split).exists():
         return (f"no statistics of {split} at {square_px} px beside the original to copy; run `python tools/compute_stats.py "
                 f"{packed.path} --square-px {square_px} --split {split}`")
+    try:
+        stats = Stats.for_index(index, square_px, split)
+    except ValueError as error:
+        return f"statistics of {split} not copied: {error}"
     replace(stats, index=packed.split_sha256(split)).save(path)
     return f"{path} copied from the original"

@@ -12,11 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config import REGIONS
-from pipeline.files import json_sha256
+from pipeline.files import atomic_write, json_sha256, read_manifest, with_own_hash
 from pipeline.index.sample_index import SampleIndex
 from pipeline.rng import Purpose, bits
+from pipeline.schema import Count, read_as
 
 SUBSAMPLINGS = ("444", "422", "420")
+OWN_HASH = "own_sha256"  # in plan.json and the sidecars: of all their other keys; older ones lack it
 MEASURED = 200  # images of a split whose PSNR is measured
 
 Ids = npt.NDArray[np.int64]
@@ -46,9 +48,9 @@ class Plan:
     options: PackOptions
     source: dict[str, str]  # split → `split_sha256` of the original, in the order of its splits
     encoder: str  # library and version that writes the JPEGs, and the one that decoded the originals
-    shard_bytes: int  # size of a shard that was aimed at; 0 when a number of images was given
-    shard_images: int  # most images of a shard
-    image_bytes: int  # estimate of an image's share of a shard
+    shard_bytes: Count  # size of a shard that was aimed at; 0 when a number of images was given
+    shard_images: Count  # most images of a shard
+    image_bytes: Count  # estimate of an image's share of a shard
 
     @property
     def sha256(self) -> str:
@@ -59,11 +61,15 @@ class Plan:
     def load(cls, path: Path) -> "Plan":
         """Read plan.json. Raises ValueError when it is none."""
         try:
-            about = json.loads(path.read_bytes())
-            return cls(**{**about, "options": PackOptions(**about["options"])})
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"packing plan (={path}) must be one that pack_shards.py wrote ({type(error).__name__}: {error}); "
-                             "give another OUT") from None
+            return read_as(cls, read_manifest(path, hash_if_any=OWN_HASH), "plan")
+        except ValueError as error:
+            raise ValueError(f"packing plan (={path}) must be one that pack_shards.py wrote ({error}); restore it, or give "
+                             "another OUT") from None
+
+    def save(self, path: Path) -> None:
+        """Write plan.json, unless another rank has been quicker."""
+        with atomic_write(path, keep=True) as file:
+            file.write(json.dumps(with_own_hash(asdict(self), OWN_HASH), indent=1).encode() + b"\n")
 
     def differences(self, other: "Plan") -> str:
         """What differs between two plans, for the user; "" when nothing does."""

@@ -23,19 +23,32 @@ import simplejpeg
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.decoding import geometry
 from pipeline.decoding.dali import DecodeError, WholeImages
-from pipeline.files import atomic_write, file_sha256
+from pipeline.files import atomic_write, file_sha256, read_manifest, with_own_hash
+from pipeline.index.image_header import probe
 from pipeline.index.sample_index import SampleIndex
 from pipeline.index.tar import BLOCK, ArchiveError, open_tar, walk
 from pipeline.loading.eval_loader import square_loader
-from pipeline.packing.plan import Ids, PackOptions, Piece, Plan, measured_ids, order
+from pipeline.packing.plan import OWN_HASH, Ids, PackOptions, Piece, Plan, measured_ids, order
 from pipeline.reading.quarantine import SampleError
 from pipeline.reading.source import ArchiveSource
 from pipeline.sampling.batch_plan import Bytes
+from pipeline.schema import Count, Sha256, read_as
 
 BATCH = 32  # images decoded together: 6 MB of squares
 ENCODER = f"simplejpeg {simplejpeg.__version__}, DALI {nvidia.dali.__version__}"  # the libraries that decide the bytes
 Pixels = npt.NDArray[np.uint8]
 ROW = np.dtype([(name, np.int64) for name in ("id", "offset", "size", "crc32", "width", "height")])  # bytes; pixels
+
+
+@dataclass(frozen=True)
+class _Sidecar:
+    """Schema of a sidecar; see `Shard`."""
+    plan: Sha256
+    size: Count
+    sha256: Sha256
+    rows: list[list[Count]]
+    skipped: dict[str, str]
+    errors: dict[str, Count]
 
 
 @dataclass
@@ -52,23 +65,27 @@ class Shard:
     def load(cls, path: Path) -> "Shard":
         """Read a sidecar. Raises FileNotFoundError, ValueError when it is damaged."""
         try:
-            about = json.loads(path.read_bytes())
-            rows = np.array(list(map(tuple, about["rows"])), ROW)
-            return cls(str(about["plan"]), int(about["size"]), str(about["sha256"]), rows,
-                       {int(id): str(why) for id, why in about["skipped"].items()},
-                       {int(id): int(error) for id, error in about["errors"].items()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"sidecar (={path}) must be one that pack_shards.py wrote ({type(error).__name__}: {error}); "
-                             "remove it, and the same command writes the shard again") from None
+            about = read_as(_Sidecar, read_manifest(path, hash_if_any=OWN_HASH), "sidecar")
+            return cls(about.plan, about.size, about.sha256, np.array(list(map(tuple, about.rows)), ROW),
+                       {int(id): why for id, why in about.skipped.items()},
+                       {int(id): error for id, error in about.errors.items()})
+        except (ValueError, TypeError, OverflowError) as error:  # NumPy's: rows of another length
+            raise ValueError(f"sidecar (={path}) must be one that pack_shards.py wrote ({error}); remove it, and the same "
+                             "command writes the shard again") from None
 
 
 def finished(tar: Path, plan: str) -> Shard | None:
-    """The sidecar of a shard, when it belongs to the plan and the tar has its size; None when the shard is to be written."""
+    """The sidecar of a shard, when the tar has its size; None when the shard is to be written. Raises RuntimeError when it was
+    written for another plan, which would write all shards again."""
     try:
         shard = Shard.load(tar.with_suffix(".json"))
-        return shard if shard.plan == plan and tar.stat().st_size == shard.size else None
+        has_its_size = tar.stat().st_size == shard.size
     except (FileNotFoundError, ValueError):
         return None
+    if shard.plan != plan:
+        raise RuntimeError(f"sidecar (={tar.with_suffix('.json')}) was written for another plan.json than the one beside it, so "
+                           "one of them was altered; restore it, or give another OUT")
+    return shard if has_its_size else None
 
 
 def key_of(index: SampleIndex, id: int) -> str:
@@ -105,21 +122,27 @@ def write_shard(index: SampleIndex, out: Path, plan: Plan, piece: Piece, threads
         check_budget(index, piece.split, skipped, budget)
     shard = Shard(plan.sha256, path.stat().st_size, file_sha256(path), np.array(rows, ROW), dict(sorted(skipped.items())), errors)
     with atomic_write(path.with_suffix(".json")) as sidecar:
-        sidecar.write(json.dumps({**vars(shard), "rows": shard.rows.tolist()}).encode() + b"\n")
+        content = json.loads(json.dumps({**vars(shard), "rows": shard.rows.tolist()}))  # keys are texts, rows lists
+        sidecar.write(json.dumps(with_own_hash(content, OWN_HASH)).encode() + b"\n")
     return shard
 
 
 def check_shard(tar: Path, shard: Shard) -> str:
-    """Read a shard again: its SHA-256, and whether its members are those of the sidecar. Returns what is wrong, or ""."""
+    """Read a shard again: its SHA-256, and whether its images are those of the sidecar. Returns what is wrong, or "". Raises
+    OSError when it cannot be read now."""
+    if file_sha256(tar) != shard.sha256:
+        return "differs from the SHA-256 of what was written"
+    found = []
     try:
-        if file_sha256(tar) != shard.sha256:
-            return "differs from the SHA-256 of what was written"
         with open_tar(tar, 1 << 20) as source:
-            members = [(int(member.name[:9]), member.offset, member.size) for member in walk(source)
-                       if member.name.endswith(".jpg")]
-    except (OSError, ArchiveError) as error:
+            for member in walk(source):
+                if member.name.endswith(".jpg"):
+                    data = source.at(member.offset, member.size)
+                    size = probe(data, True)[1:3]
+                    found.append((int(member.name[:9]), member.offset, member.size, zlib.crc32(data), *size))
+    except ArchiveError as error:
         return f"cannot be read ({error})"
-    return "" if members == shard.rows[["id", "offset", "size"]].tolist() else "holds other images than its sidecar says"
+    return "" if found == shard.rows.tolist() else "holds other images than its sidecar says"
 
 
 def decoded(index: SampleIndex, split: str, ids: Ids, options: PackOptions, threads: int,
@@ -148,6 +171,8 @@ def _whole(index: SampleIndex, ids: Ids, short_px: int, threads: int, skipped: d
             try:
                 encoded[id] = source.read(id)
             except SampleError as error:
+                if isinstance(error.__cause__, OSError):
+                    raise error.__cause__  # not read, so not corrupt
                 skipped[id] = error.reason
         sizes = geometry.sizes(index, np.array(list(encoded), np.int64))
         resized = geometry.resized(sizes, short_px)

@@ -14,6 +14,7 @@ import numpy as np
 
 from pipeline.config import LoaderConfig
 from pipeline.index.sample_index import SampleIndex
+from pipeline.io_errors import explain
 from pipeline.rng import Purpose, bits
 from pipeline.sampling.batch_plan import BatchPlan, Bytes
 from pipeline.sampling.sampler import Ids
@@ -51,10 +52,14 @@ def refuse(plan: BatchPlan, row: int, error: SampleError, pool: Pool) -> BatchPl
 
 
 class Skip:
+    """The policy that leaves corrupt samples out and lists them; what cannot be read now is not corrupt, and a RuntimeError."""
+
     def __init__(self) -> None:
         self.skipped: dict[int, str] = {}
 
     def __call__(self, plan: BatchPlan, row: int, error: SampleError, pool: Pool) -> BatchPlan:
+        if isinstance(error.__cause__, OSError):
+            raise RuntimeError(f"sample {error.id}: {explain(error.__cause__)}") from error
         self.skipped[error.id] = error.reason
         return plan.without(row)
 

@@ -1,11 +1,12 @@
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tests.helpers.oracle import square
-from tests.helpers.small_set import encode, photographs, write_set
+from tests.helpers.small_set import encode, photographs, picture, write_set
 from PIL import Image
 
 from pipeline.config import LoaderConfig
@@ -13,7 +14,8 @@ from pipeline.index.sample_index import SampleIndex
 from pipeline.compute_stats import compute
 from pipeline.process_pool import Progress
 from pipeline.stats import Stats, stats_path
-from tools import compute_stats
+from tests.helpers.tars import save
+from tools import build_index, compute_stats, pack_shards
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +127,54 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "does not exist" in capsys.readouterr().err
     assert compute_stats.main([str(index.path), "--split", "test"]) == 2
     assert "split (=test) is not in the index" in capsys.readouterr().err
+
+
+def test_a_file_that_is_away_is_not_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only what was read can be corrupt: with a budget for all of it, nothing is computed from the rest."""
+    for i in range(4):
+        save(tmp_path / f"tree/cat/{i}.jpg", encode(picture(i, 90, 80)))
+    assert build_index.main(["build", "classes", str(tmp_path / "tree"), "--out", str(tmp_path / "index")]) == 0
+    (tmp_path / "tree/cat/2.jpg").unlink()
+    capsys.readouterr()
+    assert compute_stats.main([str(tmp_path / "index"), "--square-px", "76", "--budget", "1", "--threads", "1"]) == 2
+    assert f"error: sample 2: file (={tmp_path / 'tree/cat/2.jpg'}) is not there; correct" in capsys.readouterr().err
+    assert not list((tmp_path / "index").glob("stats*"))
+    assert pack_shards.main([str(tmp_path / "index"), str(tmp_path / "out"), "--square-px", "76", "--budget", "1", "--jobs", "1",
+                             "--shard-images", "9"]) == 2
+    assert "2.jpg) is not there; correct" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_costs_neither_the_pass_nor_the_folder(small_disk: Path, capsys: pytest.CaptureFixture[str],
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    index = write_set(small_disk, photographs(6))
+    fill = small_disk / "fill"
+    fill.write_bytes(bytes(shutil.disk_usage(small_disk).free - 20_000))
+    before = sorted(path.name for path in index.path.iterdir())
+    assert compute_stats.main([str(index.path), "--square-px", "76", "--threads", "1"]) == 2
+    error = capsys.readouterr().err
+    assert f"error: file (={stats_path(index.path, 76)}) cannot be written: the disk is full; make room there" in error
+    assert "Traceback" not in error and sorted(path.name for path in index.path.iterdir()) == before
+    fill.unlink()
+    assert compute_stats.main([str(index.path), "--square-px", "76", "--threads", "1"]) == 0
+
+
+def test_statistics_of_other_shapes_or_types(photos: SampleIndex, tmp_path: Path) -> None:
+    stats, path = compute(photos, "train", 76), tmp_path / "stats.npz"
+    stats.save(path)
+    whole = dict(np.load(path))
+    about = json.loads(whole["about"].tobytes())
+    for change in ({"count": "13"}, {"skipped": []}, {"skipped": {"x": "y"}}, {"index": None}, {"sha256": 3}, {"count": -1}):
+        np.savez(path, **{**whole, "about": np.frombuffer(json.dumps({**about, **change}).encode(), np.uint8)})
+        with pytest.raises(ValueError, match="must be one that tools/compute_stats.py wrote; delete it"):
+            Stats.load(path)
+    for name, array in (("mean_image", np.float32(3)), ("eigenvalues", np.zeros(2)), ("channel_mean", np.zeros(3)),
+                        ("more", np.zeros(1))):
+        np.savez(path, **{**whole, name: array})
+        with pytest.raises(ValueError, match="must hold the arrays that tools/compute_stats.py writes; delete it"):
+            Stats.load(path)
+    path.write_bytes(b"")
+    path.chmod(0)
+    with pytest.raises((PermissionError, ValueError)):  # root reads it
+        Stats.load(path)
+    with pytest.raises(IsADirectoryError):  # not damage
+        Stats.load(tmp_path)

@@ -233,6 +233,61 @@ def test_a_damaged_shard_is_found_and_written_again(source: SampleIndex, packed:
     assert hashes(tmp_path / "out") == hashes(packed.path)
 
 
+def flip(path: Path, at: int, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def test_a_damaged_packed_folder_is_not_called_verified(source: SampleIndex, packed: SampleIndex, tmp_path: Path,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    """One bit anywhere in it: the second run fails, or writes the same bytes again. More of them: tests/slow/faults."""
+    out = tmp_path / "out"
+    shutil.copytree(packed.path, out)
+    command = [str(source.path), str(out), *OPTIONS, "--jobs", "1"]
+    before = hashes(out)
+    chance = random.Random(12)
+    for name in ("samples.npy", "index.json", "left-out.tar", "plan.json", "train-000001.json", f"stats-train-{PX}.npz",
+                 "train-000000.tar"):
+        path = out / name
+        whole = path.read_bytes()
+        for _ in range(2):
+            flip(path, chance.randrange(len(whole)), chance.randrange(8))
+            code = main(command)
+            error = capsys.readouterr().err
+            assert (code == 0 and hashes(out) == before) or (code == 2 and "error: " in error and "Traceback" not in error), name
+            path.write_bytes(whole)
+            shutil.copy2(packed.path / "train-000000.json", out)  # a damaged shard has lost its sidecar
+            stats = stats_path(out, PX)
+            stats.write_bytes(stats_path(packed.path, PX).read_bytes())
+    assert main(command) == 0 and hashes(out) == before
+
+
+def test_files_of_before_have_no_hash_of_their_own(source: SampleIndex, packed: SampleIndex, tmp_path: Path) -> None:
+    """They are read nevertheless."""
+    out = tmp_path / "out"
+    shutil.copytree(packed.path, out)
+    for path in (out / "plan.json", *out.glob("train-*.json"), *out.glob("val-*.json")):
+        about = json.loads(path.read_bytes())
+        del about["own_sha256"]
+        path.write_text(json.dumps(about))
+    assert main([str(source.path), str(out), *OPTIONS, "--jobs", "1"]) == 0
+
+
+def test_a_shard_of_another_plan_stops_it(source: SampleIndex, packed: SampleIndex, tmp_path: Path,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
+    """An altered plan.json must not let all shards be written again."""
+    out = tmp_path / "out"
+    shutil.copytree(packed.path, out)
+    about = json.loads((out / "plan.json").read_bytes())
+    del about["own_sha256"]
+    (out / "plan.json").write_text(json.dumps({**about, "encoder": about["encoder"], "shard_images": 8}))
+    options = [word for word in OPTIONS if word not in ("--shard-images", "9")]
+    assert main([str(source.path), str(out), *options, "--shard-images", "8", "--jobs", "1"]) == 2
+    assert "was written for another plan.json than the one beside it, so one of them was altered; restore it, or" in (
+        capsys.readouterr().err)
+
+
 def test_an_interrupt_ends_at_once_and_goes_on(source: SampleIndex, packed: SampleIndex, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [*COMMAND, str(source.path), str(out), *OPTIONS, "--jobs", "2"]
