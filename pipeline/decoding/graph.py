@@ -51,8 +51,8 @@ class DecodeSettings:
 
     @cached_property
     def by_region(self) -> bool:
-        """Whether only the region under the crop is decoded, or the whole image. A GPU's decoder of regions is known to crash
-        with DALI's build for CUDA 13 (nvImageCodec 0.9, its issue 55)."""
+        """Whether only the region under the crop is decoded, or the whole image. A GPU's decoder of regions is reported to
+        crash with DALI's build for CUDA 13 (nvImageCodec 0.9, its issue 55)."""
         choice = self.machine.gpu_decode
         return not self.in_dali or choice == "region" or choice == "auto" and dali.__cuda_version__ < 13000
 

@@ -186,7 +186,7 @@ class Loader(ABC):
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         with self.monitor.waiting(step, stream, on_device=self.chain.stages[-1]):
             made = next(prefetcher)
-            return made if self._side is None else self._side.take(made)  # type: ignore[no-any-return]
+            return made if self._side is None else self._side.take(made)
 
     def close(self) -> None:
         """Free threads and buffers. The loader can be used again; it starts where it was."""

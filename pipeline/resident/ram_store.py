@@ -41,14 +41,13 @@ _log = logging.getLogger(__name__)
 
 class RamStore(Store):
     """The N (`count`) squares of a split in a file `path` in `folder`, mapped; `pixels` (N, row_bytes) uint8 are read only.
-    `device`: where crops are wanted, and what decodes: GPUs and CPUs differ by a grey level here and there. `threads` pack
-    crops for a GPU. Raises RuntimeError when the squares do not fit, the folder cannot be written, or another machine fills
-    the file."""
+    `device`: where crops are wanted; `decoder`: name of what makes the squares (`DecodeSettings.decoder`), part of the file's
+    name, since decoders differ by a grey level here and there. `threads` pack crops for a GPU. Raises RuntimeError when the
+    squares do not fit, the folder cannot be written, or another machine fills the file."""
 
     def __init__(self, folder: Path, split: str, split_sha256: str, count: int, layout: Layout, *,
-                 device: torch.device = torch.device("cpu"), threads: int = 1) -> None:
+                 device: torch.device = torch.device("cpu"), decoder: str = "cpu", threads: int = 1) -> None:
         self.layout, self._device, self._threads = layout, device, threads
-        decoder = "cpu" if device.type == "cpu" else "gpu"
         self.path = Path(folder) / f"{split}-{layout.square_px}-{layout.kind}-{decoder}-{split_sha256[:16]}.squares"
         self._header = {"magic": MAGIC, "version": VERSION, "split": split, "split_sha256": split_sha256,
                         "square_px": layout.square_px, "kind": layout.kind, "decoder": decoder, "rows": count,

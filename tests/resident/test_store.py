@@ -230,4 +230,4 @@ def test_a_file_that_another_machine_is_filling_is_left_alone(tmp_path: Path, mo
 
 
 def test_squares_of_another_decoder_are_others(tmp_path: Path) -> None:
-    assert opened(tmp_path).path != RamStore(tmp_path, "train", SHA, ROWS, FORM, device=torch.device("cuda")).path
+    assert opened(tmp_path).path != RamStore(tmp_path, "train", SHA, ROWS, FORM, decoder="gpu-whole-fancy-1").path
