@@ -159,8 +159,7 @@ def _store(context: LoaderContext, layout: Layout, ids: Ids, group: dist.Process
         return GpuStore(len(ids), layout, context.device, group)
     folder = Path(context.machine.resident_folder or context.index.path / "resident")
     return RamStore(folder, context.split, context.index.split_sha256(context.split), len(context.ids), layout,
-                    device=context.device, threads=context.threads,
-                    decoder=context.decoding(ids[:1], 1, layout.square_px).by_sample().decoder)
+                    device=context.device, decoder=context.decoding(ids[:1], 1, layout.square_px).by_sample().decoder)
 
 
 def train_chain(context: LoaderContext, kind: str, sampler: Sampler, planner: CropPlanner, stand_ins: StandIns,

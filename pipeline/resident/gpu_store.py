@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.resident.capacity import check_device, check_memory
-from pipeline.resident.store import Crops, Layout, Rows, Store
+from pipeline.resident.store import Crops, Layout, Located, Rows, Store, sent
 
 
 class GpuStore(Store):
@@ -45,7 +45,7 @@ class GpuStore(Store):
         return [(int(k), int(n)) for k, n in (pair.tolist() for pair in found)]
 
     def put(self, rows: Rows, squares: Tensor) -> None:
-        self._pixels[self._index(rows // self._ranks)] = self.layout.encode_all(squares.to(self._device))
+        self._pixels[sent(self._device, rows // self._ranks)[0].long()] = self.layout.encode_all(squares.to(self._device))
         self.stored[rows] = 1
 
     def agree(self, rows: Rows, failed: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
@@ -56,24 +56,21 @@ class GpuStore(Store):
         self.have[rows[~failed]] = 1
         return failed
 
-    def crops(self, wanted: Sequence[Crops]) -> Tensor:
+    def located(self, wanted: Sequence[Crops]) -> Located:
         rows, top, left = wanted[self.rank]
-        packed = self._packed(wanted)
-        if self._group is not None:
-            owners = rows % self._ranks
-            received = packed.new_empty(len(rows), self.layout.packed_bytes)
-            dist.all_to_all_single(received, packed, np.bincount(owners, minlength=self._ranks).tolist(),
-                                   [int(self.owned(others).sum()) for others, _, _ in wanted], group=self._group)
-            packed = torch.empty_like(received)
-            packed[self._index(np.argsort(owners, kind="stable"))] = received  # they came rank by rank
-        return self.layout.unpack(packed, self._index(top), self._index(left))
-
-    def _packed(self, wanted: Sequence[Crops]) -> Tensor:
-        """The packed crops this rank holds of what all ranks want, rank by rank."""
-        kept = [self.owned(rows) for rows, _, _ in wanted]
-        rows, top, left = (np.concatenate([values[keep] for values, keep in zip(column, kept, strict=True)])
-                           for column in zip(*wanted, strict=True))
-        return self.layout.pack_all(self._pixels, self._index(rows // self._ranks), self._index(top), self._index(left))
-
-    def _index(self, values: Rows) -> Tensor:
-        return torch.from_numpy(values).to(self._device)
+        squares = self.layout.planes(self._pixels)
+        if self._group is None:
+            return Located(squares, rows, top, left)
+        kept = [self.owned(others) for others, _, _ in wanted]
+        held = [np.concatenate([values[keep] for values, keep in zip(column, kept, strict=True)])
+                for column in zip(*wanted, strict=True)]
+        which, *places = sent(self._device, held[0] // self._ranks, *held[1:]).long()
+        packed = self.layout.packed_in(self._pixels.new_empty(len(which) * self.layout.packed_bytes), len(which))
+        self.layout.pack(squares, which, *places, packed)
+        parcels = torch.cat([plane.flatten(1) for plane in packed if plane is not None], dim=1)
+        owners = rows % self._ranks
+        received = parcels.new_empty(len(rows), self.layout.packed_bytes)
+        dist.all_to_all_single(received, parcels, np.bincount(owners, minlength=self._ranks).tolist(),
+                               [int(keep.sum()) for keep in kept], group=self._group)
+        arrived = np.argsort(np.argsort(owners, kind="stable"))  # they came rank by rank
+        return Located(self.layout.packed(received), arrived, top, left)

@@ -19,8 +19,7 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ import torch
 from pipeline.decoding.resize import LazyRows
 from pipeline.files import atomic_write, lock
 from pipeline.resident.capacity import check_disk, check_memory
-from pipeline.resident.store import Crops, Layout, Rows, Store
+from pipeline.resident.store import Crops, Layout, Located, Rows, Store
 
 MAGIC, VERSION = "alexnet-resident-squares", 2  # the version of the pixels too: raise it when decoding or resizing changes
 _PAGE = 4096
@@ -42,12 +41,12 @@ _log = logging.getLogger(__name__)
 class RamStore(Store):
     """The N (`count`) squares of a split in a file `path` in `folder`, mapped; `pixels` (N, row_bytes) uint8 are read only.
     `device`: where crops are wanted; `decoder`: name of what makes the squares (`DecodeSettings.decoder`), part of the file's
-    name, since decoders differ by a grey level here and there. `threads` pack crops for a GPU. Raises RuntimeError when the
-    squares do not fit, the folder cannot be written, or another machine fills the file."""
+    name, since decoders differ by a grey level here and there. Raises RuntimeError when the squares do not fit, the folder cannot
+    be written, or another machine fills the file."""
 
     def __init__(self, folder: Path, split: str, split_sha256: str, count: int, layout: Layout, *,
-                 device: torch.device = torch.device("cpu"), decoder: str = "cpu", threads: int = 1) -> None:
-        self.layout, self._device, self._threads = layout, device, threads
+                 device: torch.device = torch.device("cpu"), decoder: str = "cpu") -> None:
+        self.layout, self._device = layout, device
         self.path = Path(folder) / f"{split}-{layout.square_px}-{layout.kind}-{decoder}-{split_sha256[:16]}.squares"
         self._header = {"magic": MAGIC, "version": VERSION, "split": split, "split_sha256": split_sha256,
                         "square_px": layout.square_px, "kind": layout.kind, "decoder": decoder, "rows": count,
@@ -55,7 +54,6 @@ class RamStore(Store):
         self._first = _PAGE + -(-count // _PAGE) * _PAGE  # offset of row 0
         self._size = self._first + count * layout.row_bytes
         self._sealing: threading.Thread | None = None
-        self._pool: ThreadPoolExecutor | None = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with lock(self.path.with_suffix(".lock"), wait=True):
@@ -142,33 +140,21 @@ class RamStore(Store):
         """RGB (3, c, c) uint8 of a filled row; a view where it can be."""
         return torch.from_numpy(self.layout.crop(self.pixels[row], top, left))
 
-    def crops(self, wanted: Sequence[Crops]) -> torch.Tensor | Sequence[torch.Tensor]:
+    def crops(self, wanted: Sequence[Crops]) -> Sequence[torch.Tensor]:
+        rows, top, left = (column.tolist() for column in wanted[0])
+        return LazyRows(len(rows), lambda each: self.crop(rows[each], top[each], left[each]))
+
+    def located(self, wanted: Sequence[Crops]) -> Located:
+        """See `Store`: packed in memory that is pinned, and used again by torch once the copy from it is done."""
         rows, top, left = wanted[0]
-        if self._device.type != "cpu":
-            return self.uploaded(rows, top, left)
-        return LazyRows(len(rows), lambda each: self.crop(int(rows[each]), int(top[each]), int(left[each])))
-
-    def uploaded(self, rows: Rows, top: Rows, left: Rows) -> torch.Tensor:
-        """The crops of a batch on the device, (B, 3, c, c) uint8: packed by threads into pinned memory, converted over there."""
-        self._pool = self._pool or ThreadPoolExecutor(self._threads, "pack")
-        # Pinned memory is used again by torch once the copy from it is done.
-        packed = torch.empty(len(rows), self.layout.packed_bytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        memory = packed.numpy()
-
-        def pack(some: Iterable[int]) -> None:
-            for each in some:
-                self.layout.pack(self.pixels[rows[each]], int(top[each]), int(left[each]), memory[each])
-
-        list(self._pool.map(pack, (range(first, len(rows), self._threads) for first in range(self._threads))))
-        there, down, right = (values.to(self._device, non_blocking=True)
-                              for values in (packed, torch.from_numpy(top), torch.from_numpy(left)))
-        return self.layout.unpack(there, down, right)
+        memory = torch.empty(len(rows) * self.layout.packed_bytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        self.layout.pack(self.layout.planes(torch.from_numpy(self.pixels)), *map(torch.from_numpy, wanted[0]),
+                         self.layout.packed_in(memory, len(rows)))
+        there = self.layout.packed_in(memory.to(self._device, non_blocking=True), len(rows))
+        return Located(there, np.arange(len(rows)), top, left)
 
     def close(self) -> None:
-        """Stop the threads and wait for `seal`. The mapping goes when its last view does."""
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
+        """Wait for `seal`. The mapping goes when its last view does."""
         if self._sealing is not None:
             self._sealing.join()
             self._sealing = None

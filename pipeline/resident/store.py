@@ -1,11 +1,13 @@
 """Decoded squares in memory: `Store`, base class of the caches, and `Layout`, how a square lies in a row, RGB or 4:2:0 planes.
 
-A *packed crop* is what a crop needs of a square and nothing else, the same number of bytes wherever the crop lies: what travels
-between devices. On a CPU squares are NumPy arrays, handled one by one by whatever thread wants one; on a GPU torch tensors,
-handled together. B samples, N rows of a store (row p is the split's p-th id), S side of a square, c side of a crop."""
+On a CPU squares are NumPy arrays, handled one by one by whatever thread wants one; on a GPU torch tensors, handled together.
+*Packed crops* are what crops need of their squares and nothing else, the same number of bytes wherever they lie: what travels
+between devices. B samples, N rows of a store (row p is the split's p-th id), S side of a square, c side of a crop, P planes of
+brightness: 3 (rgb) or 1 (yuv420)."""
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +20,20 @@ KINDS = ("rgb", "yuv420")
 Bytes = npt.NDArray[np.uint8]
 Rows = npt.NDArray[np.int64]  # rows of a store
 Crops = tuple[Rows, Rows, Rows]  # rows of the store, top and left of their crops; (B,) each
+
+
+class Planes(NamedTuple):
+    """Squares, or packed crops, on a device: uint8 planes, views of whatever holds them."""
+    light: Tensor  # (M, P, S, S) of squares, (M, P, c, c) of packed crops
+    chroma: Tensor | None  # yuv420: (M, 2, s, s) of squares, (M, 2, k, k) of packed crops, see `yuv420.kept_px`
+
+
+class Located(NamedTuple):
+    """Crops where they lie on a device: squares to cut them from, or packed."""
+    planes: Planes
+    rows: Rows  # (B,) which of the planes
+    top: Rows  # (B,) place of the crop in its square, also of a packed one
+    left: Rows  # (B,)
 
 
 @dataclass(frozen=True)
@@ -37,7 +53,15 @@ class Layout:
 
     @property
     def packed_bytes(self) -> int:
-        return self.crop_px ** 2 * 3 if self.kind == "rgb" else self.crop_px ** 2 + 2 * yuv.window_px(self.crop_px) ** 2
+        return self.crop_px ** 2 * 3 if self.kind == "rgb" else self.crop_px ** 2 + 2 * self._kept_px ** 2
+
+    @property
+    def _kept_px(self) -> int:
+        return yuv.kept_px(self.square_px, self.crop_px)
+
+    @property
+    def _count(self) -> int:
+        return 3 if self.kind == "rgb" else 1
 
     def encode(self, square: Bytes) -> Bytes:
         """(S, S, 3) uint8 → a row (row_bytes,) uint8."""
@@ -55,52 +79,78 @@ class Layout:
             return yuv.crop(row, self.square_px, top, left, self.crop_px)
         return row.reshape(3, self.square_px, self.square_px)[:, top:top + self.crop_px, left:left + self.crop_px]
 
-    def pack(self, row: Bytes, top: int, left: int, packed: Bytes) -> None:
-        """Write what a crop needs of a row (row_bytes,) into `packed` (packed_bytes,)."""
-        if self.kind == "rgb":
-            packed.reshape(3, self.crop_px, self.crop_px)[...] = self.crop(row, top, left)
-            return
-        y, chroma = yuv.planes(row, self.square_px)
-        size, side = self.crop_px, yuv.window_px(self.crop_px)
-        packed[:size ** 2].reshape(size, size)[...] = y[top:top + size, left:left + size]
-        packed[size ** 2:].reshape(2, side, side)[...] = yuv.window(chroma, top, left, size)
+    def planes(self, rows: Tensor) -> Planes:
+        """Views of squares, rows (N, row_bytes) uint8."""
+        return self._split(rows, self.square_px, (self.square_px + 1) // 2)
 
-    def pack_all(self, rows: Tensor, which: Tensor, top: Tensor, left: Tensor) -> Tensor:
-        """Packed crops (B, packed_bytes) uint8 of rows `which` of (N, row_bytes) at (top, left), all (B,) int64; any device."""
-        if self.kind == "rgb":
-            return cut(rows.view(-1, 3, self.square_px, self.square_px), which, top, left, self.crop_px).flatten(1)
-        y, chroma = yuv.planes(rows, self.square_px)
-        packed = rows.new_empty(len(which), self.packed_bytes)
-        packed_y, packed_chroma = self._planes(packed)
-        packed_y.copy_(cut(y.unsqueeze(1), which, top, left, self.crop_px).squeeze(1))
-        packed_chroma.copy_(yuv.windows(chroma, which, top, left, self.crop_px))
-        return packed
+    def packed(self, rows: Tensor) -> Planes:
+        """Views of packed crops, rows (B, packed_bytes) uint8."""
+        return self._split(rows, self.crop_px, self._kept_px)
 
-    def unpack(self, packed: Tensor, top: Tensor, left: Tensor) -> Tensor:
-        """RGB (B, 3, c, c) uint8 of packed crops (B, packed_bytes) at (top, left), (B,) int64: the bits of `crop`, anywhere."""
-        if self.kind == "rgb":
-            return packed.view(-1, 3, self.crop_px, self.crop_px)
-        y, chroma = self._planes(packed)
-        added = cut(yuv.addends(chroma), torch.arange(len(top), device=top.device), top % 2, left % 2, self.crop_px)
-        return yuv.merge(y, added)
+    def _split(self, rows: Tensor, side: int, chroma_side: int) -> Planes:
+        bytes_ = self._count * side ** 2
+        light = rows[:, :bytes_].unflatten(1, (self._count, side, side))
+        return Planes(light, None if self.kind == "rgb" else rows[:, bytes_:].unflatten(1, (2, chroma_side, chroma_side)))
+
+    def packed_in(self, memory: Tensor, count: int) -> Planes:
+        """Views, each of them contiguous, of so many packed crops in memory (count · packed_bytes,) uint8."""
+        end, side = count * self._count * self.crop_px ** 2, self._kept_px
+        light = memory[:end].view(count, self._count, self.crop_px, self.crop_px)
+        return Planes(light, None if self.kind == "rgb" else memory[end:].view(count, 2, side, side))
+
+    def pack(self, squares: Planes, which: Tensor, top: Tensor, left: Tensor, out: Planes) -> None:
+        """Write packed crops of squares `which` at (top, left), all (B,) int64, to `packed_in` planes. On a CPU in torch's threads,
+        without the interpreter's lock."""
+        cut(squares.light, which, top, left, self.crop_px, out.light)
+        if squares.chroma is not None and out.chroma is not None:
+            down, across = (yuv.kept_from(place, self.square_px, self.crop_px) for place in (top, left))
+            cut(squares.chroma, which, down, across, self._kept_px, out.chroma)
+
+    def rgb(self, planes: Planes, which: Tensor, top: Tensor, left: Tensor) -> Tensor:
+        """RGB (B, 3, c, c) uint8 of squares or packed crops `which`, at (top, left) of their squares, all (B,) int64: the bits of
+        `crop`, on any device."""
+        if planes.light.shape[-1] == self.square_px:
+            memory = planes.light.new_empty(len(which) * self.packed_bytes)
+            crops = self.packed_in(memory, len(which))
+            self.pack(planes, which, top, left, crops)
+        else:
+            crops = Planes(*(plane if plane is None else plane[which] for plane in planes))
+        if crops.chroma is None:
+            return crops.light
+        added = yuv.addends(yuv.windows(crops.chroma, top, left, self.square_px, self.crop_px))
+        return yuv.merge(crops.light.squeeze(1), cut(added, torch.arange(len(top), device=top.device), top % 2, left % 2,
+                                                     self.crop_px))
 
     def restored(self, squares: Tensor) -> Tensor:
         """RGB (B, 3, S, S) uint8 as it would come out of a store, of squares (B, S, S, 3) uint8, where c is S."""
         which = torch.arange(len(squares), device=squares.device)
         corner = torch.zeros_like(which)
-        return self.unpack(self.pack_all(self.encode_all(squares), which, corner, corner), corner, corner)
-
-    def _planes(self, packed: Tensor) -> tuple[Tensor, Tensor]:
-        size, side = self.crop_px, yuv.window_px(self.crop_px)
-        return packed[..., :size ** 2].unflatten(-1, (size, size)), packed[..., size ** 2:].unflatten(-1, (2, side, side))
+        return self.rgb(self.planes(self.encode_all(squares)), which, corner, corner)
 
 
-def cut(pixels: Tensor, which: Tensor, top: Tensor, left: Tensor, size: int) -> Tensor:
-    """(B, C, size, size): of each sample's row `which` of (N, C, H, W) the crop at (top, left); all (B,) int64 on the device."""
-    if pixels.shape[2:] == (size, size):  # there is one place only, and whole rows are copied many times faster
-        return pixels[which]
-    windows = pixels.unfold(2, size, 1).unfold(3, size, 1)  # (N, C, places down, places across, size, size), a view
-    return windows[which, :, top, left]
+def cut(planes: Tensor, which: Tensor, top: Tensor, left: Tensor, size: int, out: Tensor | None = None) -> Tensor:
+    """(B, C, size, size): of each sample's row `which` of (N, C, H, W) the crop at (top, left); all (B,) int64 on the device. `out`
+    is contiguous. One gather of lines: every place where one may begin counts as a row of a table whose rows overlap."""
+    if planes.shape[2:] == (size, size):
+        return torch.index_select(planes, 0, which, out=out)
+    n, count, height, width = planes.shape
+    steps = planes.stride()
+    table = planes.as_strided((sum((extent - 1) * step for extent, step in zip(planes.shape, steps)) + 2 - size, size), (1, 1))
+    first = which * steps[0] + top * steps[2] + left
+    plane, line = (torch.arange(extent, device=which.device) * step for extent, step in ((count, steps[1]), (size, steps[2])))
+    lines = (first[:, None, None] + plane[:, None] + line).flatten()
+    if out is None:
+        return table.index_select(0, lines).view(len(which), count, size, size)
+    torch.index_select(table, 0, lines, out=out.view(-1, size))
+    return out
+
+
+def sent(device: torch.device, *columns: npt.NDArray[Any]) -> Tensor:
+    """(K, B) int32 on the device, of K columns (B,): one copy, which the host does not wait for."""
+    block = torch.empty(len(columns), len(columns[0]), dtype=torch.int32, pin_memory=device.type == "cuda")
+    for row, column in zip(block.numpy(), columns):
+        row[:] = column
+    return block.to(device, non_blocking=True)
 
 
 class Store(ABC):
@@ -131,9 +181,13 @@ class Store(ABC):
         """Fill rows (B,) from squares (B, S, S, 3) uint8. Raises RuntimeError when they cannot be written."""
 
     @abstractmethod
+    def located(self, wanted: Sequence[Crops]) -> Located:
+        """The crops for this process, on its device. `wanted`: the crops of each process, by rank; the same in all of them."""
+
     def crops(self, wanted: Sequence[Crops]) -> Tensor | Sequence[Tensor]:
-        """RGB crops for this process, (B, 3, c, c) uint8 on its device, or B views (3, c, c) uint8 made when asked for. `wanted`:
-        the crops of each process, by rank; the same in all of them."""
+        """RGB crops for this process, (B, 3, c, c) uint8, or B views (3, c, c) uint8 made when asked for; for a CPU."""
+        planes, *places = self.located(wanted)
+        return self.layout.rgb(planes, *sent(planes.light.device, *places).long())
 
     def seal(self) -> None:
         """There is nothing left to fill."""

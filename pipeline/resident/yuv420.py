@@ -76,19 +76,33 @@ def crop(rows: Pixels, square_px: int, top: int, left: int, crop_px: int) -> Pix
     return merge(y[..., top:top + crop_px, left:left + crop_px], added)
 
 
-def window_px(crop_px: int) -> int:
-    """Side of the chroma window that any crop of this side needs, its border included."""
-    return crop_px // 2 + 3
-
-
 def window(chroma: Pixels, top: int, left: int, crop_px: int) -> Pixels:
-    """The chroma window (…, 2, w, w) of the crop at (top, left), of (…, 2, s, s); w as `window_px` says, whatever the place. The
+    """The chroma (…, 2, w, w) that the crop at (top, left) needs, of (…, 2, s, s): w = crop // 2 + 3, whatever the place. The
     outermost values are repeated beyond the edge."""
-    s, size, first, second = chroma.shape[-1], window_px(crop_px), top // 2 - 1, left // 2 - 1
+    s, size, first, second = chroma.shape[-1], crop_px // 2 + 3, top // 2 - 1, left // 2 - 1
     if min(first, second) >= 0 and max(first, second) + size <= s:
         return chroma[..., first:first + size, second:second + size]
     down, across = (np.arange(low, low + size).clip(0, s - 1) for low in (first, second))
     return chroma[..., down, :][..., across]
+
+
+def kept_px(square_px: int, crop_px: int) -> int:
+    """Side of the piece of a square's chroma that holds whatever a crop of this side needs, without what lies beyond the edge."""
+    return min(crop_px // 2 + 3, (square_px + 1) // 2)
+
+
+def kept_from(place: Tensor, square_px: int, crop_px: int) -> Tensor:
+    """Where that piece begins, (B,), of crops at `place` (B,), tops or lefts."""
+    return (place // 2 - 1).clamp(0, (square_px + 1) // 2 - kept_px(square_px, crop_px))
+
+
+def windows(kept: Tensor, top: Tensor, left: Tensor, square_px: int, crop_px: int) -> Tensor:
+    """`window` of many crops: (B, 2, w, w) of their kept pieces (B, 2, k, k)."""
+    span, edge = torch.arange(crop_px // 2 + 3, device=kept.device), (square_px + 1) // 2 - 1
+    down, across = ((place[:, None] // 2 - 1 + span).clamp_(0, edge) - kept_from(place, square_px, crop_px)[:, None]
+                    for place in (top, left))
+    image, plane = (torch.arange(count, device=kept.device) for count in kept.shape[:2])
+    return kept[image[:, None, None, None], plane[:, None, None], down[:, None, :, None], across[:, None, None, :]]
 
 
 def addends(around: Pixels) -> Pixels:
@@ -133,14 +147,6 @@ def _interleaved(even: Pixels, odd: Pixels) -> Pixels:
 def merge(y: Pixels, added: Pixels) -> Pixels:
     """Y (…, h, w) uint8 and what chroma adds (…, 3, h, w) int16 → RGB (…, 3, h, w) uint8, clamped to 0…255."""
     return _cast((_cast(y, "int16")[..., None, :, :] + added).clip(0, 255), "uint8")
-
-
-def windows(chroma: Tensor, rows: Tensor, top: Tensor, left: Tensor, crop_px: int) -> Tensor:
-    """The windows (B, 2, w, w) of many crops: sample i's at (top[i], left[i]) of row rows[i] of (N, 2, s, s)."""
-    span, edge = torch.arange(window_px(crop_px), device=chroma.device), chroma.shape[-1] - 1
-    down, across = ((place[:, None] // 2 - 1 + span).clamp_(0, edge) for place in (top, left))
-    plane = torch.arange(2, device=chroma.device)
-    return chroma[rows[:, None, None, None], plane[:, None, None], down[:, None, :, None], across[:, None, None, :]]
 
 
 def _cast(pixels: Pixels, kind: str) -> Pixels:

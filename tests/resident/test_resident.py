@@ -17,7 +17,7 @@ from pipeline.decoding.normalize import Normalizer
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.batch import Batch
-from pipeline.resident.store import Layout
+from pipeline.resident.store import Layout, Store
 from pipeline.reading.quarantine import Quarantine
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats
@@ -189,7 +189,8 @@ def test_what_goes_to_a_device_becomes_the_same_crops(photos: SampleIndex, stats
         assert isinstance(found, RamStore) and found.layout == Layout(kind, 76, 67)
         ids = photos.ids("train")[5:30]
         drawn = train.planner.augmentation(ids, np.zeros_like(ids))
-        crops = found.uploaded(ids, drawn.top, drawn.left)
+        crops = Store.crops(found, [(ids, drawn.top, drawn.left)])
+        assert isinstance(crops, torch.Tensor)
         assert all(torch.equal(*pair) for pair in zip(crops, found.crops([(ids, drawn.top, drawn.left)]), strict=True))
         for crop, place, top, left in zip(crops, ids, drawn.top, drawn.left, strict=True):
             assert torch.equal(crop, found.crop(int(place), int(top), int(left)))

@@ -9,7 +9,7 @@ from tests.helpers.resident_loader import yuv_decoded
 from tests.helpers.small_set import encode, picture
 
 from pipeline.resident import yuv420 as yuv
-from pipeline.resident.store import Layout
+from pipeline.resident.store import Layout, Planes
 
 Array = npt.NDArray[np.uint8]
 
@@ -72,6 +72,12 @@ def test_planes_are_views_however_many_rows_there_are() -> None:
         assert all(np.shares_memory(rows, np.asarray(plane)) for plane in planes)
 
 
+def packed(form: Layout, rows: torch.Tensor, which: torch.Tensor, top: torch.Tensor, left: torch.Tensor) -> Planes:
+    crops = form.packed_in(torch.zeros(len(which) * form.packed_bytes, dtype=torch.uint8), len(which))
+    form.pack(form.planes(rows), which, top, left, crops)
+    return crops
+
+
 @pytest.mark.parametrize("size,crop_px", [(9, 5), (9, 4), (10, 7), (10, 10), (9, 9), (6, 1)])
 def test_a_crop_is_that_of_the_square_on_every_path(size: int, crop_px: int) -> None:
     squares = noise(size, 3)
@@ -81,15 +87,15 @@ def test_a_crop_is_that_of_the_square_on_every_path(size: int, crop_px: int) -> 
     assert np.array_equal(yuv_decoded(rows, size).numpy(), whole)
     room = size - crop_px + 1
     which, top, left = (torch.from_numpy(each.ravel()) for each in np.mgrid[0:3, 0:room, 0:room])
-    parcels = form.pack_all(rows, which, top, left)
-    crops = form.unpack(parcels, top, left).numpy()
+    squares_, parcels = form.planes(rows), packed(form, rows, which, top, left)
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(which)))
+    assert all(plane is None or plane.is_contiguous() for plane in parcels)
+    crops = form.rgb(squares_, which, top, left).numpy()
+    assert np.array_equal(form.rgb(parcels, order, top[order], left[order]).numpy(), crops[order])
     for place, (row, down, right) in enumerate(zip(which.tolist(), top.tolist(), left.tolist(), strict=True)):
         expected = whole[row, :, down:down + crop_px, right:right + crop_px]
         assert np.array_equal(form.crop(rows[row].numpy(), down, right), expected)
         assert np.array_equal(crops[place], expected)
-        parcel = np.zeros(form.packed_bytes, np.uint8)
-        form.pack(rows[row].numpy(), down, right, parcel)
-        assert np.array_equal(parcel, parcels[place].numpy())
 
 
 def test_rgb_rows_are_the_pixels_on_every_path() -> None:
@@ -99,13 +105,11 @@ def test_rgb_rows_are_the_pixels_on_every_path() -> None:
     assert np.array_equal(rows.numpy(), squares.reshape(3, -1)) and form.row_bytes == 243
     assert all(np.array_equal(form.encode(square.transpose(1, 2, 0)), square.ravel()) for square in squares)
     which, top, left = torch.tensor([2, 0]), torch.tensor([5, 1]), torch.tensor([0, 3])
-    parcels = form.pack_all(rows, which, top, left)
+    parcels = packed(form, rows, which, top, left)
     expected = np.stack([squares[2, :, 5:9, 0:4], squares[0, :, 1:5, 3:7]])
-    assert np.array_equal(form.unpack(parcels, top, left).numpy(), expected)
+    assert np.array_equal(form.rgb(parcels, torch.arange(2), top, left).numpy(), expected)
+    assert np.array_equal(form.rgb(form.planes(rows), which, top, left).numpy(), expected)
     assert np.array_equal(form.crop(rows[2].numpy(), 5, 0), expected[0])
-    parcel = np.zeros(form.packed_bytes, np.uint8)
-    form.pack(rows[0].numpy(), 1, 3, parcel)
-    assert np.array_equal(parcel, expected[1].ravel())
 
 
 def test_pictures_lose_no_more_than_in_the_best_jpeg_of_that_kind() -> None:
