@@ -72,6 +72,8 @@ class LoaderConfig:
         hw_decoder_load: GPU only, changes pixels: share of each batch's baseline JPEGs given to the hardware engine. Between 0
             and 1 the decoder of an image depends on its place in the batch; squares that are kept (tier resident) and
             evaluations therefore take 1 instead.
+        kernels: what finishes the images of tier resident on a GPU: auto, a Triton kernel where one can be built; torch never,
+            triton always (on a CPU in its interpreter, for tests).
         channels_last: memory layout of the network's kernels, and of the images that a GPU's loader makes.
         preallocate_px: GPU only: side of the largest image for which decoder memory is reserved at the start; 0: none.
         resident_memory: where tier resident keeps images: ram, one memory-mapped file for all processes of a node; or gpu,
@@ -90,6 +92,7 @@ class LoaderConfig:
     gpu_decode: str = "auto"
     fancy_upsampling: bool = True
     hw_decoder_load: float = 0.65
+    kernels: str = "auto"
     channels_last: bool = False
     preallocate_px: int = 0
     resident_memory: str = "ram"
@@ -100,6 +103,8 @@ class LoaderConfig:
             _check(f"machine.{name}", value := getattr(self, name), value >= low, f"be at least {low}; correct the setting")
         _check("machine.gpu_decode", self.gpu_decode, self.gpu_decode in ("auto", "region", "whole"),
                "be auto, region or whole; correct the setting")
+        _check("machine.kernels", self.kernels, self.kernels in ("auto", "torch", "triton"),
+               "be auto, torch or triton; correct the setting")
         _check("machine.resident_memory", self.resident_memory, self.resident_memory in ("ram", "gpu"),
                "be ram or gpu; correct the setting")
         for name in ("quarantine_budget", "hw_decoder_load"):

@@ -187,6 +187,26 @@ def test_no_thread_of_a_loader_waits_for_the_device(photos: SampleIndex, stats: 
             torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
+@pytest.mark.parametrize("memory", ["ram", "gpu"])
+@pytest.mark.parametrize("kind", ["rgb", "yuv420"])
+def test_resident_batches_wait_for_nothing_and_are_those_of_torch(photos: SampleIndex, stats: Stats, tmp_path: Path, kind: str,
+                                                                  memory: str, kernels: str) -> None:
+    def taken(kernels: str, mode: str) -> list[torch.Tensor]:
+        machine = LoaderConfig(resident_folder=str(tmp_path), resident_memory=memory, kernels=kernels)
+        with train_loader("resident", photos, "train", SMALL, 8, 1, stats, resident=kind, machine=machine, device_id=0) as loader:
+            loader.fill()
+            next(loader)
+            torch.cuda.set_sync_debug_mode(mode)
+            try:
+                return [batch.images for batch in loader]
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+    for ours, plain in zip(taken(kernels, "error"), taken("torch", "default"), strict=True):
+        assert torch.equal(ours, plain)
+
+
 def test_small_arrays_travel_in_one_pinned_block() -> None:
     random, device = np.random.default_rng(0), torch.device("cuda", 0)
     for _ in range(50):  # blocks are used again

@@ -25,7 +25,7 @@ class Normalizer:
             mean_image = mean_image[:, first:first + crop_px, first:first + crop_px]
         self._crop, self._device, self._buffers, self._centered = crop_px, device, Buffers(), centered
         self._mean = None if mean_image is None else np.ascontiguousarray(mean_image)
-        self._mean_there = None if mean_image is None else torch.from_numpy(self._mean).to(device)
+        self.mean = None if self._mean is None else torch.from_numpy(self._mean).to(device)  # (3, S, S), centered (3, crop, crop)
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, "normalize") if device.type == "cpu" else None
 
@@ -33,7 +33,9 @@ class Normalizer:
         """Begin to make (B, 3, crop, crop) float32 images of (B, 3, crop, crop) uint8 crops; gives what waits for them. On a
         CPU each row is asked for by the thread that needs it, so they may be a sequence that makes them then."""
         if self._pool is None:
-            return lambda: self.whole(pixels, augmentation)  # type: ignore[arg-type]  # to a GPU it is given whole
+            there = [torch.from_numpy(column).to(self._device) for column in
+                     (augmentation.top, augmentation.left, augmentation.mirror, augmentation.shift)]
+            return lambda: self.whole(pixels, *there)  # type: ignore[arg-type]  # to a GPU it is given whole
         out = self._buffers.take(len(pixels), 3, self._crop, self._crop)
         edges = np.linspace(0, len(pixels), self._threads + 1).astype(int)
         parts = [self._pool.submit(self._some, pixels, augmentation, out.numpy(), low, high)
@@ -65,25 +67,22 @@ class Normalizer:
                 values = np.subtract(values, mean, out=image)
             np.add(values, shifts[row], out=image)
 
-    def whole(self, pixels: torch.Tensor, augmentation: Augmentation) -> torch.Tensor:
-        """(B, 3, crop, crop) float32 from (B, 3, crop, crop) uint8 on the device, all at once; the same bits as row by row."""
-        images = _flip(pixels, augmentation.mirror).to(torch.float32)
-        if self._mean_there is not None and self._centered:
-            images -= self._mean_there
-        elif self._mean_there is not None:
-            windows = self._mean_there.unfold(1, self._crop, 1).unfold(2, self._crop, 1)  # (3, rows, columns, crop, crop) view
-            top, left = (torch.from_numpy(offsets).to(self._device) for offsets in (augmentation.top, augmentation.left))
-            images -= _flip(windows[:, top, left].transpose(0, 1), augmentation.mirror)
-        images += torch.from_numpy(augmentation.shift).to(self._device)[:, :, None, None]
+    def whole(self, pixels: torch.Tensor, top: torch.Tensor, left: torch.Tensor, mirror: torch.Tensor,
+              shift: torch.Tensor) -> torch.Tensor:
+        """(B, 3, crop, crop) float32 from (B, 3, crop, crop) uint8, and what is drawn for them (see `Augmentation`), all on the
+        device, at once; the same bits as row by row."""
+        flipped = mirror[:, None, None, None]
+        images = torch.where(flipped, pixels.flip(-1), pixels).to(torch.float32)
+        if self.mean is not None and self._centered:
+            images -= self.mean
+        elif self.mean is not None:
+            windows = self.mean.unfold(1, self._crop, 1).unfold(2, self._crop, 1)  # (3, rows, columns, crop, crop) view
+            pieces = windows[:, top, left].transpose(0, 1)
+            images -= torch.where(flipped, pieces.flip(-1), pieces)
+        images += shift[:, :, None, None]
         return images
 
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
-
-
-def _flip(images: torch.Tensor, mirror: npt.NDArray[np.bool_]) -> torch.Tensor:
-    if not mirror.any():
-        return images
-    return torch.where(torch.from_numpy(mirror).to(images.device)[:, None, None, None], images.flip(-1), images)

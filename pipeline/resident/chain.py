@@ -10,11 +10,12 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch.distributed as dist
+from torch import Tensor
 
 from pipeline.decoding.normalize import Normalizer
 from pipeline.loading.batch import Batch, LoaderContext
@@ -23,6 +24,7 @@ from pipeline.loading.eval_loader import Evaluation
 from pipeline.loading.prefetch import one_ahead
 from pipeline.reading.quarantine import SampleError, Skip, StandIns
 from pipeline.reading.source import ArchiveSource
+from pipeline.resident.device import DeviceNormalizer
 from pipeline.resident.filler import Filler
 from pipeline.resident.gpu_store import GpuStore
 from pipeline.resident.ram_store import RamStore
@@ -48,9 +50,14 @@ class ResidentChain(Chain):
 
     def __init__(self, context: LoaderContext, store: Store, filler: Filler, mean_image: npt.NDArray[np.float32] | None) -> None:
         self.context, self.store, self.filler, self.note = context, store, filler, store.note
-        self.normalizer = partial(context.normalizer, store.layout.crop_px, mean_image)
+        machine = context.machine
+        self._on_device = context.device.type == "cuda" or machine.kernels == "triton"
+        self.normalizer: Callable[[], Normalizer | DeviceNormalizer] = partial(
+            DeviceNormalizer, store.layout, mean_image, context.device, centered=context.data.mean == "image_center",
+            kernels=machine.kernels, channels_last=machine.channels_last,
+        ) if self._on_device else partial(context.normalizer, store.layout.crop_px, mean_image)
         # An exchange must not run ahead of the batches consumed: a rank that stops would leave the others waiting in it.
-        self.queue = 0 if store.exchanges else context.machine.queue
+        self.queue = 0 if store.exchanges else machine.queue
 
     @abstractmethod
     def rows(self, step: int) -> Rows:
@@ -65,13 +72,19 @@ class ResidentChain(Chain):
             self.filler.expect(map(self.rows, steps))
             yield from one_ahead(filter(None, map(partial(self._begin, normalizer), steps)))
 
-    def _begin(self, normalizer: Normalizer, step: int) -> Callable[[], Batch] | None:
+    def _begin(self, normalizer: Normalizer | DeviceNormalizer, step: int) -> Callable[[], Batch] | None:
         """Begin a batch; None when all of it was left out."""
         self.context.monitor.enter("read")
-        ids, epochs, augmentation, crops = self.request(step)
-        if not len(ids):
+        request = self.request(step)
+        if not len(request.ids):
             return None
-        return partial(self.context.normalized, step, ids, epochs, normalizer.begin(self.store.crops(crops), augmentation))
+        return partial(self.context.normalized, step, request.ids, request.epochs, self.images(normalizer, request))
+
+    def images(self, normalizer: Any, request: StoreRequest) -> Callable[[], Tensor]:
+        """Begin to make the images of a batch with the `normalizer` of this chain; gives what waits for them."""
+        crops = self.store.located(request.crops) if self._on_device else self.store.crops(request.crops)
+        end: Callable[[], Tensor] = normalizer.begin(crops, request.augmentation)
+        return end
 
     def close(self) -> None:
         self.store.close()

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.loading.batch import to_device
 from pipeline.resident.capacity import check_device, check_memory
-from pipeline.resident.store import Crops, Layout, Located, Rows, Store, sent
+from pipeline.resident.store import Crops, Layout, Located, Rows, Store
 
 
 class GpuStore(Store):
@@ -45,7 +46,7 @@ class GpuStore(Store):
         return [(int(k), int(n)) for k, n in (pair.tolist() for pair in found)]
 
     def put(self, rows: Rows, squares: Tensor) -> None:
-        self._pixels[sent(self._device, rows // self._ranks)[0].long()] = self.layout.encode_all(squares.to(self._device))
+        self._pixels[to_device(self._device, rows // self._ranks)[0]] = self.layout.encode_all(squares.to(self._device))
         self.stored[rows] = 1
 
     def agree(self, rows: Rows, failed: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
@@ -64,9 +65,9 @@ class GpuStore(Store):
         kept = [self.owned(others) for others, _, _ in wanted]
         held = [np.concatenate([values[keep] for values, keep in zip(column, kept, strict=True)])
                 for column in zip(*wanted, strict=True)]
-        which, *places = sent(self._device, held[0] // self._ranks, *held[1:]).long()
+        which, *places = to_device(self._device, held[0] // self._ranks, *held[1:])
         packed = self.layout.packed_in(self._pixels.new_empty(len(which) * self.layout.packed_bytes), len(which))
-        self.layout.pack(squares, which, *places, packed)
+        self.layout.pack(squares, packed, which, *places)
         parcels = torch.cat([plane.flatten(1) for plane in packed if plane is not None], dim=1)
         owners = rows % self._ranks
         received = parcels.new_empty(len(rows), self.layout.packed_bytes)

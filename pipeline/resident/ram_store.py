@@ -148,8 +148,8 @@ class RamStore(Store):
         """See `Store`: packed in memory that is pinned, and used again by torch once the copy from it is done."""
         rows, top, left = wanted[0]
         memory = torch.empty(len(rows) * self.layout.packed_bytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        self.layout.pack(self.layout.planes(torch.from_numpy(self.pixels)), *map(torch.from_numpy, wanted[0]),
-                         self.layout.packed_in(memory, len(rows)))
+        self.layout.pack(self.layout.planes(torch.from_numpy(self.pixels)), self.layout.packed_in(memory, len(rows)),
+                         *map(torch.from_numpy, wanted[0]))
         there = self.layout.packed_in(memory.to(self._device, non_blocking=True), len(rows))
         return Located(there, np.arange(len(rows)), top, left)
 

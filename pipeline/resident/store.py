@@ -7,13 +7,14 @@ brightness: 3 (rgb) or 1 (yuv420)."""
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pipeline.loading.batch import to_device
 from pipeline.resident import yuv420 as yuv
 
 KINDS = ("rgb", "yuv420")
@@ -98,9 +99,9 @@ class Layout:
         light = memory[:end].view(count, self._count, self.crop_px, self.crop_px)
         return Planes(light, None if self.kind == "rgb" else memory[end:].view(count, 2, side, side))
 
-    def pack(self, squares: Planes, which: Tensor, top: Tensor, left: Tensor, out: Planes) -> None:
-        """Write packed crops of squares `which` at (top, left), all (B,) int64, to `packed_in` planes. On a CPU in torch's threads,
-        without the interpreter's lock."""
+    def pack(self, squares: Planes, out: Planes, which: Tensor, top: Tensor, left: Tensor) -> None:
+        """Write packed crops of squares `which` at (top, left), all (B,) int64, to `packed_in` planes. On a CPU torch's threads
+        do it, without the interpreter's lock."""
         cut(squares.light, which, top, left, self.crop_px, out.light)
         if squares.chroma is not None and out.chroma is not None:
             down, across = (yuv.kept_from(place, self.square_px, self.crop_px) for place in (top, left))
@@ -112,9 +113,9 @@ class Layout:
         if planes.light.shape[-1] == self.square_px:
             memory = planes.light.new_empty(len(which) * self.packed_bytes)
             crops = self.packed_in(memory, len(which))
-            self.pack(planes, which, top, left, crops)
+            self.pack(planes, crops, which, top, left)
         else:
-            crops = Planes(*(plane if plane is None else plane[which] for plane in planes))
+            crops = Planes(planes.light[which], None if planes.chroma is None else planes.chroma[which])
         if crops.chroma is None:
             return crops.light
         added = yuv.addends(yuv.windows(crops.chroma, top, left, self.square_px, self.crop_px))
@@ -129,8 +130,8 @@ class Layout:
 
 
 def cut(planes: Tensor, which: Tensor, top: Tensor, left: Tensor, size: int, out: Tensor | None = None) -> Tensor:
-    """(B, C, size, size): of each sample's row `which` of (N, C, H, W) the crop at (top, left); all (B,) int64 on the device. `out`
-    is contiguous. One gather of lines: every place where one may begin counts as a row of a table whose rows overlap."""
+    """(B, C, size, size): of each sample's row `which` of (N, C, H, W) the crop at (top, left); all (B,) int64 on the device,
+    `out` contiguous. One gather of lines: every place where one may begin counts as a row of a table whose rows overlap."""
     if planes.shape[2:] == (size, size):
         return torch.index_select(planes, 0, which, out=out)
     n, count, height, width = planes.shape
@@ -143,14 +144,6 @@ def cut(planes: Tensor, which: Tensor, top: Tensor, left: Tensor, size: int, out
         return table.index_select(0, lines).view(len(which), count, size, size)
     torch.index_select(table, 0, lines, out=out.view(-1, size))
     return out
-
-
-def sent(device: torch.device, *columns: npt.NDArray[Any]) -> Tensor:
-    """(K, B) int32 on the device, of K columns (B,): one copy, which the host does not wait for."""
-    block = torch.empty(len(columns), len(columns[0]), dtype=torch.int32, pin_memory=device.type == "cuda")
-    for row, column in zip(block.numpy(), columns):
-        row[:] = column
-    return block.to(device, non_blocking=True)
 
 
 class Store(ABC):
@@ -187,7 +180,7 @@ class Store(ABC):
     def crops(self, wanted: Sequence[Crops]) -> Tensor | Sequence[Tensor]:
         """RGB crops for this process, (B, 3, c, c) uint8, or B views (3, c, c) uint8 made when asked for; for a CPU."""
         planes, *places = self.located(wanted)
-        return self.layout.rgb(planes, *sent(planes.light.device, *places).long())
+        return self.layout.rgb(planes, *to_device(planes.light.device, *places))
 
     def seal(self) -> None:
         """There is nothing left to fill."""

@@ -41,7 +41,8 @@ def test_images_by_hand_in_rows_and_as_a_whole(mean: str, threads: int) -> None:
     expected = by_hand(planar.numpy(), subtracted, mean == "image_center", wanted)
     for rows in (list(planar), planar, planar.contiguous()):
         assert np.array_equal(normalizer.begin(rows, wanted)().numpy(), expected)
-    assert np.array_equal(normalizer.whole(planar, wanted).numpy(), expected)
+    drawn = map(torch.from_numpy, (wanted.top, wanted.left, wanted.mirror, wanted.shift))
+    assert np.array_equal(normalizer.whole(planar, *drawn).numpy(), expected)
     some = [4, 0, 4]
     assert np.array_equal(normalizer.begin(list(planar[some]), wanted.rows(some))().numpy(), expected[some])
     normalizer.close()

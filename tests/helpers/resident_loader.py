@@ -20,8 +20,8 @@ SMALL = DataConfig(region="square", square_px=76, crop_px=67, mirror=True, light
 
 
 def loader(index: SampleIndex, stats: Stats, folder: Path, resident: str = "rgb", *, data: DataConfig = SMALL, batch: int = 8,
-           memory: str = "ram", **options: object) -> TrainLoader:
-    machine = LoaderConfig(threads=2, resident_folder=str(folder), resident_memory=memory)
+           memory: str = "ram", kernels: str = "auto", **options: object) -> TrainLoader:
+    machine = LoaderConfig(threads=2, resident_folder=str(folder), resident_memory=memory, kernels=kernels)
     return train_loader("resident", index, "train", data, batch, 7, stats, resident=resident, machine=machine,
                         **options)  # type: ignore[arg-type]
 

@@ -196,6 +196,18 @@ def test_what_goes_to_a_device_becomes_the_same_crops(photos: SampleIndex, stats
             assert torch.equal(crop, found.crop(int(place), int(top), int(left)))
 
 
+@pytest.mark.parametrize("kind,memory", [("rgb", "ram"), ("yuv420", "gpu")])
+def test_a_loader_whose_device_finishes_the_images_gives_the_same(photos: SampleIndex, tmp_path: Path, kind: str,
+                                                                  memory: str) -> None:
+    """As on a GPU, in Triton's interpreter."""
+    data = DataConfig(**{**SMALL.__dict__, "square_px": 12, "crop_px": 9})
+    small, found = compute(photos, "train", 12), []
+    for kernels in ("auto", "triton"):
+        with loader(photos, small, tmp_path, kind, data=data, batch=3, memory=memory, kernels=kernels) as train:
+            found.append(take(train, 1))
+    assert digest(found[0]) == digest(found[1])
+
+
 def test_a_process_killed_while_filling_leaves_what_can_be_gone_on_with(photos: SampleIndex, stats: Stats, expected: list[Batch],
                                                                         tmp_path: Path) -> None:
     from pipeline.stats import stats_path

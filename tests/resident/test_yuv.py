@@ -74,7 +74,7 @@ def test_planes_are_views_however_many_rows_there_are() -> None:
 
 def packed(form: Layout, rows: torch.Tensor, which: torch.Tensor, top: torch.Tensor, left: torch.Tensor) -> Planes:
     crops = form.packed_in(torch.zeros(len(which) * form.packed_bytes, dtype=torch.uint8), len(which))
-    form.pack(form.planes(rows), which, top, left, crops)
+    form.pack(form.planes(rows), crops, which, top, left)
     return crops
 
 

@@ -125,7 +125,7 @@ def _resident(loader: TrainLoader, closers: ExitStack) -> Workload:
 
     def images(step: int) -> int:
         request = chain.request(step)
-        return arrived(loader, len(normalizer.begin(chain.store.crops(request.crops), request.augmentation)()))
+        return arrived(loader, len(chain.images(normalizer, request)()))
 
     copies = loader.device.type == "cuda" and loader.machine.resident_memory == "ram"
     steps = itertools.cycle(range(_steps(loader)))

@@ -1,0 +1,64 @@
+"""`DeviceNormalizer`: finished images of crops in a GPU's memory, in a Triton kernel where it can be built, else by torch."""
+import logging
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipeline.decoding.normalize import Normalizer
+from pipeline.loading.batch import to_device
+from pipeline.resident.store import Layout, Located
+from pipeline.sampling.augment import Augmentation
+
+_log = logging.getLogger(__name__)
+
+
+class DeviceNormalizer:
+    """What `Normalizer` is on a CPU, and its bits. `mean_image` (3, S, S) float32 or None, `centered`: see there. `kernels`:
+    auto takes Triton's on a GPU, where it works; torch never; triton always, also on a CPU, in its interpreter. `channels_last`:
+    memory layout of the images. The host waits for nothing here."""
+
+    def __init__(self, layout: Layout, mean_image: npt.NDArray[np.float32] | None, device: torch.device, *,
+                 centered: bool = False, kernels: str = "auto", channels_last: bool = False) -> None:
+        self._layout, self._device, self._centered = layout, device, centered
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        self._plain = Normalizer(layout.crop_px, mean_image, centered=centered, threads=1, device=device)
+        self._triton = kernels == "triton" or kernels == "auto" and device.type == "cuda"
+        if self._triton:
+            try:
+                self._warm_up()
+            except (ImportError, RuntimeError) as error:  # Triton is missing, or what it compiles with is
+                if kernels == "triton":
+                    raise
+                self._triton = False
+                _log.warning("images in GPU memory are finished by torch, in several passes: Triton does not work (%s)", error)
+
+    def _warm_up(self) -> None:
+        """Compile the kernel. Raises ImportError or RuntimeError."""
+        row = torch.zeros(1, self._layout.row_bytes, dtype=torch.uint8, device=self._device)
+        corner = np.zeros(1, np.int64)
+        self.images(Located(self._layout.planes(row), corner, corner, corner), Augmentation.none(1))
+
+    def begin(self, crops: Located, augmentation: Augmentation) -> Callable[[], torch.Tensor]:
+        return lambda: self.images(crops, augmentation)
+
+    def images(self, crops: Located, augmentation: Augmentation, out: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, 3, c, c): `out`, float32, bfloat16 or float16, of any strides, or new ones, float32."""
+        size = self._layout.crop_px
+        if out is None:
+            out = torch.empty(len(crops.rows), 3, size, size, device=self._device, memory_format=self._format)
+        shift = np.ascontiguousarray(augmentation.shift.T)
+        columns = [crops.rows, crops.top, crops.left, augmentation.mirror, *shift.view(np.int32)]
+        table, = to_device(self._device, np.stack(columns, dtype=np.int32, casting="unsafe"))
+        if self._triton:
+            from pipeline.resident import kernels
+
+            kernels.images(crops.planes, table, self._plain.mean, out, self._layout.square_px, centered=self._centered)
+            return out
+        which, top, left, mirror = table[:4].long()
+        pixels = self._layout.rgb(crops.planes, which, top, left)
+        return out.copy_(self._plain.whole(pixels, top, left, mirror == 1, table[4:].view(torch.float32).T))
+
+    def close(self) -> None:
+        self._plain.close()
