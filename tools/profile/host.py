@@ -2,7 +2,8 @@
 
 Measured: the loader as it is, plans, reading, checks, feeding DALI, `Batch`, queue and threads, but for a DALI pipeline that
 takes all inputs and decodes nothing. From its CPU time goes that of copying and checksumming the bytes, during which other
-threads have the lock; what is left, DALI's own threads included, is counted as if it all needed the lock.
+threads have the lock; what is left, DALI's own threads included, is counted as if it all needed the lock. In tier resident,
+which reads and decodes nothing: the loader as it is, but for crops of a single pixel.
 """
 import os
 import statistics
@@ -44,20 +45,27 @@ def workload(loader: TrainLoader, closers: ExitStack) -> Workload:
     chain = cast(DecodingChain, closers.enter_context(loader).chain)
     context = replace(loader.context, monitor=Monitor())
     bare = DecodingChain(context, chain.plan, chain.source, chain.policy, replace(chain.settings, inputs_only=True), raw=True)
-    empty = closers.enter_context(TrainLoader(context, bare, loader.sampler, loader.planner))
+    return whole(TrainLoader(context, bare, loader.sampler, loader.planner), closers)
+
+
+def whole(loader: TrainLoader, closers: ExitStack) -> Workload:
+    """`loader`, which costs no pixels and is closed by this, from end to end."""
+    closers.enter_context(loader)
 
     def batches() -> Iterator[int]:
         while True:
-            for batch in empty:
+            for batch in loader:
                 yield len(batch.ids)
 
     machine = loader.machine
-    return Workload("host", batches(), machine.queue + machine.prefetch + machine.read_threads + 2, context.monitor)
+    return Workload("host", batches(), machine.queue + machine.prefetch + machine.read_threads + 2, loader.monitor)
 
 
 def host(figures: Figures, loader: TrainLoader) -> Host:
     """`figures` of the `workload`. The bytes' part is the difference between reading and checking samples whole, and the first
     byte of each, in the same calls."""
+    if not isinstance(loader.chain, DecodingChain):
+        return Host(figures.cpu * 1e3, 0.0)
     index, ids = loader.index, loader.context.ids
     rows = index.samples[ids[np.linspace(0, len(ids) - 1, _IMAGES).astype(np.int64)]]
     rows = rows[[not index.archives[position].is_folder for position in rows["archive"]]]

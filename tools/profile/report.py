@@ -30,7 +30,7 @@ class Profile:
     cold_note: str = ""
     need_from: str = ""  # where the need comes from
     versions: dict[str, str] | None = None
-    host: Host | None = None  # None in tier resident, which feeds no decoder
+    host: Host | None = None  # None where squares lie in GPU memory
 
 
 def as_json(profile: Profile) -> dict[str, Any]:

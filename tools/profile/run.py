@@ -40,8 +40,8 @@ def profile(args: argparse.Namespace, config: Config) -> tuple[Profile, Sequence
         config = replace(config, train=replace(config.train, batch=min(config.train.batch, images)))
         title = (f"{index.path}, {images:,} images of split {split}, tier {data.tier}, {data.crop_px} of {data.square_px} px, "
                  f"batch {config.train.batch}, on {topology.device}, {machine.threads} of {cores()} cores for pixels")
-        open_loader = partial(train_loader, data.tier, index, split, data, config.train.batch, config.train.seed,
-                              Stats.for_index(index, data.square_px, split), resident=data.resident, window=data.window,
+        open_loader = partial(train_loader, data.tier, index, split, data=data, batch=config.train.batch, seed=config.train.seed,
+                              stats=Stats.for_index(index, data.square_px, split), resident=data.resident, window=data.window,
                               lanes=data.lanes, store=config.machine.archives if config.in_bucket else "",
                               device_id=topology.device.index)
         network = NetworkStep(config, topology) if args.model else None  # before DALI is there: it may be captured
@@ -56,12 +56,14 @@ def profile(args: argparse.Namespace, config: Config) -> tuple[Profile, Sequence
             workloads = [*alone, *cut, stages.end_to_end(loader)]
             if cut:
                 workloads.append(host.workload(open_loader(machine=machine), closers))
+            elif machine.resident_memory == "ram":  # squares in GPU memory are not there twice
+                workloads.append(host.whole(open_loader(machine=machine, data=replace(data, crop_px=1)), closers))
             if network is not None:
                 workloads += [Workload("network", network.synthetic(), 2), stages.end_to_end(loader, network, "together")]
             elif args.need:
                 workloads.append(stages.end_to_end(loader, _Pace(args.need), "together"))
             figures = measure(workloads, args.seconds, args.repeats)
-            ceiling = host.host(figures["host"], loader) if cut else None
+            ceiling = host.host(figures["host"], loader) if "host" in figures else None
         cold, note = None, ""
         if args.cold:  # no loader has the archives mapped any more
             cold, note = stages.measure_cold(partial(open_loader, machine=machine), index, split, args.seconds, 3)
