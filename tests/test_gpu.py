@@ -177,12 +177,16 @@ def test_batches_made_ahead_are_ready_on_the_stream_that_takes_them(photos: Samp
 
 
 def test_no_thread_of_a_loader_waits_for_the_device(photos: SampleIndex, stats: Stats) -> None:
-    """As far as torch does the asking; DALI's calls are its own."""
-    with train_loader("archives", photos, "train", SMALL, 8, 1, stats, device_id=0) as loader:
+    """As far as torch does the asking; DALI's calls are its own. Crops of evaluations too."""
+    with train_loader("archives", photos, "train", SMALL, 8, 1, stats, device_id=0) as loader, \
+            eval_loader("archives", photos, "val", replace(SMALL, mean="image_center"), 2, stats, device_id=0) as tests:
         next(loader)
+        squares = iter(tests)
+        next(squares)
         torch.cuda.set_sync_debug_mode("error")
         try:
             assert len(list(loader)) == 3
+            assert sum(len(list(tests.crops(batch.images, 10))) for batch in squares) == 30
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -65,7 +65,8 @@ class EvalLoader(Loader):
 
     def __init__(self, evaluation: Evaluation, chain: Chain) -> None:
         super().__init__(evaluation.context, chain)
-        self._evaluation, self.skipped = evaluation, evaluation.skipped
+        self._evaluation, self.skipped, mean = evaluation, evaluation.skipped, evaluation.central_mean
+        self._central_mean = None if mean is None else torch.from_numpy(mean).to(self.device)
 
     def __len__(self) -> int:
         return len(self._evaluation.steps)
@@ -91,9 +92,8 @@ class EvalLoader(Loader):
 
     def crops(self, images: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
         """The `crops` of a batch's images (B, 3, S, S), what they subtract included."""
-        mean = self._evaluation.central_mean
         for crop in crops(images, self.data.crop_px, count):
-            yield crop if mean is None else crop - torch.from_numpy(mean).to(crop.device)
+            yield crop if self._central_mean is None else crop - self._central_mean
 
 
 def crops(images: torch.Tensor, crop_px: int, count: int) -> Iterator[torch.Tensor]:
