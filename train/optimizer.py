@@ -47,6 +47,22 @@ def _is_on_host(flag: torch.Tensor) -> bool:
     return flag.is_cpu
 
 
+def _add_scaled(sums: list[torch.Tensor], terms: list[torch.Tensor], factor: torch.Tensor,
+                factors: Optional[list[torch.Tensor]]) -> None:
+    """sums <- sums + factor factors terms, each of the optional `factors` () for one term; the same bits on both ways."""
+    if _is_on_host(factor):  # vectorised; what follows is not, on a CPU
+        if factors is None:
+            torch._foreach_add_(sums, terms, alpha=factor.item())
+        else:
+            torch._foreach_addcmul_(sums, terms, factors, value=factor.item())
+        return
+    factor = factor.to(sums[0].dtype)
+    if factors is None:
+        torch._foreach_addcmul_(sums, terms, [factor] * len(sums))
+    else:
+        torch._foreach_addcmul_(sums, torch._foreach_mul(terms, factor), factors)
+
+
 class PaperSGD(torch.optim.Optimizer):
     """SGD with momentum and weight decay as in paper §5. State per parameter: `velocity`, of its shape, initially zero.
     A group of `params` may override `weight_decay`, `lr_factor` (its rate is lr times that), `layerwise` (False: without `lars`)
@@ -79,35 +95,30 @@ class PaperSGD(torch.optim.Optimizer):
             if not params:
                 continue
             velocities, dtype = [self.velocity(p) for p in params], params[0].dtype
-            if triton and self._is_plain(group) and (sgd := importlib.import_module("model.kernels.sgd")).takes(params):
+            plain = self.lars is None or not group["layerwise"]
+            if triton and plain and (sgd := importlib.import_module("model.kernels.sgd")).takes(params):
                 sgd.update(params, velocities, [p.grad for p in params], momentum=group["momentum"], rate=rate.to(dtype),
                            decay=decay.to(dtype), hold=hold)
             elif not _is_on_host(hold):  # what must be held is put back
                 changed = [*velocities, *params]
                 before = [tensor.clone() for tensor in changed]
-                self._update(group, params, velocities, rate.to(dtype), decay.to(dtype))
+                self._update(group, params, velocities, rate, decay)
                 for tensor, kept in zip(changed, before):
                     torch.where(hold, kept, tensor, out=tensor)
             elif not hold:
-                self._update(group, params, velocities, rate.to(dtype), decay.to(dtype))
-
-    def _is_plain(self, group: dict[str, Any]) -> bool:
-        """Whether a group is updated without LARS."""
-        return self.lars is None or not group["layerwise"]
+                self._update(group, params, velocities, rate, decay)
 
     def _update(self, group: dict[str, Any], params: list[torch.Tensor], velocities: list[torch.Tensor], rate: torch.Tensor,
                 decay: torch.Tensor) -> None:
-        """v <- momentum v + decay w + rate g; w <- w + v. `rate`, `decay`: () tensors, negative."""
-        grads = [parameter.grad for parameter in params]
+        """v <- momentum v + decay w + rate g; w <- w + v. `rate`, `decay`: () float64, negative."""
+        grads = [parameter.grad for parameter in params if parameter.grad is not None]
         torch._foreach_mul_(velocities, group["momentum"])
-        if self.lars is None or self._is_plain(group):
-            if group["weight_decay"]:
-                torch._foreach_addcmul_(velocities, params, [decay] * len(params))
-            torch._foreach_addcmul_(velocities, grads, [rate] * len(params))
-        else:
+        factors = None
+        if self.lars is not None and group["layerwise"]:
             factors = self.lars.factors(params, grads, group["weight_decay"])
-            torch._foreach_addcmul_(velocities, torch._foreach_mul(params, decay), factors)
-            torch._foreach_addcmul_(velocities, torch._foreach_mul(grads, rate), factors)
+        if group["weight_decay"]:
+            _add_scaled(velocities, params, decay, factors)
+        _add_scaled(velocities, grads, rate, factors)
         torch._foreach_add_(params, velocities)
 
     def velocity(self, parameter: torch.Tensor) -> torch.Tensor:

@@ -142,6 +142,6 @@ def test_a_signal_to_one_of_two_stops_both_at_the_same_step(recipe: Path, whole_
 
 def test_a_gradient_that_is_not_finite_in_one_of_two_stops_both(recipe: Path, tmp_path: Path) -> None:
     out, err = finish(launch(disturbed("spoil", "training", "5", "--config", str(recipe), f"--machine.runs={tmp_path}",
-                                       "--machine.checkpoint_steps=1")), code=1)
+                                       "--machine.checkpoint_steps=5", "--machine.sync_steps=4")), code=1)
     assert "norm of the gradient (=nan) of process 1 at step 5 with learning rate 0.01 is not finite" in err, err
     assert out.count("left with 3") == 2 and names(tmp_path / "small")[-1] == "step-000000005", err

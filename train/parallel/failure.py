@@ -42,7 +42,8 @@ def is_collective_error(error: BaseException) -> bool:
 
 
 def enter_phase(phase: str, step: Optional[int] = None) -> None:
-    """Training enters this phase (load, forward, backward, update, save, test) of a step, by default of the same one."""
+    """Training enters this phase of a step, by default of the same one: load, forward, backward, update (or captured step),
+    device wait (for results of steps begun before), save, test."""
     if _Monitor.active is not None:
         _Monitor.active.enter(phase, step)
 
