@@ -5,6 +5,7 @@
                                   --patch patch_images.tar --out DIR
   build_index.py build fall2011 fall11_whole.tar --out DIR      (any tar of <wnid>.tar)
   build_index.py build classes PATH --out DIR                   (tar or folder of class folders)
+  build_index.py build classes ILSVRC/Data/CLS-LOC --val-truth LOC_val_solution.csv --out DIR      (as Kaggle has it)
   build_index.py build webdataset SHARD... --out DIR            (key.jpg + key.cls)
   build_index.py subset INDEX --out DIR --class-range 0:50      (some classes of an index, on the same archives)
   build_index.py subset INDEX --out DIR --hold-out 0.5 --hold-out-as test
@@ -53,8 +54,12 @@ def parser() -> argparse.ArgumentParser:
         preset = build.add_parser(f"ilsvrc{year}", parents=[scan, jobs], help=f"ILSVRC{year}: any of its archives")
         for name, what in options.items():
             preset.add_argument(f"--{name}", type=Path, help=what)
-    for name, what in (("fall2011", "a tar of <wnid>.tar"), ("classes", "a tar or a folder of class folders")):
-        build.add_parser(name, parents=[scan, jobs], help=what).add_argument("path", type=Path, help=what)
+    build.add_parser("fall2011", parents=[scan, jobs], help="a tar of <wnid>.tar").add_argument("path", type=Path)
+    classes = build.add_parser("classes", parents=[scan, jobs], help="a tar or a folder of class folders")
+    classes.add_argument("path", type=Path, help="tar or folder of class folders; beside train/, val and test may be flat")
+    truth = classes.add_mutually_exclusive_group()
+    truth.add_argument("--devkit", type=Path, help="devkit: class words, labels of a flat val")
+    truth.add_argument("--val-truth", type=Path, metavar="CSV", help="Kaggle's LOC_val_solution.csv: labels of a flat val")
     build.add_parser("webdataset", parents=[scan, jobs], help="WebDataset shards").add_argument(
         "shards", type=Path, nargs="+", help="tars of key.jpg + key.cls; a word train, val or test in the name is the split")
 
@@ -98,8 +103,8 @@ def _jobs(args: argparse.Namespace) -> int:
 
 def build(args: argparse.Namespace) -> None:
     from pipeline.index.builder import Builder
-    from pipeline.index.folders import build_classes, build_fall2011
-    from pipeline.index.ilsvrc import build_ilsvrc
+    from pipeline.index.folders import build_classes, build_fall2011, kaggle_truth
+    from pipeline.index.ilsvrc import build_ilsvrc, read_devkit
     from pipeline.index.sample_index import SampleIndex
     from pipeline.index.webdataset import build_webdataset
 
@@ -107,15 +112,21 @@ def build(args: argparse.Namespace) -> None:
         builder = Builder(args.out, args.preset, jobs=_jobs(args), crc=not args.no_crc, force=args.force, progress=progress)
         if args.preset == "webdataset":
             build_webdataset(builder, args.shards)
-        elif args.preset in ("fall2011", "classes"):
-            (build_fall2011 if args.preset == "fall2011" else build_classes)(builder, args.path)
+        elif args.preset == "fall2011":
+            build_fall2011(builder, args.path)
+        elif args.preset == "classes":
+            kit = read_devkit(args.devkit) if args.devkit is not None else None
+            truth = None if kit is None or kit.val_labels is None else [kit.classes[label].wnid for label in kit.val_labels]
+            build_classes(builder, args.path, words={entry.wnid: entry.words for entry in kit.classes} if kit else {},
+                          truth=truth if args.val_truth is None else kaggle_truth(args.val_truth))
         else:
             build_ilsvrc(builder, train=args.train, val=args.val, test=args.test, devkit=args.devkit,
                          test_truth=getattr(args, "test_truth", None), patch=getattr(args, "patch", None))
     index = SampleIndex.load(args.out)
     _print_info(index)
     if "val" in index.split_names and (index.samples["label"][index.split_rows("val")] < 0).all():
-        print("note: val has no labels, so nothing can be validated on it: give --devkit", file=sys.stderr)
+        print("note: val has no labels, so nothing can be validated on it: give --devkit (or, to classes, "
+              "--val-truth)", file=sys.stderr)
 
 
 def subset(args: argparse.Namespace) -> None:

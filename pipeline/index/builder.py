@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.index.header import Archive, ClassInfo, label_of
+from pipeline.index.image_header import is_apple_double
 from pipeline.index.sample_index import SPLITS
 from pipeline.index.scan import (CHUNK, DUPLICATE, Oddity, Part, base_names, is_last_of_its_name, joined, scan_files, scan_inner,
                                  scan_members)
@@ -85,7 +86,7 @@ class Builder:
             for member in walk(outer):
                 if member.kind == "directory":
                     continue
-                if member.kind != "file" or not member.name.endswith(".tar"):
+                if member.kind != "file" or not member.name.endswith(".tar") or is_apple_double(member.name):
                     odd.append(Oddity(member.name, "not an inner tar"))
                     continue
                 refuse_compressed(outer.at(member.offset, min(8, member.size)),

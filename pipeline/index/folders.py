@@ -1,8 +1,10 @@
 """Index of class folders, in a tar or on disk: `[.../]<split>/<class>/.../x.jpg` or `[.../]<class>/x.jpg`; of a tar of
-`<wnid>.tar`. A folder on disk is an archive too: its image files in sorted order, their names packed for names.bin."""
+`<wnid>.tar`. Beside `train/<class>/x.jpg`, val and test may hold images directly, as Kaggle's ILSVRC does. A folder on disk is
+an archive too: its image files in sorted order, their names packed for names.bin."""
+import csv
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.index.builder import Builder
@@ -11,6 +13,8 @@ from pipeline.index.header import Archive, ClassInfo, label_of
 from pipeline.index.scan import Oddity
 from pipeline.index.tar import Member
 
+# Classes of validation images: by base name without suffix, or in the order of base names.
+Truth = Mapping[str, str] | Sequence[str]
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
                "test": "test", "testing": "test"}
 
@@ -21,8 +25,11 @@ def build_fall2011(builder: Builder, path: Path) -> str:
     return builder.write()
 
 
-def build_classes(builder: Builder, path: Path) -> str:
-    """Index a tar or folder of class folders, or a tar of `<wnid>.tar`; returns the SHA-256 of the index. Raises ValueError."""
+def build_classes(builder: Builder, path: Path, *, words: Mapping[str, str] = {}, truth: Truth | None = None) -> str:
+    """Index a tar or folder of class folders, or a tar of `<wnid>.tar`; returns the SHA-256 of the index. Raises ValueError.
+
+    words: of a class; truth: classes of the validation images that lie in no class folder.
+    """
     if path.is_dir():
         members, builder.names, odd = list_folder(path)
         builder.archives.append(folder_archive(path, members))
@@ -44,9 +51,16 @@ def build_classes(builder: Builder, path: Path) -> str:
                          f"of class folders, or a tar of <wnid>.tar")
     whole = builder.flat(0, members, path.name)
     splits, classes = splits_and_classes(whole.names or [], path)
-    builder.classes = [ClassInfo(name, "") for name in sorted(set(classes))]
+    builder.classes = [ClassInfo(name, words.get(name, "")) for name in sorted({name for name in classes if name is not None})]
     labels = label_of(builder.classes)
-    whole.rows["label"] = [labels[name] for name in classes]
+    if truth is not None:
+        flat = [row for row, name in enumerate(classes) if name is None and splits[row] == "val"]
+        for row, name in zip(flat, _true_classes([(whole.names or [])[row] for row in flat], truth, path), strict=True):
+            if name not in labels:
+                raise ValueError(f"class (={name}) of {(whole.names or [])[row]} has no image in split train of {path}; give the "
+                                 "ground truth that belongs to it")
+            classes[row] = name
+    whole.rows["label"] = [-1 if name is None else labels[name] for name in classes]
     builder.add_by_split(whole, splits)
     builder.add_oddities(odd)
     return builder.write()
@@ -67,9 +81,42 @@ def split_and_class(name: str) -> tuple[str | None, str]:
     return None, folders[-1]
 
 
-def splits_and_classes(names: Sequence[str], path: Path) -> tuple[list[str], list[str]]:
-    """Splits and classes of all images of data set `path`; all or none of them lie below a split. Raises ValueError."""
-    placed = [split_and_class(name) for name in names]
+def _true_classes(names: Sequence[str], truth: Truth, path: Path) -> list[str]:
+    """The classes of validation images. Raises ValueError when the truth is not theirs."""
+    bases = [name.rpartition("/")[2] for name in names]
+    if isinstance(truth, Mapping):
+        by_base = {base: truth[base.rpartition(".")[0]] for base in bases if base.rpartition(".")[0] in truth}
+    else:
+        by_base = dict(zip(sorted(bases), truth))
+    if len(by_base) != len(names) or len(truth) != len(names):
+        raise ValueError(f"ground truth (=of {len(truth)} images) must be that of the {len(names)} images directly in val of "
+                         f"{path}, each once; give the whole folder and the ground truth that belongs to it")
+    return [by_base[base] for base in bases]
+
+
+def kaggle_truth(path: Path) -> dict[str, str]:
+    """Base name without suffix → class, of Kaggle's LOC_val_solution.csv. Raises ValueError, OSError.
+
+    After a line `ImageId,PredictionString` a line an image: `ILSVRC2012_val_00048981,n03995372 85 1 499 272 …`, class and box of
+    each object; in ILSVRC all are of one class.
+    """
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        rows = list(csv.reader(file))[1:]
+    for number, row in enumerate(rows, 2):
+        if len(row) != 2 or not row[0] or not row[1].split():
+            raise ValueError(f"ground truth (={','.join(row)[:60]!r}) in line {number} of {path} is no `image,class box`; give "
+                             "Kaggle's LOC_val_solution.csv")
+    return {image: boxes.split()[0] for image, boxes in rows}
+
+
+def splits_and_classes(names: Sequence[str], path: Path) -> tuple[list[str], list[str | None]]:
+    """Splits and classes of all images of data set `path`; all or none of them lie below a split. Where some lie in
+    `<split>/<class>/`, those directly in val or test have no class. Raises ValueError."""
+    placed: list[tuple[str | None, str | None]] = [split_and_class(name) for name in names]
+    if any(split is not None for split, _ in placed):
+        flat = {name: split for name, split in SPLIT_NAMES.items() if split != "train"}
+        placed = [(flat[str(folder).lower()], None) if split is None and str(folder).lower() in flat else (split, folder)
+                  for split, folder in placed]
     without = next((name for name, (split, _) in zip(names, placed) if split is None), None)
     within = next((name for name, (split, _) in zip(names, placed) if split is not None), None)
     if without is not None and within is not None:
@@ -78,7 +125,7 @@ def splits_and_classes(names: Sequence[str], path: Path) -> tuple[list[str], lis
     splits, classes = [split or "train" for split, _ in placed], [name for _, name in placed]
     trained = {name for split, name in zip(splits, classes) if split == "train"}
     for name, wnid in zip(names, classes):
-        if trained and wnid not in trained:
+        if trained and wnid is not None and wnid not in trained:
             raise ValueError(f"class (={wnid}) of {name} in {path} has no image in split train; "
                              f"remove it, or name its folder as in train")
     return splits, classes

@@ -132,4 +132,9 @@ def judge(name: str, info: ImageInfo) -> tuple[int, int]:
 
 def is_image_name(name: str) -> bool:
     _, dot, suffix = name.lower().rpartition(".")
-    return bool(dot) and suffix in _SUFFIX_FORMAT
+    return bool(dot) and suffix in _SUFFIX_FORMAT and not is_apple_double(name)
+
+
+def is_apple_double(name: str) -> bool:
+    """Whether a file is called like the metadata that macOS writes beside each file into tars: `._x.JPEG` beside `x.JPEG`."""
+    return name.rpartition("/")[2].startswith("._")

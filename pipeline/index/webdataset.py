@@ -30,6 +30,9 @@ def build_webdataset(builder: Builder, shards: Sequence[Path]) -> str:
         part.rows["archive"] = position
         splits += [split_of_shard(shard.absolute())] * len(part.rows)
     whole = joined(parts)
+    if not len(whole.rows) and whole.odd:
+        raise ValueError(f"shards (={shards[0]} …) hold no images; the first of other files: {whole.odd[0].name}: "
+                         f"{whole.odd[0].reason}")
     highest = int(whole.rows["label"].max(initial=-1))
     builder.classes = [ClassInfo(str(label), "") for label in range(highest + 1)]
     builder.add_by_split(whole, splits)
@@ -57,6 +60,7 @@ def scan_shard(path: Path, crc: bool) -> Part:
     labels: dict[str, int] = {}
     images: dict[str, Member] = {}
     odd: list[Oddity] = []
+    dotted: list[tuple[int, str, str]] = []  # position in `odd`, key, extension
     again = "write the shard again with one image and one .cls a key"
     with open_tar(path) as source:
         for member in walk(source):
@@ -78,7 +82,13 @@ def scan_shard(path: Path, crc: bool) -> Part:
                     raise ArchiveError(f"sample (={key}) of {path} at offset {member.offset} has two images; {again}")
                 images[key] = member
             elif extension not in _SIDE_FILES:
+                if is_image_name("." + extension) or extension.endswith(".cls"):
+                    dotted.append((len(odd), key, extension))
                 odd.append(Oddity(member.name, "not called an image"))
+    for position, key, extension in dotted:
+        if key not in images:  # else it is a part of that sample, as x.seg.png of x.png
+            why = f"no image or label: a key ends at the first dot, so this is .{extension} of key {key}; write keys without dots"
+            odd[position] = Oddity(odd[position].name, why)
     part = scan_members(path, crc, list(images.values()))
     names = part.names or []
     keys = [sample_key(name)[0] for name in names]
