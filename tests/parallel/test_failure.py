@@ -55,6 +55,22 @@ def test_a_hang_is_blamed_on_the_process_that_others_wait_for(tmp_path: Path) ->
         assert "in do" in err and "in _watch" in err, "of every thread"
 
 
+def test_a_failure_elsewhere_gives_a_hanging_process_no_more_time(tmp_path: Path) -> None:
+    """Its own limit, here 7 s, may end sooner than the time others have to end."""
+    (tmp_path / "1").mkdir()
+    failed = {"message": "", "timestamp": 0.0, "pid": 1, "state": "failed", "phases": 1}
+    (tmp_path / "1/error.json").write_text(json.dumps(failed))
+    code = ("import time; from train.parallel import failure\n"
+            "with failure.monitored(0, 2, 7, 30):\n"
+            "    failure.enter_phase('load', 1)\n"
+            "    while not failure._Monitor.active._ending: time.sleep(0.01)\n"
+            "    print(failure._Monitor.active._limit_s)\n")
+    (tmp_path / "0").mkdir()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True,
+                          env={**os.environ, "TORCHELASTIC_ERROR_FILE": str(tmp_path / "0/error.json")})
+    assert done.stdout == "7\n"
+
+
 def test_a_library_that_keeps_pythons_lock_is_ended_too(tmp_path: Path) -> None:
     code, err = end(start(tmp_path, "hang with Python's lock")[0], tmp_path, 0, TIMEOUT_S + 10)
     assert code == 1 and err.startswith("Timeout (0:00:06)!") and "in do" in err

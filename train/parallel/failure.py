@@ -161,7 +161,7 @@ class _Monitor:
             waited_s = ticks * TICK_S
             if waited_s > 2 * TICK_S and not self._ending and self._failures():
                 self._ending = True
-                self._limit(waited_s + GRACE_S)
+                self._limit(min(self._limit_s, waited_s + GRACE_S))
             if waited_s > self._silence_s:
                 self._kill_stopped()
             if waited_s > self._limit_s:
