@@ -178,11 +178,14 @@ class AlexNet(nn.Module):
         x = x.flatten(1)
         for name, full in list(config.fulls.items())[:-1]:
             x = self._layer(name, x)
-            if not full.linear:
-                x = self._activate(x)
+            relu = not full.linear and config.activation == "relu"
+            if not full.linear and not relu:
+                x = torch.tanh(x)
             if self.training and full.dropout:
                 x = dropout(x, config.dropout, next(words_left), first_row=first_row,
-                            first_column=self.tower.rows(full.neurons)[0])
+                            first_column=self.tower.rows(full.neurons)[0], relu=relu, kernels=self.kernels)
+            elif relu:
+                x = functional.relu(x, inplace=True)
         return x
 
     def _activate(self, x: torch.Tensor) -> torch.Tensor:

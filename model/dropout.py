@@ -6,8 +6,13 @@ save. Seed, step and layer enter as four words, which may lie on the network's d
 and a captured CUDA graph draws the masks of another step when the words are replaced. Inverted dropout: what is kept is divided
 by the probability of keeping, so testing needs no factor. B rows and N neurons held by this process."""
 import hashlib
+import importlib
 
 import torch
+from torch.nn import functional
+
+from model.config import Kernels
+from model.kernels import takes_triton
 
 
 def _hash32(x: torch.Tensor) -> torch.Tensor:
@@ -52,9 +57,18 @@ def keep_mask(p: float, words: torch.Tensor, *, rows: tuple[int, int], columns: 
     return drawn >= threshold(p)
 
 
-def dropout(x: torch.Tensor, p: float, words: torch.Tensor, *, first_row: int, first_column: int) -> torch.Tensor:
+def dropout(x: torch.Tensor, p: float, words: torch.Tensor, *, first_row: int, first_column: int, relu: bool = False,
+            kernels: Kernels = "auto") -> torch.Tensor:
     """Inverted dropout of (B, N): zero with probability p, else divided by 1 - p. Same dtype as x. `words`: (4,) int32, on the
-    CPU or on the device of x."""
+    CPU or on the device of x. With `relu` x passes through max(x, 0) first, which may be done in x itself. `kernels`: see
+    model/kernels."""
+    if relu and takes_triton(kernels, x.device):
+        module = importlib.import_module("model.kernels.dropout")
+        if module.takes(x, p):
+            result: torch.Tensor = module.ReluDropout.apply(x, p, words.to(x.device, non_blocking=True), first_row, first_column)
+            return result
+    if relu:
+        x = functional.relu(x, inplace=True)
     if p == 0.0:
         return x
     keep = keep_mask(p, words, rows=(first_row, first_row + x.shape[0]), columns=(first_column, first_column + x.shape[1]),
