@@ -140,8 +140,18 @@ def parameters(built: AlexNet, config: Config,
     return tensors, {name: canonical[name.split(".", 1)[1]] for name in tensors}
 
 
+def precision_note(config: Config, topology: Topology) -> str:
+    """Why a run in bf16 computes in fp32 instead; empty when it does not. A device without arithmetic for bfloat16 emulates it: a
+    CPU without AVX512 takes ten times as long as for float32."""
+    if config.machine.precision != "bf16" or (torch.cuda.is_bf16_supported(including_emulation=False)
+                                              if topology.device.type == "cuda"
+                                              else torch.backends.cpu.get_cpu_capability().startswith("AVX512")):
+        return ""
+    return "machine.precision (=bf16) would be emulated here, ten times slower than fp32; computing in fp32"
+
+
 def autocast(config: Config, topology: Topology) -> Callable[[], ContextManager[Any]]:
-    """The context of a forward pass: autocast to bfloat16, or nothing."""
-    if config.machine.precision == "bf16":
+    """The context of a forward pass: autocast to bfloat16, if the recipe says so and the device computes in it, or nothing."""
+    if config.machine.precision == "bf16" and not precision_note(config, topology):
         return lambda: torch.autocast(topology.device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext

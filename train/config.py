@@ -135,7 +135,8 @@ class MachineConfig(LoaderConfig):
 
     Attributes:
         device: auto takes a GPU when there is one.
-        precision: fp32 is without TF32 on a GPU; bf16 is autocast, weights and velocity stay float32; fp64 is all float64.
+        precision: fp32 is without TF32 on a GPU; bf16 is autocast, weights and velocity stay float32, or fp32 where
+            the device has no arithmetic for it (a CPU without AVX512); fp64 is all float64.
         deterministic: on a GPU, use only kernels with reproducible results.
         kernels: auto takes Triton's on a GPU where they can be built; torch never, triton always.
         step: eager, or captured: the whole step is one CUDA graph (one process with a GPU only: collectives stay out of graphs);

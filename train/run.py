@@ -84,6 +84,8 @@ def train_and_test(request: CommandLine, topology: Topology) -> int:
                       f"{config.train.epochs} epochs, {trainer.steps} steps of {config.train.batch}, on {topology.device}")
         for message in filter(None, (weights, loader.note, train_step.prepare())):
             console.print(message)
+        if note := build.precision_note(config, topology):
+            console.warn(note)
         if config.model.classes > len(index.classes):
             console.warn(f"model.classes (={config.model.classes}) is more than the {len(index.classes)} of the index; the "
                          "others have no images")

@@ -45,6 +45,19 @@ def test_a_gpu_computes_in_full_precision_and_with_exact_repeats(recipe: Path, t
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = flags
 
 
+@pytest.mark.parametrize(("capability", "dtype"), [("AVX2", torch.float32), ("AVX512", torch.bfloat16)])
+def test_bf16_where_a_cpu_computes_in_it(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: str,
+                                         dtype: torch.dtype) -> None:
+    """Else in fp32, and the run says so (train/run.py)."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    wanted = load_with(recipe, tmp_path, "machine:", "machine:\n  precision: bf16")
+    with build.autocast(wanted, Topology.single("cpu"))():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+    notes = [build.precision_note(config, Topology.single("cpu")) for config in (wanted, load(recipe))]
+    assert notes == ["machine.precision (=bf16) would be emulated here, ten times slower than fp32; computing in fp32"
+                     if dtype == torch.float32 else "", ""]
+
+
 def load_with(recipe: Path, folder: Path, old: str, new: str) -> Any:
     """A recipe with one line replaced."""
     path = folder / "other.yaml"

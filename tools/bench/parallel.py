@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from train.parallel.topology import Topology
 
 RECIPE = Path(__file__).resolve().parents[2] / "train" / "recipes" / "alexnet_ilsvrc2012.yaml"
-SETTINGS = ["--machine.device=cpu", "--machine.channels_last=true", "--machine.threads=1", "--machine.torch_threads=1"]
+SETTINGS = ["--machine.device=cpu", "--machine.channels_last=true", "--machine.precision=fp32", "--machine.threads=1",
+            "--machine.torch_threads=1"]
 WAITS = ("activations", "gradients")
 # Processes of each way, and parallel settings of the recipe.
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {

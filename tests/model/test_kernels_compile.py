@@ -1,0 +1,47 @@
+"""Triton's kernels compile to machine code of a Hopper GPU, which needs none: what the interpreter does not check."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+PROGRAM = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from model.kernels import dropout, lrn, sgd
+
+def compiled(kernel, types, **constants):
+    signature = dict(types) | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names},
+                       {(kernel.arg_names.index(name),): value for name, value in constants.items()})
+    found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    assert found.asm["cubin"], kernel
+    print(kernel.__name__, found.asm["ptx"].count("fma.rn.f32"))
+
+half, single, number = "*bf16", "*fp32", "i32"
+compiled(sgd._update, dict(w_ptr=single, v_ptr=single, g_ptr=single, shadow_ptr=half, rate_ptr=single, decay_ptr=single,
+                           hold_ptr="*u8", count=number), MOMENTUM=0.9, SHADOW=True, SIZE=sgd.SIZE)
+compiled(dropout._forward, dict(x_ptr=half, y_ptr=half, words_ptr="*i32", rows=number, columns=number, first_row=number,
+                                first_column=number), THRESHOLD=0, SCALE=2.0, R=dropout.R, C=dropout.C)
+compiled(dropout._backward, dict(y_ptr=half, g_ptr=half, dx_ptr=half, count=number), SCALE=2.0, SIZE=2048)
+constants = dict(K=2.0, ALPHA=1e-4, BETA=0.75, WINDOW=5, RELU=True, FLOAT=triton.language.float32, N=48, C=8, L=lrn.LANES,
+                 LAST=True)
+compiled(lrn._forward, dict(x_ptr=half, y_ptr=half, lanes=number, shift=number), **constants)
+compiled(lrn._backward, dict(x_ptr=half, g_ptr=half, dx_ptr=half, lanes=number, shift=number), **constants)
+"""
+
+
+def test_kernels_compile_for_a_hopper_gpu(tmp_path: Path) -> None:
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)  # a process of its own: Triton reads it when it is imported
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=Path(__file__).resolve().parents[2], env=environment,
+                          capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    counted = dict(line.split() for line in done.stdout.splitlines())
+    assert counted.keys() == {"_update", "_forward", "_backward"}
+    # Two roundings a weight, as torch's: a product that fuses with nothing, two fused ones.
+    assert done.stdout.splitlines()[0] == f"_update {2 * 1024 // 128}"
