@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, Mapping, Optional, Union, get_args
 
+MOST = 1 << 20  # kernels, neurons, classes, pixels
 LAYER_NAME = re.compile(r"(conv|fc)[1-9][0-9]?")
 Sees = Literal["own", "both"]
 Norm = Literal["none", "after", "before"]
@@ -108,11 +109,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _need(self.towers in (1, 2), "model.towers", self.towers, "must be 1 or 2; the paper has 2")
-        _need(self.classes >= 2, "model.classes", self.classes, "must be at least 2; count the classes of the index")
+        _need(2 <= self.classes <= MOST, "model.classes", self.classes, f"must be 2 to {MOST}; count the classes of the index")
         _need(self.input_px >= 1, "model.input_px", self.input_px, "must be positive; the paper's network takes 227")
         _need(self.activation in get_args(Activation), "model.activation", self.activation,
               "must be relu or tanh; the paper has relu")
-        _need(0.0 <= self.dropout < 1.0, "model.dropout", self.dropout, "must be in [0, 1); the paper uses 0.5")
+        _need(0.0 <= self.dropout <= 0.95, "model.dropout", self.dropout, "must be in [0, 0.95]; the paper uses 0.5")
         object.__setattr__(self, "layers", _parse_layers(self.layers))
         fulls = [name for name in self.layers if name.startswith("fc")]
         _need(bool(fulls), "model.layers", list(self.layers), "must end with a fully connected layer, the softmax's; add fc8")
@@ -125,6 +126,8 @@ class ModelConfig:
             key, size = ("kernels", layer.kernels) if isinstance(layer, Conv) else ("neurons", layer.neurons)
             _need(size >= 1 and size % self.towers == 0, f"model.layers.{name}.{key}", size,
                   f"must be a positive multiple of the {self.towers} towers; round it")
+            _need(layer.std > 0, f"model.layers.{name}.std", layer.std, "must be positive in all layers but the last: neurons "
+                  "that begin alike stay alike; the paper has 0.01")
 
     @property
     def convs(self) -> dict[str, Conv]:
@@ -189,6 +192,6 @@ def _check_value(key: str, name: str, value: Any) -> Any:
         _need(math.isfinite(value) and (name == "bias" or value >= 0), key, value, "must be finite, and no negative deviation")
         return float(value)
     low = {"kernels": 1, "px": 1, "stride": 1, "pad": 0, "neurons": 0}[name]
-    _need(math.isfinite(value) and value == int(value) and value >= low, key, value,
-          f"must be a whole number of at least {low}; correct it")
+    _need(math.isfinite(value) and value == int(value) and low <= value <= MOST, key, value,
+          f"must be a whole number of at least {low} and at most {MOST}; correct it")
     return int(value)

@@ -41,7 +41,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check("data.region", self.region, self.region in REGIONS, f"be one of {', '.join(REGIONS)}; correct the recipe")
         _check("data.mean", self.mean, self.mean in MEANS, f"be one of {', '.join(MEANS)}; correct the recipe")
-        _check("data.square_px", self.square_px, self.square_px >= 1, "be at least 1; the paper's value is 256")
+        _check("data.square_px", self.square_px, 1 <= self.square_px <= 8192, "lie in 1…8192; the paper's value is 256")
         _check("data.crop_px", self.crop_px, 1 <= self.crop_px <= self.square_px,
                f"lie in 1…data.square_px (={self.square_px}); the paper's network takes 227 of 256")
         _check("data.lighting", self.lighting, 0 <= self.lighting < 10,
@@ -99,8 +99,10 @@ class LoaderConfig:
     resident_folder: str = ""
 
     def __post_init__(self) -> None:
-        for name, low in (("threads", 0), ("prefetch", 1), ("queue", 1), ("read_threads", 0), ("preallocate_px", 0)):
-            _check(f"machine.{name}", value := getattr(self, name), value >= low, f"be at least {low}; correct the setting")
+        for name, low, high in (("threads", 0, 1024), ("prefetch", 1, 1024), ("queue", 1, 1024), ("read_threads", 0, 1024),
+                                ("preallocate_px", 0, 1 << 16)):  # more threads than a machine starts abort the process
+            _check(f"machine.{name}", value := getattr(self, name), low <= value <= high,
+                   f"be at least {low} and at most {high}; correct the setting")
         _check("machine.gpu_decode", self.gpu_decode, self.gpu_decode in ("auto", "region", "whole"),
                "be auto, region or whole; correct the setting")
         _check("machine.kernels", self.kernels, self.kernels in ("auto", "torch", "triton"),

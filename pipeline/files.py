@@ -24,7 +24,7 @@ from pipeline.schema import Count, FileName, Sha256, read_as
 
 
 class LockHeld(RuntimeError):
-    """A lock that another process holds; the message says which process ("process 12 on host", or "another process")."""
+    """A lock that another process holds; the message says which process ("pid 12 on host since …", or "another process")."""
 
 
 def is_temporary(path: Path, name: str = "") -> bool:
@@ -164,7 +164,7 @@ def lock(path: Path, *, wait: bool = False) -> BinaryIO:
         pass
     with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        file.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
     return file
 
 
@@ -265,7 +265,7 @@ def read_manifest(path: Path, *, own_hash: bool = False, hash_if_any: str = "") 
     key = hash_if_any if hash_if_any in manifest else "sha256" if own_hash else ""
     if key and manifest.pop(key, None) != json_sha256(manifest):
         raise ValueError("does not match its SHA-256, so it was altered")
-    if "files" in manifest:
+    if manifest.get("files") is not None:
         try:
             read_as(dict[FileName, FileEntry], manifest["files"], "files")
         except ValueError as error:

@@ -12,7 +12,7 @@ FULL_BYTES = 1 << 20  # a disk with less free counts as full
 _ROOM = "make room there, or name another place"
 _NETWORK = "run the same command again when the server answers"
 # errno → what it means for the file or folder named, and what to do. None of these says anything about its content.
-_CAUSES = {
+CAUSES = {
     errno.ENOSPC: ("cannot be written: the disk is full", _ROOM),
     errno.EDQUOT: ("cannot be written: your quota on this disk is used up", _ROOM),
     errno.EFBIG: ("cannot be written: files may not grow so large here (ulimit -f, or the file system)",
@@ -34,7 +34,7 @@ _CAUSES = {
     **dict.fromkeys((errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN, errno.ECONNREFUSED, errno.ECONNRESET),
                     ("cannot be reached: the file server does not answer", _NETWORK)),
 }
-_CAUSES[errno.ENOTEMPTY], _CAUSES[errno.EPERM] = _CAUSES[errno.EEXIST], _CAUSES[errno.EACCES]
+CAUSES[errno.ENOTEMPTY], CAUSES[errno.EPERM] = CAUSES[errno.EEXIST], CAUSES[errno.EACCES]
 _OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -42,10 +42,10 @@ def explain(error: OSError, path: str | Path | None = None) -> str:
     """What an error of the operating system means, on one line: `<thing> (=path) <cause>; <what to do>`. `path`: of what could
     not be read or written, where the error does not name it."""
     named = path if error.filename is None else error.filename
-    if error.errno not in _CAUSES:
+    if error.errno not in CAUSES:
         where = f"file (={os.fsdecode(named)}) " if error.errno is not None and isinstance(named, (str, bytes, Path)) else ""
         return where + " ".join((error.strerror if where and error.strerror else str(error)).split())
-    cause, remedy = _CAUSES[error.errno]
+    cause, remedy = CAUSES[error.errno]
     if not isinstance(named, (str, bytes, Path)):
         return f"a file or folder {cause}; {remedy}"
     return f"{'folder' if os.path.isdir(named) else 'file'} (={os.fsdecode(named)}) {cause}; {remedy}"

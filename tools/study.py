@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from train.config import Config
-from train.recipe import load_yaml, parse
+from train.recipe import parse
+from train.recipe.strict_yaml import load_yaml, nearest
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 _RESERVED = ("train.seed", "machine.runs", "machine.name")  # the study sets them for each run
@@ -62,7 +61,7 @@ def read_study(path: Path, runs: Path, extra: Sequence[str] = ()) -> Study:
     path = path.absolute()
     try:
         values = load_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:  # UnicodeDecodeError is one
+    except ValueError as error:  # UnicodeDecodeError is one
         raise ValueError(f"study (={path}) is no YAML: {' '.join(str(error).split())}; correct it") from None
     _need(isinstance(values, dict) and bool(values.get("runs")), "study", path, "has no runs; see tools/run_study.py --help")
     _check(values, _STUDY, path.name)
@@ -110,7 +109,8 @@ def _need(ok: bool, key: str, value: object, rule: str) -> None:
 def _check(values: dict[str, Any], types: dict[str, type], where: str) -> None:
     """Raise ValueError for values of another type, and settings that the study makes itself."""
     for key, value in values.items():
-        _need(key in types, "key", key, f"of {where} is not known; it has {', '.join(sorted(types))}")
+        _need(key in types, "key", key, f"of {where} is not known; it has "
+              + "; ".join(filter(None, (", ".join(sorted(types)), nearest(str(key), types)))))
         if (kind := types[key]) in _ADVICE:
             _need(value is None or isinstance(value, kind), key, value, f"of {where} {_ADVICE[kind]}")
         for name in value if kind is dict and value else ():

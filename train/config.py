@@ -93,7 +93,7 @@ class TrainConfig:
     test_views: int
 
     def __post_init__(self) -> None:
-        check(self, "train.epochs", self.epochs >= 1, "must be at least 1; the paper has 90")
+        check(self, "train.epochs", 1 <= self.epochs <= 1_000_000, "must be at least 1, and no million; the paper has 90")
         check(self, "train.batch", self.batch >= 1, "must be at least 1; the paper has 128")
         check(self, "train.seed", 0 <= self.seed < 2 ** 63, "must be in [0, 2**63); choose another")
         for name in ("validate_views", "test_views"):
@@ -183,7 +183,8 @@ class MachineConfig(LoaderConfig):
                           ("keep_last", 1), ("stop_after", 0), ("metrics_steps", 1), ("test_batch", 1)):
             check(self, f"machine.{name}", getattr(self, name) >= low, f"must be at least {low}; raise it")
         for name in ("timeout_s", "silence_s", "log_s"):
-            check(self, f"machine.{name}", getattr(self, name) > 0, "must be positive; give seconds")
+            check(self, f"machine.{name}", 0 < getattr(self, name) <= 1e7, "must be positive and at most 1e7; give seconds")
+        check(self, "machine.torch_threads", self.torch_threads <= 1024, "must be at most 1024; 0 is one for each core")
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,26 @@ class Config:
               f"must equal data.crop_px (={self.data.crop_px}); the network takes the crop whole")
         check(self.machine, "machine.archives", self.data.tier == "streamed" or not self.in_bucket,
               f"cannot be read by tier {self.data.tier}; use data.tier: streamed")
+        rates = [self.optimizer.layer_rates, *(milestone.layer_rates for milestone in self.schedule.milestones)]
+        check(self.optimizer, "optimizer.layer_rates", any(each.get(name, int(number == 0)) for number, each in enumerate(rates)
+                                                           for name in self.model.layers),
+              "must leave a layer that learns, in some epoch; raise a rate")
+
+    def doubts(self, steps: int) -> list[str]:
+        """What a run of so many steps says and will never use, as messages."""
+        data, machine, epochs = self.data, self.machine, self.train.epochs
+        unused = [("data.packed", data.packed, ("packed", "streamed")), ("data.resident", data.resident != "rgb", ("resident",)),
+                  ("data.window", data.window != WINDOW, ("streamed",)), ("data.lanes", data.lanes != LANES, ("streamed",)),
+                  ("machine.resident_memory", machine.resident_memory != "ram", ("resident",)),
+                  ("machine.resident_folder", machine.resident_folder, ("resident",))]
+        found = [f"{key} is of no use to data.tier: {data.tier}, only to {' and '.join(tiers)}" for key, is_set, tiers in unused
+                 if is_set and data.tier not in tiers]
+        if self.schedule.warmup_steps > steps:
+            found.append(f"schedule.warmup_steps (={self.schedule.warmup_steps}) is more than the {steps} steps of the run, "
+                         "which never reaches its learning rate")
+        found += [f"schedule.milestones (epoch {milestone.epoch}) lies after the last epoch, {epochs - 1}"
+                  for milestone in self.schedule.milestones if milestone.epoch >= epochs]
+        return found
 
     @property
     def in_bucket(self) -> bool:

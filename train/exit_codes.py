@@ -14,6 +14,19 @@ from typing import Any, Callable, NoReturn, Optional, Sequence
 from pipeline.io_errors import explain
 
 DONE, MISTAKE, NOT_FINITE, FAILED, STOPPED, INTERRUPTED = 0, 2, 3, 4, 75, 130
+EXIT_CODES = {  # code → why, what to do; docs/errors.md shows them
+    DONE: ("done", "nothing"),
+    1: ("torchrun: one of its processes ended with another code than 0, which its report shows; `tools/run_study.py`: some runs "
+        "failed; `tools/profile_pipeline.py --fail-below`: too slow", "read the report, or the table"),
+    MISTAKE: ("a mistake in recipe, command line, index or folder; nothing was changed (tools: anything else that failed, too)",
+              "correct what the line names"),
+    NOT_FINITE: ("training: the loss or a gradient was not finite; the update was not made",
+                 "lower the learning rate, or look at the images; --resume begins at the last checkpoint"),
+    FAILED: ("the machine failed: disk, memory, GPU, an archive, a library, another process; or no progress",
+             "mend what the line names, then the same command with --resume"),
+    STOPPED: ("training: stopped by SIGTERM, Ctrl-C or machine.stop_after, and saved", "--resume continues bit-exactly"),
+    INTERRUPTED: ("Ctrl-C before there was anything to save", "start again; what was finished before is used"),
+}
 
 
 class CommonError(RuntimeError):
@@ -48,7 +61,7 @@ def run_command(main: Callable[[list[str]], Optional[int]]) -> NoReturn:
     try:
         code = main(sys.argv[1:]) or DONE
     except SystemExit as end:  # argparse, after --help or a wrong option
-        code = end.code if isinstance(end.code, int) else DONE
+        code = end.code if isinstance(end.code, int) else 1 if end.code else DONE
     exit_now(code)
 
 
@@ -72,8 +85,12 @@ def exit_code(work: Callable[[], Optional[int]], memory_advice: str, interrupted
         return _fail(error, error.code, is_main_process())
     except MemoryError as error:  # Python's own has no text
         return _fail(MemoryError(f"memory (={str(error) or 'used up'}) does not suffice; {memory_advice}"), failed)
-    except BrokenPipeError:  # … | head
-        return DONE
+    except BrokenPipeError as error:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # … | head
+            return DONE
+        return _fail(error, failed)
     except ImportError as error:
         if (error.name or "").partition(".")[0] in ("pipeline", "model", "train", "tools"):
             raise

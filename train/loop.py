@@ -29,7 +29,7 @@ from train.parallel.pair_loader import PairLoader
 from train.parallel.topology import Topology
 from train.recipe import dump
 from train.results import Flags, StepResult
-from train.run_folder import CHECKPOINTS, METRICS, Metrics, check_same_recipe
+from train.run_folder import CHECKPOINTS, METRICS, UNSAVED, Metrics, check_never_saved, check_same_recipe
 from train.step import TrainStep
 
 SAME_SIGNAL_S = 1.0  # a second Ctrl-C sooner than this is the first one, passed on by torchrun
@@ -211,6 +211,7 @@ class Trainer:
 
         def attach(folder: Path) -> None:
             self._metrics.sync()  # the lines a checkpoint counts are on disk before it is
+            (self._checkpoints.parent / UNSAVED).unlink(missing_ok=True)
             (folder / checkpoint.CONFIG).write_text(dump(self._config), encoding="utf-8")
             self._stats.save(folder / checkpoint.STATS)
 
@@ -219,8 +220,11 @@ class Trainer:
 
     def restore(self) -> bool:
         """Resume from the newest good checkpoint, renaming damaged ones that are newer; False when there is none yet. Raises
-        ValueError when it is of another recipe, index or network, checkpoint.DamagedCheckpoint when all are damaged."""
+        ValueError when it is of another recipe, index or network, checkpoint.DamagedCheckpoint when all are damaged, RuntimeError
+        when the run must have had some, OSError when they cannot be seen now."""
         newest = checkpoint.newest_good(self._checkpoints, self._console.warn) if self._topology.is_main else None
+        if self._topology.is_main and newest is None:
+            check_never_saved(self._checkpoints.parent)
         name = self._topology.broadcast_object(newest.name if newest else "")
         if not name:
             self._console.warn(f"{self._checkpoints} has no checkpoint yet; starting from step 0")
@@ -228,13 +232,18 @@ class Trainer:
             return False
         path = self._checkpoints / name
         check_same_recipe(self._config, path / checkpoint.CONFIG)
-        state = checkpoint.read_state(path)
+        state = checkpoint.read_state(path, whole=True)
         self._check_sources({"initial weights": "", **state["sources"]})
         checkpoint.load(path, *self._train_step.tensors(), self._topology)
-        self._loader.load_state_dict(state["loader"])
-        self._train_step.schedule.load_state_dict(state["schedule"])
+        try:
+            self._loader.load_state_dict(state["loader"])
+            self._train_step.schedule.load_state_dict(state["schedule"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"checkpoint file (={path / checkpoint.STATE}) is not as it is written ({error!r}); use another "
+                             "checkpoint") from None
         self._progress = Progress(**state["progress"])
-        self._metrics.truncate(state["metrics_bytes"])
+        if missing := self._metrics.truncate(state["metrics_bytes"]):
+            self._console.warn(f"{METRICS} lacks {missing} bytes that were written before {name}; reports will miss steps")
         if self._topology.is_main:
             checkpoint.set_aside(self._checkpoints, path, self._console.warn)
         self._console.print(f"resuming from {path} at step {state['step']}")
@@ -248,8 +257,8 @@ class Trainer:
             self.initial_weights = weights
         self.initial_weights = self.initial_weights or weights  # the checkpoint they came from may be gone by now
         for name, sha256 in self._sources().items():
-            if stored[name] != sha256:
-                new, old = (f"{digest[:16]}…" if digest else "random" for digest in (sha256, stored[name]))
+            if stored.get(name, "") != sha256:
+                new, old = (f"{digest[:16]}…" if digest else "random" for digest in (sha256, stored.get(name, "")))
                 raise ValueError(f"{name} (={new}) is not the one of this run (={old}); resume with the same "
                                  f"{'init_from.checkpoint' if name == 'initial weights' else 'index'}, or start another run with "
                                  "--machine.name")

@@ -1,6 +1,7 @@
 """One run, called by train/main.py: build its parts, resume or begin, train, test; under torchrun resume after a restart."""
 import contextlib
 from pathlib import Path
+from typing import ContextManager
 
 from pipeline.files import atomic_write
 from pipeline.stats import Stats
@@ -63,7 +64,7 @@ def train_and_test(request: CommandLine, topology: Topology) -> int:
         tests = {split: stack.enter_context(contextlib.closing(
             build.eval_loader(config, topology, index, stats, split, keep=True)))
             for split in dict.fromkeys((config.data.validation_split, config.data.test_split))}
-        claim(folder, config, resume, topology)
+        stack.enter_context(claim(folder, config, resume, topology))
         trainer = stack.enter_context(contextlib.closing(
             Trainer(config, topology, train_step, loader, tests, index, stats, folder, console, stop,
                     pretrained.sha256 if pretrained is not None else "")))
@@ -86,6 +87,8 @@ def train_and_test(request: CommandLine, topology: Topology) -> int:
             console.print(message)
         if note := build.precision_note(config, topology):
             console.warn(note)
+        for message in config.doubts(trainer.steps):
+            console.warn(message)
         if config.model.classes > len(index.classes):
             console.warn(f"model.classes (={config.model.classes}) is more than the {len(index.classes)} of the index; the "
                          "others have no images")
@@ -106,14 +109,19 @@ def is_restarted(folder: Path, topology: Topology) -> bool:
         topology.is_main and (folder / run_folder.CONFIG).exists() and topology.store.check([_key(folder)])))
 
 
-def claim(folder: Path, config: Config, resume: bool, topology: Topology) -> None:
-    """Create the folder of a new run, and note it in torchrun's store for `is_restarted`; or check the one to resume. Raises
-    ValueError, in all processes, when it holds a run already, or none to resume, or one of another recipe."""
+def claim(folder: Path, config: Config, resume: bool, topology: Topology) -> ContextManager[object]:
+    """Create the folder of a new run, and note it in torchrun's store for `is_restarted`; or check the one to resume. Returns its
+    lock, to be held. Raises ValueError, in all processes, when it holds a run already, or none to resume, or one of another
+    recipe, or somebody trains there."""
     error, settled = "", folder / run_folder.CONFIG
+    held: ContextManager[object] = contextlib.nullcontext()
     if topology.is_main:
         try:
             if resume and not settled.exists():
                 raise ValueError(f"run folder (={folder}) holds no run to resume; start it without --resume")
+            if not resume:
+                folder.mkdir(parents=True, exist_ok=True)
+            held = run_folder.hold(folder)
             if resume:
                 run_folder.check_same_recipe(config, settled)
             elif settled.exists():
@@ -121,13 +129,16 @@ def claim(folder: Path, config: Config, resume: bool, topology: Topology) -> Non
                                  "--machine.name")
             else:
                 topology.store.set(_key(folder), "")
-                (folder / run_folder.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+                (folder / run_folder.CHECKPOINTS).mkdir(exist_ok=True)
+                (folder / run_folder.UNSAVED).touch()
                 with atomic_write(settled) as file:
                     file.write(dump(config).encode())
         except ValueError as refused:
             error = str(refused)
     if error := topology.broadcast_object(error):
-        raise ValueError(error)
+        with held:
+            raise ValueError(error)
+    return held
 
 
 def _key(folder: Path) -> str:

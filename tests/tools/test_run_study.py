@@ -126,7 +126,7 @@ def test_a_plan_is_printed_and_nothing_is_made(folder: Path) -> None:
     ("runs: [{name: a, recipe: small.yaml, grid: {train.seed: [1]}}]", "grid (=train.seed) of run a is said by the study i"),
     ("runs: [RUN]\nset: {machine.name: x}", "set (=machine.name) of s.yaml is said by the study itself; use seeds and name"),
     ("runs: [RUN]\nset: 3", "set (=3) of s.yaml must map keys of the recipe to values; write {{optimizer.lr: 0.01}}"),
-    ("runs: [RUN]\nset: {optimizer.lrr: 3}", "run (=a-s1) of s.yaml cannot begin: unrecognized arguments: --optimizer.lrr=3; "),
+    ("runs: [RUN]\nset: {optimizer.lrr: 3}", "run (=a-s1) of s.yaml cannot begin: --optimizer.lrr (=3) is no option; "),
     ("runs: [{name: a, recipe: small.yaml, grid: {optimizer.lr: [1, -1]}}]",
      "run (=a-s1-lr-1) of s.yaml cannot begin: optimizer.lr (=-1.0) must be positive; "),
     ("runs: [RUN]\nargv: --x", "argv (=--x) of s.yaml must be a list; "),
@@ -158,7 +158,7 @@ def test_mistakes_on_the_command_line(folder: Path) -> None:
         2, "", f"error: study (={folder}/none.yaml) does not exist; give one of train/recipes/studies\n")
     assert command(path, "--jobs", 0) == (2, "", "error: --jobs (=0) must be at least 1; leave it out for one run at a time\n")
     code, _, err = command(path, "--runs", folder / "runs", "--", "--what")
-    assert code == 2 and "run (=a-s1) of s.yaml cannot begin: unrecognized arguments: --what; " in err
+    assert code == 2 and "run (=a-s1) of s.yaml cannot begin: --what (=none) is no option; " in err
     (folder / "studies" / "latin.yaml").write_bytes("# für\n".encode("latin-1"))
     assert "is no YAML: 'utf-8' codec can't decode" in command(folder / "studies" / "latin.yaml")[2]
     (folder / "file").touch()
@@ -419,7 +419,7 @@ def test_ctrl_c_saves_a_kill_loses_little_and_the_same_command_goes_on(tiny_set:
         code, out, err = command(*words)
     finally:
         os.kill(child, signal.SIGKILL)
-    assert (code, out) == (2, "") and err.startswith(f"error: study folder (={run.parent}) is in use by process ")
+    assert (code, out) == (2, "") and err.startswith(f"error: study folder (={run.parent}) is in use by pid ")
     lock(run.parent / ".lock", wait=True).close()  # the last thread of the killed run may let go of it late
     code, out, err = command(*words)
     assert code == 0, (out, err)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from model.alexnet import AlexNet
 from tests.conftest import TinySet
-from tests.helpers.runs import PAIR, finish, here, inside, launch, lines, pair, same, weights
+from tests.helpers.checkpoints import disk_full
+from tests.helpers.runs import PAIR, finish, here, inside, launch, lines, pair, same, watch, weights
 from train.checkpoint import checkpoint
 from train.evaluate.__main__ import main as evaluate_main
+from train.run_folder import hold
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +31,7 @@ def whole(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_run_folder_holds_everything(whole: Path, tiny_set: TinySet) -> None:
     assert {path.name for path in whole.iterdir()} == {"config.yaml", "versions.jsonl", "metrics.jsonl", "checkpoints",
-                                                       "quarantine.jsonl"}
+                                                       "quarantine.jsonl", ".lock"}
     version = json.loads((whole / "versions.jsonl").read_text(encoding="utf-8"))
     header = json.loads((tiny_set.index / "index.json").read_text(encoding="utf-8"))
     assert version["torch"] == torch.__version__.split("+")[0] or version["torch"] == torch.__version__
@@ -102,13 +107,69 @@ def test_damaged_checkpoint_is_passed_over_loudly(recipe: Path, whole: Path, tmp
     assert "are damaged, all" in err and "Traceback" not in err
 
 
-def test_resume_of_a_run_without_checkpoint_starts_over(recipe: Path, whole: Path, tmp_path: Path) -> None:
-    here(recipe, tmp_path, "--machine.stop_after=3", code=75)
-    for path in checkpoint.checkpoints(tmp_path / "small" / "checkpoints"):
-        shutil.rmtree(path)
+def test_a_resume_before_the_first_checkpoint_starts_over(recipe: Path, whole: Path, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it had written is kept: no checkpoint vouches for it."""
+    with monkeypatch.context() as patch:
+        patch.setattr("train.checkpoint.checkpoint.save", disk_full)
+        here(recipe, tmp_path, "--machine.stop_after=3", code=4)
+    written = (tmp_path / "small/metrics.jsonl").read_bytes()
     out, _ = here(recipe, tmp_path, "--resume")
-    assert "has no checkpoint yet; starting from step 0" in out
+    assert "has no checkpoint yet; starting from step 0" in out and written.count(b"\n") == 3
+    assert (tmp_path / "small/metrics-replaced.jsonl").read_bytes() == written
     same(whole, tmp_path / "small")
+
+
+def test_checkpoints_that_cannot_be_seen_are_not_none(recipe: Path, tmp_path: Path) -> None:
+    """An empty mount point, a link that leads nowhere, a folder that is gone: training and tests refuse, nothing is cut."""
+    here(recipe, tmp_path, "--machine.stop_after=3", code=75)
+    root, elsewhere = tmp_path / "small/checkpoints", tmp_path / "elsewhere"
+    before = (tmp_path / "small/metrics.jsonl").read_bytes()
+    root.rename(elsewhere)
+
+    def refuse(message: str) -> None:
+        for _, err in (here(recipe, tmp_path, "--resume", code=4), inside(evaluate_main, ["--run", str(tmp_path / "small")], 4)):
+            assert message in err and err.count("\n") == 1, err
+        assert (tmp_path / "small/metrics.jsonl").read_bytes() == before
+
+    refuse(f"(={root}) is not there; correct the name, ")
+    root.symlink_to(tmp_path / "nowhere")
+    refuse(f"(={root}) is not there; correct the name, ")
+    root.unlink()
+    root.mkdir()
+    refuse(f"checkpoints (={root}) holds none, but metrics.jsonl has steps up to 2; mount them, or put them back, or start")
+    root.rmdir()
+    root.symlink_to(elsewhere)
+    assert "at step 3\n" in here(recipe, tmp_path, "--resume", "--machine.stop_after=4", code=75)[0]
+
+
+def test_a_second_trainer_on_the_same_run_is_refused_by_name(recipe: Path, tmp_path: Path) -> None:
+    here(recipe, tmp_path, "--machine.stop_after=3", code=75)
+    with hold(tmp_path / "small"):
+        _, err = here(recipe, tmp_path, "--resume", code=2)
+        assert re.match(rf"error: run folder \(={tmp_path}/small\) is in use by pid {os.getpid()} on \S+ since \d+-\d+-\d+ "
+                        r"\d+:\d+:\d+; wait until that has ended, or give another --machine.name\n$", err), err
+        inside(evaluate_main, ["--run", str(tmp_path / "small"), "--views", "1"], 0)  # may read meanwhile
+    here(recipe, tmp_path, "--resume", "--machine.stop_after=4", code=75)
+
+
+@pytest.mark.parametrize("gone", ["small", "small/metrics.jsonl"])
+def test_a_run_folder_removed_while_training_is_said(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                     gone: str) -> None:
+    steps: list[int] = []
+
+    def step(*given: object) -> None:
+        steps.append(1)
+        if len(steps) == 3:
+            (tmp_path / gone).rename(tmp_path / "x")
+
+    def look(network: AlexNet) -> None:
+        network.register_forward_hook(step)
+
+    with monkeypatch.context() as patch:
+        watch(patch, look)
+        _, err = here(recipe, tmp_path, code=4)
+    assert f"error: run folder (={tmp_path}/small) was removed, moved or replaced while training" in err and len(steps) < 9
 
 
 def test_mistakes_leave_with_2_and_no_traceback(recipe: Path, whole: Path, tiny_set: TinySet, tmp_path: Path) -> None:
@@ -121,7 +182,7 @@ def test_mistakes_leave_with_2_and_no_traceback(recipe: Path, whole: Path, tiny_
         (("--model.classes=5", "--machine.name=x"), "model.classes (=5) must be at least the 6 of the index"),
         (("--data.test_split=test", "--machine.name=x"), "split (=test) is not in the index"),
         (("--train.batch=1000", "--machine.name=x"), "batch (=1000) must not exceed the 76 samples"),
-        (("--optimizer.lrr=1",), "unrecognized arguments: --optimizer.lrr=1"),
+        (("--optimizer.lrr=1",), "--optimizer.lrr (=1) is no option; did you mean --optimizer.lr?"),
     ]:
         out, err = here(recipe, runs, *argv, code=2)
         assert message in err and "Traceback" not in err and err.count("\n") == 1, err

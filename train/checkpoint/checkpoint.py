@@ -10,9 +10,13 @@ checkpoint) and removed when the new one is there. Damaged ones that a resume pa
 state is kept: every draw is a function of the seed and the step.
 """
 import contextlib
+import dataclasses
 import json
+import math
+import os
 import shutil
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Collection, Iterator, Mapping, Optional, Sequence
 
@@ -23,12 +27,13 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from pipeline.files import difference, file_entries, read_manifest, sync, sync_tree
+from pipeline.io_errors import explain, writing
+from pipeline.schema import Count, read_as
 from train.checkpoint.reader import Reader
 from train.exit_codes import CommonError
 from train.parallel.topology import Topology
 
 FORMAT = 1
-DISK_FULL_BYTES = 1 << 20
 BEFORE = "-before"
 MANIFEST, STATE = "manifest.json", "state.json"
 CONFIG, STATS = "config.yaml", "stats.npz"
@@ -39,6 +44,10 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 class DamagedCheckpoint(RuntimeError):
     """A checkpoint or exported network whose files are not the ones that were written."""
+
+
+class OtherFormat(ValueError):
+    """A file of another version of this program: not damaged."""
 
 
 class NotWritten(CommonError):
@@ -78,21 +87,21 @@ def save(root: Path, name: str, tensors: Mapping[str, torch.Tensor], shapes: Map
         shutil.rmtree(before, ignore_errors=True)
 
     try:
-        _in_main_process(begin, topology, group)
-        with _one_line_error(""):
-            dcp.save(_distributed(tensors, shapes, topology), storage_writer=dcp.FileSystemWriter(staged), process_group=group,
-                     no_dist=topology.is_single)
-        _in_main_process(publish, topology, group)
+        with writing(root, staged):  # torch reports a full disk as "unexpected pos"
+            _in_main_process(begin, topology, group)
+            with _one_line_error(""):
+                dcp.save(_distributed(tensors, shapes, topology), storage_writer=dcp.FileSystemWriter(staged),
+                         process_group=group, no_dist=topology.is_single)
+            _in_main_process(publish, topology, group)
     except Exception as error:
         if topology.is_main:
             shutil.rmtree(staged, ignore_errors=True)  # a full disk needs the room
-        others = "the ones before it are whole: mend this, then go on with --resume" if checkpoints(root) else \
-            "there is none before it: mend this, then start again (--resume does)"
-        full = ""  # which torch's writer reports as "unexpected pos"
+        others = "there is none before it: mend this, then start again (--resume does)"
         with contextlib.suppress(OSError):
-            if (free := shutil.disk_usage(root).free) < DISK_FULL_BYTES:
-                full = f" (the disk of {root} is full: {free} bytes left)"
-        raise NotWritten(f"checkpoint (={final}) could not be written: {error}{full}; {others}") from error
+            if checkpoints(root):
+                others = "the ones before it are whole: mend this, then go on with --resume"
+        raise NotWritten(f"checkpoint (={final}) could not be written: "
+                         f"{explain(error) if isinstance(error, OSError) else error}; {others}") from error
     return final
 
 
@@ -105,7 +114,7 @@ def _in_main_process(work: Callable[[], None], topology: Topology, group: Option
         except Exception as error:
             failure = error
     if not topology.is_single:
-        reason = [str(failure) if failure else None]
+        reason = [(explain(failure) if isinstance(failure, OSError) else str(failure)) if failure else None]
         dist.broadcast_object_list(reason, src=0, group=group, device=torch.device("cpu"))
         if reason[0] is not None and failure is None:
             failure = RuntimeError(reason[0])
@@ -157,19 +166,23 @@ def verify_manifest(folder: Path, required: Collection[str], what: str, advice: 
 def _check_format(version: object, path: Path) -> None:
     """Raise ValueError for a file of another format: not damage, so nothing may pass it over or rename it."""
     if version != FORMAT:
-        raise ValueError(f"checkpoint format (={version} in {path}) must be {FORMAT}, the one of this program; use the version "
-                         "of the program that wrote it")
+        raise OtherFormat(f"checkpoint format (={version} in {path}) must be {FORMAT}, the one of this program; use the version "
+                          "of the program that wrote it")
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """All checkpoint folders of a run, oldest first."""
-    return sorted((path for path in root.glob("step-*") if path.is_dir()),
+    """All checkpoint folders of a run, oldest first; none before the run has made `root`. Raises OSError when they cannot be
+    listed now."""
+    if not root.is_symlink() and not root.exists():
+        return []
+    return sorted((path for path in map(root.joinpath, os.listdir(root)) if path.name.startswith("step-") and path.is_dir()),
                   key=lambda path: (path.name.removesuffix(BEFORE), not path.name.endswith(BEFORE)))
 
 
 def newest_good(root: Path, warn: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that equals its manifest; None when there is none at all. `warn` is called for each damaged one that
-    is passed over; raises DamagedCheckpoint when every one is."""
+    is passed over; raises DamagedCheckpoint when every one is, OSError also when there is no `root`: that is not to have none."""
+    os.listdir(root)
     paths = checkpoints(root)
     for path in reversed(paths):
         try:
@@ -201,7 +214,7 @@ def best(root: Path) -> Path | None:
             error = read_state(path)["validation_error"]
         except (FileNotFoundError, ValueError, KeyError):
             continue  # damaged: `verify` reports it when it is used
-        if error is not None:
+        if error is not None and math.isfinite(error):
             rated.append((float(error), path.name))
     return root / min(rated)[1] if rated else None
 
@@ -216,11 +229,44 @@ def prune(root: Path, keep_last: int, saved: Path) -> None:
         shutil.rmtree(path)
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint (verify it first); ValueError when it is of another format."""
-    state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
-    _check_format(state.get("format"), path / STATE)
-    return state
+@dataclass(frozen=True)
+class Epoch:
+    """Schema of `progress` in state.json."""
+    epoch: Count
+    images: Count
+    errors: Count
+    loss: float
+
+
+@dataclass(frozen=True)
+class State:
+    """Schema of state.json; what a resume needs has no value until it is read."""
+    validation_error: float | None
+    step: Count | None = None
+    progress: Epoch | None = None
+    loader: dict[str, Any] | None = None
+    schedule: dict[str, Any] | None = None
+    metrics_bytes: Count | None = None
+    sources: dict[str, str] = dataclasses.field(default_factory=dict)
+    fingerprint: str = ""
+    classes: str = ""  # hash of the class list in its order
+
+
+def read_state(path: Path, *, whole: bool = False) -> dict[str, Any]:
+    """state.json of a checkpoint (verify it first), with `whole` one that a resume can begin with; ValueError when it is of
+    another format, or not as it is written."""
+    file = path / STATE
+    try:
+        given = json.loads(file.read_bytes())
+        _check_format(given.get("format") if isinstance(given, dict) else FORMAT, file)
+        state = dataclasses.asdict(read_as(State, given, "state"))
+    except OtherFormat:
+        raise
+    except ValueError as error:
+        raise ValueError(f"checkpoint file (={file}) is not as it is written ({error}); use another checkpoint") from None
+    if whole and (lacking := [name for name, value in state.items() if value is None and name != "validation_error"]):
+        raise ValueError(f"checkpoint file (={file}) lacks {', '.join(lacking)}; use another checkpoint")
+    return {name: value for name, value in state.items() if value is not None or name == "validation_error"}
 
 
 def load(path: Path, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]], topology: Topology,

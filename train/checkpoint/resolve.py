@@ -28,7 +28,7 @@ from train.evaluate import predictions
 from train.export import safetensors_io
 from train.parallel.topology import Topology, process_group
 from train.recipe import load
-from train.run_folder import CHECKPOINTS
+from train.run_folder import CHECKPOINTS, METRICS, check_never_saved
 
 Kind = Literal["checkpoint", "exported", "evaluation"]
 NAMES: dict[Kind, str] = {"checkpoint": "a checkpoint", "exported": "a network that train.export wrote",
@@ -113,7 +113,7 @@ def resolve(path: Path, which: Optional[str] = None, *, default: Literal["best",
     validated. `name`: the option or recipe key that holds `path`, for messages. `warn` is called for each damaged checkpoint that
     is passed over. Raises ValueError when there is none, DamagedCheckpoint when its files are not those that were written."""
     kind: Kind = "checkpoint"
-    if (path / CHECKPOINTS).is_dir():
+    if any((path / name).is_symlink() or (path / name).exists() for name in (CHECKPOINTS, METRICS)):
         path = _of_run(path, which, default, warn)
     elif which is not None:
         raise ValueError(f"--which (={which}) chooses among a run's checkpoints, and {path} is no run folder; leave it out")
@@ -128,12 +128,15 @@ def resolve(path: Path, which: Optional[str] = None, *, default: Literal["best",
 
 def _of_run(run: Path, which: Optional[str], default: str, warn: Callable[[str], None]) -> Path:
     root = run / CHECKPOINTS
+    os.listdir(root)  # raises OSError: to be elsewhere, or not to be seen, is not to have none
     path = checkpoint.best(root) if (which or default) == "best" else None
     if path is not None:
         checkpoint.verify(path)
     elif which != "best":
         path = checkpoint.newest_good(root, warn)
     if path is None:
+        if which != "best":
+            check_never_saved(run)
         raise ValueError(f"run (={run}) has no {'validated ' if which == 'best' else ''}checkpoint yet; wait for its first, or "
                          "give another")
     return path
@@ -158,7 +161,7 @@ def find_pretrained(config: Config, resume: bool, warn: Callable[[str], None]) -
     try:
         return resolve(Path(config.init_from.checkpoint), default="best", kinds=("checkpoint", "exported"),
                        name="init_from.checkpoint", warn=warn)
-    except (ValueError, OSError, checkpoint.DamagedCheckpoint):
+    except (ValueError, OSError, RuntimeError):  # DamagedCheckpoint is one
         if not resume:
             raise
         return None

@@ -1,7 +1,7 @@
 """Saved evaluations: all probabilities of a tested network, so that it need not be tested again.
 
 An evaluation is a folder, written while the network is tested and renamed into its place when all of it is on disk:
-  evaluation.json    what was tested (`Key`) and how, size and SHA-256 of the two arrays
+  evaluation.json    what was tested (`Key`) and how, size and SHA-256 of the two arrays, and of itself
   images.npy         (N,) IMAGE: id, label, the label's rank and probability as the network gave them
   probabilities.npy  (N, K) float16: probability × 2^15, which float16 holds to 1/2048 of itself down to 1.9e-9
 Counts and losses of one network are those of its float64 probabilities, exact; only the mean of several needs the float16 ones.
@@ -18,9 +18,12 @@ from typing import Any, Callable, Iterator, Mapping, Optional
 
 import numpy as np
 
-from pipeline.files import atomic_folder, difference, file_entries, read_manifest, remove_dead, write_json
+from pipeline.files import (FileEntry, atomic_folder, difference, file_entries, read_manifest, remove_dead, with_own_hash,
+                            write_json)
+from pipeline.io_errors import explain
+from pipeline.schema import Count, read_as
 
-FORMAT = 1
+FORMAT = 2  # 1 had no hash of the manifest itself
 MANIFEST, PROBABILITIES, IMAGES = "evaluation.json", "probabilities.npy", "images.npy"
 SCALE = 2.0 ** 15  # the largest power of two with which 1 is no overflow; exact, as it only moves the exponent
 IMAGE = np.dtype([
@@ -44,10 +47,21 @@ class Key:
     checkpoint: str  # SHA-256 of its manifest, hence of weights, recipe and statistics
     test_images: str  # `SampleIndex.split_sha256`
     classes: str  # hash of the class list in its order
-    images: int  # N
-    outputs: int  # K
+    images: Count  # N
+    outputs: Count  # K
     views: int  # crops of an image, 1 or 10
     precision: str  # in which the network computed
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Schema of evaluation.json."""
+
+    checkpoint: str
+    split: str
+    index: str
+    facts: Key
+    files: dict[str, FileEntry] | None  # None: earlier versions left tests that were not finished
 
 
 def short(value: object) -> str:
@@ -95,22 +109,32 @@ def load(path: Path) -> Evaluation:
     """
     file = path / MANIFEST
     try:
-        manifest = read_manifest(file)
-        written = manifest["format"]
-        key = Key(**manifest["facts"]) if written == FORMAT else None
-        checkpoint, split, index, entries = (manifest[name] for name in ("checkpoint", "split", "index", "files"))
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
+        given = read_manifest(file)
+        written = given.get("format")
+        if written == FORMAT or "sha256" in given and written == 1:
+            given = read_manifest(file, own_hash=True)
+        manifest = read_as(Manifest, given, "it") if written in (1, FORMAT) else None
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         raise DamagedEvaluation(f"evaluation file (={file}) cannot be read ({error}); delete {path} and test again") from None
-    if key is None:
+    if manifest is None:
         raise ValueError(f"evaluation format (={written} in {file}) must be {FORMAT}, the one of this program; use the version "
                          "of the program that wrote it")
-    arrays = {}
-    for name in (IMAGES, PROBABILITIES):
-        problem = difference(path / name, entries[name]) if entries else "is not finished"  # earlier versions left such
+    key, arrays = manifest.facts, {}
+    for name, dtype, shape in ((IMAGES, IMAGE, (key.images,)), (PROBABILITIES, np.float16, (key.images, key.outputs))):
+        problem = "is not finished"
+        if manifest.files:
+            problem = difference(path / name, asdict(manifest.files[name])) if name in manifest.files else "is not listed"
+        if not problem:
+            try:
+                arrays[name] = np.load(path / name, mmap_mode="r", allow_pickle=False)
+            except ValueError as error:
+                problem = f"is no array ({' '.join(str(error).split())})"
+            else:
+                if arrays[name].dtype != dtype or arrays[name].shape != shape or not key.images:
+                    problem = f"holds {arrays[name].dtype} {arrays[name].shape}, not the test's"
         if problem:
             raise DamagedEvaluation(f"evaluation file (={path / name}) {problem}; test again, with the command that made it")
-        arrays[name] = np.load(path / name, mmap_mode="r", allow_pickle=False)
-    return Evaluation(checkpoint, split, index, key, arrays[IMAGES], arrays[PROBABILITIES], path)
+    return Evaluation(manifest.checkpoint, manifest.split, manifest.index, key, arrays[IMAGES], arrays[PROBABILITIES], path)
 
 
 def find(base: Path, key: Key, warn: Callable[[str], None]) -> tuple[Path, Optional[Evaluation]]:
@@ -161,8 +185,8 @@ def writing(path: Path, key: Key, about: Mapping[str, Any]) -> Iterator[Callable
         with _says_not_saved(path):
             for file in files:
                 file.close()
-            write_json(folder / MANIFEST, {"format": FORMAT, **about, "facts": asdict(key),
-                                           "files": file_entries(folder, (IMAGES, PROBABILITIES))})
+            write_json(folder / MANIFEST, with_own_hash({"format": FORMAT, **about, "facts": asdict(key),
+                                                         "files": file_entries(folder, (IMAGES, PROBABILITIES))}))
             stack.close()
 
 
@@ -171,5 +195,5 @@ def _says_not_saved(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RuntimeError(f"evaluation (={path}) could not be written ({error.strerror}); mend this and give the same command "
+        raise RuntimeError(f"evaluation (={path}) could not be written: {explain(error, path)}; then give the same command "
                            "again, or name another folder with --save") from error

@@ -8,6 +8,7 @@ from typing import Callable
 import numpy as np
 
 from pipeline.files import atomic_write
+from pipeline.io_errors import explain
 from pipeline.index.sample_index import SampleIndex
 from pipeline.index.ilsvrc import read_devkit
 
@@ -57,4 +58,4 @@ def write(path: Path, index: SampleIndex, split: str, images: np.ndarray, best: 
         with atomic_write(path) as file:
             file.write("".join(" ".join(map(str, line)) + "\n" for line in lines.tolist()).encode())
     except OSError as error:
-        raise ValueError(f"submission (={path}) cannot be written ({error.strerror}); give another --submission") from None
+        raise ValueError(f"submission (={path}) cannot be written: {explain(error, path)}; or give another") from None

@@ -113,7 +113,7 @@ def describe(source: Resolved) -> About:
     """What is known of a checkpoint: its hashes, the versions that trained it, and tests of it (the validation it was saved
     after, the test at the end of training when it is the last one, saved evaluations). A checkpoint moved out of its run's
     folder has no results; what cannot be read is left out with a warning."""
-    state, config = checkpoint.read_state(source.path), source.config()
+    state, config = checkpoint.read_state(source.path, whole=True), source.config()
     origin = f"Trained for {state['step']:,} steps of {config.train.batch} images (checkpoint `{source.path.name}`)."
     hashes = {"checkpoint (its manifest)": source.sha256, "classes": state["classes"],
               **{what: digest for what, digest in state.get("sources", {}).items() if digest}}

@@ -37,7 +37,15 @@ def pack(config: Config, tensors: Mapping[str, torch.Tensor], hashes: Mapping[st
     metadata = {"format": "pt", "alexnet_dali_format": str(FORMAT), "config": json.dumps(config.as_dict(), sort_keys=True),
                 "fingerprint": config.fingerprint(), **hashes}
     packed: bytes = library("safetensors.torch").save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
-    return packed
+    return _in_order(packed)
+
+
+def _in_order(packed: bytes) -> bytes:
+    """The same file with its header in order: safetensors writes the metadata in another one each time."""
+    end = 8 + int.from_bytes(packed[:8], "little")
+    header = json.dumps(json.loads(packed[8:end]), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + packed[end:]
 
 
 def load_safetensors(path: str | Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
@@ -51,7 +59,7 @@ def load_safetensors(path: str | Path) -> tuple[ModelConfig, dict[str, torch.Ten
                          "file that train.export of this version wrote")
     try:
         config = _model_config(json.loads(metadata["config"])["model"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"weights (={file}) have a config that this version does not read ({error}); use the version that "
                          "wrote them") from None
     tensors = read_weights(file)

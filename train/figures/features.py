@@ -14,6 +14,7 @@ from typing import BinaryIO, Callable, Iterator
 import numpy as np
 
 from pipeline.files import atomic_folder, difference, file_entries, read_manifest, remove_dead, with_own_hash, write_json
+from pipeline.schema import read_as
 from train.checkpoint.resolve import TrainedNetwork
 
 FORMAT = 1
@@ -65,12 +66,18 @@ class Features:
         if manifest.get("format") != FORMAT:
             raise ValueError(f"features format (={manifest.get('format')} in {file}) must be {FORMAT}, the one of this program; "
                              "build the features again")
+        try:
+            source = read_as(Source, manifest.get("source"), "source")
+            skipped = read_as(dict[str, str], manifest.get("skipped"), "skipped")
+        except ValueError as error:
+            raise ValueError(f"features manifest (={file}) is not as it is written ({error}); build the features again") from None
         for name in (FEATURES, IDS):
-            if problem := difference(path / name, manifest["files"][name]):
+            entry = manifest.get("files", {}).get(name)
+            if problem := difference(path / name, entry) if entry else "is not listed":
                 raise ValueError(f"features file (={path / name}) {problem}; build the features again")
-        return cls(path, Source(**manifest["source"]), np.load(path / IDS, allow_pickle=False),
+        return cls(path, source, np.load(path / IDS, allow_pickle=False),
                    np.load(path / FEATURES, mmap_mode="r", allow_pickle=False),
-                   {int(id): reason for id, reason in manifest["skipped"].items()})
+                   {int(id): reason for id, reason in skipped.items()})
 
     def check(self, trained: TrainedNetwork) -> None:
         """Raise ValueError unless queries that this network makes can be compared with these features."""

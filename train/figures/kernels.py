@@ -14,7 +14,7 @@ from scipy.stats import mannwhitneyu
 
 from train.checkpoint import checkpoint as checkpoints
 from train.parallel.topology import Topology
-from train.recipe import load_yaml
+from train.recipe.strict_yaml import load_yaml
 
 WEIGHT = "weight.conv1.weight"  # of a checkpoint
 

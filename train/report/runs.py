@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping
 
-import yaml
-
 from pipeline.files import file_sha256
+from pipeline.io_errors import explain
 from train.checkpoint import checkpoint
 from train.evaluate import ensemble, predictions
-from train.recipe import load_yaml
+from train.recipe.strict_yaml import load_yaml
 from train.report import paper
 from train.run_folder import CHECKPOINTS, CONFIG, METRICS, VERSIONS
 
@@ -149,7 +148,12 @@ def read_run(folder: Path) -> Run:
                 validation_images = _whole(line["validation"].get("images"))
         elif kind == "test":
             tests = _test(line) or tests
-    checkpoints, loader = _checkpoints(folder / CHECKPOINTS)
+    checkpoints: tuple[Checkpoint, ...] = ()
+    loader: Mapping[str, Any] = {}
+    try:
+        checkpoints, loader = _checkpoints(folder / CHECKPOINTS)
+    except OSError as error:
+        problems.append(explain(error))
     samples = _whole(loader.get("samples"))
     train_images = (samples, samples) if samples else _train_images(_whole(config["train"].get("batch")), steps_done)
     tests = [*tests, *_evaluations(folder / EVALUATIONS, problems)]
@@ -172,7 +176,7 @@ def _config(path: Path) -> Mapping[str, Any]:
         config = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise NoRun(f"run (={path.parent}) holds no {CONFIG}; name run folders, such as runs/tiny100") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise NoRun(f"run (={path.parent}) has a {CONFIG} that cannot be read ({' '.join(str(error).split())}); mend it, or "
                     "leave the run out") from None
     groups = ("data", "model", "optimizer", "schedule", "train")

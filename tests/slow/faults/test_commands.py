@@ -1,0 +1,135 @@
+"""Commands in bad company: full disks, small limits, signals, a second of themselves; each ends in a line or does its work."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Callable, Iterator
+
+import pytest
+
+from tests.conftest import TinySet
+from tests.helpers.recipes import write_recipe
+from tests.helpers.runs import ROOT
+from tests.helpers.trained_run import write_run
+from tests.helpers.trials import Row
+
+Record = Callable[[str, object], None]
+SEVERAL = pytest.mark.parametrize("count", [2, pytest.param(40, marks=pytest.mark.slow)])
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 600 kB, which the run of a small network fills soon."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "none", str(disk)], capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def trial(trials: Row, fault: str, words: list[str], codes: tuple[int, ...], before: Callable[[], None] | None = None,
+          after_s: float | None = None, number: int = signal.SIGINT, needed: str = "", **environment: str) -> None:
+    """Run a command; as expected: one of these exit codes, no traceback, at most one line of error, with `needed` in it."""
+    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=before, start_new_session=True,
+                               env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment})
+    if after_s is not None:
+        time.sleep(after_s)
+        process.send_signal(number)
+    try:
+        _, err = process.communicate(timeout=trials.limit_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        trials.outcomes["hang"] += 1
+        trials.bad.append(f"hang: {fault}")
+        return
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+
+    def outcome() -> bool:
+        if "Traceback" in err or len(errors) > 1 or process.returncode not in (*codes, 0):
+            raise AssertionError(f"exit code {process.returncode}\n{err[-500:]}")
+        if process.returncode and errors:
+            assert needed in errors[0], errors[0]
+            raise ValueError(errors[0])
+        return True
+    trials.trial(fault, outcome)
+
+
+@SEVERAL
+def test_a_full_disk(tiny_set: TinySet, small_disk: Path, tmp_path: Path, count: int, record_property: Record) -> None:
+    """The disk is filled to a size that is drawn; then each command writes there."""
+    trials = Row("disk full: train, evaluate, export, report")
+    run, recipe = write_run(tmp_path, tiny_set), write_recipe(tmp_path, tiny_set.index, epochs="  epochs: 1")
+    checkpoint = next((run / "checkpoints").iterdir())
+    for draw in trials.draws(count):
+        (small_disk / "fill").write_bytes(bytes(draw.choice((0, 300_000, 500_000, 560_000, 590_000, 600_000 - 8192))))
+        out = str(small_disk / "out")
+        for words in (["-m", "train.main", "--config", str(recipe), f"--machine.runs={small_disk}"],
+                      ["-m", "train.evaluate", "--checkpoint", str(checkpoint), "--save", out, "--views", "1"],
+                      ["-m", "train.export", str(checkpoint), "--out", out]):
+            trial(trials, f"{draw} {words[1]}", words, (4,), needed="full")
+            subprocess.run(["bash", "-c", f"rm -rf {small_disk}/*/ {small_disk}/.[a-z]*"], check=True)
+    trials.check(record_property)
+
+
+@SEVERAL
+def test_small_limits_and_a_bare_environment(tiny_set: TinySet, tmp_path: Path, count: int, record_property: Record) -> None:
+    trials = Row("environment: limits, locale, no HOME")
+    recipe = write_recipe(tmp_path, tiny_set.index, epochs="  epochs: 1")
+
+    def limit(which: int, value: int) -> Callable[[], None]:
+        return lambda: resource.setrlimit(which, (value, value))
+
+    for number, draw in enumerate(trials.draws(count)):
+        words = ["-m", "train.main", "--config", str(recipe), f"--machine.runs={tmp_path}/{number}"]
+        kind = draw.choice(("files", "file size", "environment", "read-only"))
+        if kind == "files":
+            trial(trials, kind, words, (2, 4), limit(resource.RLIMIT_NOFILE, draw.randrange(20, 80)))
+        elif kind == "file size":
+            trial(trials, kind, words, (4,), limit(resource.RLIMIT_FSIZE, draw.randrange(1000, 100_000)))
+        elif kind == "environment":
+            trial(trials, kind, words, (), HOME="/nowhere", LC_ALL="POSIX", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", TERM="dumb",
+                  COLUMNS="3", TZ="nonsense")
+        else:
+            trial(trials, kind, [*words[:-1], "--machine.runs=/proc/none"], (4,))
+    trials.check(record_property)
+
+
+@SEVERAL
+def test_signals(tiny_set: TinySet, tmp_path: Path, count: int, record_property: Record) -> None:
+    """SIGINT or SIGTERM at a moment that is drawn; what comes after resumes."""
+    trials, draw = Row("signals: train, evaluate, export, report"), random.Random(1)
+    run, recipe = write_run(tmp_path, tiny_set), write_recipe(tmp_path, tiny_set.index)
+    for number in range(count):
+        for words, codes in ((["-m", "train.main", "--config", str(recipe), f"--machine.runs={tmp_path}/{number}"], (75, 130)),
+                             (["-m", "train.evaluate", "--run", str(run), "--save", str(tmp_path / "saved")], (130,)),
+                             (["-m", "train.export", str(run), "--out", str(tmp_path / f"out{number}")], (130,))):
+            trial(trials, " ".join(words), words, codes, after_s=0.1 + 5 * draw.random())
+        folder = tmp_path / str(number)
+        if (folder / "small/config.yaml").exists():
+            trial(trials, "resume", ["-m", "train.main", "--config", str(recipe), f"--machine.runs={folder}", "--resume"], ())
+    trials.check(record_property)
+
+
+@SEVERAL
+def test_two_at_once(tiny_set: TinySet, tmp_path: Path, count: int, record_property: Record) -> None:
+    """Two trainers on one run folder: one trains, the other is refused by name; a test reads meanwhile."""
+    trials, recipe = Row("two at once"), write_recipe(tmp_path, tiny_set.index)
+    for number in range(count):
+        words = ["-m", "train.main", "--config", str(recipe), f"--machine.runs={tmp_path}/{number}"]
+        first = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                 env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+        while not (tmp_path / str(number) / "small/metrics.jsonl").exists():
+            time.sleep(0.02)
+        trial(trials, "--resume meanwhile", [*words, "--resume"], (2,), needed="is in use by pid")
+        assert first.wait(timeout=120) == 0
+    trials.check(record_property)

@@ -1,0 +1,24 @@
+"""The page docs/errors.md, of the program's own lists of exit codes and causes: `python -m tools.errors > docs/errors.md`."""
+import argparse
+import errno
+from pathlib import Path
+
+import jinja2
+
+from pipeline.io_errors import CAUSES
+from train.exit_codes import EXIT_CODES
+
+TEMPLATE = Path(__file__).resolve().parent.parent / "docs/errors.md.jinja"
+
+
+def page() -> str:
+    """The text of docs/errors.md."""
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+                                     keep_trailing_newline=True)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        codes=EXIT_CODES, causes=CAUSES, names=errno.errorcode)
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    print(page(), end="")
