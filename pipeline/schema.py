@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+_PLAIN = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", list: "a list", dict: "an object"}
 
 
 def _rule(holds: Any, broken: str) -> Any:
@@ -28,51 +29,70 @@ Sha256 = Annotated[str, _rule(re.compile("[0-9a-f]{64}").fullmatch, "must be 64 
 FileName = Annotated[str, _rule(is_file_name, "must be the bare name of a file in the same folder")]
 
 
+class _Broken(ValueError):
+    """A rule that a value breaks; `place` is where it lies below the value that is read."""
+
+    def __init__(self, problem: str, place: str = "") -> None:
+        self.problem, self.place = problem, place
+
+
 def read_as(kind: type[T], value: Any, name: str) -> T:
     """A JSON value as `kind`, a schema; keys it does not have are passed over. `name`: of the value, for messages.
 
     Raises ValueError `<name>.<key> (=value) must be …`, without what to do.
     """
-    converted: T = _convert(kind, value, name)
+    try:
+        converted: T = _convert(kind, value)
+    except _Broken as error:
+        raise ValueError(f"{name}{error.place} {error.problem}") from None
     return converted
 
 
-def _convert(kind: Any, value: Any, name: str) -> Any:
+def _convert(kind: Any, value: Any) -> Any:
+    if type(value) is kind:
+        return value
+    if kind in _PLAIN:
+        if kind is float and type(value) is int:
+            return float(value)
+        raise _error(value, f"must be {_PLAIN[kind]}")  # a bool is no number
+    if kind is Any:
+        return value
+    if kind is Path:
+        return Path(_convert(str, value))
+    if dataclasses.is_dataclass(kind):
+        return _dataclass(kind, value)
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        value = _convert(arguments[0], value, name)
+        value = _convert(arguments[0], value)
         for broken in filter(None, (rule(value) for rule in arguments[1:])):
-            raise _error(name, value, broken)
+            raise _error(value, broken)
         return value
     if origin in (Union, types.UnionType):  # T | None
         (other,) = set(arguments) - {type(None)}
-        return None if value is None else _convert(other, value, name)
-    if dataclasses.is_dataclass(kind):
-        return _dataclass(kind, value, name)
+        return None if value is None else _convert(other, value)
     if origin is list:
-        _expect(list, value, name, "a list")
-        return [_convert(arguments[0], each, f"{name}[{i}]") for i, each in enumerate(value)]
-    if origin is dict:
-        _expect(dict, value, name, "an object")
-        return {_convert(arguments[0], key, f"key of {name}"): _convert(arguments[1], each, f"{name}.{key}")
-                for key, each in value.items()}
-    if kind is float and type(value) is int:
-        return float(value)
-    if kind is Path:
-        return Path(_convert(str, value, name))
-    if kind is not Any:
-        _expect(kind, value, name, {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[kind])
-    return value
+        _convert(list, value)
+        return [_below(arguments[0], each, f"[{i}]") for i, each in enumerate(value)]
+    assert origin is dict, f"{kind} is no schema"
+    _convert(dict, value)
+    return {_below(arguments[0], key, ", a key,"): _below(arguments[1], each, f".{key}") for key, each in value.items()}
 
 
-def _dataclass(kind: Any, value: Any, name: str) -> Any:
-    _expect(dict, value, name, "an object")
+def _below(kind: Any, value: Any, place: str) -> Any:
+    try:
+        return _convert(kind, value)
+    except _Broken as error:
+        raise _Broken(error.problem, place + error.place) from None
+
+
+def _dataclass(kind: Any, value: Any) -> Any:
+    _convert(dict, value)
     found = {}
     for key, (hint, is_required) in _fields(kind).items():
         if key in value:
-            found[key] = _convert(hint, value[key], f"{name}.{key}")
+            found[key] = value[key] if type(value[key]) is hint else _below(hint, value[key], f".{key}")
         elif is_required:
-            raise ValueError(f"{name} (without {key}) must have it")
+            raise _Broken(f"(without {key}) must have it")
     return kind(**found)
 
 
@@ -84,11 +104,6 @@ def _fields(kind: Any) -> Mapping[str, tuple[Any, bool]]:
             for field in dataclasses.fields(kind)}
 
 
-def _expect(kind: type, value: Any, name: str, description: str) -> None:
-    if type(value) is not kind:  # a bool is no number
-        raise _error(name, value, f"must be {description}")
-
-
-def _error(name: str, value: Any, broken: str) -> ValueError:
+def _error(value: Any, broken: str) -> _Broken:
     text = repr(value)
-    return ValueError(f"{name} (={text if len(text) <= 60 else text[:60] + '…'}) {broken}")
+    return _Broken(f"(={text if len(text) <= 60 else text[:60] + '…'}) {broken}")

@@ -22,7 +22,7 @@ from pipeline.index.header import Header, read_header
 from pipeline.index.tar import BLOCK, ByteWindow, fingerprint, read_member
 
 VERIFIED = "verified.json"  # in the folder of a large index: see `load`
-ONCE_BYTES = 64 << 20  # of its arrays; smaller ones are compared with their SHA-256 at every load
+ONCE_BYTES = 16 << 20  # of its arrays; smaller ones are compared with their SHA-256 at every load
 _OPEN = 64  # archives that stay open
 _CHECKED = 1 << 16  # rows that are checked together: their 2.6 MB stay in the cache
 SPLITS = ("train", "val", "test")

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.files import difference
 from pipeline.index.folders import folder_archive, list_folder
 from pipeline.index.image_header import FORMAT_CODE, probe
 from pipeline.index.sample_index import REASONS, DamagedBytes, SampleIndex
@@ -29,9 +30,12 @@ class Finding(NamedTuple):
 
 
 def check_files(index: SampleIndex) -> list[Finding]:
-    """Every archive's size and fingerprint (the index's arrays were compared when it was loaded). Raises ValueError when an
-    archive is not there, OSError."""
+    """The index's arrays against their SHA-256, which a load does not always do, and every archive's size and fingerprint. Raises
+    ValueError when an archive is not there, OSError."""
     findings = []
+    for array in filter(None, (index.files.samples, index.files.names)):
+        if problem := difference(index.path / array.file, vars(array)):
+            findings.append(Finding(None, str(index.path / array.file), f"{problem}; build the index again"))
     for position, archive in enumerate(index.archives):
         path = index.find_archive(position)
         if archive.is_folder:
