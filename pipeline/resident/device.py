@@ -28,14 +28,14 @@ class DeviceNormalizer:
         if self._triton:
             try:
                 self._warm_up()
-            except (ImportError, RuntimeError) as error:  # Triton is missing, or what it compiles with is
+            except Exception as error:  # Triton is missing, or what it compiles with is, or it does not know this GPU
                 if kernels == "triton":
                     raise
                 self._triton = False
                 _log.warning("images in GPU memory are finished by torch, in several passes: Triton does not work (%s)", error)
 
     def _warm_up(self) -> None:
-        """Compile the kernel. Raises ImportError or RuntimeError."""
+        """Compile the kernel. Raises what Triton raises."""
         row = torch.zeros(1, self._layout.row_bytes, dtype=torch.uint8, device=self._device)
         corner = np.zeros(1, np.int64)
         self.images(Located(self._layout.planes(row), corner, corner, corner), Augmentation.none(1))

@@ -53,12 +53,12 @@ def _images(light: tl.tensor, chroma: tl.tensor, table: tl.tensor, mean: tl.tens
         y = tl.load(pixel, mask=inside, other=0).to(tl.int32)
     for channel in tl.static_range(3):
         if YUV:
-            BLUE: tl.constexpr = 0 if channel == 0 else -22554 if channel == 1 else 116130
-            RED: tl.constexpr = 91881 if channel == 0 else -46802 if channel == 1 else 0
-            added = 64 + 9 * ((blues[0] * BLUE + reds[0] * RED + 4096) >> 13)
-            added += 3 * ((blues[1] * BLUE + reds[1] * RED + 4096) >> 13)
-            added += 3 * ((blues[2] * BLUE + reds[2] * RED + 4096) >> 13)
-            added += (blues[3] * BLUE + reds[3] * RED + 4096) >> 13
+            of_blue = 0 if channel == 0 else -22554 if channel == 1 else 116130
+            of_red = 91881 if channel == 0 else -46802 if channel == 1 else 0
+            added = 64 + 9 * ((blues[0] * of_blue + reds[0] * of_red + 4096) >> 13)
+            added += 3 * ((blues[1] * of_blue + reds[1] * of_red + 4096) >> 13)
+            added += 3 * ((blues[2] * of_blue + reds[2] * of_red + 4096) >> 13)
+            added += (blues[3] * of_blue + reds[3] * of_red + 4096) >> 13
             value = tl.minimum(tl.maximum(y + (added >> 7), 0), 255).to(tl.float32)
         else:
             value = tl.load(pixel + channel * light_plane, mask=inside, other=0).to(tl.float32)

@@ -13,6 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from model.kernels import dropout, lrn, sgd
+from pipeline.resident import kernels as resident
 
 def compiled(kernel, types, **constants):
     signature = dict(types) | dict.fromkeys(constants, "constexpr")
@@ -32,6 +33,12 @@ constants = dict(K=2.0, ALPHA=1e-4, BETA=0.75, WINDOW=5, RELU=True, FLOAT=triton
                  LAST=True)
 compiled(lrn._forward, dict(x_ptr=half, y_ptr=half, lanes=number, shift=number), **constants)
 compiled(lrn._backward, dict(x_ptr=half, g_ptr=half, dx_ptr=half, lanes=number, shift=number), **constants)
+types = dict(light="*u8", chroma="*u8", table="*i32", mean=single)
+types |= {name: number for name in resident._images.arg_names if name == "B" or "_" in name}
+for yuv, packed, mean, centered, out in ((False, False, True, False, half), (True, False, True, False, half),
+                                         (True, True, True, True, single), (False, True, False, False, "*fp16")):
+    compiled(resident._images, types | dict(out=out), S=256, C=227, K=116, YUV=yuv, PACKED=packed, MEAN=mean,
+             CENTERED=centered, LINES=4, WIDTH=256)
 """
 
 
@@ -42,6 +49,6 @@ def test_kernels_compile_for_a_hopper_gpu(tmp_path: Path) -> None:
                           capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     counted = dict(line.split() for line in done.stdout.splitlines())
-    assert counted.keys() == {"_update", "_forward", "_backward"}
+    assert counted.keys() == {"_update", "_forward", "_backward", "_images"} and counted["_images"] == "0"
     # Two roundings a weight, as torch's: a product that fuses with nothing, two fused ones.
     assert done.stdout.splitlines()[0] == f"_update {2 * 1024 // 128}"
