@@ -18,7 +18,7 @@ from pipeline.reading.quarantine import Quarantine, StandIns, quarantine_budget
 from pipeline.reading.shard_source import ShardSource
 from pipeline.reading.source import ArchiveSource, Source
 from pipeline.resident.chain import eval_chain, train_chain
-from pipeline.sampling.batch_plan import CropPlanner
+from pipeline.sampling.batch_plan import BlockPlanner, CropPlanner
 from pipeline.sampling.sampler import Ids, Sampler, WindowSampler
 from pipeline.stats import Stats
 
@@ -73,7 +73,7 @@ def train_loader(tier: str, index: SampleIndex, split: str, data: DataConfig, ba
     if tier == "resident":
         chain = train_chain(context, resident, sampler, planner, stand_ins, mean_image, group)
     else:
-        chain = DecodingChain(context, lambda step: planner.plan(step, *sampler.take(step)), source, stand_ins,
+        chain = DecodingChain(context, BlockPlanner(sampler, planner), source, stand_ins,
                               context.decoding(context.ids, sampler.share, data.crop_px), mean_image)
     return TrainLoader(context, chain, sampler, planner)
 

@@ -26,7 +26,7 @@ import pytest
 import train  # before torch: it says how idle threads wait
 from model.alexnet import AlexNet
 from model.config import LrnConfig
-from model.dropout import dropout, keep_mask
+from model.dropout import dropout, dropout_words, keep_mask
 from model.lrn import local_response_norm
 from pipeline import rng as counter
 from pipeline.config import DataConfig, LoaderConfig
@@ -348,18 +348,22 @@ def statistics(made: Made) -> Iterator[tuple[str, Entry]]:
     yield "index/bytes", sha256(*(built.read(int(id)) for id in built.ids("train")))
 
 
+def words(seed: int, step: int, layer: str) -> torch.Tensor:
+    return torch.tensor(dropout_words(seed, step, layer), dtype=torch.int32)
+
+
 def network(made: Made) -> Iterator[tuple[str, Entry]]:
     config = small_network()
     net = AlexNet(config, seed=3)
     for name, parameter in net.named_parameters():
         yield f"initial/{name}", floats(parameter)
     for layer in ("fc6", "fc7"):
-        masks = [keep_mask(p, seed=3, step=step, layer=layer, rows=(5, 69), columns=(100, 356), device=torch.device("cpu"))
+        masks = [keep_mask(p, words(3, step, layer), rows=(5, 69), columns=(100, 356), device=torch.device("cpu"))
                  for p in (0.3, 0.5) for step in (0, 1, 10 ** 6)]
         yield f"masks/{layer}", sha256(*masks)
     x = torch.randn(16, 3, 67, 67, generator=torch.Generator().manual_seed(2))
     yield "random-input", floats(x)
-    yield "dropout", sha256(dropout(torch.full((64, 256), 3.0), 0.25, seed=1, step=2, layer="fc6", first_row=0, first_column=8))
+    yield "dropout", sha256(dropout(torch.full((64, 256), 3.0), 0.25, words(1, 2, "fc6"), first_row=0, first_column=8))
     maps = torch.randn(4, 16, 7, 7, generator=torch.Generator().manual_seed(5)).requires_grad_()
     for groups, relu in ((1, False), (2, True)):
         maps.grad = None

@@ -31,7 +31,7 @@ class Regions:
         """(B, 2) source pixels from the image's corner to the end of the region."""
         return self.anchor + self.shape
 
-    def rows(self, rows: list[int]) -> "Regions":
+    def rows(self, rows: slice | list[int]) -> "Regions":
         return Regions(self.anchor[rows], self.shape[rows], self.start[rows], self.end[rows], self.scale[rows], self.offset[rows])
 
 

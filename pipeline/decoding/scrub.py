@@ -42,7 +42,7 @@ def scrub(index: SampleIndex, threads: int, progress: Progress = Progress()) -> 
                     problems[id] = str(error)
             found = pool.map(lambda id: _strict(index, id, data[id]), list(data))
             problems |= {id: problem for id, problem in zip(list(data), found) if problem}
-            arrays = {id: np.frombuffer(encoded, np.uint8) for id, encoded in data.items() if id not in problems}
+            arrays = {id: memoryview(encoded) for id, encoded in data.items() if id not in problems}
             if arrays and _problem(together, index, arrays):
                 alone = alone or WholeImages(1, 1)
                 each = {id: _problem(alone, index, {id: encoded}) for id, encoded in arrays.items()}
@@ -79,7 +79,7 @@ def _batches(index: SampleIndex, ids: np.ndarray) -> list[list[int]]:
     return batches
 
 
-def _problem(probe: WholeImages, index: SampleIndex, data: dict[int, np.ndarray]) -> str:
+def _problem(probe: WholeImages, index: SampleIndex, data: dict[int, memoryview]) -> str:
     """What is wrong with a batch, id → encoded image; "" when every image decodes to the size the index says. Raises
     MemoryError."""
     try:

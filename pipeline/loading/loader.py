@@ -19,7 +19,7 @@ from pipeline.loading.device import SideStream
 from pipeline.loading.prefetch import Prefetcher, ahead_in_threads, one_ahead
 from pipeline.reading.quarantine import Policy, SampleError
 from pipeline.reading.source import Source
-from pipeline.sampling.batch_plan import BatchPlan, Bytes
+from pipeline.sampling.batch_plan import BatchPlan
 
 
 class Chain(ABC):
@@ -79,21 +79,20 @@ class DecodingChain(Chain):
     def _read(self, step: int) -> BatchPlan:
         with self.context.monitor.span("read", step):
             plan = self.plan(step)
-            pools, encoded = list(self.source.pools(plan.ids, plan.epochs)), list[Bytes]()
-            while (row := len(encoded)) < len(plan.ids):
-                try:
-                    encoded.append(pools[row].read(int(plan.ids[row])))
-                except SampleError as error:
-                    plan = self.policy(plan, row, error, pools[row])
-                    if len(plan.ids) < len(pools):  # the row was left out
-                        del pools[row]
-            return replace(plan, encoded=encoded)
+            plan = replace(plan, encoded=self.source.read_batch(plan.ids, plan.epochs))
+            while SampleError in (kinds := list(map(type, plan.encoded))):
+                row = kinds.index(SampleError)
+                plan = self._replace(plan, row, plan.encoded[row])
+            return plan
 
     def recover(self, plan: BatchPlan, row: int, reason: str) -> BatchPlan:
         """A plan that was read, without the sample of `row`, which cannot be decoded."""
+        return self._replace(plan, row, SampleError(self.context.index, int(plan.ids[row]), reason))
+
+    def _replace(self, plan: BatchPlan, row: int, error: SampleError) -> BatchPlan:
+        """A plan that was read, with another sample in `row`, or none."""
         encoded = plan.encoded[:row] + plan.encoded[row + 1:]
         (pool,) = self.source.pools(plan.origins[row:row + 1], plan.epochs[row:row + 1])
-        error = SampleError(self.context.index, int(plan.ids[row]), reason)
         while True:
             plan = self.policy(plan, row, error, pool)
             if len(plan.ids) == len(encoded):

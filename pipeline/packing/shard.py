@@ -31,7 +31,7 @@ from pipeline.loading.eval_loader import square_loader
 from pipeline.packing.plan import OWN_HASH, Ids, PackOptions, Piece, Plan, measured_ids, order
 from pipeline.reading.quarantine import SampleError
 from pipeline.reading.source import ArchiveSource
-from pipeline.sampling.batch_plan import Bytes
+from pipeline.sampling.batch_plan import Encoded
 from pipeline.schema import Count, Sha256, read_as
 
 BATCH = 32  # images decoded together: 6 MB of squares
@@ -165,15 +165,15 @@ def _whole(index: SampleIndex, ids: Ids, short_px: int, threads: int, skipped: d
     """(id, (H, W, 3) uint8) of whole images at a short side of `short_px`, as `decoded`."""
     source, together, alone = ArchiveSource(index), WholeImages(BATCH, threads), None
     for first in range(0, len(ids), BATCH):
-        encoded: dict[int, Bytes] = {}
-        source.announce(ids[first:first + BATCH])
-        for id in ids[first:first + BATCH].tolist():
-            try:
-                encoded[id] = source.read(id)
-            except SampleError as error:
-                if isinstance(error.__cause__, OSError):
-                    raise error.__cause__  # not read, so not corrupt
-                skipped[id] = error.reason
+        some = ids[first:first + BATCH]
+        encoded: dict[int, Encoded] = {}
+        for id, found in zip(some.tolist(), source.read_batch(some, np.zeros_like(some))):
+            if not isinstance(found, SampleError):
+                encoded[id] = found
+            elif isinstance(found.__cause__, OSError):
+                raise found.__cause__  # not read, so not corrupt
+            else:
+                skipped[id] = found.reason
         sizes = geometry.sizes(index, np.array(list(encoded), np.int64))
         resized = geometry.resized(sizes, short_px)
         try:

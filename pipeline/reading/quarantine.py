@@ -16,7 +16,7 @@ from pipeline.config import LoaderConfig
 from pipeline.index.sample_index import SampleIndex
 from pipeline.io_errors import explain
 from pipeline.rng import Purpose, bits
-from pipeline.sampling.batch_plan import BatchPlan, Bytes
+from pipeline.sampling.batch_plan import BatchPlan, Encoded
 from pipeline.sampling.sampler import Ids
 
 _ATTEMPTS = 100  # stand-ins tried for one sample; a healthy set needs one
@@ -35,8 +35,8 @@ class Pool(Protocol):
     """Samples that can be read now, and in whose place one of the same pool may stand."""
     ids: Ids
 
-    def read(self, id: int) -> Bytes:
-        """(size,) uint8 bytes of a sample, checked. Raises SampleError when they are not those that were indexed."""
+    def read(self, id: int) -> Encoded:
+        """(size,) bytes of a sample, checked. Raises SampleError when they are not those that were indexed."""
 
     def location(self, id: int) -> dict[str, str]:
         """Where a sample lies: its `member` name and `archive`."""

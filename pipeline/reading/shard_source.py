@@ -20,8 +20,8 @@ from pipeline.decoding.dali import ShardReader
 from pipeline.index.sample_index import SampleIndex
 from pipeline.index.tar import BLOCK
 from pipeline.reading.quarantine import Pool, SampleError
-from pipeline.reading.source import Source, check
-from pipeline.sampling.batch_plan import Bytes
+from pipeline.reading.source import Source, other_crc, other_header
+from pipeline.sampling.batch_plan import Bytes, Encoded
 from pipeline.sampling.sampler import Ids, Passage, WindowSampler
 
 RUN_BYTES = 8 << 20  # 8 MiB: at 100 MB/s long beside an object store's latency, short beside a window
@@ -71,16 +71,19 @@ class Window:
         name = self._content[at - BLOCK:at - BLOCK + 100].tobytes().split(b"\0")[0].decode("utf-8", "replace") or "?"
         return {"member": name, "archive": self._path_of(int(self._index.samples[id]["archive"]))}
 
-    def read(self, id: int) -> Bytes:
-        """(size,) uint8 bytes of a sample of this window, a view. Raises SampleError when another file lies in its place, or
+    def read(self, id: int) -> Encoded:
+        """(size,) bytes of a sample of this window, a view. Raises SampleError when another file lies in its place, or
         its bytes differ from what the index recorded."""
         at, size = self._places[id]
         header = self._content[at - BLOCK:at].tobytes()
         # Holds for indexes without CRC-32 too: a shard that was written anew has its headers elsewhere.
         if header[257:262] != b"ustar" or header[124:135] != b"%011o" % size:
             raise SampleError(self._index, id, "does not lie where the index has it")
-        view = self._content[at:at + size]
-        check(self._index, id, view, self._crc)
+        view = memoryview(self._content)[at:at + size]  # type: ignore[arg-type]  # NumPy's arrays are buffers
+        row = self._index.samples[id]
+        if reason := (other_crc(view, int(row["crc32"])) if self._crc else
+                      other_header(view, int(row["width"]), int(row["height"]))):
+            raise SampleError(self._index, id, reason)
         return view
 
 

@@ -48,7 +48,8 @@ def test_a_whole_profile(tiny_set: TinySet, tmp_path: Path, capsys: pytest.Captu
     assert found["need"] > 0 and found["met"] == pytest.approx(found["together"]["rate"] / found["need"])
     assert found["headroom"] == pytest.approx(found["loader"]["rate"] / found["need"]) and found["batch"] == 8
     host = found["host"]
-    assert host["ceiling"] == pytest.approx(1e6 / (host["cpu_us"] - host["bytes_us"])) and 0 < host["ceiling"] < 1e6
+    assert host["ceiling"] == pytest.approx(1e6 / (host["cpu_us"] - host["bytes_us"] - host["dali_us"]))
+    assert host["dali_us"] > 0 and 0 < host["ceiling"] < 1e6
     assert found["verdict"]["sentence"] in " ".join(said.out.split())
     assert isinstance(yaml.safe_load(found["verdict"]["advice_yaml"]), dict | None)
     events = json.loads(out["trace"].read_text())["traceEvents"]

@@ -1,12 +1,17 @@
+import errno
 import json
+import os
+import resource
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.helpers.packed_set import write_packed
 from tests.helpers.small_set import photographs, write_set
 
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex
+from pipeline.reading import source
 from pipeline.reading.quarantine import Quarantine, SampleError
 from pipeline.reading.source import ArchiveSource
 
@@ -17,11 +22,48 @@ def index(tmp_path: Path) -> SampleIndex:
 
 
 def test_views_are_the_files_bytes(index: SampleIndex) -> None:
-    reader = ArchiveSource(index)
-    reader.announce(index.ids("train"))
-    for id, blob in enumerate(photographs(5)):
-        view = reader.read(id)
-        assert view.tobytes() == blob and not view.flags.writeable and view.base is not None
+    reader, blobs = ArchiveSource(index), photographs(5)
+    order = np.array([3, 0, 4, 0])
+    for _ in range(3):  # the second and third time in memory used before
+        views = reader.read_batch(order, np.zeros_like(order))
+        assert [bytes(view) for view in views] == [blobs[id] for id in order]
+        held = reader.read(1)
+        del views
+        reader.read_batch(order, np.zeros_like(order))
+        assert bytes(held) == blobs[1]
+
+
+def test_an_archive_cut_while_it_is_read_is_named(index: SampleIndex) -> None:
+    reader, path = ArchiveSource(index), index.archive_path(0)
+    reader.read(0)
+    os.truncate(path, int(index.samples[4]["offset"]) + 100)
+    reader.read(3)
+    with pytest.raises(RuntimeError, match=rf"archive {path} \(=\d+ bytes\) ends within sample 4, and had \d+ bytes when it "
+                                           r"was indexed; restore it, or build the index again"):
+        reader.read(4)
+
+
+def test_a_disk_that_fails_is_no_corrupt_sample(index: SampleIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*given: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(source, "_preadv", failing)
+    with pytest.raises(RuntimeError, match=r"archive file \(=.*tar\) cannot be read .* its disk reports an error \(EIO\); look"):
+        ArchiveSource(index).read(2)
+
+
+def test_more_archives_than_files_may_be_open(tmp_path: Path) -> None:
+    blobs = photographs(4) * 15
+    index = write_packed(tmp_path, blobs, per_shard=1)
+    assert len(index.archives) == 60
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 30, hard))
+    try:
+        reader, ids = ArchiveSource(index), np.arange(60)
+        assert [bytes(view) for view in reader.read_batch(ids, ids)] == blobs
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_every_flipped_bit_of_a_file_is_found(index: SampleIndex) -> None:

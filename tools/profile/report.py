@@ -88,7 +88,7 @@ def _show_stages(console: "Console", profile: Profile) -> None:
     console.print(f"CPU ms an image: the stages {stages:.3f}, end to end {whole:.3f}, remainder {whole - stages:+.3f}")
     if (host := profile.host) is not None:
         console.print(f"host ceiling: {host.ceiling:,.0f} img/s ({host.lock_us:.1f} CPU µs an image, pixels and bytes free; "
-                      f"{host.cpu_us:.1f} with the bytes)")
+                      f"{host.cpu_us:.1f} with the bytes and DALI's threads)")
 
 
 def _show_loader(console: "Console", profile: Profile) -> None:

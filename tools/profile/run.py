@@ -54,16 +54,19 @@ def profile(args: argparse.Namespace, config: Config) -> tuple[Profile, Sequence
             events = tuple(monitor.events)
             alone, cut = stages.workloads(loader, lambda changed: open_loader(machine=changed), closers)
             workloads = [*alone, *cut, stages.end_to_end(loader)]
+            bare = None
             if cut:
-                workloads.append(host.workload(open_loader(machine=machine), closers))
+                bare = host.without_pixels(open_loader(machine=machine), closers)
             elif machine.resident_memory == "ram":  # squares in GPU memory are not there twice
-                workloads.append(host.whole(open_loader(machine=machine, data=replace(data, crop_px=1)), closers))
+                bare = open_loader(machine=machine, data=replace(data, crop_px=1))
+            if bare is not None:
+                workloads.append(host.workload(bare, closers))
             if network is not None:
                 workloads += [Workload("network", network.synthetic(), 2), stages.end_to_end(loader, network, "together")]
             elif args.need:
                 workloads.append(stages.end_to_end(loader, _Pace(args.need), "together"))
             figures = measure(workloads, args.seconds, args.repeats)
-            ceiling = host.host(figures["host"], loader) if "host" in figures else None
+            ceiling = None if bare is None else host.host(figures["host"], bare)
         cold, note = None, ""
         if args.cold:  # no loader has the archives mapped any more
             cold, note = stages.measure_cold(partial(open_loader, machine=machine), index, split, args.seconds, 3)

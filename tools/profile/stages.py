@@ -35,7 +35,6 @@ from pipeline.resident.chain import ResidentChain
 from pipeline.sampling.batch_plan import BatchPlan
 from tools.profile.measure import Figures, Workload, run_turn, summarize
 
-_PAGE = 4096
 _MOST_IMAGES = 1024  # of ready-made inputs: half a gigabyte of photographs, encoded and decoded
 _PROBES = 16  # offsets of each file that are looked at
 _CACHED = 0.05  # share of them that may still be cached when the files count as dropped
@@ -66,9 +65,6 @@ def _until(stage: str, name: str, loader: TrainLoader, closers: ExitStack) -> Wo
     outputs = closers.enter_context(closing(loader.chain.until(stage, range(sys.maxsize))))
 
     def images(output: Any) -> int:
-        if isinstance(output, BatchPlan) and not machine.check_crc:  # then no page has been needed yet
-            for view in output.encoded:
-                view[::_PAGE].max()
         return arrived(loader, len((output[0] if isinstance(output, tuple) else output).ids))
 
     reads = stage == "read"
@@ -93,7 +89,8 @@ def _alone(loader: TrainLoader, checks: bool, closers: ExitStack) -> Iterator[Wo
         normalized = (len(normalizer.begin(pixels, plan.augmentation)()) for plan, pixels in itertools.cycle(inputs))
         yield Workload("normalize", normalized, 2, None, loader.threads)
     else:
-        pinned = [(torch.from_numpy(np.concatenate(plan.encoded)).pin_memory(), len(plan.ids)) for plan in plans]
+        joined = ((np.frombuffer(bytearray().join(plan.encoded), np.uint8), len(plan.ids)) for plan in plans)
+        pinned = [(torch.from_numpy(encoded).pin_memory(), count) for encoded, count in joined]
         copied = ((encoded.to(loader.device, non_blocking=True), count) for encoded, count in itertools.cycle(pinned))
         yield Workload("copy", (arrived(loader, count) for _, count in copied), 2, None, 1, size)
 
@@ -103,7 +100,7 @@ def ready(loader: TrainLoader) -> list[tuple[BatchPlan, Pixels]]:
     are replaced, as in training."""
     chain, steps = cast(DecodingChain, loader.chain), range(_steps(loader))
     with closing(chain.read(steps)) as plans:
-        copies = (replace(plan, encoded=[view.copy() for view in plan.encoded]) for plan in plans)
+        copies = (replace(plan, encoded=[memoryview(bytes(view)) for view in plan.encoded]) for plan in plans)
         with closing(Decoder(copies, chain.settings, chain.recover, Monitor())) as decoder:
             return list(decoder)
 
@@ -115,7 +112,7 @@ def _steps(loader: TrainLoader) -> int:
 
 def _check(plan: BatchPlan) -> int:
     for view in plan.encoded:
-        zlib.crc32(view.data)
+        zlib.crc32(view)
     return len(plan.ids)
 
 
