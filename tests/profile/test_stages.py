@@ -65,7 +65,7 @@ def slowed(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
 # The verdict on the real loader
 
 def test_a_slow_disk_is_named(small: tuple[SampleIndex, Stats], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ArchiveSource, "read_batch", slowed(ArchiveSource.read_batch, 0.1))
+    monkeypatch.setattr(ArchiveSource, "read_batch", slowed(ArchiveSource.read_batch, 0.2))
     found = judged(small)
     assert found.limit == "read" and "read_threads: 4" in found.advice_yaml and "tier: packed" in found.advice_yaml
 
