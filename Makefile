@@ -1,6 +1,7 @@
 # make demo   generate a small ILSVRC2012-shaped set, index it, train on it, test it      make demo DATA=folder   the same on real archives
 # make test   the tests                                                                     make lint               flake8 and mypy
 # make bench   every tier against other people's loaders (INDEX=, PACKED=)                  make bench-parallel     one process against towers, data, weird
+# make bench-gpu   all about the GPU at hand, in ten minutes (without one: a try at toy sizes)
 # make clean   everything made here
 # All of them first install what is missing into $(VENV); a stamp file makes that step instant until setup.cfg or constraints.txt change.
 
@@ -19,7 +20,7 @@ OUT    ?= $(if $(DATA),demo-data,demo)
 INDEX  ?=
 PACKED ?=
 
-.PHONY: install demo test lint bench bench-parallel clean
+.PHONY: install demo test lint bench bench-parallel bench-gpu clean
 
 install: $(STAMP)
 
@@ -51,6 +52,10 @@ bench: $(STAMP)
 
 bench-parallel: $(STAMP)
 	$(BIN)/python -m tools.bench.parallel $(ARGS)
+
+bench-gpu: $(STAMP)
+	mkdir -p build/gpu
+	$(BIN)/python tools/gpu_report.py --json build/gpu/report.json --page build/gpu/report.html $(if $(INDEX),--index '$(INDEX)') $(ARGS)
 
 clean:
 	test ! -e demo/GENERATED || rm -rf demo

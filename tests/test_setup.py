@@ -60,6 +60,7 @@ def test_packages_and_recipes_are_installed(setup: configparser.ConfigParser) ->
     assert setup["options"]["packages"] == "find:"
     assert lines(setup["options.packages.find"]["include"]) == [f"{package}*" for package in PACKAGES]
     assert lines(setup["options.package_data"]["train"]) == ["recipes/*.yaml", "recipes/studies/*.yaml", "*/*.jinja"]
+    assert lines(setup["options.package_data"]["tools"]) == ["*/*.jinja"]
     lacking = {path.parent for package in PACKAGES for path in (ROOT / package).rglob("*.py")
                if not (path.parent / "__init__.py").exists()}
     assert not lacking, f"{lacking} would not be installed: no __init__.py"

@@ -96,7 +96,7 @@ def test_copy_on_a_gpu_is_lifted_by_its_own_memory() -> None:
 
 def test_decoding_on_a_gpu_names_the_decoders_share() -> None:
     found = judge(loader(5000, decode=0.9), replace(SETUP, gpu=True))
-    assert pasted(found)["machine"]["hw_decoder_load"] == 0.65 and "tools.bench.gpu" in found.advice_yaml
+    assert pasted(found)["machine"]["hw_decoder_load"] == 0.65 and "tools/gpu_report.py" in found.advice_yaml
 
 
 def test_resident_set_fits_or_is_said_not_to() -> None:

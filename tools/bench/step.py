@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tools.cli import guarded
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from train.parallel.topology import Topology
 
 RECIPE = Path(__file__).resolve().parents[2] / "train" / "recipes" / "alexnet_ilsvrc2012.yaml"
-DEFAULT = {"precision": "fp32", "channels_last": False}  # PyTorch's
+DEFAULT: dict[str, Any] = {"precision": "fp32", "channels_last": False}  # PyTorch's
 
 
 def plain_network(config: Config) -> nn.Sequential:
@@ -52,8 +52,8 @@ def plain_network(config: Config) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def plain_steps(config: Config, topology: Topology) -> Iterator[int]:
-    """Training steps of the plain network on noise, without end."""
+def plain_steps(config: Config, topology: Topology, *, compiled: bool = False, wait: bool = True) -> Iterator[int]:
+    """Training steps of the plain network (`compiled`: by torch.compile) on noise, without end; each `wait`s for the device."""
     import torch
     from torch.nn import functional
 
@@ -64,17 +64,19 @@ def plain_steps(config: Config, topology: Topology) -> Iterator[int]:
     network = plain_network(config).to(device=device, memory_format=last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(network.parameters(), config.optimizer.lr, config.optimizer.momentum,
                                 weight_decay=config.optimizer.weight_decay)
+    run = torch.compile(network) if compiled else network
     batch, side, autocast = config.train.batch, config.data.crop_px, build.autocast(config, topology)
     images = (torch.randn(batch, 3, side, side) * 50).to(device, memory_format=last)
     labels = torch.randint(config.model.classes, (batch,)).to(device)
     while True:
         with autocast():
-            logits = network(images)
+            logits = run(images)
         loss = functional.cross_entropy(logits.float(), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        loss.item()  # waits for the device
+        if wait:
+            loss.item()
         yield batch
 
 

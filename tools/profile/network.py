@@ -14,17 +14,18 @@ from train.step import TrainStep
 
 
 class NetworkStep:
-    """The training loop's own step, on the recipe's device. Called with a batch it returns when the device is done with it."""
+    """The training loop's own step, on the recipe's device. Called with a batch it returns when the device is done with it;
+    without `wait` as the loop does, some steps before."""
 
-    def __init__(self, config: Config, topology: Topology) -> None:
+    def __init__(self, config: Config, topology: Topology, *, wait: bool = True) -> None:
         build.configure_torch(config, topology)
-        self._config, self._topology, self._steps = config, topology, itertools.count()
+        self._config, self._topology, self._wait, self._steps = config, topology, wait, itertools.count()
         self._step = TrainStep(config, topology)
         self._step.prepare()
 
     def __call__(self, batch: Batch) -> None:
         self._step(replace(batch, step=next(self._steps)), 0)
-        for _ in self._step.results():
+        for _ in self._step.results(self._wait):
             pass
 
     def synthetic(self) -> Iterator[int]:

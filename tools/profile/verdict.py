@@ -177,7 +177,7 @@ def _advise(measured: Measured, setup: Setup, name: str) -> _Advice:
     if name == "crc":
         advice.machine.append("check_crc: false    # flipped bits pass unnoticed; `build_index.py verify` finds them beforehand")
     if name == "decode" and setup.gpu:
-        advice.machine.append(f"hw_decoder_load: {settings.hw_decoder_load}    # python -m tools.bench.gpu measures others")
+        advice.machine.append(f"hw_decoder_load: {settings.hw_decoder_load}    # tools/gpu_report.py measures others")
     if name == "hand-over":
         advice.remarks.append("no setting lifts this: it is the consumer's own thread that takes batches over")
     if "packed" in chosen:
