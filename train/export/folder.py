@@ -113,7 +113,7 @@ def describe(source: Resolved) -> About:
     """What is known of a checkpoint: its hashes, the versions that trained it, and tests of it (the validation it was saved
     after, the test at the end of training when it is the last one, saved evaluations). A checkpoint moved out of its run's
     folder has no results; what cannot be read is left out with a warning."""
-    state, config = checkpoint.read_state(source.path, whole=True), source.config()
+    state, config = checkpoint.read_state(source.path), source.config()
     origin = f"Trained for {state['step']:,} steps of {config.train.batch} images (checkpoint `{source.path.name}`)."
     hashes = {"checkpoint (its manifest)": source.sha256, "classes": state["classes"],
               **{what: digest for what, digest in state.get("sources", {}).items() if digest}}
@@ -126,7 +126,7 @@ def describe(source: Resolved) -> About:
     if run is not None:
         for problem in run.problems:
             print(f"warning: {problem}", file=sys.stderr)
-        epochs, data = state["progress"]["epoch"], config.data
+        epochs, data = checkpoint.read_state(source.path, whole=True)["progress"]["epoch"], config.data
         validation = {epoch.epoch: epoch for epoch in run.epochs}.get(epochs - 1)
         if state["validation_error"] is not None and validation is not None and run.validation_images is not None \
                 and validation.top1 is not None and validation.top5 is not None:

@@ -71,12 +71,13 @@ def test_a_full_disk(tiny_set: TinySet, small_disk: Path, tmp_path: Path, count:
     run, recipe = write_run(tmp_path, tiny_set), write_recipe(tmp_path, tiny_set.index, epochs="  epochs: 1")
     checkpoint = next((run / "checkpoints").iterdir())
     for draw in trials.draws(count):
-        (small_disk / "fill").write_bytes(bytes(draw.choice((0, 300_000, 500_000, 560_000, 590_000, 600_000 - 8192))))
+        filled = draw.choice((0, 300_000, 500_000, 560_000, 590_000, 600_000 - 8192))
+        (small_disk / "fill").write_bytes(bytes(filled))
         out = str(small_disk / "out")
         for words in (["-m", "train.main", "--config", str(recipe), f"--machine.runs={small_disk}"],
                       ["-m", "train.evaluate", "--checkpoint", str(checkpoint), "--save", out, "--views", "1"],
                       ["-m", "train.export", str(checkpoint), "--out", out]):
-            trial(trials, f"{draw} {words[1]}", words, (4,), needed="full")
+            trial(trials, f"{filled} bytes used, {words[1]}", words, (4,), needed="full")
             subprocess.run(["bash", "-c", f"rm -rf {small_disk}/*/ {small_disk}/.[a-z]*"], check=True)
     trials.check(record_property)
 
