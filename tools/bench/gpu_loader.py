@@ -69,7 +69,8 @@ def decoding(config: Config) -> Iterator[tuple[TrainLoader, RegionPipeline]]:
         topology = stack.enter_context(process_group(towers=config.model.towers, device=config.machine.device, timeout_s=3600))
         loader = open_loader(config, topology, stack)
         chain = cast(DecodingChain, loader.chain)
-        plans = list(stack.enter_context(closing(chain.read(range(min(4, len(loader)))))))
+        read = stack.enter_context(closing(chain.read(range(min(4, len(loader))))))
+        plans = [replace(plan, encoded=[memoryview(bytes(view)) for view in plan.encoded]) for plan in read]  # kept longer
         changed = replace(chain.settings, decode_only=True)
         yield loader, stack.enter_context(closing(RegionPipeline(itertools.cycle(plans), changed)))
 
