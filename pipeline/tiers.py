@@ -75,7 +75,7 @@ def train_loader(tier: str, index: SampleIndex, split: str, data: DataConfig, ba
     else:
         chain = DecodingChain(context, BlockPlanner(sampler, planner), source, stand_ins,
                               context.decoding(context.ids, sampler.share, data.crop_px), mean_image)
-    return TrainLoader(context, chain, sampler, planner)
+    return TrainLoader(context, chain, sampler, planner, quarantine)
 
 
 def eval_loader(tier: str, index: SampleIndex, split: str, data: DataConfig, batch: int, stats: Stats | None, *,

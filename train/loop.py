@@ -29,7 +29,7 @@ from train.parallel.pair_loader import PairLoader
 from train.parallel.topology import Topology
 from train.recipe import dump
 from train.results import Flags, StepResult
-from train.run_folder import CHECKPOINTS, METRICS, UNSAVED, Metrics, check_never_saved, check_same_recipe
+from train.run_folder import CHECKPOINTS, METRICS, QUARANTINE, UNSAVED, Metrics, check_never_saved, check_same_recipe
 from train.step import TrainStep
 
 SAME_SIGNAL_S = 1.0  # a second Ctrl-C sooner than this is the first one, passed on by torchrun
@@ -81,7 +81,7 @@ class Trainer:
         self._config, self._topology, self._train_step, self._loader, self._tests = config, topology, train_step, loader, tests
         self._index, self._stats = index, stats
         self._console, self._stop, self.initial_weights = console, stop, initial_weights
-        self._checkpoints = folder / CHECKPOINTS
+        self._folder, self._checkpoints = folder, folder / CHECKPOINTS
         self._metrics = Metrics(folder / METRICS, topology.is_main)
         self._saver = AsyncSaver(self._checkpoints, topology, config.machine.keep_last, config.machine.timeout_s)
         self._progress, self._data_wait = Progress(), DataWait()
@@ -128,6 +128,8 @@ class Trainer:
         try:
             for batch in self._loader:
                 self._data_wait.batch_arrived(self._loader.monitor)
+                if notice := self._loader.quarantine.take_notice():
+                    self._console.warn(notice)
                 yield batch
         except Exception:
             self._count(self._train_step.results(), throughput)
@@ -185,6 +187,10 @@ class Trainer:
         self._metrics.write("epoch", epoch=epoch, step=step, lr=lr, loss=loss, error=error, **overall.as_dict(),
                             seconds=round(throughput.seconds, 2), validation=score.as_dict())
         self._console.epoch(f"{epoch + 1}/{epochs}", loss, error, score, lr, overall, throughput.seconds)
+        quarantined, new = self._loader.quarantine.count()
+        if quarantined:
+            self._console.warn(f"training images in quarantine: {quarantined}, {new} of them since the epoch before; others "
+                               f"stand in for them, see {self._folder / QUARANTINE}")
         if schedule.epoch_done(score.top1):
             self._console.print(f"validation error no longer improves: learning rate {schedule.lr(step, epoch + 1):g}")
         self._progress = Progress(epoch + 1)

@@ -72,6 +72,7 @@ class EvalLoader(Loader):
         return len(self._evaluation.steps)
 
     def __iter__(self) -> Iterator[Batch]:
+        self.check_process()
         self.close()
         prefetcher = self._start(self._evaluation.steps)
         try:

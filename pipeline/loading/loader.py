@@ -1,10 +1,12 @@
 """`Loader`, base class of the loaders, and `Chain`, its stages, each an iterator over the one before."""
 import itertools
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
+from threading import Thread
 from typing import Any, Self
 
 import numpy as np
@@ -64,6 +66,7 @@ class DecodingChain(Chain):
         if context.device_id is not None and not raw and convert is None:
             self.settings, self.stages = replace(settings, finish=context.finish(mean_image)), ("read", "decode")
         self.policy, self._raw, self._convert = policy, raw, convert
+        self._undecodable: dict[int, str] = {}  # id → reason; these are not decoded again
 
     def read(self, steps: Iterable[int]) -> Generator[BatchPlan, None, None]:
         """The stage "read": plans with their bytes, made in `machine.read_threads` threads."""
@@ -85,9 +88,22 @@ class DecodingChain(Chain):
                 plan = self._replace(plan, row, plan.encoded[row])
             return plan
 
+    def _without_undecodable(self, plan: BatchPlan) -> BatchPlan:
+        """A plan that was read, without the samples known to be undecodable: as it would be after decoding them again."""
+        row = 0
+        while self._undecodable and row < len(plan.ids):
+            if (reason := self._undecodable.get(id := int(plan.ids[row]))) is None:
+                row += 1
+            else:
+                plan = self._replace(plan, row, SampleError(self.context.index, id, reason))
+        return plan
+
     def recover(self, plan: BatchPlan, row: int, reason: str) -> BatchPlan:
         """A plan that was read, without the sample of `row`, which cannot be decoded."""
-        return self._replace(plan, row, SampleError(self.context.index, int(plan.ids[row]), reason))
+        id = int(plan.ids[row])
+        plan = self._replace(plan, row, SampleError(self.context.index, id, reason))
+        self._undecodable[id] = reason  # not before: the policy may refuse
+        return plan
 
     def _replace(self, plan: BatchPlan, row: int, error: SampleError) -> BatchPlan:
         """A plan that was read, with another sample in `row`, or none."""
@@ -107,7 +123,8 @@ class DecodingChain(Chain):
         """The stages up to "decode": plans and pixels, as `Decoder` gives them."""
         whole = self._raw or self._convert is not None
         with closing(self.read(steps)) as plans, \
-                closing(Decoder(plans, self.settings, self.recover, self.context.monitor, whole=whole)) as decoder:
+                closing(Decoder(map(self._without_undecodable, plans), self.settings, self.recover, self.context.monitor,
+                                whole=whole)) as decoder:
             for item in decoder:
                 self.source.release(item[0].step)
                 yield item
@@ -135,6 +152,11 @@ class DecodingChain(Chain):
         return {"read": self.read, "decode": self.decode, "normalize": self.batches}[stage](steps)
 
 
+def _free(prefetcher: Prefetcher[Any], chain: Chain) -> None:
+    prefetcher.close()
+    chain.close()
+
+
 class Pairs:
     """(images, labels) of each batch, for loops that expect what a DataLoader gives. Iterating again gives the next epoch.
     `image` says what is made of a batch's images."""
@@ -152,14 +174,16 @@ class Pairs:
 class Loader(ABC):
     """Batches of a chain. Threads and decoders start with the first batch, not before: a CUDA graph must be captured while none
     are at work (DALI, freeing memory, waits for the whole device), before that or after `close`. Close it, or use it in a `with`:
-    they go when it is closed, or with the process, not with the last reference."""
+    one that is dropped is closed too, but in its own time. It works in the process that made it only: threads do not outlive a
+    fork; what takes batches raises RuntimeError elsewhere."""
+    _prefetcher: Prefetcher[Any] | None = None
 
     def __init__(self, context: LoaderContext, chain: Chain) -> None:
         self.context, self.chain, self.monitor = context, chain, context.monitor
         self.index, self.split, self.data, self.machine = context.index, context.split, context.data, context.machine
         self.device, self.threads, self.labels, self.note = context.device, context.threads, context.labels, chain.note
         self.fill = chain.fill
-        self._prefetcher: Prefetcher[Any] | None = None
+        self._process = os.getpid()
         # Where nothing is made ahead, the consumer's own stream will do.
         self._side = SideStream(self.device) if self.device.type == "cuda" and chain.queue else None
 
@@ -171,6 +195,12 @@ class Loader(ABC):
 
     @abstractmethod
     def __iter__(self) -> Iterator[Batch]: ...
+
+    def check_process(self) -> None:
+        """Raises RuntimeError in another process than the one that made it."""
+        if os.getpid() != self._process:
+            raise RuntimeError(f"loader of process {self._process} cannot be used in process {os.getpid()}, forked from it, "
+                               "where its threads are not; make one there, in a process that was spawned")
 
     def _start(self, steps: range) -> Prefetcher[Any]:
         self._prefetcher = self.ahead(self.chain.batches(steps))
@@ -189,10 +219,19 @@ class Loader(ABC):
 
     def close(self) -> None:
         """Free threads and buffers. The loader can be used again; it starts where it was."""
+        if os.getpid() != self._process:
+            return  # its threads and buffers are the other process's
         prefetcher, self._prefetcher = self._prefetcher, None
         if prefetcher is not None:
             prefetcher.close()
         self.chain.close()
+
+    def __del__(self) -> None:
+        # The garbage collector may run anywhere, also in a thread that closing would wait for, or with a lock that it needs.
+        prefetcher = self._prefetcher
+        if prefetcher is not None and os.getpid() == self._process:
+            with suppress(RuntimeError):  # the interpreter ends, and closes it
+                Thread(target=_free, args=(prefetcher, self.chain), name="closer", daemon=True).start()
 
     def __enter__(self) -> Self:
         return self

@@ -1,5 +1,6 @@
 """Work done ahead of need, in order: in a pool of threads (`ahead_in_threads`), or by one thread (`Prefetcher`)."""
 import atexit
+import os
 import queue
 import threading
 from collections import deque
@@ -59,7 +60,7 @@ class Prefetcher(Iterator[T]):
     def __init__(self, produce: Generator[T, None, None], depth: int, monitor: Monitor) -> None:
         self._produce, self._depth, self._monitor = produce, depth, monitor
         self._ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
-        self._stop = threading.Event()
+        self._stop, self._process = threading.Event(), os.getpid()
         self._thread: threading.Thread | None = None
         if depth:
             # A daemon, so that a loader nobody closed does not keep the interpreter alive; it ends before the interpreter does.
@@ -98,6 +99,8 @@ class Prefetcher(Iterator[T]):
 
     def close(self) -> None:
         """Stop the thread, after the item it is at; what was ready is lost. Whoever waits for an item, or asks, is told so."""
+        if os.getpid() != self._process:
+            return  # forked: there is no thread here, and its locks may be held for ever
         self._stop.set()
         thread = self._thread
         if thread is threading.current_thread():

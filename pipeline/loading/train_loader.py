@@ -5,6 +5,7 @@ from typing import Any, Self
 
 from pipeline.loading.batch import Batch, LoaderContext
 from pipeline.loading.loader import Chain, Loader
+from pipeline.reading.quarantine import Quarantine
 from pipeline.sampling.batch_plan import CropPlanner
 from pipeline.sampling.sampler import Sampler
 
@@ -14,12 +15,13 @@ class TrainLoader(Loader, Iterator[Batch]):
     has no label. `for batch in loader` gives the batches of the current epoch, or what is left of it; the next `for` gives the
     next epoch. Prefetching crosses the boundary."""
 
-    def __init__(self, context: LoaderContext, chain: Chain, sampler: Sampler, planner: CropPlanner) -> None:
+    def __init__(self, context: LoaderContext, chain: Chain, sampler: Sampler, planner: CropPlanner,
+                 quarantine: Quarantine) -> None:
         super().__init__(context, chain)
         unlabelled = int((context.index.samples["label"][context.ids] < 0).sum())
         if unlabelled:
             raise ValueError(f"split (={self.split}) of {self.index.path} needs labels to train on; {unlabelled} have none")
-        self.sampler, self.planner = sampler, planner
+        self.sampler, self.planner, self.quarantine = sampler, planner, quarantine
         self.step = 0  # global batches consumed since the start of training
         self._end = sampler.steps(0).stop
 
@@ -33,10 +35,12 @@ class TrainLoader(Loader, Iterator[Batch]):
         return len(self.sampler.steps(self.epoch))
 
     def __iter__(self) -> Self:
+        self.check_process()
         self._end = self.sampler.steps(self.epoch).stop
         return self
 
     def __next__(self) -> Batch:
+        self.check_process()
         if self.step >= self._end:
             raise StopIteration
         prefetcher = self._prefetcher or self._start(range(self.step, sys.maxsize))
@@ -56,11 +60,19 @@ class TrainLoader(Loader, Iterator[Batch]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume after the batches that `state` has seen, on any number of ranks. Raises ValueError when it belongs to another
-        seed, batch, split or index, or to an order with other settings."""
-        for key, own in self.state_dict().items():
+        seed, batch, split or index, or to an order with other settings, or is no such state."""
+        self.check_process()
+        expected = self.state_dict()
+        if missing := sorted(expected.keys() - state.keys()):
+            raise ValueError(f"loader state (={', '.join(sorted(state)) or 'empty'}) must have {', '.join(missing)}; give what "
+                             "state_dict returned")
+        step = state["step"]
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+            raise ValueError(f"loader state step (={step!r}) must be a whole number, at least 0; give what state_dict returned")
+        for key, own in expected.items():
             if key != "step" and state.get(key) != own:
                 raise ValueError(f"loader state {key} (={state.get(key)}) must equal this loader's (={own}); resume with the "
                                  "recipe and the index the run was started with")
         self.close()
-        self.step = int(state["step"])
+        self.step = step
         self._end = self.sampler.steps(self.epoch).stop

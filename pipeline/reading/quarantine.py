@@ -77,12 +77,15 @@ class Quarantine:
     def __init__(self, budget: int, path: str | Path | None = None, *, process: int = 0) -> None:
         self.budget = budget
         self.ids: set[int] = set()
+        self._notice = ""  # about the first sample this process has added, until it is taken
+        self._noticed, self._counted = False, 0
         self._path = None if path is None else Path(path)
         self._own = self._path and self._path.with_name(f"{self._path.stem}-{process}{self._path.suffix}" if process
                                                         else self._path.name)
         self._read: dict[Path, int] = {}  # bytes of each file that `ids` has
         self._lock = threading.Lock()
         self._catch_up()
+        self._counted = len(self.ids)
         if self._own in self._read and self._own.stat().st_size > self._read[self._own]:  # a line cut off by a kill
             with open(self._own, "a") as file:
                 file.write("\n")
@@ -102,6 +105,18 @@ class Quarantine:
                     with contextlib.suppress(ValueError, KeyError):  # one cut off; the sample will be found again
                         self.ids.add(int(json.loads(line)["id"]))
 
+    def take_notice(self) -> str:
+        """What to tell of the first sample that this process has added: once, else ""."""
+        notice, self._notice = self._notice, ""
+        return notice
+
+    def count(self) -> tuple[int, int]:
+        """Samples in quarantine, of all processes, and how many of them are new since this was asked before."""
+        with self._lock:
+            self._catch_up()
+            before, self._counted = self._counted, len(self.ids)
+            return self._counted, self._counted - before
+
     def add(self, error: SampleError, pool: Pool, **context: Any) -> None:
         """Record a sample of `pool`. `context` (epoch, step, substitute …) goes into its line. Raises RuntimeError when more
         samples than the budget allows have failed."""
@@ -110,6 +125,8 @@ class Quarantine:
                 self._catch_up()  # another process may have found it
             if error.id not in self.ids:
                 self.ids.add(error.id)
+                if not self._noticed:
+                    self._noticed, self._notice = True, f"{error}; until then others stand in for it"
                 if self._own is not None:
                     line = {"id": error.id, **pool.location(error.id), "reason": error.reason, **context}
                     with open(self._own, "a") as file:

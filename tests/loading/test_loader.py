@@ -1,4 +1,10 @@
+import gc
 import json
+import os
+import signal
+import threading
+import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +18,12 @@ from pipeline.config import DataConfig, LoaderConfig
 from pipeline.sampling.augment import lighting_shift
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.batch import Batch
+from pipeline.loading.loader import DecodingChain
 from pipeline.loading.train_loader import TrainLoader
 from pipeline.reading.quarantine import Quarantine, SampleError
 from pipeline.loading.eval_loader import crops
 from pipeline.compute_stats import compute
+from pipeline.sampling.batch_plan import BatchPlan
 from pipeline.stats import Stats
 from pipeline.tiers import eval_loader, train_loader
 
@@ -176,6 +184,55 @@ def test_state_of_another_run_is_refused(photos: SampleIndex, stats: dict[int, S
                 train.load_state_dict({**train.state_dict(), key: value})
 
 
+def test_what_is_no_state_is_refused(photos: SampleIndex, stats: dict[int, Stats]) -> None:
+    with loader(photos, stats) as train:
+        for state, message in (({}, r"loader state \(=empty\) must have .*step"), ({"step": 1}, r"\(=step\) must have batch"),
+                               ({**train.state_dict(), "step": -5}, r"step \(=-5\) must be a whole number, at least 0"),
+                               ({**train.state_dict(), "step": "3"}, r"step \(='3'\) must be a whole number")):
+            with pytest.raises(ValueError, match=message):
+                train.load_state_dict(state)
+        assert train.step == 0
+
+
+def test_a_loader_that_is_dropped_is_freed(photos: SampleIndex, stats: dict[int, Stats]) -> None:
+    """Its threads, its decoder and what they hold, closed by nobody."""
+    train, test = loader(photos, stats), eval_loader("archives", photos, "val", SMALL, 3, None)
+    next(train), next(iter(test))
+    chains = [weakref.ref(train.chain), weakref.ref(test.chain)]
+    del train, test
+    deadline = time.monotonic() + 60
+    while any(chain() is not None for chain in chains) or {"loader", "closer"} & {one.name for one in threading.enumerate()}:
+        assert time.monotonic() < deadline
+        gc.collect()
+        time.sleep(0.05)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_forked_process_is_refused_at_once(photos: SampleIndex, stats: dict[int, Stats]) -> None:
+    with loader(photos, stats) as train, eval_loader("archives", photos, "val", SMALL, 3, None) as test:
+        next(train)
+        uses = (lambda: next(train), lambda: next(iter(train)), lambda: next(iter(test)), lambda: train.load_state_dict({}))
+        child = os.fork()
+        if not child:
+            refused = 0
+            for use in uses:
+                try:
+                    use()
+                except RuntimeError as error:
+                    refused += "cannot be used in process" in str(error)
+            train.close()
+            os._exit(refused)
+        deadline, (ended, status) = time.monotonic() + 60, (0, 0)
+        while not ended and time.monotonic() < deadline:
+            time.sleep(0.05)
+            ended, status = os.waitpid(child, os.WNOHANG)
+        if not ended:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        assert ended and os.waitstatus_to_exitcode(status) == len(uses)
+        assert next(train).step == 1
+
+
 def broken_set(folder: Path, spoil: dict[int, bytes]) -> SampleIndex:
     blobs = photographs(20)
     for id, blob in spoil.items():
@@ -215,6 +272,31 @@ def test_undecodable_samples_are_replaced_named_and_bounded(tmp_path: Path) -> N
     with train_loader("archives", index, "train", SMALL, 5, 7, s, quarantine=Quarantine(1)) as train:
         with pytest.raises(RuntimeError, match=r"quarantine \(=2 unreadable samples\) must not exceed its budget \(=1\)"):
             list(train)
+
+
+def test_an_undecodable_sample_is_decoded_once_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later its stand-in is taken at once, the same as if it had been decoded again."""
+    index, s = broken_set(tmp_path, {7: GARBAGE}), compute(write_set(tmp_path / "healthy", photographs(20)), "train", 76)
+    failed, recover = [], DecodingChain.recover
+
+    def counted(chain: DecodingChain, plan: BatchPlan, row: int, reason: str) -> BatchPlan:
+        failed.append(int(plan.ids[row]))
+        return recover(chain, plan, row, reason)
+
+    monkeypatch.setattr(DecodingChain, "recover", counted)
+    with loader(index, {76: s}, batch=5, quarantine=Quarantine(1)) as train:
+        epochs = [list(train) for _ in range(4)]
+        assert failed == [7] and train.quarantine.count() == (1, 1) and train.quarantine.count() == (1, 0)
+        assert f"sample 7 (={index.safe_name(7)}" in train.quarantine.take_notice() and not train.quarantine.take_notice()
+    for number, epoch in enumerate(epochs):
+        with loader(index, {76: s}, batch=5, quarantine=Quarantine(1)) as fresh:
+            fresh.load_state_dict({**fresh.state_dict(), "step": 4 * number})
+            for batch, expected in zip(epoch, list(fresh), strict=True):
+                assert np.array_equal(batch.ids, expected.ids) and torch.equal(batch.images, expected.images)
+    failed.clear()
+    with eval_loader("archives", index, "train", SMALL, 1, s, skip_corrupt=True) as test:  # a batch of which nothing is left
+        passes = [[int(id) for batch in test for id in batch.ids] for _ in range(2)]
+    assert passes == [[id for id in range(20) if id != 7]] * 2 and failed == [7]
 
 
 @pytest.mark.parametrize("garbage", [GARBAGE, None])

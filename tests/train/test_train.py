@@ -26,6 +26,8 @@ def whole(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("runs")
     out, err = here(recipe, runs)
     assert "76 images of 6 classes, 3 epochs, 29 steps of 8, on cpu" in out and "test (val, 24 images, 10 views)" in out
+    assert out.count("WARNING: sample ") == 1 and out.count("until then others stand in for it") == 1  # the one planted
+    assert [line.split()[5:7] for line in out.splitlines() if "in quarantine:" in line] == [["1,", "1"], ["1,", "0"], ["1,", "0"]]
     return runs / "small"
 
 

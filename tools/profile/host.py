@@ -46,7 +46,7 @@ def without_pixels(loader: TrainLoader, closers: ExitStack) -> TrainLoader:
     chain = cast(DecodingChain, closers.enter_context(loader).chain)
     bare = DecodingChain(loader.context, chain.plan, chain.source, chain.policy, replace(chain.settings, inputs_only=True),
                          raw=True)
-    return TrainLoader(loader.context, bare, loader.sampler, loader.planner)
+    return TrainLoader(loader.context, bare, loader.sampler, loader.planner, loader.quarantine)
 
 
 def workload(loader: TrainLoader, closers: ExitStack) -> Workload:

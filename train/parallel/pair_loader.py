@@ -72,6 +72,7 @@ class PairLoader(Iterator[Batch]):
     def __init__(self, loader: TrainLoader, pair: dist.ProcessGroup, *, exchange_images: bool) -> None:
         self.loader, self._pair, self._exchange_images, self._rank = loader, pair, exchange_images, dist.get_rank(pair)
         self.monitor, self.note, self.threads = loader.monitor, loader.note, loader.threads
+        self.quarantine = loader.quarantine
         self._next: _Exchange | Exception | None = None  # the next step's batch, or why there is none
         self.step = loader.step  # global batches consumed since the start of training
         self._end = loader.sampler.steps(self.epoch).stop
