@@ -34,7 +34,7 @@ def configure_torch(config: Config, topology: Topology) -> None:
         torch.use_deterministic_algorithms(config.machine.deterministic)
         # It would also fill all new memory with NaN, at a cost; nothing here reads what it has not written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        if config.machine.precision == "fp32":
+        if with_precision(config, topology).machine.precision == "fp32":
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
@@ -140,18 +140,19 @@ def parameters(built: AlexNet, config: Config,
     return tensors, {name: canonical[name.split(".", 1)[1]] for name in tensors}
 
 
-def precision_note(config: Config, topology: Topology) -> str:
-    """Why a run in bf16 computes in fp32 instead; empty when it does not. A device without arithmetic for bfloat16 emulates it: a
-    CPU without AVX512 takes ten times as long as for float32."""
-    if config.machine.precision != "bf16" or (torch.cuda.is_bf16_supported(including_emulation=False)
-                                              if topology.device.type == "cuda"
-                                              else torch.backends.cpu.get_cpu_capability().startswith("AVX512")):
-        return ""
-    return "machine.precision (=bf16) would be emulated here, ten times slower than fp32; computing in fp32"
+def with_precision(config: Config, topology: Topology) -> Config:
+    """The recipe with machine.precision auto replaced by what that is on this device."""
+    if config.machine.precision != "auto":
+        return config
+    if topology.device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        bf16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return replace(config, machine=replace(config.machine, precision="bf16" if bf16 else "fp32"))
 
 
 def autocast(config: Config, topology: Topology) -> Callable[[], ContextManager[Any]]:
-    """The context of a forward pass: autocast to bfloat16, if the recipe says so and the device computes in it, or nothing."""
-    if config.machine.precision == "bf16" and not precision_note(config, topology):
+    """The context of a forward pass: autocast to bfloat16, or nothing."""
+    if with_precision(config, topology).machine.precision == "bf16":
         return lambda: torch.autocast(topology.device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext

@@ -135,8 +135,8 @@ class MachineConfig(LoaderConfig):
 
     Attributes:
         device: auto takes a GPU when there is one.
-        precision: fp32 is without TF32 on a GPU; bf16 is autocast, weights and velocity stay float32, or fp32 where
-            the device has no arithmetic for it (a CPU without AVX512); fp64 is all float64.
+        precision: fp32 is without TF32 on a GPU; bf16 is autocast, weights and velocity stay float32; fp64 is all float64;
+            auto is bf16 where the device has arithmetic for it (a GPU since Ampere, a CPU with AVX512), else fp32.
         deterministic: on a GPU, use only kernels with reproducible results.
         kernels: auto takes Triton's on a GPU where they can be built; torch never, triton always.
         step: eager, or captured: the whole step is one CUDA graph (one process with a GPU only: collectives stay out of graphs);
@@ -158,7 +158,7 @@ class MachineConfig(LoaderConfig):
         log_s: seconds between two lines when the output is no terminal.
     """
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = "fp32"
     deterministic: bool = True
     kernels: Kernels = "auto"
     step: Literal["auto", "eager", "captured"] = "auto"

@@ -45,7 +45,7 @@ def _record_end(topology: Topology, code: int) -> None:
 
 def train_and_test(request: CommandLine, topology: Topology) -> int:
     """Build the parts of a run, resume or begin it, train, test. Returns the exit code."""
-    config, stop = request.config, StopRequest()
+    config, stop = build.with_precision(request.config, topology), StopRequest()
     stop.listen()
     build.configure_torch(config, topology)
     folder = run_folder.folder_of(config, request.recipe)
@@ -85,8 +85,6 @@ def train_and_test(request: CommandLine, topology: Topology) -> int:
                       f"{config.train.epochs} epochs, {trainer.steps} steps of {config.train.batch}, on {topology.device}")
         for message in filter(None, (weights, loader.note, train_step.prepare())):
             console.print(message)
-        if note := build.precision_note(config, topology):
-            console.warn(note)
         for message in config.doubts(trainer.steps):
             console.warn(message)
         if config.model.classes > len(index.classes):

@@ -104,7 +104,7 @@ def test_the_papers_network_and_update_rule() -> None:
         assert (config.train.epochs, config.train.batch, config.train.test_views) == (90, 128, 10)
         assert (config.data.square_px, config.data.crop_px, config.data.mirror, config.data.lighting) == (256, 227, True, 0.1)
         assert (config.data.index, config.data.test_split, config.data.mean) == (f"indexes/{index}", test, "image")
-        assert (config.machine.precision, config.machine.channels_last) == ("bf16", True)
+        assert (config.machine.precision, config.machine.channels_last) == ("auto", True)
 
 
 def test_as_run() -> None:

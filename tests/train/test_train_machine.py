@@ -48,14 +48,13 @@ def test_a_gpu_computes_in_full_precision_and_with_exact_repeats(recipe: Path, t
 @pytest.mark.parametrize(("capability", "dtype"), [("AVX2", torch.float32), ("AVX512", torch.bfloat16)])
 def test_bf16_where_a_cpu_computes_in_it(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: str,
                                          dtype: torch.dtype) -> None:
-    """Else in fp32, and the run says so (train/run.py)."""
+    """What precision auto is; bf16 by name is bf16 anywhere."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    wanted = load_with(recipe, tmp_path, "machine:", "machine:\n  precision: bf16")
-    with build.autocast(wanted, Topology.single("cpu"))():
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
-    notes = [build.precision_note(config, Topology.single("cpu")) for config in (wanted, load(recipe))]
-    assert notes == ["machine.precision (=bf16) would be emulated here, ten times slower than fp32; computing in fp32"
-                     if dtype == torch.float32 else "", ""]
+    for precision, expected in (("auto", dtype), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        config = load_with(recipe, tmp_path, "machine:", f"machine:\n  precision: {precision}")
+        with build.autocast(config, Topology.single("cpu"))():
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == expected
+        assert build.with_precision(config, Topology.single("cpu")).machine.precision in ("fp32", "bf16")
 
 
 def load_with(recipe: Path, folder: Path, old: str, new: str) -> Any:
