@@ -73,7 +73,7 @@ def train_loader(tier: str, index: SampleIndex, split: str, data: DataConfig, ba
     if tier == "resident":
         chain = train_chain(context, resident, sampler, planner, stand_ins, mean_image, group)
     else:
-        chain = DecodingChain(context, BlockPlanner(sampler, planner), source, stand_ins,
+        chain = DecodingChain(context, BlockPlanner(sampler.take, sampler.share, planner), source, stand_ins,
                               context.decoding(context.ids, sampler.share, data.crop_px), mean_image)
     return TrainLoader(context, chain, sampler, planner, quarantine)
 

@@ -30,7 +30,7 @@ from pipeline.resident.gpu_store import GpuStore
 from pipeline.resident.ram_store import RamStore
 from pipeline.resident.store import Crops, Layout, Rows, Store
 from pipeline.sampling.augment import Augmentation
-from pipeline.sampling.batch_plan import CropPlanner
+from pipeline.sampling.batch_plan import BlockPlanner, CropPlanner
 from pipeline.sampling.sampler import Ids, Sampler
 
 _AT_LEAST = 64  # squares that may be decoded together, however small the batch
@@ -107,6 +107,7 @@ class TrainChain(ResidentChain):
         self._taken, ends = np.concatenate(taken), list(itertools.accumulate(map(len, taken)))
         self._parts = [slice(end - len(rows), end) for rows, end in zip(taken, ends, strict=True)]
         self._own = self._parts[store.rank]
+        self._plan = BlockPlanner(self._take, len(self._taken), planner)
 
     def _take(self, step: int) -> tuple[Ids, Ids]:
         """Ids and epochs, both (R,), of what the processes sharing the store train on in `step`, rank by rank."""
@@ -128,7 +129,8 @@ class TrainChain(ResidentChain):
         self.context.monitor.enter("idle")
 
     def request(self, step: int) -> StoreRequest:
-        origins, epochs = self._take(step)
+        plan, own = self._plan(step), self._own
+        origins, epochs, chosen = plan.ids, plan.epochs, plan.augmentation
         ids, attempts = origins.copy(), np.zeros_like(origins)
         while True:
             rows = self.filler.rows(ids)
@@ -141,7 +143,8 @@ class TrainChain(ResidentChain):
                 error = SampleError(self.context.index, int(ids[row]), reason)
                 ids[row], attempts[row] = self._stand_ins.choose(error, self._pool, int(origins[row]), int(attempts[row]),
                                                                  int(epochs[row]), step)
-        chosen, own = self._planner.augmentation(ids, epochs), self._own
+        if attempts.any():
+            chosen = self._planner.augmentation(ids, epochs)
         crops = [(rows[part], chosen.top[part], chosen.left[part]) for part in self._parts]
         return StoreRequest(ids[own], epochs[own], chosen.rows(own), crops)
 

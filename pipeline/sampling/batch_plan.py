@@ -1,6 +1,7 @@
 """`BatchPlan`: a batch before its pixels exist: samples, crop regions, augmentation and, once read, encoded bytes. B samples
 of a batch, S short side of a resized image and side of its central square."""
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from pipeline.config import DataConfig
 from pipeline.decoding import geometry
 from pipeline.index.sample_index import SampleIndex
 from pipeline.sampling.augment import Augmentation, Rows, augment, lighting_shift
-from pipeline.sampling.sampler import Ids, Sampler
+from pipeline.sampling.sampler import Ids
 
 _BLOCK = 4096  # images that are planned together
 Bytes = npt.NDArray[np.uint8]
@@ -79,12 +80,13 @@ class CropPlanner:
 
 
 class BlockPlanner:
-    """The plan of a training step: those of many steps are drawn together, since NumPy's calls cost about the same for 256 images
-    as for thousands (of 6 µs an image 1 is left). Threads may ask at the same time."""
+    """The plan of a training step, of the `share` ids and epochs that `take` gives for it: those of many steps are drawn
+    together, since NumPy's calls cost about the same for 256 images as for thousands (of 6 µs an image 1 is left). Threads may
+    ask at the same time."""
 
-    def __init__(self, sampler: Sampler, planner: CropPlanner) -> None:
-        self._sampler, self._planner, self._lock = sampler, planner, threading.Lock()
-        self._steps = max(1, _BLOCK // sampler.share)
+    def __init__(self, take: Callable[[int], tuple[Ids, Ids]], share: int, planner: CropPlanner) -> None:
+        self._take, self._share, self._planner, self._lock = take, share, planner, threading.Lock()
+        self._steps = max(1, _BLOCK // share)
         self._blocks: dict[int, BatchPlan] = {}
 
     def __call__(self, step: int) -> BatchPlan:
@@ -92,11 +94,10 @@ class BlockPlanner:
         with self._lock:
             block = self._blocks.get(number)
             if block is None:
-                taken = [self._sampler.take(step) for step in range(number * self._steps, (number + 1) * self._steps)]
+                taken = [self._take(step) for step in range(number * self._steps, (number + 1) * self._steps)]
                 block = self._planner.plan(step, *map(np.concatenate, zip(*taken)))
                 self._blocks = {number: block, **{old: kept for old, kept in self._blocks.items() if old == number - 1}}
-        share = self._sampler.share
-        plan = block.rows(slice(place * share, (place + 1) * share))
+        plan = block.rows(slice(place * self._share, (place + 1) * self._share))
         # The last bits of a product of matrices may depend on how many rows it has.
         return replace(plan, step=step, augmentation=self._planner.shifted(plan.augmentation))
 

@@ -19,7 +19,7 @@ def test_a_step_among_many_is_the_step_alone(tmp_path: Path, region: str, mean: 
     planner = CropPlanner(index, data, 3, random.random(3, np.float32), random.random(3) * 1000, random.random((3, 3)))
     for batch, shard in ((3, (0, 1)), (14, (1, 2)), (20, (0, 1))):
         sampler = Sampler(index.ids("train"), batch, 3, shard)
-        together = BlockPlanner(sampler, planner)
+        together = BlockPlanner(sampler.take, sampler.share, planner)
         for step in (0, 1, 1400, 585, 586, 5000, 4999):
             found, alone = together(step), planner.plan(step, *sampler.take(step))
             assert found.step == step and found.encoded == []
