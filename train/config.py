@@ -211,10 +211,6 @@ class Config:
               f"must equal data.crop_px (={self.data.crop_px}); the network takes the crop whole")
         check(self.machine, "machine.archives", self.data.tier == "streamed" or not self.in_bucket,
               f"cannot be read by tier {self.data.tier}; use data.tier: streamed")
-        rates = [self.optimizer.layer_rates, *(milestone.layer_rates for milestone in self.schedule.milestones)]
-        check(self.optimizer, "optimizer.layer_rates", any(each.get(name, int(number == 0)) for number, each in enumerate(rates)
-                                                           for name in self.model.layers),
-              "must leave a layer that learns, in some epoch; raise a rate")
 
     def doubts(self, steps: int) -> list[str]:
         """What a run of so many steps says and will never use, as messages."""
@@ -225,6 +221,9 @@ class Config:
                   ("machine.resident_folder", machine.resident_folder, ("resident",))]
         found = [f"{key} is of no use to data.tier: {data.tier}, only to {' and '.join(tiers)}" for key, is_set, tiers in unused
                  if is_set and data.tier not in tiers]
+        rates = [self.optimizer.layer_rates, *(milestone.layer_rates for milestone in self.schedule.milestones)]
+        if not any(each.get(name, int(number == 0)) for number, each in enumerate(rates) for name in self.model.layers):
+            found.append("optimizer.layer_rates freezes every layer in every epoch: nothing is trained")
         if self.schedule.warmup_steps > steps:
             found.append(f"schedule.warmup_steps (={self.schedule.warmup_steps}) is more than the {steps} steps of the run, "
                          "which never reaches its learning rate")

@@ -24,6 +24,7 @@ from train.checkpoint.checkpoint import DamagedCheckpoint
 from train.config import Config
 from train.parallel.topology import Topology
 from train.checkpoint.resolve import find_pretrained, load_pretrained, resolve
+from train.run_folder import UNSAVED
 from train.recipe import dump, parse
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
@@ -303,6 +304,7 @@ def test_a_restart_by_torchrun_needs_the_checkpoint_no_more(recipe: Path, tuned:
     same(tuned[0], tmp_path / "small")
     for path in checkpoint.checkpoints(tmp_path / "small" / "checkpoints"):
         shutil.rmtree(path)
+    (tmp_path / "small" / UNSAVED).touch()  # as if it had never come to one
     _, err = here(recipe, tmp_path, *words, code=2)
     assert f"error: init_from.checkpoint (={gone}) is no longer there, or damaged, and this run has no checkpoint of" in err
 
@@ -328,6 +330,7 @@ def test_a_run_that_has_no_checkpoint_yet_takes_the_weights_again(recipe: Path, 
     here(recipe, tmp_path, *tuned[1], "--machine.stop_after=2", code=75)
     for path in checkpoint.checkpoints(tmp_path / "small" / "checkpoints"):
         shutil.rmtree(path)
+    (tmp_path / "small" / UNSAVED).touch()  # as if it had never come to one
     _, err = here(recipe, tmp_path, f"--init_from.checkpoint={tmp_path}/x", tuned[1][1], "--resume", code=2)
     assert f"error: init_from.checkpoint (={tmp_path}/x) is no longer there, or damaged, and this run has no checkpoint of" in err
     out, _ = here(recipe, tmp_path, *tuned[1], "--resume")

@@ -118,7 +118,7 @@ def test_where_it_is_saved(copy: Path, tmp_path: Path) -> None:
     assert found["evaluation"] == str(tmp_path / f"kept/a-{step}-val-1view") and not (copy / "a/evaluations").exists()
     (tmp_path / "file").write_text("")
     _, err = evaluate("--run", copy / "a", "--save", tmp_path / "file", code=4)
-    assert f"evaluation (={tmp_path}/file/a-{step}-val-1view) could not be written (" in err
+    assert f"evaluation (={tmp_path}/file/a-{step}-val-1view) could not be written: " in err
 
 
 def test_it_has_names_and_its_place_wherever_one_stands(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
