@@ -42,8 +42,7 @@ def start_command() -> None:
         setattr(sys, name, stream)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # nohup
-        signal.signal(signal.SIGINT, _interrupted)
+    signal.signal(signal.SIGINT, _interrupted)  # also where a shell has started it in the background, which ignores SIGINT
 
 
 def _interrupted(number: int, frame: Optional[FrameType]) -> None:
