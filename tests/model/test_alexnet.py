@@ -192,8 +192,8 @@ def test_refuses_rows_outside_the_batch(rows: tuple[int, int]) -> None:
     ({"input_px": 10}, r"model.input_px \(=10\) leaves 10 px before conv1, less than its window of 11"),
     ({"input_px": 0}, r"model.input_px \(=0\) must be positive"),
     ({"towers": 3}, r"model.towers \(=3\) must be 1 or 2"),
-    ({"classes": 1}, r"model.classes \(=1\) must be at least 2"),
-    ({"dropout": 1.0}, r"model.dropout \(=1.0\) must be in \[0, 1\)"),
+    ({"classes": 1}, r"model.classes \(=1\) must be 2 to 1048576"),
+    ({"dropout": 1.0}, r"model.dropout \(=1.0\) must be in \[0, 0.95\]"),
 ])
 def test_refuses_sizes_that_do_not_fit(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message), torch.device("meta"):

@@ -141,7 +141,7 @@ def test_errors_are_one_line_and_exit_2(words: list[str], message: str, tmp_path
 def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     assert dataset.main(["--out", str(tmp_path / "file")]) == 2
-    assert capsys.readouterr().err == f"error: [Errno 17] File exists: '{tmp_path}/file'\n"
+    assert capsys.readouterr().err == f"error: file (={tmp_path}/file) is there already; give another name\n"
 
 
 @pytest.mark.parametrize("before", [False, True])

@@ -163,7 +163,7 @@ def test_mistakes_on_the_command_line(folder: Path) -> None:
     assert "is no YAML: 'utf-8' codec can't decode" in command(folder / "studies" / "latin.yaml")[2]
     (folder / "file").touch()
     code, _, err = command(path, "--runs", folder / "file")
-    assert code == 2 and "Not a directory" in err and "Traceback" not in err
+    assert code == 2 and "lies below a file, which is no folder" in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "train/recipes/studies").glob("*.yaml")))

@@ -51,6 +51,8 @@ def equal(ours: Any, theirs: Any) -> bool:
     """Whether a config holds what a recipe says: a whole number may be a float, a group holds more."""
     if isinstance(theirs, dict):
         return isinstance(ours, dict) and all(key in ours and equal(ours[key], value) for key, value in theirs.items())
+    if isinstance(ours, float) and isinstance(theirs, str):
+        return ours == float(theirs)  # a number in quotes, as every value of the command line is
     return bool(ours == theirs) and all(isinstance(ours, kind) == isinstance(theirs, kind) for kind in (bool, str))
 
 
