@@ -137,7 +137,7 @@ def test_settings_out_of_range_are_explained() -> None:
             LoaderConfig(**{key: value})
     good = {"region": "square", "square_px": 256, "crop_px": 227, "mirror": True, "lighting": 0.1, "mean": "image"}
     for key, bad, message in (("region", "middle", "one of square, full"), ("mean", "none", "one of image"),
-                              ("square_px", 0, "at least"), ("crop_px", 257, r"lie in 1…data.square_px \(=256\)"),
+                              ("square_px", 0, r"lie in 1…8192"), ("crop_px", 257, r"lie in 1…data.square_px \(=256\)"),
                               ("lighting", -1.0, "standard deviation"),
                               ("region", "full", "must not be image where data.region is full")):
         name = "mean" if (key, bad) == ("region", "full") else key
