@@ -110,7 +110,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _need(self.towers in (1, 2), "model.towers", self.towers, "must be 1 or 2; the paper has 2")
         _need(2 <= self.classes <= MOST, "model.classes", self.classes, f"must be 2 to {MOST}; count the classes of the index")
-        _need(self.input_px >= 1, "model.input_px", self.input_px, "must be positive; the paper's network takes 227")
+        _need(1 <= self.input_px <= MOST, "model.input_px", self.input_px, "must be positive; the paper's network takes 227")
         _need(self.activation in get_args(Activation), "model.activation", self.activation,
               "must be relu or tanh; the paper has relu")
         _need(0.0 <= self.dropout <= 0.95, "model.dropout", self.dropout, "must be in [0, 0.95]; the paper uses 0.5")

@@ -94,7 +94,7 @@ def test_mistakes_on_the_command_line(tmp_path: Path, argv: list[str], message: 
     ("train", "trainn:", r"trainn \(=.* is no key that is known; did you mean train\?"),
     ("conv2", "    conv2: {kernels: 16, px: 5, std: 0.05}", r"model.layers.conv2.bias \(=none\) is missing; say it"),
     ("conv2", "    conv2: {kernels: 16, px: 5, std: 0.05, bias: 1, strid: 1}", r"strid \(=1 in .*line 22\) is no .*stride\?"),
-    ("conv2", "    conv2: 16", r"model.layers.conv2 \(=16\) must say what the layer is; write \{kernels, px, "),
+    ("conv2", "    conv2: 16", r"model.layers.conv2 \(=16 in .*\) must say what the layer is; write \{kernels, px, "),
     ("fc7", "    fc7: {neurons: 1.5, std: 0.05, bias: 1}", r"model.layers.fc7.neurons \(=1.5\) must be a whole number of "),
     ("fc7", "    fc7: {neurons: 16, std: -1, bias: 1}", r"model.layers.fc7.std \(=-1\) must be finite, and no negative"),
     ("fc7", "    fc7: {neurons: 17, std: 1, bias: 1}", r"model.layers.fc7.neurons \(=17\) must be a positive multiple of the 2"),

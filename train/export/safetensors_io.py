@@ -59,7 +59,7 @@ def load_safetensors(path: str | Path) -> tuple[ModelConfig, dict[str, torch.Ten
                          "file that train.export of this version wrote")
     try:
         config = _model_config(json.loads(metadata["config"])["model"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"weights (={file}) have a config that this version does not read ({error}); use the version that "
                          "wrote them") from None
     tensors = read_weights(file)

@@ -91,6 +91,8 @@ def _check(value: Any, kind: Any, keys: tuple[str, ...], place: Callable[[tuple[
     if keys[:2] == ("model", "layers") and len(keys) > 2:  # ModelConfig checks their values
         need(bool(LAYER_NAME.fullmatch(keys[2])), "must have names conv1 … conv99 and fc1 … fc99; rename it")
         kind = dict.fromkeys(field.name for field in dataclasses.fields(Conv if keys[2].startswith("conv") else Full))
+        if len(keys) == 3:
+            need(isinstance(value, (dict, type(None))), f"must say what the layer is; write {{{', '.join(kind)}}}")
         known = kind if len(keys) == 3 and isinstance(value, dict) else None
         if known is None:
             return

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-MOST_BYTES, MOST_VALUES, MOST_DEPTH, MOST_DIGITS = 1 << 20, 10_000, 50, 1000
+MOST_BYTES, MOST_VALUES, MOST_DEPTH, MOST_DIGITS = 1 << 20, 10_000, 50, 300  # of a float
 Lines = dict[tuple[str, ...], int]  # keys from the outermost one inwards → line, from 1
 _PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, ten times faster, where it is installed
 _NUMBERS = list("-+0123456789.")
