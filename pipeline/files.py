@@ -32,11 +32,6 @@ def is_temporary(path: Path, name: str = "") -> bool:
     return re.fullmatch(rf"\.{re.escape(name) or '.+'}\.[^.]*\.\d+\.[0-9a-f]{{8}}\.tmp", path.name) is not None
 
 
-def is_bare_name(name: object) -> bool:
-    """Whether a name out of a manifest or header is that of a file beside it, and no path that leads elsewhere."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not any(letter in name for letter in "/\\\0")
-
-
 @contextlib.contextmanager
 def atomic_write(path: Path, *, keep: bool = False) -> Iterator[BinaryIO]:
     """A binary file to write that becomes `path` in one rename, on disk, at the end; on an exception nothing remains.

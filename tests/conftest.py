@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ import pytest
 
 import train  # noqa: F401 (before torch: it says how idle threads wait)
 import torch
+
+from tests.helpers.disks import mounted_disk
 
 # Without a GPU the tests of model/kernels run in Triton's interpreter, on CPU tensors. Triton reads this when it is imported.
 if not torch.cuda.is_available():
@@ -32,12 +33,8 @@ class TinySet:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(disk)], capture_output=True).returncode:
-        pytest.skip("only root may mount a small disk")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    with mounted_disk(tmp_path / "disk", "2m") as disk:
+        yield disk
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from typing import Callable, Iterator
 import pytest
 
 from tests.conftest import TinySet
+from tests.helpers.disks import mounted_disk
 from tests.helpers.recipes import write_recipe
 from tests.helpers.runs import ROOT
 from tests.helpers.trained_run import write_run
@@ -27,12 +28,8 @@ SEVERAL = pytest.mark.parametrize("count", [2, pytest.param(40, marks=pytest.mar
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 600 kB, which the run of a small network fills soon."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "none", str(disk)], capture_output=True).returncode:
-        pytest.skip("only root may mount a small disk")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    with mounted_disk(tmp_path / "disk", "600k") as disk:
+        yield disk
 
 
 def trial(trials: Row, fault: str, words: list[str], codes: tuple[int, ...], before: Callable[[], None] | None = None,
