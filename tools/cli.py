@@ -1,4 +1,5 @@
 """What the tools share: errors of one line, text safe for a terminal, progress on stderr."""
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -53,4 +54,5 @@ class ProgressBar(Progress):
         images = f"{self._images:,} images, {self._images / seconds:,.0f}/s, " if self._images else ""
         line = (f"{self._stage}: {share:.0f}%, {images}{self._bytes / 1e6:,.0f} MB, {self._bytes / 1e6 / seconds:,.0f} MB/s, "
                 f"{seconds:.1f} s{f', {left:.0f} s left' if left >= 1 else ''}")
-        print(f"\r\x1b[K{line}" if self._is_terminal else line, end=end, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody reads it any more; the work goes on
+            print(f"\r\x1b[K{line}" if self._is_terminal else line, end=end, file=sys.stderr, flush=True)

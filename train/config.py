@@ -182,6 +182,7 @@ class MachineConfig(LoaderConfig):
         for name, low in (("sync_steps", 0), ("torch_threads", 0), ("checkpoint_steps", 0), ("checkpoint_epochs", 1),
                           ("keep_last", 1), ("stop_after", 0), ("metrics_steps", 1), ("test_batch", 1)):
             check(self, f"machine.{name}", getattr(self, name) >= low, f"must be at least {low}; raise it")
+        check(self, "machine.sync_steps", self.sync_steps <= 1024, "must be at most 1024; a signal is heard only then")
         for name in ("timeout_s", "silence_s", "log_s"):
             check(self, f"machine.{name}", 0 < getattr(self, name) <= 1e7, "must be positive and at most 1e7; give seconds")
         check(self, "machine.torch_threads", self.torch_threads <= 1024, "must be at most 1024; 0 is one for each core")

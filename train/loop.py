@@ -217,12 +217,15 @@ class Trainer:
 
         def attach(folder: Path) -> None:
             self._metrics.sync()  # the lines a checkpoint counts are on disk before it is
-            (self._checkpoints.parent / UNSAVED).unlink(missing_ok=True)
             (folder / checkpoint.CONFIG).write_text(dump(self._config), encoding="utf-8")
             self._stats.save(folder / checkpoint.STATS)
 
         name = checkpoint.checkpoint_name(loader.step, self._progress.epoch if score else None)
-        self._saver.save(name, *self._train_step.tensors(), state, attach)
+        self._saver.save(name, *self._train_step.tensors(), state, attach, self._note_saved)
+
+    def _note_saved(self) -> None:
+        """The run has had a checkpoint: from now on a folder without one is not that of a run which has not saved yet."""
+        (self._folder / UNSAVED).unlink(missing_ok=True)
 
     def restore(self) -> bool:
         """Resume from the newest good checkpoint, renaming damaged ones that are newer; False when there is none yet. Raises
@@ -230,13 +233,15 @@ class Trainer:
         when the run must have had some, OSError when they cannot be seen now."""
         newest = checkpoint.newest_good(self._checkpoints, self._console.warn) if self._topology.is_main else None
         if self._topology.is_main and newest is None:
-            check_never_saved(self._checkpoints.parent)
+            check_never_saved(self._folder)
         name = self._topology.broadcast_object(newest.name if newest else "")
         if not name:
             self._console.warn(f"{self._checkpoints} has no checkpoint yet; starting from step 0")
             self._metrics.truncate(0)
             return False
         path = self._checkpoints / name
+        if self._topology.is_main:
+            self._note_saved()  # a process killed right after its first checkpoint has not
         check_same_recipe(self._config, path / checkpoint.CONFIG)
         state = checkpoint.read_state(path, whole=True)
         self._check_sources({"initial weights": "", **state["sources"]})

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Callable
 
 from pipeline.files import LockHeld, lock
 from pipeline.io_errors import explain, writing
+from pipeline.schema import is_file_name
 from train.config import Config, differences
 from train.recipe import load
 
@@ -87,7 +88,7 @@ class Metrics:
 def folder_of(config: Config, recipe: Path | None) -> Path:
     """The folder of a run: machine.runs / machine.name, or the recipe's name; ValueError when neither gives a name."""
     name = config.machine.name or (recipe.stem if recipe else "")
-    if not name or "/" in name:
+    if not is_file_name(name):
         raise ValueError(f"machine.name (={config.machine.name}) must name a folder of {config.machine.runs}; "
                          "give --machine.name or a recipe")
     return Path(config.machine.runs) / name

@@ -45,6 +45,7 @@ class TrainStep:
         """Capture the step, if it is to be. Changes no weight. Call it before the loader gives a batch: DALI frees tensors in a
         thread of its own, which synchronises the device, and would end the process during a capture. Returns what a person should
         know, or nothing."""
+        failure = ""
         device, batch, px = self._topology.device, self._config.train.batch, self._config.model.input_px
         if self._capturable and self._config.machine.step != "eager":
             self.network.train()
@@ -52,11 +53,17 @@ class TrainStep:
             images = torch.zeros(batch, 3, px, px, device=device).contiguous(memory_format=last)
             labels = torch.zeros(batch, dtype=torch.int64, device=device)
             self._ring.frozen.fill_(True)
-            self._captured = CapturedStep(self._compute, images, labels, self._numbers(0).to(device))
-            self._ring.frozen.fill_(False)
+            try:
+                self._captured = CapturedStep(self._compute, images, labels, self._numbers(0).to(device))
+            except CaptureFailed as error:
+                if self._config.machine.step == "captured":
+                    raise
+                failure = f", as it {error}"
+            finally:
+                self._ring.frozen.fill_(False)
         if device.type != "cuda":
             return ""
-        how = "captured as a CUDA graph" if self._captured else "eager" if self._capturable else (
+        how = "captured as a CUDA graph" if self._captured else f"eager{failure}" if self._capturable else (
             f"eager: what {self._topology.world_size} processes exchange is not captured")
         return f"step: {how}; results are read every {self._ring.steps} steps"
 
@@ -118,6 +125,10 @@ class TrainStep:
         return torch.stack([loss, errors, self._gradients.finish()])
 
 
+class CaptureFailed(RuntimeError):
+    """The step is none that a CUDA graph can hold."""
+
+
 class CapturedStep:
     """`compute`, a function of tensors on a GPU, as a CUDA graph. `inputs`: its own, into which each call's are copied."""
 
@@ -135,8 +146,7 @@ class CapturedStep:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            raise RuntimeError(f"step (=captured) could not be captured: {str(error).splitlines()[0]}; use "
-                               "--machine.step=eager") from error
+            raise CaptureFailed(f"could not be captured ({str(error).splitlines()[0]}); use --machine.step=eager") from error
 
     def __call__(self, *inputs: torch.Tensor) -> None:
         """Begin the step with other inputs, of the same shapes, on the GPU or in pinned memory."""

@@ -14,9 +14,8 @@ SIZE = 1024  # elements of a program: 8 a thread
 
 
 @triton.jit
-def _update(w_ptr: tl.tensor, v_ptr: tl.tensor, g_ptr: tl.tensor, shadow_ptr: tl.tensor, rate_ptr: tl.tensor,
-            decay_ptr: tl.tensor, hold_ptr: tl.tensor, count: tl.tensor, MOMENTUM: tl.constexpr, SHADOW: tl.constexpr,
-            SIZE: tl.constexpr) -> None:
+def _update(w_ptr: tl.tensor, v_ptr: tl.tensor, g_ptr: tl.tensor, rate_ptr: tl.tensor, decay_ptr: tl.tensor,
+            hold_ptr: tl.tensor, count: tl.tensor, MOMENTUM: tl.constexpr, SIZE: tl.constexpr) -> None:
     if tl.load(hold_ptr) == 0:
         i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
         there = i < count
@@ -27,8 +26,6 @@ def _update(w_ptr: tl.tensor, v_ptr: tl.tensor, g_ptr: tl.tensor, shadow_ptr: tl
         w += v
         tl.store(v_ptr + i, v, mask=there)
         tl.store(w_ptr + i, w, mask=there)
-        if SHADOW:
-            tl.store(shadow_ptr + i, w.to(shadow_ptr.dtype.element_ty), mask=there)
 
 
 def takes(parameters: Sequence[torch.Tensor]) -> bool:
@@ -38,18 +35,17 @@ def takes(parameters: Sequence[torch.Tensor]) -> bool:
 
 
 def update(parameters: Sequence[torch.Tensor], velocities: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], *,
-           momentum: float, rate: torch.Tensor, decay: torch.Tensor, hold: torch.Tensor,
-           shadows: Sequence[torch.Tensor] = ()) -> None:
+           momentum: float, rate: torch.Tensor, decay: torch.Tensor, hold: torch.Tensor) -> None:
     """Update parameters and velocities (float32) in place, on the current stream, one launch each.
 
     `rate`, `decay`: () float32, minus the learning rate, and weight decay times that. `hold`: () bool; while True nothing is
-    written. `shadows`: a copy in half precision of each parameter, written in the same pass. Velocities and shadows have the
-    parameters' memory format; a gradient (float32 or half precision) that has another is copied. All on one device."""
-    for parameter, velocity, grad, shadow in zip(parameters, velocities, grads, shadows or parameters, strict=True):
+    written. Velocities have the parameters' memory format; a gradient (float32 or half precision) that has another is copied.
+    All on one device."""
+    for parameter, velocity, grad in zip(parameters, velocities, grads, strict=True):
         if grad.stride() != parameter.stride():
             grad = torch.empty_like(parameter, dtype=grad.dtype).copy_(grad)
-        assert velocity.stride() == shadow.stride() == parameter.stride(), "not in the parameter's memory format"
+        assert velocity.stride() == parameter.stride(), "not in the parameter's memory format"
         count = parameter.numel()
         with torch.cuda.device_of(parameter):
-            _update[(triton.cdiv(count, SIZE),)](parameter, velocity, grad, shadow, rate, decay, hold.view(torch.uint8), count,
-                                                 MOMENTUM=momentum, SHADOW=bool(shadows), SIZE=SIZE)
+            _update[(triton.cdiv(count, SIZE),)](parameter, velocity, grad, rate, decay, hold.view(torch.uint8), count,
+                                                 MOMENTUM=momentum, SIZE=SIZE)

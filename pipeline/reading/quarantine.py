@@ -51,6 +51,12 @@ def refuse(plan: BatchPlan, row: int, error: SampleError, pool: Pool) -> BatchPl
     raise error
 
 
+def expect_read(error: SampleError) -> None:
+    """Raise RuntimeError when the sample's bytes could not be read now, which says nothing about the image."""
+    if isinstance(error.__cause__, OSError):
+        raise RuntimeError(f"sample {error.id}: {explain(error.__cause__)}") from error
+
+
 class Skip:
     """The policy that leaves corrupt samples out and lists them; what cannot be read now is not corrupt, and a RuntimeError."""
 
@@ -58,8 +64,7 @@ class Skip:
         self.skipped: dict[int, str] = {}
 
     def __call__(self, plan: BatchPlan, row: int, error: SampleError, pool: Pool) -> BatchPlan:
-        if isinstance(error.__cause__, OSError):
-            raise RuntimeError(f"sample {error.id}: {explain(error.__cause__)}") from error
+        expect_read(error)
         self.skipped[error.id] = error.reason
         return plan.without(row)
 
@@ -86,9 +91,8 @@ class Quarantine:
         self._lock = threading.Lock()
         self._catch_up()
         self._counted = len(self.ids)
-        if self._own in self._read and self._own.stat().st_size > self._read[self._own]:  # a line cut off by a kill
-            with open(self._own, "a") as file:
-                file.write("\n")
+        # Whether a kill has cut off the last line. It is ended only before another is written: somebody else may be writing it.
+        self._is_cut_off = self._own in self._read and self._own.stat().st_size > self._read[self._own]
 
     def _catch_up(self) -> None:
         """Count what all files name; they only grow."""
@@ -130,7 +134,8 @@ class Quarantine:
                 if self._own is not None:
                     line = {"id": error.id, **pool.location(error.id), "reason": error.reason, **context}
                     with open(self._own, "a") as file:
-                        file.write(json.dumps(line) + "\n")
+                        file.write("\n" * self._is_cut_off + json.dumps(line) + "\n")
+                    self._is_cut_off = False
                     self._catch_up()  # of two that find one each at the same time, one at least reads of both
             if len(self.ids) > self.budget:
                 several = self._path and len(self._read) > 1
@@ -151,7 +156,9 @@ class StandIns:
     def choose(self, error: SampleError, pool: Pool, origin: int, attempts: int, epoch: int, step: int) -> tuple[int, int]:
         """The next stand-in for `origin` after so many `attempts`, and its number. `error` is what the last one suffers from.
         The n-th stand-in is a function of (seed, epoch, origin, n) and the pool, so the same comes out whenever, on whatever
-        rank, and after whatever other samples the same one fails."""
+        rank, and after whatever other samples the same one fails. Raises RuntimeError when it could not be read, which is no
+        corruption."""
+        expect_read(error)
         for attempt in range(attempts, _ATTEMPTS):
             place = bits(self.seed, Purpose.SUBSTITUTE, epoch, origin, attempt)[0] % np.uint64(len(pool.ids))
             candidate = int(pool.ids[int(place)])

@@ -28,6 +28,8 @@ class DeviceNormalizer:
         if self._triton:
             try:
                 self._warm_up()
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # Triton is missing, or what it compiles with is, or it does not know this GPU
                 if kernels == "triton":
                     raise

@@ -24,8 +24,8 @@ def compiled(kernel, types, **constants):
     print(kernel.__name__, found.asm["ptx"].count("fma.rn.f32"))
 
 half, single, number = "*bf16", "*fp32", "i32"
-compiled(sgd._update, dict(w_ptr=single, v_ptr=single, g_ptr=single, shadow_ptr=half, rate_ptr=single, decay_ptr=single,
-                           hold_ptr="*u8", count=number), MOMENTUM=0.9, SHADOW=True, SIZE=sgd.SIZE)
+compiled(sgd._update, dict(w_ptr=single, v_ptr=single, g_ptr=single, rate_ptr=single, decay_ptr=single,
+                           hold_ptr="*u8", count=number), MOMENTUM=0.9, SIZE=sgd.SIZE)
 compiled(dropout._forward, dict(x_ptr=half, y_ptr=half, words_ptr="*i32", rows=number, columns=number, first_row=number,
                                 first_column=number), THRESHOLD=0, SCALE=2.0, R=dropout.R, C=dropout.C)
 compiled(dropout._backward, dict(y_ptr=half, g_ptr=half, dx_ptr=half, count=number), SCALE=2.0, SIZE=2048)

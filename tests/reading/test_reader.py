@@ -12,7 +12,7 @@ from tests.helpers.small_set import photographs, write_set
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex
 from pipeline.reading import source
-from pipeline.reading.quarantine import Quarantine, SampleError
+from pipeline.reading.quarantine import Quarantine, SampleError, StandIns
 from pipeline.reading.source import ArchiveSource
 
 
@@ -105,6 +105,16 @@ def test_quarantine_counts_samples_once_and_remembers(index: SampleIndex, tmp_pa
     assert last.ids == {0, 1, 3}  # the line after the one cut off is whole
     with pytest.raises(RuntimeError, match=r"quarantine \(=3 unreadable samples\) must not exceed"):
         last.add(SampleError(index, 1, "is torn"), ArchiveSource(index))  # starting again does not raise the budget
+
+
+def test_what_cannot_be_read_now_gets_no_stand_in(index: SampleIndex) -> None:
+    """It says nothing about the image: training ends, and nothing is recorded."""
+    quarantine, source = Quarantine(9), ArchiveSource(index, np.arange(4))
+    error = SampleError(index, 0, "cannot be read")
+    error.__cause__ = OSError(errno.EMFILE, "Too many open files", "x.JPEG")
+    with pytest.raises(RuntimeError, match=r"sample 0: file \(=x.JPEG\) cannot be opened: this process has as many files open"):
+        StandIns(0, quarantine, lambda *_: pytest.fail("a stand-in was planned")).choose(error, source, 0, 0, 0, 0)
+    assert not quarantine.ids
 
 
 def test_the_quarantine_of_several_processes_is_one(index: SampleIndex, tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ def test_same_key_twice_is_an_error(tmp_path: Path) -> None:
     (["--schedule.plateau=null", "--schedule.milestones=[{epoch: 1, lr: 0}]"], r"lr \(=0.0\) must be positive"),
     (["--data.crop_px=60"], r"model.input_px \(=67\) must equal data.crop_px \(=60\)"),
     (["--machine.threads=-1"], r"machine.threads \(=-1\) must be at least 0"),
+    (["--machine.sync_steps=2000"], r"machine.sync_steps \(=2000\) must be at most 1024"),
     (["--machine.keep_last=0"], r"machine.keep_last \(=0\) must be at least 1"),
     (["--machine.timeout_s=0"], r"machine.timeout_s \(=0.0\) must be positive"),
 ])

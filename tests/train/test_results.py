@@ -27,7 +27,7 @@ from train import build
 from train.parallel.topology import Topology
 from train.recipe import parse
 from train.results import Flags, NotFinite, StepResult
-from train.step import TrainStep
+from train.step import CaptureFailed, TrainStep
 
 MILESTONE = ("--schedule.plateau=null", "--schedule.milestones=[{epoch: 1, lr: 1e-3, layer_rates: {conv1: 0}}]")
 RUN = (*MILESTONE, "--train.epochs=2", "--train.batch=4")  # two epochs of 6 steps
@@ -172,6 +172,23 @@ def test_the_step_takes_nothing_from_the_device_and_is_the_same_at_every_step(re
 def test_a_step_is_captured_on_one_gpu_only(recipe: Path, tmp_path: Path) -> None:
     _, err = here(recipe, tmp_path, "--machine.step=captured", code=2)
     assert err == "error: machine.step (=captured) needs a single process with a GPU, not 1 on cpu; use auto\n"
+
+
+def test_a_capture_that_fails_leaves_an_eager_step(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise CaptureFailed("could not be captured")
+    monkeypatch.setattr("train.step.CapturedStep", fail)
+    given = next(iter(batches(1)))
+    found = []
+    for attempt in (False, True):
+        step = TrainStep(parse(["--config", str(recipe)]).config, Topology.single("cpu"))
+        if attempt:
+            setattr(step, "_capturable", True)
+            step.prepare()
+        step(given, 0)
+        found.append([result.loss for results in step.results() for result in results] + [p.sum().item() for p in
+                                                                                          step.network.parameters()])
+    assert found[0] == found[1], "nothing stays frozen"
 
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

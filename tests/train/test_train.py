@@ -109,11 +109,12 @@ def test_damaged_checkpoint_is_passed_over_loudly(recipe: Path, whole: Path, tmp
     assert "are damaged, all" in err and "Traceback" not in err
 
 
-def test_a_resume_before_the_first_checkpoint_starts_over(recipe: Path, whole: Path, tmp_path: Path,
+@pytest.mark.parametrize("step", ["save", "write_manifest"])
+def test_a_resume_before_the_first_checkpoint_starts_over(recipe: Path, whole: Path, tmp_path: Path, step: str,
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     """What it had written is kept: no checkpoint vouches for it."""
     with monkeypatch.context() as patch:
-        patch.setattr("train.checkpoint.checkpoint.save", disk_full)
+        patch.setattr(f"train.checkpoint.checkpoint.{step}", disk_full)
         here(recipe, tmp_path, "--machine.stop_after=3", code=4)
     written = (tmp_path / "small/metrics.jsonl").read_bytes()
     out, _ = here(recipe, tmp_path, "--resume")

@@ -42,9 +42,11 @@ class AsyncSaver:
         self._topology = dataclasses.replace(topology, device=torch.device("cpu"), mesh=mesh)
 
     def save(self, name: str, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]],
-             state: Mapping[str, Any], attach: Callable[[Path], None]) -> None:
-        """Start a checkpoint of this moment, as in `checkpoint.save`; older ones are pruned when it is written. `state` and what
-        `attach` reads must not change afterwards. Raises RuntimeError when the one before could not be written."""
+             state: Mapping[str, Any], attach: Callable[[Path], None],
+             written: Callable[[], object] = lambda: None) -> None:
+        """Start a checkpoint of this moment, as in `checkpoint.save`; when it is there, `written` is called in the main process
+        and older ones are pruned. `state` and what `attach` reads must not change afterwards. Raises RuntimeError when the last
+        one could not be written."""
         self.wait()
         self._copy(tensors)
         copied = torch.cuda.current_stream(self._gpu).record_event() if self._gpu is not None else None
@@ -56,6 +58,7 @@ class AsyncSaver:
                 copied.synchronize()
             saved = checkpoint.save(self._root, name, copies, shapes, state, attach, self._topology, self._group)
             if self._topology.is_main:
+                written()
                 checkpoint.prune(self._root, self._keep_last, saved)
 
         self._pending = self._thread.submit(write)

@@ -36,8 +36,9 @@ NAMES: dict[Kind, str] = {"checkpoint": "a checkpoint", "exported": "a network t
 
 
 def warn_on_stderr(message: str) -> None:
-    """Print a warning."""
-    print(f"warning: {message}", file=sys.stderr)
+    """Print a warning, if anybody listens."""
+    with contextlib.suppress(OSError):
+        print(f"warning: {message}", file=sys.stderr)
 
 
 @dataclass(frozen=True)
