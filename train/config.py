@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from model.config import Kernels, ModelConfig
-from pipeline.config import LANES, WINDOW, DataConfig, LoaderConfig
+from pipeline.config import ADDED, LANES, WINDOW, DataConfig, LoaderConfig
 from train.optimizer_config import OptimizerConfig, ScheduleConfig, check, require
 
 # Not in the fingerprint: an index, a packed folder and a checkpoint are compared by their hashes.
@@ -19,7 +19,7 @@ PATHS = (("data", "index"), ("data", "packed"), ("init_from", "checkpoint"))
 SPEED = ("machine", "parallel")  # groups that change no result
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Data(DataConfig):
     """Images: index, splits, tier, preprocessing and augmentation (paper §2, §4.1).
 
@@ -50,6 +50,8 @@ class Data(DataConfig):
         super().__post_init__()
         for name in ("window", "lanes"):
             check(self, f"data.{name}", getattr(self, name) >= 1, "must be at least 1; leave it out")
+        check(self, "data.output", self.output == "float32",
+              "must be float32 to train this network; machine.precision says in what it computes")
 
     @property
     def images(self) -> str:
@@ -238,8 +240,12 @@ class Config:
         return self.machine.archives.startswith("s3://")
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values (tuples as lists), as in a YAML file."""
-        return dict(json.loads(json.dumps(dataclasses.asdict(self))))
+        """Plain values (tuples as lists), as in a YAML file; without the keys added later where they are at their defaults."""
+        values = dict(json.loads(json.dumps(dataclasses.asdict(self))))
+        for item in dataclasses.fields(self.data):
+            if item.metadata == ADDED and getattr(self.data, item.name) == item.default:
+                del values["data"][item.name]
+        return values
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of everything that changes results: all groups except SPEED, without PATHS."""

@@ -10,6 +10,7 @@ import functools
 import math
 import re
 import textwrap
+import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import jsonargparse
 import yaml
 
 from model.config import LAYER_NAME, Conv, Full
+from pipeline.config import STATED
 from train.config import Config
 from train.recipe.strict_yaml import MOST_BYTES, Dumper, load_yaml, nearest, read_yaml
 
@@ -116,6 +118,10 @@ def _check(value: Any, kind: Any, keys: tuple[str, ...], place: Callable[[tuple[
     elif typing.get_origin(kind) is typing.Literal:
         allowed = typing.get_args(kind)
         need(value in allowed and type(value) in map(type, allowed), f"must be one of {', '.join(map(str, allowed))}; correct it")
+    elif typing.get_origin(kind) is types.UnionType:  # a text or a list
+        need(isinstance(value, (str, list)), "must be a text, or a list; correct it")
+        if isinstance(value, list):
+            _check(value, next(inner for inner in typing.get_args(kind) if inner is not str), keys, place)
     elif kind in (int, float, bool, str):
         need(type(value) in ((int, float) if kind is float else (kind,)), f"must be {_NAMES[kind]}; correct it")
         need(kind is not int or abs(value) < 1 << 63, "must have at most 18 digits; correct it")
@@ -218,7 +224,7 @@ def _check_all_stated(values: dict[str, Any]) -> None:
     for name, group in GROUPS.items():
         for item in dataclasses.fields(group):
             required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-            if required and item.name not in (values.get(name) or {}):
+            if (required or item.metadata == STATED) and item.name not in (values.get(name) or {}):
                 raise ValueError(f"{name}.{item.name} is missing; a field that changes results has no default: state it in the "
                                  f"recipe or with --{name}.{item.name}=VALUE")
 
