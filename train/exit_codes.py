@@ -4,6 +4,7 @@ cannot take the text.
 Imports nothing heavy, and reads torchrun's variables by itself: a command line is parsed, and refused, before torch is imported.
 """
 import contextlib
+import faulthandler
 import io
 import os
 import signal
@@ -42,6 +43,7 @@ def start_command() -> None:
         setattr(sys, name, stream)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    faulthandler.enable(2)  # where threads were at a signal that ends the process: SIGBUS of a mapped file, SIGSEGV of a library
     signal.signal(signal.SIGINT, _interrupted)  # also where a shell has started it in the background, which ignores SIGINT
 
 

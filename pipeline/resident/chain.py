@@ -163,7 +163,7 @@ class EvalChain(ResidentChain):
     def request(self, step: int) -> StoreRequest:
         ids, rows = self._evaluation.samples(step), self.rows(step)
         self.filler.fill(rows)
-        kept = self.store.stored[rows] == 1
+        kept = self.store.stored[rows] != 0
         corner = np.zeros(np.count_nonzero(kept), np.int64)
         unchanged = Augmentation.none(len(corner), self._evaluation.channel_mean)
         return StoreRequest(ids[kept], corner, unchanged, [(rows[kept], corner, corner)])
@@ -175,7 +175,8 @@ def _store(context: LoaderContext, layout: Layout, ids: Ids, group: dist.Process
         return GpuStore(len(ids), layout, context.device, group)
     folder = Path(context.machine.resident_folder or context.index.path / "resident")
     return RamStore(folder, context.split, context.index.split_sha256(context.split), len(context.ids), layout,
-                    device=context.device, decoder=context.decoding(ids[:1], 1, layout.square_px).by_sample().decoder)
+                    device=context.device, decoder=context.decoding(ids[:1], 1, layout.square_px).by_sample().decoder,
+                    threads=context.threads)
 
 
 def train_chain(context: LoaderContext, kind: str, sampler: Sampler, planner: CropPlanner, stand_ins: StandIns,

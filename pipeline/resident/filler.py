@@ -1,5 +1,6 @@
 """`Filler`: decodes the squares that a resident store lacks, in the order in which batches will need them, ahead of need."""
 import itertools
+import logging
 from collections import deque
 from collections.abc import Generator, Iterator
 
@@ -15,6 +16,7 @@ from pipeline.resident.store import Rows, Store
 from pipeline.sampling.batch_plan import BatchPlan, plan_squares
 from pipeline.sampling.sampler import Ids
 
+_log = logging.getLogger(__name__)
 _PATIENCE = 16  # steps with nothing to fill, after which whatever is left is filled in the order of the rows
 
 
@@ -48,6 +50,11 @@ class Filler:
     def fill(self, rows: Rows) -> None:
         """Afterwards each of the rows is in the store, or in `failed`. All processes that share the store ask for the same.
         Raises what the policy raises."""
+        if len(damaged := self._store.check(rows)):
+            names = [self._context.index.safe_name(int(id)) for id in self._ids[damaged[:5]]]
+            _log.warning("resident store: %d damaged rows (wrong checksum; %s%s) are decoded again", len(damaged),
+                         ", ".join(names), " …" if len(damaged) > 5 else "")
+            self._planned[damaged] = False
         unknown = np.unique(rows[(self._store.have[rows] == 0) & ~self.failed[rows]])
         if len(unknown):
             self._fill_own(unknown[self._store.owned(unknown)])

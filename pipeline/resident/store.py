@@ -19,6 +19,7 @@ from pipeline.resident import yuv420 as yuv
 
 KINDS = ("rgb", "yuv420")
 Bytes = npt.NDArray[np.uint8]
+Marks = npt.NDArray[np.unsignedinteger]
 Rows = npt.NDArray[np.int64]  # rows of a store
 Crops = tuple[Rows, Rows, Rows]  # rows of the store, top and left of their crops; (B,) each
 
@@ -151,8 +152,8 @@ class Store(ABC):
     out here is for a store of which every process has all rows."""
     layout: Layout
     note = ""  # what a person should know
-    have: Bytes  # (N,) 1 where a row is known to be filled, whoever holds it; of a GpuStore the same in every process
-    stored: Bytes  # (N,) 1 where this process knows that a row is filled, whether or not the others do
+    have: Marks  # (N,) not 0 where a row is known to be filled, whoever holds it; of a GpuStore the same in every process
+    stored: Marks  # (N,) not 0 where this process knows that a row is filled, whether or not the others do
     rank = 0  # of this process among those that call `crops` together
     exchanges = False  # whether processes exchange crops, so that all must take the same batches at the same time
 
@@ -168,6 +169,11 @@ class Store(ABC):
         """Which of the rows failed, (B,) bool, in any process that calls `crops` with this one: all ask for the same rows, and
         have filled their own or flag them in `failed`. From then on `have` knows the others."""
         return failed
+
+    def check(self, rows: Rows) -> Rows:
+        """Compare rows (B,) with their checksums, if this process has not yet. Gives those that hold other bytes than were put
+        there; they are not filled any more."""
+        return rows[:0]
 
     @abstractmethod
     def put(self, rows: Rows, squares: Tensor) -> None:

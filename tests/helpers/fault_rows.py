@@ -17,12 +17,16 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.compute_stats import compute
 from pipeline.files import file_sha256
 from pipeline.index.header import content_sha256
 from pipeline.index.sample_index import SampleIndex
 from pipeline.index.tar import open_tar, walk
+from pipeline.loading.batch import Batch
 from pipeline.stats import Stats
+from tests.helpers.digests import digest, take
 from tests.helpers.indexes import file_entry, train_tar
+from tests.helpers.resident_loader import loader
 from tests.helpers.small_set import encode, photographs, picture, write_set
 from tools import build_index, pack_shards
 
@@ -269,6 +273,35 @@ def packed_rows(folder: Path) -> Iterator[tuple[str, Trial]]:
     yield "packed folder, a bit", trial
 
 
+def resident_rows(folder: Path) -> Iterator[tuple[str, Trial]]:
+    """A resident file: the batches of an epoch are as they were, damaged rows are decoded again and named."""
+    index = write_set(folder / "set", photographs(12))
+    stats = compute(index, "train", 76)
+
+    def epoch(kind: str, step: int) -> list[Batch]:
+        with loader(index, stats, folder / "resident", kind, batch=4) as train:
+            train.load_state_dict({**train.state_dict(), "step": step})
+            return take(train, 3)
+
+    for kind in ("rgb", "yuv420"):
+        before, expected = epoch(kind, 0), epoch(kind, 3)  # the second comes out of the file
+        path, = (folder / "resident").glob(f"*-{kind}-*.squares")
+        whole = path.read_bytes()
+        assert b"\0\0\0\0" not in whole[4096:4096 + 4 * 12] and len(before) == 3
+
+        def trial(chance: random.Random, kind: str = kind, path: Path = path, whole: bytes = whole,
+                  expected: str = digest(expected)) -> str:
+            first = chance.choice((0, 4096, 8192, 8192, 8192))  # of the header, the marks, the rows
+            last = {0: 4096, 4096: 4096 + 4 * 12, 8192: len(whole)}[first]
+            with damaged(path, flip(chance, first, last)):
+                same = digest(epoch(kind, 3)) == expected
+                mended = path.read_bytes()[4096:] == whole[4096:]
+            path.write_bytes(whole)
+            return "" if same and mended else f"silent: batches {same}, file {mended}"
+
+        yield f"resident file ({kind}), a bit", trial
+
+
 def _says_the_same(path: Path, kept: Path) -> bool:
     """Whether a file has the bytes that were written; of JSON whether all that is hashed is right (not where an index says its
     archives lay, which are looked for beside it first; nor the name of the key of a hash)."""
@@ -281,6 +314,6 @@ def _says_the_same(path: Path, kept: Path) -> bool:
 
 
 def all_rows(folder: Path) -> Iterator[tuple[str, Trial]]:
-    for make in (index_rows, stats_rows, archive_rows, packed_rows):
+    for make in (index_rows, stats_rows, archive_rows, packed_rows, resident_rows):
         (folder / make.__name__).mkdir()
         yield from make(folder / make.__name__)

@@ -113,6 +113,23 @@ def test_after_the_fill_nothing_is_read(stats: Stats, expected: list[Batch], tmp
         assert train.chain.store.sealed and train.note == ""  # type: ignore[attr-defined]
 
 
+def test_a_damaged_row_is_named_decoded_again_and_changes_no_batch(
+        photos: SampleIndex, stats: Stats, expected: list[Batch], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with loader(photos, stats, tmp_path) as train:
+        train.fill()
+        path = train.chain.store.path  # type: ignore[attr-defined]
+    whole = bytearray(path.read_bytes())
+    for row in (5, 40):
+        whole[-(COUNT - row) * 3 * 76 * 76] ^= 1
+    path.write_bytes(whole)
+    with loader(photos, stats, tmp_path) as train:
+        assert digest(take(train, 18)) == digest(expected) and filled(train) == (COUNT, COUNT)
+    said = [message for message in caplog.messages if "damaged" in message]
+    assert sorted(said) == sorted(f"resident store: 1 damaged rows (wrong checksum; {photos.safe_name(row)}) are decoded again"
+                                  for row in (5, 40)) or said == [
+        f"resident store: 2 damaged rows (wrong checksum; {photos.safe_name(5)}, {photos.safe_name(40)}) are decoded again"]
+
+
 def joined(parts: list[Batch]) -> Batch:
     return Batch(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]),
                  np.concatenate([part.ids for part in parts]), np.concatenate([part.epochs for part in parts]), parts[0].step)

@@ -106,3 +106,9 @@ def test_ctrl_c_at_any_moment_of_a_start_is_no_traceback(recipe: Path, tmp_path:
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
         assert process.returncode in (130, 75) and "Traceback" not in err, (number, process.returncode, err)
+
+
+def test_a_signal_of_the_memory_says_where_threads_were() -> None:
+    """A mapped file that loses its disk: SIGBUS."""
+    done = command("-c", "import os; from train.exit_codes import start_command; start_command(); os.kill(os.getpid(), 7)")
+    assert done.returncode == -signal.SIGBUS and "Bus error" in done.stderr and 'File "<string>", line 1' in done.stderr
