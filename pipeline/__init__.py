@@ -13,14 +13,15 @@ if TYPE_CHECKING:
     from pipeline.loading.train_loader import TrainLoader
     from pipeline.reading.quarantine import Quarantine, SampleError
     from pipeline.stats import Stats
-    from pipeline.tiers import eval_loader, train_loader
+    from pipeline.tiers import make_eval_loader, make_train_loader
 
 __all__ = ["Batch", "DataConfig", "EvalLoader", "LoaderConfig", "Quarantine", "SampleError", "SampleIndex", "Stats",
-           "TrainLoader", "eval_loader", "train_loader"]
+           "TrainLoader", "make_eval_loader", "make_train_loader"]
 
 _HOME = {"DataConfig": "config", "LoaderConfig": "config", "SampleIndex": "index.sample_index", "Batch": "loading.batch",
          "EvalLoader": "loading.eval_loader", "TrainLoader": "loading.train_loader", "Quarantine": "reading.quarantine",
-         "SampleError": "reading.quarantine", "Stats": "stats", "eval_loader": "tiers", "train_loader": "tiers"}
+         "SampleError": "reading.quarantine", "Stats": "stats", "make_eval_loader": "tiers",
+         "make_train_loader": "tiers"}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 All sums are integers of uint8 pixels, so they do not depend on the order of the images, and an interrupted and resumed pass gives
 the same bits. S: side of the central square; pixel values 0–255.
 """
+import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config import DataConfig, LoaderConfig
+from pipeline.files import locked_folder
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.eval_loader import square_loader
 from pipeline.process_pool import Progress
 from pipeline.reading.quarantine import quarantine_budget
 from pipeline.schema import Count
-from pipeline.stats import IdText, Stats, load_arrays, save_arrays, skipped_ids, stats_path
+from pipeline.stats import IdText, NoStats, Stats, load_arrays, save_arrays, skipped_ids, stats_path
 
 
 def compute(index: SampleIndex, split: str, square_px: int, *, machine: LoaderConfig = LoaderConfig(), batch: int = 64,
@@ -59,6 +61,20 @@ def compute(index: SampleIndex, split: str, square_px: int, *, machine: LoaderCo
         stats.save(out)
     partial.unlink(missing_ok=True)
     return stats
+
+
+def find_or_compute(index: SampleIndex, square_px: int, split: str = "train", *, machine: LoaderConfig = LoaderConfig(),
+                    device_id: int | None = None, progress: Progress = Progress()) -> Stats:
+    """The statistics of a split that lie beside its index; when there are none of these images, `compute` them and store them
+    there. Of several processes one computes, while the others wait for it. Raises as `compute`, and ValueError when those there
+    are damaged; OSError when the folder cannot be written."""
+    with contextlib.suppress(NoStats):
+        return Stats.for_index(index, square_px, split)
+    with locked_folder(index.path):
+        with contextlib.suppress(NoStats):  # another process may have computed them meanwhile
+            return Stats.for_index(index, square_px, split)
+        return compute(index, split, square_px, machine=machine, device_id=device_id, progress=progress,
+                       out=stats_path(index.path, square_px, split))
 
 
 @dataclass(frozen=True)

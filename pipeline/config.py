@@ -76,7 +76,7 @@ class DataConfig:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, allowed in (("region", REGIONS), ("crop", CROPS), ("output", OUTPUTS)):
             _check(f"data.{name}", getattr(self, name), getattr(self, name) in allowed,
-                   f"be one of {', '.join(allowed)}; correct the recipe")
+                   f"be one of {', '.join(allowed)}; correct it")
         _check("data.square_px", self.square_px, 1 <= self.square_px <= 8192, "lie in 1…8192; the paper's value is 256")
         _check("data.crop_px", self.crop_px, 1 <= self.crop_px <= self.square_px,
                f"lie in 1…data.square_px (={self.square_px}); the paper's network takes 227 of 256")
@@ -89,7 +89,7 @@ class DataConfig:
 
     def _check_normalization(self) -> None:
         _check("data.mean", self.mean, self.mean in MEANS or _are_shares(self.mean),
-               f"be one of {', '.join(MEANS)}, or three numbers in [0, 1], shares of 255; correct the recipe")
+               f"be one of {', '.join(MEANS)}, or three numbers in [0, 1], shares of 255; correct it")
         _check("data.mean", self.mean, self.mean != "image" or self.region != "full",
                "not be image where data.region is full: the mean image covers the central square only; use mean: channel")
         if self.std or not isinstance(self.mean, str):
@@ -105,7 +105,7 @@ class DataConfig:
         for name, most in (("scale", 1.0), ("ratio", 1e3)):
             low_high = getattr(self, name)
             _check(f"data.{name}", list(low_high), len(low_high) == 2 and 0 < low_high[0] <= low_high[1] <= most,
-                   f"be two numbers, smallest and largest, above 0 and at most {most:g}; correct the recipe")
+                   f"be two numbers, smallest and largest, above 0 and at most {most:g}; correct it")
         _check("data.mean", self.mean, self.mean != "image" or not self.resized_boxes,
                "not be image where data.crop is random_resized: a resized box has no place in the mean image; use mean: channel, "
                "or three numbers with std")

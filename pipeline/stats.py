@@ -30,6 +30,10 @@ class _About:
     sha256: str
 
 
+class NoStats(ValueError):
+    """There are no statistics of these images, or only of others."""
+
+
 @dataclass(frozen=True)
 class Stats:
     """Pixel statistics of a split."""
@@ -62,6 +66,12 @@ class Stats:
     def _arrays(self) -> dict[str, npt.NDArray[Any]]:
         return {name: vars(self)[name] for name in ("mean_image", "channel_mean", "eigenvalues", "eigenvectors")}
 
+    @classmethod
+    def none(cls, square_px: int) -> "Stats":
+        """Zeros, for images that depend on no statistics (`DataConfig.needs_stats`)."""
+        zeros = np.zeros(3)
+        return cls(np.zeros((square_px, square_px, 3), np.float32), zeros.astype(np.float32), zeros, np.eye(3), 0, {}, "", "")
+
     def expect(self, square_px: int) -> "Stats":
         """Itself, if it was computed at this size. Raises ValueError if not."""
         if self.square_px != square_px:
@@ -92,16 +102,17 @@ class Stats:
 
     @classmethod
     def for_index(cls, index: SampleIndex, square_px: int, split: str = "train") -> "Stats":
-        """The stats of a split that lie beside an index. Raises ValueError: none of this size, or the split has other images."""
+        """The stats of a split that lie beside an index. Raises NoStats: none of this size, or the split has other images;
+        ValueError: they are damaged."""
         path = stats_path(index.path, square_px, split)
         command = (f"run `python tools/compute_stats.py {index.path} --square-px {square_px}"
                    + ("`" if split == "train" else f" --split {split}`"))
         if not path.exists():
-            raise ValueError(f"stats {path} must exist before training; {command}")
+            raise NoStats(f"stats {path} must exist before training; {command}")
         stats, now = cls.load(path), index.split_sha256(split)
         if stats.index != now or stats.split != split:
-            raise ValueError(f"stats {path} (of images {stats.index[:12]}) must belong to split {split} of the index as it "
-                             f"is now (={now[:12]}); {command}")
+            raise NoStats(f"stats {path} (of images {stats.index[:12]}) must belong to split {split} of the index as it "
+                          f"is now (={now[:12]}); {command}")
         return stats
 
 

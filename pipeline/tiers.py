@@ -1,12 +1,22 @@
-"""Data tiers: archives, packed, streamed or resident (`data.tier`); all give the same samples the same augmentation.
+"""`make_train_loader` and `make_eval_loader`: the loaders of a data tier. All tiers give the same samples the same augmentation.
 
 - ``archives``: region decode straight from the files as they were downloaded.
 - ``packed``: the same from the 256-pixel JPEGs that tools/pack_shards.py wrote, in any order.
 - ``streamed``: packed shards read only forwards, shuffled within a window; local or s3://.
 - ``resident``: decoded squares in memory, filled from an index of either kind while the first epoch trains, or is evaluated.
 """
+import difflib
+import functools
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import torch
 import torch.distributed as dist
 
+from pipeline.compute_stats import find_or_compute
 from pipeline.config import LANES, WINDOW, DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.batch import LoaderContext
@@ -14,6 +24,7 @@ from pipeline.loading.loader import Chain, DecodingChain
 from pipeline.loading.eval_loader import EvalLoader, Evaluation
 from pipeline.loading.train_loader import TrainLoader
 from pipeline.monitor import Monitor
+from pipeline.progress import ProgressBar
 from pipeline.reading.quarantine import Quarantine, StandIns, quarantine_budget
 from pipeline.reading.shard_source import ShardSource
 from pipeline.reading.source import ArchiveSource, Source
@@ -23,51 +34,135 @@ from pipeline.sampling.sampler import Ids, Sampler, WindowSampler
 from pipeline.stats import Stats
 
 TIERS = ("archives", "packed", "streamed", "resident")
+P = ParamSpec("P")
+R = TypeVar("R")
+_ELSEWHERE = {"num_workers": "machine=LoaderConfig(threads=N)", "workers": "machine=LoaderConfig(threads=N)",
+              "world_size": "shard=(rank, ranks)", "rank": "shard=(rank, ranks)", "transform": "data=DataConfig(…)",
+              "shuffle": "make_train_loader, which shuffles, or make_eval_loader, which does not"}
+
+
+def _names_arguments(function: Callable[P, R]) -> Callable[P, R]:
+    """Refuse an argument that a function does not have by a TypeError that names the one that was meant."""
+    known = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **given: P.kwargs) -> R:
+        for name in given:
+            if name not in known:
+                near = _ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, known, 1, 0.5)), None)
+                raise TypeError(f"argument {name} of {function.__name__} is not known; "
+                                + (f"use {near}" if near else f"it has {', '.join(known)}"))
+        return function(*args, **given)
+    return checked
 
 
 def check(tier: str, index: SampleIndex | None = None) -> None:
     """Raises ValueError when there is no such tier, or the index is not of the kind it reads."""
     if tier not in TIERS:
-        raise ValueError(f"data.tier (={tier}) must be one of {', '.join(TIERS)}; correct the recipe")
+        raise ValueError(f"tier (={tier}) must be one of {', '.join(TIERS)}; correct it")
     if index is None:
         return
     if tier == "archives" and index.packed is not None:
-        raise ValueError(f"data.tier (=archives) must name what the index is: {index.path} holds packed images; write "
-                         "data.tier: packed (or streamed, or resident)")
+        raise ValueError(f"tier (=archives) must name what the index is: {index.path} holds packed images; use tier packed (or "
+                         "streamed, or resident)")
     if tier in ("packed", "streamed") and index.packed is None:
-        raise ValueError(f"data.tier (={tier}) needs packed images, and {index.path} is an index of archives; run `python "
-                         f"tools/pack_shards.py {index.path} OUT` and give OUT as data.packed")
+        raise ValueError(f"tier (={tier}) needs packed images, and {index.path} is an index of archives; run `python "
+                         f"tools/pack_shards.py {index.path} OUT` and give OUT as the index (in a recipe: as data.packed)")
 
 
-def train_loader(tier: str, index: SampleIndex, split: str, data: DataConfig, batch: int, seed: int, stats: Stats, *,
-                 resident: str = "rgb", window: int = WINDOW, lanes: int = LANES, store: str = "",
-                 machine: LoaderConfig = LoaderConfig(), shard: tuple[int, int] = (0, 1), device_id: int | None = None,
-                 quarantine: Quarantine | None = None, group: dist.ProcessGroup | None = None,
-                 monitor: Monitor | None = None) -> TrainLoader:
-    """The training loader of a tier, for a split whose samples all have labels.
+def _shard(given: tuple[int, int] | None) -> tuple[int, int]:
+    """The shard given, or that of this process in torch.distributed. Raises ValueError where a launcher has started several
+    processes that torch.distributed does not know of: each would take all of the images."""
+    if given is not None:
+        return given
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ValueError(f"shard (=None) is not known: a launcher has started {processes} processes (WORLD_SIZE), but "
+                         "torch.distributed is not initialized; call init_process_group before, or give shard=(rank, ranks)")
+    return 0, 1
 
-    batch: global batch, over all ranks; shard: (k, n), this rank gets rows [k·batch/n, (k+1)·batch/n) of each; seed: of order and
-    augmentation; device_id: GPU that decodes and holds the batches, or None for the CPU; quarantine: where unreadable samples are
-    recorded, by default bounded by `machine.quarantine_budget`, without a file. Tier resident: `resident`, `group`, see
-    `pipeline.resident.chain.train_chain`; streamed: `window`, `lanes` (part of the order), `store`, see `ShardSource`.
 
-    Raises ValueError when the index is not of the kind the tier reads, or split, batch, shard or statistics do not fit;
-    RuntimeError when an archive is missing, too many samples are unreadable, or squares do not fit into memory.
+def _context(index: str | Path | SampleIndex, split: str, data: DataConfig | str, machine: LoaderConfig,
+             device: torch.device | str | int | None, monitor: Monitor | None) -> LoaderContext:
+    index = index if isinstance(index, SampleIndex) else SampleIndex.load(index)
+    data = DataConfig.preset(data) if isinstance(data, str) else data
+    where = torch.device("cpu" if device is None else device)
+    if where.type not in ("cpu", "cuda"):
+        raise ValueError(f"device (={device}) must be cpu or cuda; make the batches with device=\"cpu\" and move them")
+    if where.type == "cuda" and not (0 if where.index is None else where.index) < torch.cuda.device_count():
+        raise ValueError(f"device (={device}) is not there: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA "
+                         "GPUs; use device=\"cpu\", or a build of torch and a driver that go together")
+    device_id = None if where.type == "cpu" else torch.cuda.current_device() if where.index is None else where.index
+    return LoaderContext(index, split, data, machine, device_id, monitor or Monitor())
+
+
+def _stats(context: LoaderContext, split: str) -> Stats:
+    """The statistics of a split that the images of a loader depend on, computed when they are missing."""
+    side = context.data.square_px
+    if not context.data.needs_stats:
+        return Stats.none(side)
+    with ProgressBar() as progress:
+        return find_or_compute(context.index, side, split, machine=context.machine, device_id=context.device_id,
+                               progress=progress)
+
+
+@_names_arguments
+def make_train_loader(index: str | Path | SampleIndex, split: str = "train", batch_size: int = 128, *,
+                      data: DataConfig | str = DataConfig(), tier: str = "archives", seed: int = 0, stats: Stats | None = None,
+                      shard: tuple[int, int] | None = None, device: torch.device | str | int | None = None,
+                      return_batch: bool = False, machine: LoaderConfig = LoaderConfig(), resident: str = "rgb",
+                      window: int = WINDOW, lanes: int = LANES, store: str = "", quarantine: Quarantine | None = None,
+                      group: dist.ProcessGroup | None = None, monitor: Monitor | None = None) -> TrainLoader:
+    """The training loader: shuffled, cropped, flipped images and their labels, without end.
+
+        for images, labels in make_train_loader("index", data="imagenet"):    # one epoch; the next `for` gives the next one
+
+    images: (B, 3, crop_px, crop_px), RGB, of the type `data.output`; labels: (B,) int64. `len(loader)` is the number of batches
+    of the current epoch. Nothing is dropped or padded: what is left at the end of an epoch begins a batch that the next epoch
+    fills, so every batch is full, and epochs may differ by one batch. `state_dict` and `load_state_dict` resume exactly, also
+    within an epoch and on another number of processes.
+
+    Args:
+        index: folder that tools/build_index.py wrote, or a `SampleIndex` (loaded with the folder of archives that have moved).
+        split: split to train on; all its samples must have labels.
+        batch_size: global batch, over all ranks: each of n ranks gets batch_size / n images.
+        data: crops, flips, colour jitter, normalization; or the name of a preset, alexnet or imagenet. By default the paper's.
+        tier: archives, packed, streamed or resident; see `pipeline.tiers`.
+        seed: of order and augmentation.
+        stats: what the mean and the colour jitter come from. By default the statistics of this split that lie beside the index;
+            missing ones are computed, with a progress bar, and stored (one process does it, while others wait). Where `data`
+            needs none (three numbers as mean, no lighting), there are none.
+        shard: (k, n), this process gets rows [k·B/n, (k+1)·B/n) of each batch. By default rank and world size of
+            torch.distributed where it is initialized, else (0, 1).
+        device: where images are decoded and the batches lie: "cpu" (None is the same), "cuda", "cuda:1" or a torch.device.
+        return_batch: give `Batch` objects, with ids, epochs and paths, instead of (images, labels).
+        machine: threads, queues and decoders; changes speed only.
+        resident, group: tier resident, see `pipeline.resident.chain.train_chain`.
+        window, lanes, store: tier streamed (the first two are part of the order), see `ShardSource`.
+        quarantine: where unreadable samples are recorded, by default bounded by `machine.quarantine_budget`, without a file.
+        monitor: counts waits; by default one of its own, `loader.monitor`.
+
+    Raises TypeError for an unknown argument; ValueError when the index is not of the kind the tier reads, or split, batch_size,
+    shard, device or statistics do not fit; RuntimeError when an archive is missing, too many samples are unreadable, or squares
+    do not fit into memory.
     """
+    context = _context(index, split, data, machine, device, monitor)
+    index, data, shard = context.index, context.data, _shard(shard)
     check(tier, index)
-    context = LoaderContext(index, split, data, machine, device_id, monitor or Monitor())
-    stats = stats.expect(data.square_px)
+    stats = (stats or _stats(context, split)).expect(data.square_px)
     mean_image = None if data.mean == "channel" else stats.mean_image_chw
     planner = CropPlanner(index, data, seed, stats.channel_mean, stats.eigenvalues, stats.eigenvectors)
     quarantine = quarantine or Quarantine(quarantine_budget(machine, len(context.ids)))
-    stand_ins = StandIns(seed, quarantine, planner.plan, "; or raise data.window" if tier == "streamed" else "")
+    remedy = "; or raise window (in a recipe: data.window)" if tier == "streamed" else ""
+    stand_ins = StandIns(seed, quarantine, planner.plan, remedy)
     sampler: Sampler
     source: Source
     if tier == "streamed":
-        sampler = windows = WindowSampler(index, context.ids, batch, seed, shard, window=window, lanes=lanes)
+        sampler = windows = WindowSampler(index, context.ids, batch_size, seed, shard, window=window, lanes=lanes)
         source = ShardSource(index, windows, store=store, check_crc=machine.check_crc)
     else:
-        sampler = Sampler(context.ids, batch, seed, shard)
+        sampler = Sampler(context.ids, batch_size, seed, shard)
         source = ArchiveSource(index, context.ids, check_crc=machine.check_crc)
     chain: Chain
     if tier == "resident":
@@ -75,19 +170,41 @@ def train_loader(tier: str, index: SampleIndex, split: str, data: DataConfig, ba
     else:
         chain = DecodingChain(context, BlockPlanner(sampler.take, sampler.share, planner), source, stand_ins,
                               context.decoding(context.ids, sampler.share, data.crop_px), mean_image)
-    return TrainLoader(context, chain, sampler, planner, quarantine)
+    return TrainLoader(context, chain, sampler, planner, quarantine, return_batch)
 
 
-def eval_loader(tier: str, index: SampleIndex, split: str, data: DataConfig, batch: int, stats: Stats | None, *,
-                resident: str = "rgb", keep: bool = True, machine: LoaderConfig = LoaderConfig(),
-                shard: tuple[int, int] = (0, 1), device_id: int | None = None, skip_corrupt: bool = False, first: int = 0,
-                ids: Ids | None = None, monitor: Monitor | None = None) -> EvalLoader:
-    """The evaluation loader of a tier; in all of them but resident it reads the index, whatever its kind.
+@_names_arguments
+def make_eval_loader(index: str | Path | SampleIndex, split: str = "val", batch_size: int = 128, *,
+                     data: DataConfig | str = DataConfig(), tier: str = "archives", stats: Stats | None = None,
+                     stats_split: str = "train", shard: tuple[int, int] | None = None,
+                     device: torch.device | str | int | None = None, return_batch: bool = False,
+                     machine: LoaderConfig = LoaderConfig(), resident: str = "rgb", keep: bool = True,
+                     skip_corrupt: bool = False, first: int = 0, ids: Ids | None = None,
+                     monitor: Monitor | None = None) -> EvalLoader:
+    """The evaluation loader: every image of a split exactly once, in id order; each `for` gives all of them again.
 
-    For batch, stats, shard, skip_corrupt, first and ids see `pipeline.loading.eval_loader.Evaluation`; resident, keep:
-    `pipeline.resident.chain.eval_chain`. Raises ValueError when there is no such tier, or batch, statistics or ids do not fit.
+        for images, labels in make_eval_loader("index", "val", data="imagenet"):    # central crops
+
+    images: (B, 3, crop_px, crop_px), the central crops; labels: (B,) int64, -1 where unknown. `len(loader)` is the number of
+    this process's batches; the last one of a pass holds what is left. With `return_batch` a `Batch` holds whole central squares,
+    (B, 3, square_px, square_px), of which `loader.crops(images, 1 or 10)` cuts the crops.
+
+    Args:
+        index, data, machine, monitor, device: see `make_train_loader`. All tiers but resident read the index, whatever its kind.
+        batch_size: images of a batch; with several ranks each gets whole batches, every n-th.
+        stats, stats_split: what is subtracted, by default the statistics of the training split, see `make_train_loader`.
+        shard: (k, n), this process gets every n-th batch, beginning with the k-th. By default as in `make_train_loader`.
+        resident, keep: tier resident, see `pipeline.resident.chain.eval_chain`.
+        skip_corrupt: leave unreadable samples out, listed in `loader.skipped` (id → reason), instead of raising SampleError.
+        first: number of the batch to begin with.
+        ids: (N,) only these samples, in this order.
+
+    Raises TypeError for an unknown argument; ValueError when there is no such tier, split or device, or batch_size, statistics
+    or ids do not fit.
     """
     check(tier)
-    context = LoaderContext(index, split, data, machine, device_id, monitor or Monitor())
-    evaluation = Evaluation(context, batch, stats, shard=shard, skip_corrupt=skip_corrupt, first=first, ids=ids)
-    return EvalLoader(evaluation, eval_chain(evaluation, resident, keep) if tier == "resident" else evaluation.decoding_chain())
+    context = _context(index, split, data, machine, device, monitor)
+    stats = stats or _stats(context, stats_split)
+    evaluation = Evaluation(context, batch_size, stats, shard=_shard(shard), skip_corrupt=skip_corrupt, first=first, ids=ids)
+    chain = eval_chain(evaluation, resident, keep) if tier == "resident" else evaluation.decoding_chain()
+    return EvalLoader(evaluation, chain, return_batch)

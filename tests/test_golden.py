@@ -39,8 +39,6 @@ from pipeline.sampling.augment import augment, lighting_shift
 from pipeline.sampling.sampler import Sampler, WindowSampler
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats, stats_path
-from pipeline.tiers import eval_loader as loader_of_tests
-from pipeline.tiers import train_loader as loader_of_training
 from tools.build_index import main as build_index
 from tools.compute_stats import main as compute_stats
 from tools.demo.dataset import make as make_demo
@@ -50,6 +48,8 @@ from train.recipe import load as load_config
 from train.recipe import parse as parse_recipe
 
 import torch
+from tests.helpers.loaders import eval_loader as loader_of_tests
+from tests.helpers.loaders import train_loader as loader_of_training
 from tests.helpers.networks import small as small_network
 from tests.helpers.packed_set import write_packed
 from tests.helpers.recipes import write_recipe

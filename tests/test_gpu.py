@@ -11,6 +11,7 @@ import nvidia.dali as dali
 import pytest
 import torch
 from tests.helpers.decoded import pixels, read, unfinished
+from tests.helpers.loaders import eval_loader, train_loader
 from tests.helpers.networks import small
 from tests.helpers.small_set import photographs, write_set
 
@@ -26,7 +27,6 @@ from pipeline.reading.quarantine import Quarantine
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats
 from pipeline.sampling.augment import Augmentation
-from pipeline.tiers import eval_loader, train_loader
 from train.recipe import parse
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -54,7 +54,7 @@ def stats(photos: SampleIndex) -> Stats:
 def test_crops_decoded_on_the_gpu_equal_the_cpus(photos: SampleIndex, stats: Stats, mean: str) -> None:
     data = DataConfig("square", 76, 67, True, 0.1, mean)
     with train_loader("archives", photos, "train", data, 8, 1, stats) as cpu, \
-            train_loader("archives", photos, "train", data, 8, 1, stats, device_id=0) as gpu:
+            train_loader("archives", photos, "train", data, 8, 1, stats, device="cuda") as gpu:
         for here, there in zip(cpu, gpu, strict=True):
             assert there.images.device == torch.device("cuda", 0) and there.labels.device == there.images.device
             assert np.array_equal(here.ids, there.ids) and torch.equal(here.labels, there.labels.cpu())
@@ -64,13 +64,13 @@ def test_crops_decoded_on_the_gpu_equal_the_cpus(photos: SampleIndex, stats: Sta
 
 def test_test_squares_decoded_on_the_gpu_equal_the_cpus(photos: SampleIndex, stats: Stats) -> None:
     with eval_loader("archives", photos, "val", SMALL, 3, stats) as cpu, \
-            eval_loader("archives", photos, "val", SMALL, 3, stats, device_id=0) as gpu:
+            eval_loader("archives", photos, "val", SMALL, 3, stats, device="cuda") as gpu:
         for here, there in zip(cpu, gpu, strict=True):
             assert (here.images - there.images.cpu()).abs().mean() < MEAN_TOLERANCE
 
 
 def test_batches_held_while_others_are_made_keep_their_pixels(photos: SampleIndex, stats: Stats) -> None:
-    with train_loader("archives", photos, "train", SMALL, 8, 1, stats, device_id=0, machine=LoaderConfig(prefetch=3)) as loader:
+    with train_loader("archives", photos, "train", SMALL, 8, 1, stats, device="cuda", machine=LoaderConfig(prefetch=3)) as loader:
         held, copies = [], []
         for _ in range(4):
             for batch in loader:
@@ -84,7 +84,7 @@ def test_a_corrupt_image_is_replaced_on_the_gpu(tmp_path: Path) -> None:
     blobs[5] = blobs[5][:len(blobs[5]) // 3]
     index = write_set(tmp_path, blobs)
     stats = compute(index, "train", 76, machine=LoaderConfig(quarantine_budget=0.1))
-    with train_loader("archives", index, "train", SMALL, 4, 1, stats, device_id=0, quarantine=Quarantine(1)) as loader:
+    with train_loader("archives", index, "train", SMALL, 4, 1, stats, device="cuda", quarantine=Quarantine(1)) as loader:
         ids = np.concatenate([batch.ids for batch in loader])
     assert len(ids) == 16 and 5 not in ids
 
@@ -108,9 +108,9 @@ def test_resident_squares_give_the_crops_that_decoding_gives(photos: SampleIndex
                                                              memory: str) -> None:
     """Both decoded and resized by the GPU; rgb differs by rounding alone, while filling and after."""
     machine = LoaderConfig(resident_memory=memory, resident_folder=str(tmp_path))
-    with train_loader("archives", photos, "train", SMALL, 8, 1, stats, device_id=0) as plain, \
+    with train_loader("archives", photos, "train", SMALL, 8, 1, stats, device="cuda") as plain, \
             train_loader("resident", photos, "train", SMALL, 8, 1, stats, resident=kind, machine=machine,
-                         device_id=0) as resident:
+                         device="cuda") as resident:
         for _ in range(3):
             for here, there in zip(plain, resident, strict=True):
                 assert np.array_equal(here.ids, there.ids) and there.images.device == torch.device("cuda", 0)
@@ -161,12 +161,12 @@ def test_every_way_to_decode_gives_nearly_the_same_pixels(photos: SampleIndex, d
 def test_batches_made_ahead_are_ready_on_the_stream_that_takes_them(photos: SampleIndex, stats: Stats, queue: int) -> None:
     """Read at once on another stream, with memory that is soon used again for the next batches."""
     machine, stream, sums, expected = LoaderConfig(queue=queue), torch.cuda.Stream(), [], []
-    with train_loader("archives", photos, "train", SMALL, 8, 1, stats, device_id=0, machine=machine) as loader:
+    with train_loader("archives", photos, "train", SMALL, 8, 1, stats, device="cuda", machine=machine) as loader:
         for _ in range(3):
             for batch in loader:
                 torch.cuda.synchronize()
                 expected.append((batch.images.double().sum().item(), batch.labels.tolist()))
-    with train_loader("archives", photos, "train", SMALL, 8, 1, stats, device_id=0, machine=machine) as loader, \
+    with train_loader("archives", photos, "train", SMALL, 8, 1, stats, device="cuda", machine=machine) as loader, \
             torch.cuda.stream(stream):
         for _ in range(3):
             for batch in loader:
@@ -178,8 +178,8 @@ def test_batches_made_ahead_are_ready_on_the_stream_that_takes_them(photos: Samp
 
 def test_no_thread_of_a_loader_waits_for_the_device(photos: SampleIndex, stats: Stats) -> None:
     """As far as torch does the asking; DALI's calls are its own. Crops of evaluations too."""
-    with train_loader("archives", photos, "train", SMALL, 8, 1, stats, device_id=0) as loader, \
-            eval_loader("archives", photos, "val", replace(SMALL, mean="image_center"), 2, stats, device_id=0) as tests:
+    with train_loader("archives", photos, "train", SMALL, 8, 1, stats, device="cuda") as loader, \
+            eval_loader("archives", photos, "val", replace(SMALL, mean="image_center"), 2, stats, device="cuda") as tests:
         next(loader)
         squares = iter(tests)
         next(squares)
@@ -198,7 +198,8 @@ def test_resident_batches_wait_for_nothing_and_are_those_of_torch(photos: Sample
                                                                   memory: str, kernels: str) -> None:
     def taken(kernels: str, mode: str) -> list[torch.Tensor]:
         machine = LoaderConfig(resident_folder=str(tmp_path), resident_memory=memory, kernels=kernels)
-        with train_loader("resident", photos, "train", SMALL, 8, 1, stats, resident=kind, machine=machine, device_id=0) as loader:
+        with train_loader("resident", photos, "train", SMALL, 8, 1, stats, resident=kind, machine=machine,
+                          device="cuda") as loader:
             loader.fill()
             next(loader)
             torch.cuda.set_sync_debug_mode(mode)
@@ -220,7 +221,7 @@ def test_small_arrays_travel_in_one_pinned_block() -> None:
 
 
 def test_waiting_is_counted_on_the_devices_clock(photos: SampleIndex, stats: Stats) -> None:
-    with train_loader("archives", photos, "train", SMALL, 8, 1, stats, device_id=0) as loader:
+    with train_loader("archives", photos, "train", SMALL, 8, 1, stats, device="cuda") as loader:
         count = len(list(loader))
         torch.cuda.synchronize()
         waits = loader.monitor.waits
@@ -233,7 +234,7 @@ def test_packed_images_decode_on_the_gpu(photos: SampleIndex, stats: Stats, tmp_
     assert pack_shards.main([str(photos.path), str(tmp_path / "packed"), "--square-px", "76", "--jobs", "1"]) == 0
     packed = SampleIndex.load(tmp_path / "packed")
     with train_loader("packed", packed, "train", SMALL, 8, 1, stats) as cpu, \
-            train_loader("packed", packed, "train", SMALL, 8, 1, stats, device_id=0) as gpu:
+            train_loader("packed", packed, "train", SMALL, 8, 1, stats, device="cuda") as gpu:
         for here, there in zip(cpu, gpu, strict=True):
             difference = (here.images - there.images.cpu()).abs()
             assert difference.mean() < MEAN_TOLERANCE and difference.max() < LARGEST_TOLERANCE

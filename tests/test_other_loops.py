@@ -27,8 +27,8 @@ def test_a_block_runs(title: str, tiny_set: TinySet, capsys: pytest.CaptureFixtu
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         pytest.skip(f"{', '.join(missing)} is not installed")
-    beginning = BLOCKS[0].replace('"demo/index"', repr(str(tiny_set.index))).replace("batch=64", "batch=16")
-    assert str(tiny_set.index) in beginning and "batch=16" in beginning
+    beginning = BLOCKS[0].replace('"demo/index"', repr(str(tiny_set.index))).replace("batch_size=64", "batch_size=16")
+    assert str(tiny_set.index) in beginning and "batch_size=16" in beginning
     names: dict[str, Any] = {}
     with warnings.catch_warnings():
         if needed:

@@ -10,7 +10,6 @@ import torch
 from model.alexnet import AlexNet, canonical_shapes
 from model.kernels import takes_triton
 from model.towers import BOTH, Tower
-from pipeline import tiers
 from pipeline.config import LoaderConfig
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.eval_loader import EvalLoader
@@ -19,6 +18,7 @@ from pipeline.process_pool import cores
 from pipeline.reading.quarantine import Quarantine, quarantine_budget
 from pipeline.sampling.sampler import Ids
 from pipeline.stats import Stats
+from pipeline.tiers import make_eval_loader, make_train_loader
 from train.config import Config
 from train.optimizer import PaperSGD
 from train.parallel.pair_loader import PairLoader, loader_shard, pair_loader
@@ -94,15 +94,17 @@ def train_loader(config: Config, topology: Topology, found: SampleIndex, stats: 
     """Training batches from the recipe's tier: this data rank's rows of each, the same in both towers. `quarantine`: file that
     lists unreadable images; further processes write to files beside it, and all count all of them."""
     data, machine = config.data, loader_config(config, topology)
-    budget = quarantine_budget(machine, len(found.ids(data.train_split)))
+    if config.train.batch > (count := len(found.ids(data.train_split))):
+        raise ValueError(f"train.batch (={config.train.batch}) must not exceed the {count} images of split {data.train_split}; "
+                         f"lower it: --train.batch={count} or less")
+    budget = quarantine_budget(machine, count)
     in_gpu_memory = data.tier == "resident" and machine.resident_memory == "gpu"
-    loader = tiers.train_loader(data.tier, found, data.train_split, data, config.train.batch, config.train.seed, stats,
-                                resident=data.resident, window=data.window, lanes=data.lanes,
-                                store=config.machine.archives if config.in_bucket else "", machine=machine,
-                                shard=loader_shard(config.parallel, topology, config.train.batch),
-                                device_id=topology.device.index,
-                                quarantine=Quarantine(budget, quarantine, process=topology.global_rank),
-                                group=topology.node_group() if in_gpu_memory else None)
+    loader = make_train_loader(found, data.train_split, config.train.batch, data=data, tier=data.tier, seed=config.train.seed,
+                               stats=stats, shard=loader_shard(config.parallel, topology, config.train.batch),
+                               device=topology.device, return_batch=True, machine=machine, resident=data.resident,
+                               window=data.window, lanes=data.lanes, store=config.machine.archives if config.in_bucket else "",
+                               quarantine=Quarantine(budget, quarantine, process=topology.global_rank),
+                               group=topology.node_group() if in_gpu_memory else None)
     return pair_loader(loader, config.parallel, topology)
 
 
@@ -110,9 +112,9 @@ def eval_loader(config: Config, topology: Topology, found: SampleIndex, stats: S
                 keep: bool = False, ids: Optional[Ids] = None) -> EvalLoader:
     """Every image of a split once, or of `ids` in their order, divided among the data ranks; both towers of a pair get the same.
     With `keep` tier resident keeps the images in memory, for repeated tests; else it decodes them each time."""
-    return tiers.eval_loader(config.data.tier, found, split, config.data, config.machine.test_batch, stats,
-                             resident=config.data.resident, keep=keep, machine=loader_config(config, topology),
-                             shard=(topology.data_rank, topology.data_ranks), device_id=topology.device.index, ids=ids)
+    return make_eval_loader(found, split, config.machine.test_batch, data=config.data, tier=config.data.tier, stats=stats,
+                            shard=(topology.data_rank, topology.data_ranks), device=topology.device, return_batch=True,
+                            machine=loader_config(config, topology), resident=config.data.resident, keep=keep, ids=ids)
 
 
 def network(config: Config, topology: Topology) -> AlexNet:

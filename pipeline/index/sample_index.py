@@ -153,6 +153,10 @@ class SampleIndex:
         except (ValueError, OSError):
             return "?"
 
+    def location(self, id: int) -> str:
+        """Where a sample lies: the path of its file, or of its archive followed by its name in it."""
+        return str(self.archive_path(int(self.row(id)["archive"])) / self.name(id))
+
     def file_path(self, id: int) -> Path:
         """The file of a sample in a folder archive."""
         return self.archive_path(int(self.row(id)["archive"])) / self._folder_name(int(self.row(id)["offset"]))
@@ -194,7 +198,8 @@ class SampleIndex:
         raise ValueError(f"archive (={archive.path}) is not there"
                          f"{''.join(f', nor in {folder}' for folder in self._folders)}"
                          f"{''.join(f' ({path} has another size or content)' for path in others)}; "
-                         "name the folder that holds it with --archives (in training: --machine.archives), or mount its disk")
+                         "name the folder that holds it with --archives (in training: --machine.archives; in Python: "
+                         "SampleIndex.load(INDEX, archives=FOLDER)), or mount its disk")
 
     def _is_archive(self, position: int, path: Path) -> bool:
         """Whether `path` is the archive that was indexed: a tar by size and fingerprint, a folder by two of its files."""

@@ -1,7 +1,7 @@
 """`Batch`, what a loader gives (float32 NCHW), and `LoaderContext`, what its stages share. B samples, S side of a square."""
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -30,6 +30,13 @@ class Batch:
     ids: Ids  # (B,) int64 sample ids, after any stand-in took a corrupt sample's place
     epochs: Ids  # (B,) int64 epoch of each sample (0 in evaluation)
     step: int  # number of the batch: counted from the start of training, or of this pass
+    index: SampleIndex | None = field(default=None, repr=False)  # what the ids are of; None: synthetic
+
+    @property
+    def paths(self) -> list[str]:
+        """(B,) where each image lies: archive and name in it; read from the archives, when asked for."""
+        assert self.index is not None
+        return [self.index.location(id) for id in self.ids.tolist()]
 
 
 def to_device(device: torch.device, *arrays: npt.NDArray[Any]) -> list[torch.Tensor]:
@@ -103,7 +110,7 @@ class LoaderContext:
         """The stage "copy": labels go to the device."""
         self.monitor.enter("copy")
         with self.monitor.span("copy", step):
-            return Batch(images, self.labels(ids), ids, epochs, step)
+            return Batch(images, self.labels(ids), ids, epochs, step, self.index)
 
     def normalized(self, step: int, ids: Ids, epochs: Ids, end: Callable[[], torch.Tensor]) -> Batch:
         """The batch of images that `end` waits for: the stage "normalize", then "copy"."""

@@ -3,6 +3,7 @@
 B samples of a batch, S side of the central square, crop the side the network sees."""
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,8 +11,8 @@ import torch
 
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex
-from pipeline.loading.batch import Batch, LoaderContext
-from pipeline.loading.loader import Chain, DecodingChain, Loader, Pairs
+from pipeline.loading.batch import LoaderContext
+from pipeline.loading.loader import Chain, DecodingChain, Loader
 from pipeline.monitor import Monitor
 from pipeline.reading.quarantine import Policy, Skip, refuse
 from pipeline.reading.source import ArchiveSource
@@ -31,7 +32,7 @@ class Evaluation:
     def __init__(self, context: LoaderContext, batch: int, stats: Stats | None, *, shard: tuple[int, int] = (0, 1),
                  skip_corrupt: bool = False, first: int = 0, ids: Ids | None = None) -> None:
         if batch < 1:
-            raise ValueError(f"batch (={batch}) must be at least 1; correct the recipe")
+            raise ValueError(f"batch_size (={batch}) must be at least 1; raise it")
         self.context, self.batch, self.ids = context, batch, context.ids if ids is None else ids
         self.steps = range(first + shard[0], -(-len(self.ids) // batch), shard[1])
         self.raw, skip, data = stats is None, Skip(), context.data
@@ -63,15 +64,16 @@ class EvalLoader(Loader):
     """Every sample of a split exactly once, in id order, as its central square; the last batch may be shorter. Raises
     SampleError for an unreadable one: an evaluation counts every image, so there is no stand-in."""
 
-    def __init__(self, evaluation: Evaluation, chain: Chain) -> None:
-        super().__init__(evaluation.context, chain)
+    def __init__(self, evaluation: Evaluation, chain: Chain, return_batch: bool = True) -> None:
+        super().__init__(evaluation.context, chain, return_batch)
         self._evaluation, self.skipped, mean = evaluation, evaluation.skipped, evaluation.central_mean
         self._central_mean = None if mean is None else torch.from_numpy(mean).to(self.device)
 
     def __len__(self) -> int:
+        """Batches of this process; the last one of the split may be shorter."""
         return len(self._evaluation.steps)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         self.check_process()
         self.close()
         prefetcher = self._start(self._evaluation.steps)
@@ -81,15 +83,12 @@ class EvalLoader(Loader):
                     batch = self.take(prefetcher, number)
                 except StopIteration:
                     return
-                yield batch
+                yield batch if self.return_batch else (next(self.crops(batch.images, 1)), batch.labels)
                 del batch
         finally:
             prefetcher.close()
             if self._prefetcher is prefetcher:
                 self._prefetcher = None
-
-    def pairs(self) -> Pairs:
-        return Pairs(self, lambda images: next(self.crops(images, 1)))
 
     def crops(self, images: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
         """The `crops` of a batch's images (B, 3, S, S), what they subtract included."""
@@ -101,7 +100,7 @@ def crops(images: torch.Tensor, crop_px: int, count: int) -> Iterator[torch.Tens
     """Crops of squares (B, 3, S, S) for evaluation, lazily: (B, 3, crop, crop) each, views where not flipped. `count`: 1, the
     centre; or 10, the four corners and the centre, then all of them flipped (paper §4.1); else ValueError."""
     if count not in (1, 10):
-        raise ValueError(f"views (={count}) must be 1 (centre) or 10 (paper §4.1); correct the recipe")
+        raise ValueError(f"views (={count}) must be 1 (centre) or 10 (paper §4.1); give one of them")
     far, middle = images.shape[-1] - crop_px, (images.shape[-1] - crop_px) // 2
     places = [(middle, middle)] if count == 1 else [(0, 0), (0, far), (far, 0), (far, far), (middle, middle)]
     for mirror in (False,) if count == 1 else (False, True):

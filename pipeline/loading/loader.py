@@ -157,29 +157,15 @@ def _free(prefetcher: Prefetcher[Any], chain: Chain) -> None:
     chain.close()
 
 
-class Pairs:
-    """(images, labels) of each batch, for loops that expect what a DataLoader gives. Iterating again gives the next epoch.
-    `image` says what is made of a batch's images."""
-
-    def __init__(self, loader: "Loader", image: Callable[[torch.Tensor], torch.Tensor] = lambda images: images) -> None:
-        self._loader, self._image = loader, image
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return ((self._image(batch.images), batch.labels) for batch in self._loader)
-
-
 class Loader(ABC):
-    """Batches of a chain. Threads and decoders start with the first batch, not before: a CUDA graph must be captured while none
-    are at work (DALI, freeing memory, waits for the whole device), before that or after `close`. Close it, or use it in a `with`:
-    one that is dropped is closed too, but in its own time. It works in the process that made it only: threads do not outlive a
-    fork; what takes batches raises RuntimeError elsewhere."""
+    """Batches of a chain: (images, labels), or with `return_batch` a `Batch`. Threads and decoders start with the first batch,
+    not before: a CUDA graph must be captured while none are at work (DALI, freeing memory, waits for the whole device), before
+    that or after `close`. Close it, or use it in a `with`: one that is dropped is closed too, but in its own time. It works in
+    the process that made it only: threads do not outlive a fork; what takes batches raises RuntimeError elsewhere."""
     _prefetcher: Prefetcher[Any] | None = None
 
-    def __init__(self, context: LoaderContext, chain: Chain) -> None:
-        self.context, self.chain, self.monitor = context, chain, context.monitor
+    def __init__(self, context: LoaderContext, chain: Chain, return_batch: bool) -> None:
+        self.context, self.chain, self.monitor, self.return_batch = context, chain, context.monitor, return_batch
         self.index, self.split, self.data, self.machine = context.index, context.split, context.data, context.machine
         self.device, self.threads, self.labels, self.note = context.device, context.threads, context.labels, chain.note
         self.fill = chain.fill
@@ -187,14 +173,15 @@ class Loader(ABC):
         # Where nothing is made ahead, the consumer's own stream will do.
         self._side = SideStream(self.device) if self.device.type == "cuda" and chain.queue else None
 
-    def pairs(self) -> Pairs:
-        return Pairs(self)
+    def path(self, id: int) -> str:
+        """Where a sample lies: the path of its file, or of its archive followed by its name in it."""
+        return self.index.location(id)
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def __iter__(self) -> Iterator[Batch]: ...
+    def __iter__(self) -> Iterator[Any]: ...
 
     def check_process(self) -> None:
         """Raises RuntimeError in another process than the one that made it."""

@@ -1,23 +1,23 @@
-"""The loader for training: an endless `Iterator[Batch]` with epochs and a cursor; `pipeline.tiers.train_loader` builds it."""
+"""The loader for training: endless, with epochs and a cursor; `pipeline.tiers.make_train_loader` makes it."""
 import sys
 from collections.abc import Iterator
 from typing import Any, Self
 
-from pipeline.loading.batch import Batch, LoaderContext
+from pipeline.loading.batch import LoaderContext
 from pipeline.loading.loader import Chain, Loader
 from pipeline.reading.quarantine import Quarantine
 from pipeline.sampling.batch_plan import CropPlanner
 from pipeline.sampling.sampler import Sampler
 
 
-class TrainLoader(Loader, Iterator[Batch]):
+class TrainLoader(Loader, Iterator[Any]):
     """Training batches: shuffled, cropped, flipped, colour-jittered (paper §4.1), without end. Raises ValueError when a sample
     has no label. `for batch in loader` gives the batches of the current epoch, or what is left of it; the next `for` gives the
     next epoch. Prefetching crosses the boundary."""
 
     def __init__(self, context: LoaderContext, chain: Chain, sampler: Sampler, planner: CropPlanner,
-                 quarantine: Quarantine) -> None:
-        super().__init__(context, chain)
+                 quarantine: Quarantine, return_batch: bool = True) -> None:
+        super().__init__(context, chain, return_batch)
         unlabelled = int((context.index.samples["label"][context.ids] < 0).sum())
         if unlabelled:
             raise ValueError(f"split (={self.split}) of {self.index.path} needs labels to train on; {unlabelled} have none")
@@ -31,7 +31,8 @@ class TrainLoader(Loader, Iterator[Batch]):
         return self.sampler.epoch(self.step)
 
     def __len__(self) -> int:
-        """Batches of the current epoch, consumed ones included; epochs may differ by one."""
+        """Batches of the current epoch, consumed ones included. Every batch is full: the last of an epoch holds the first samples
+        of the next one, so epochs may differ by one batch."""
         return len(self.sampler.steps(self.epoch))
 
     def __iter__(self) -> Self:
@@ -39,7 +40,7 @@ class TrainLoader(Loader, Iterator[Batch]):
         self._end = self.sampler.steps(self.epoch).stop
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Any:
         self.check_process()
         if self.step >= self._end:
             raise StopIteration
@@ -50,7 +51,7 @@ class TrainLoader(Loader, Iterator[Batch]):
             self.close()  # what was prefetched is lost; the next call starts again at the batch that failed
             raise
         self.step += 1
-        return batch
+        return batch if self.return_batch else (batch.images, batch.labels)
 
     def state_dict(self) -> dict[str, int | str]:
         """Cursor of the batches *consumed*, however many were prefetched, and what it is valid for."""
@@ -71,8 +72,8 @@ class TrainLoader(Loader, Iterator[Batch]):
             raise ValueError(f"loader state step (={step!r}) must be a whole number, at least 0; give what state_dict returned")
         for key, own in expected.items():
             if key != "step" and state.get(key) != own:
-                raise ValueError(f"loader state {key} (={state.get(key)}) must equal this loader's (={own}); resume with the "
-                                 "recipe and the index the run was started with")
+                raise ValueError(f"loader state {key} (={state.get(key)}) must equal this loader's (={own}); make the "
+                                 "loader with the index and arguments (in training: the recipe) of the one that was saved")
         self.close()
         self.step = step
         self._end = self.sampler.steps(self.epoch).stop

@@ -214,8 +214,8 @@ class ShardSource(Source):
 
     def __init__(self, index: SampleIndex, sampler: WindowSampler, *, store: str = "", check_crc: bool = True) -> None:
         if store and not (store.startswith("s3://") and len(store) > len("s3://")):
-            raise ValueError(f"machine.archives (={store}) must be s3://bucket/prefix to be streamed from; correct it, or leave "
-                             "it out to read the shards where the index finds them")
+            raise ValueError(f"store (={store}; of a recipe: machine.archives) must be s3://bucket/prefix; correct it, or "
+                             "leave it out to read the shards where the index finds them")
         self._index, self._sampler, self._store, self._check_crc = index, sampler, store.rstrip("/"), check_crc
         self._lanes: dict[int, Lane] = {}
         self._needed = 0  # step of the first batch that is not decoded yet

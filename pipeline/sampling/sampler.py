@@ -42,14 +42,14 @@ class Sampler:
         if not 0 <= rank < world:
             raise ValueError(f"shard (={self.shard}) must be (k, n) with 0 <= k < n; pass the rank and the number of ranks")
         if self.batch < 1:
-            raise ValueError(f"batch (={self.batch}) must be at least 1; correct the recipe")
+            raise ValueError(f"batch_size (={self.batch}) must be at least 1; raise it")
         if len(self.ids) == 0:
             raise ValueError("ids (=0 samples) must not be empty; the split has no usable sample, see build_index.py info")
         if self.batch > len(self.ids):
-            raise ValueError(f"batch (={self.batch}) must not exceed the {len(self.ids)} samples of the split; lower it")
+            raise ValueError(f"batch_size (={self.batch}) must not exceed the {len(self.ids)} samples of the split; lower it")
         if self.batch % world:
-            raise ValueError(f"batch (={self.batch}) must be divisible by the {world} ranks that share it; "
-                             "change the global batch")
+            raise ValueError(f"batch_size (={self.batch}) must be divisible by the {world} ranks that share it; it is "
+                             "the global batch: change it")
 
     @property
     def share(self) -> int:
@@ -125,7 +125,7 @@ class WindowSampler(Sampler):
         super().__init__(ids, batch, seed, shard)
         for name, value in (("window", window), ("lanes", lanes)):
             if value < 1:
-                raise ValueError(f"data.{name} (={value}) must be at least 1; correct the recipe")
+                raise ValueError(f"{name} (={value}) must be at least 1; raise it")
         self.window = window
         self.lanes = max(1, min(lanes, batch, len(ids) // window))
         rows = index.samples[ids]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tests.helpers.decoded import pixels, read, unfinished
+from tests.helpers.loaders import train_loader
 from tests.helpers.small_set import encode, photographs, picture, write_set
 
 from pipeline.compute_stats import compute
@@ -20,7 +21,6 @@ from pipeline.monitor import Monitor
 from pipeline.reading.quarantine import Quarantine
 from pipeline.sampling.batch_plan import BatchPlan, plan_squares
 from pipeline.stats import Stats
-from pipeline.tiers import train_loader
 
 DATA = DataConfig(region="square", square_px=76, crop_px=67, mirror=True, lighting=0.1, mean="image")
 B = 8

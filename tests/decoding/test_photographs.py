@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.helpers.loaders import eval_loader, train_loader
 from tests.helpers.oracle import LARGEST_TOLERANCE, MEAN_TOLERANCE, PAPER, ten_views, training_crop
 
 from pipeline.sampling.augment import lighting_shift
 from pipeline.index.sample_index import SampleIndex
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats
-from pipeline.tiers import eval_loader, train_loader
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif("PHOTOGRAPHS" not in os.environ, reason="PHOTOGRAPHS names no index")]
 

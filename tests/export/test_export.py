@@ -21,8 +21,8 @@ from model.config import Conv, ModelConfig, PoolConfig
 from pipeline.config import LoaderConfig
 from pipeline.index.sample_index import SampleIndex
 from pipeline.stats import Stats
-from pipeline.tiers import eval_loader
 from tests.conftest import TinySet
+from tests.helpers.loaders import eval_loader
 from tests.helpers.networks import small, tensors_of, with_layers
 from tests.helpers.recipes import write_recipe
 from train.checkpoint.checkpoint import DamagedCheckpoint

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import DataConfig, SampleIndex, Stats, eval_loader, train_loader
+from pipeline import DataConfig, SampleIndex, Stats
 from tests.conftest import TinySet
 from tests.helpers.figures import show
+from tests.helpers.loaders import eval_loader, train_loader
 from tests.helpers.runs import ROOT
 from tools.show.batch import captions, restore
 from train.figures.kernels import need_matplotlib

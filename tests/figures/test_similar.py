@@ -17,9 +17,9 @@ from pipeline.files import with_own_hash
 from pipeline.index.header import ClassInfo
 from pipeline.index.sample_index import SampleIndex
 from pipeline.index.writer import mark_excluded
-from pipeline.tiers import eval_loader
 from tests.conftest import TinySet
 from tests.helpers.figures import brute_force, check_apart, show
+from tests.helpers.loaders import eval_loader
 from tests.helpers.small_set import photographs, write_set
 from tests.helpers.trained_run import write_run
 from tools.show.similar import Picture, draw

@@ -12,8 +12,8 @@ from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.eval_loader import EvalLoader
 from pipeline.stats import Stats
-from pipeline.tiers import eval_loader
 from tests.conftest import TinySet
+from tests.helpers.loaders import eval_loader
 from tests.helpers.runs import inside
 from train.evaluate.__main__ import main
 

@@ -19,8 +19,8 @@ from pipeline.loading.batch import Batch
 from pipeline.loading.eval_loader import EvalLoader
 from pipeline.reading.quarantine import SampleError
 from pipeline.stats import Stats
-from pipeline.tiers import eval_loader
 from tests.helpers.evaluations import PIXELS, Means
+from tests.helpers.loaders import eval_loader
 from train.evaluate import predict as predicting
 from train.evaluate.predict import evaluate, predict
 from train.parallel.topology import Topology, process_group

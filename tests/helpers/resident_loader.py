@@ -14,7 +14,7 @@ from pipeline.resident import yuv420
 from pipeline.resident.ram_store import RamStore
 from pipeline.resident.store import Rows
 from pipeline.stats import Stats
-from pipeline.tiers import train_loader
+from tests.helpers.loaders import train_loader
 
 SMALL = DataConfig(region="square", square_px=76, crop_px=67, mirror=True, lighting=0.1, mean="image")
 

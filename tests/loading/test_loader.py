@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from tests.helpers.digests import digest
+from tests.helpers.loaders import eval_loader, train_loader
 from tests.helpers.oracle import LARGEST_TOLERANCE, MEAN_TOLERANCE, PAPER, ten_views, training_crop
 from tests.helpers.small_set import encode, photographs, picture, write_set
 
@@ -25,7 +26,6 @@ from pipeline.loading.eval_loader import crops
 from pipeline.compute_stats import compute
 from pipeline.sampling.batch_plan import BatchPlan
 from pipeline.stats import Stats
-from pipeline.tiers import eval_loader, train_loader
 
 SMALL = DataConfig(region="square", square_px=76, crop_px=67, mirror=True, lighting=0.1, mean="channel")
 
@@ -407,9 +407,9 @@ def test_wrong_use_is_explained(photos: SampleIndex, stats: dict[int, Stats]) ->
         train_loader("archives", photos, "train", PAPER, 4, 0, stats[76])
     with pytest.raises(ValueError, match=r"views \(=5\) must be 1 \(centre\) or 10"):
         list(crops(torch.zeros(1, 3, 8, 8), 4, 5))
-    with pytest.raises(ValueError, match=r"batch \(=24\) must not exceed the 23 samples"):
+    with pytest.raises(ValueError, match=r"batch_size \(=24\) must not exceed the 23 samples"):
         loader(photos, stats, batch=24)
-    with pytest.raises(ValueError, match=r"batch \(=0\) must be at least 1"):
+    with pytest.raises(ValueError, match=r"batch_size \(=0\) must be at least 1"):
         eval_loader("archives", photos, "val", SMALL, 0, stats[76])
 
 

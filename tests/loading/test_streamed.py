@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tests.helpers.digests import digest
+from tests.helpers.loaders import train_loader
 from tests.helpers.packed_set import tiny_s3, write_packed
 from tests.helpers.small_set import encode, picture
 
@@ -17,7 +18,6 @@ from pipeline.reading.quarantine import Quarantine
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats
 from pipeline.sampling.sampler import WindowSampler
-from pipeline.tiers import train_loader
 
 DATA = DataConfig(region="square", square_px=76, crop_px=67, mirror=True, lighting=0.1, mean="channel")
 COUNT, BATCH, WINDOW, LANES = 61, 8, 14, 4
@@ -187,7 +187,7 @@ def test_unreadable_samples_are_replaced_from_their_window(packed: SampleIndex, 
         with pytest.raises(RuntimeError, match=r"quarantine \(=3 unreadable samples\) must not exceed its budget \(=2\)"):
             epochs_of(train, 2)
     with loader(write_packed(tmp_path / "all", [GARBAGE] * COUNT, 9), stats, quarantine=Quarantine(COUNT)) as train:
-        with pytest.raises(RuntimeError, match=r"no readable stand-in after 100 attempts among \d samples; .*; or raise data"):
+        with pytest.raises(RuntimeError, match=r"no readable stand-in after 100 attempts among \d samples; .*; or raise window"):
             next(train)
 
 
@@ -238,7 +238,7 @@ def test_shards_come_from_an_object_store(packed: SampleIndex, stats: Stats, tmp
 
 def test_wrong_use_is_explained(packed: SampleIndex, stats: Stats, tmp_path: Path) -> None:
     for name in ("window", "lanes"):
-        with pytest.raises(ValueError, match=rf"data.{name} \(=0\) must be at least 1; correct the recipe"):
+        with pytest.raises(ValueError, match=rf"{name} \(=0\) must be at least 1; raise it"):
             loader(packed, stats, **{name: 0})
     for store in ("s3:/bucket", "s3://", "/folder"):
         with pytest.raises(ValueError, match=rf"machine.archives \(={store}\) must be s3://bucket/prefix to be streamed from"):

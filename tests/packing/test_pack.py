@@ -27,8 +27,8 @@ from pipeline.packing.plan import PackOptions, order
 from pipeline.packing.shard import decoded, psnr, squared_error
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats, stats_path
-from pipeline.tiers import eval_loader
 from tests.helpers.indexes import with_rows
+from tests.helpers.loaders import eval_loader
 from tests.helpers.small_set import encode, photographs, picture, write_set
 from tools import build_index
 from tools.pack_shards import main, topology

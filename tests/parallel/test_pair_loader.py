@@ -22,6 +22,7 @@ from pipeline.reading.quarantine import Quarantine
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats, stats_path
 from tests.helpers.digests import digest
+from tests.helpers.loaders import train_loader
 from tests.helpers.packed_set import write_packed
 from tests.helpers.small_set import encode, photographs, picture, write_set
 from train.config import ParallelConfig
@@ -45,8 +46,8 @@ def make(folder: Path, tier: str, memory: str, shard: tuple[int, int], **options
     """The loader of a tier over the set in `folder`: originals, or packed images for the tiers that read them."""
     index = SampleIndex.load(folder / ("packed" if tier in ("packed", "streamed") else "photos") / "index")
     machine = LoaderConfig(threads=1, resident_folder=str(folder / "resident"), resident_memory=memory)
-    return tiers.train_loader(tier, index, "train", DATA, BATCH, 7, Stats.for_index(index, 76), machine=machine, shard=shard,
-                              window=14, lanes=4, quarantine=Quarantine(2), **options)
+    return train_loader(tier, index, "train", DATA, BATCH, 7, Stats.for_index(index, 76), machine=machine, shard=shard,
+                        window=14, lanes=4, quarantine=Quarantine(2), **options)
 
 
 def take(loader: TrainLoader | PairLoader, steps: int) -> list[Batch]:

@@ -85,7 +85,7 @@ def test_mistakes(arguments: list[str], said: str, capsys: pytest.CaptureFixture
 def test_mistakes_about_the_data(tiny_set: TinySet, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(write_recipe(tmp_path, tiny_set.index))
     assert profile_pipeline.main(["--config", recipe, "--tier", "packed"]) == 2
-    assert "data.tier (=packed) needs packed images" in capsys.readouterr().err
+    assert "tier (=packed) needs packed images" in capsys.readouterr().err
     assert profile_pipeline.main(["--index", str(tiny_set.index)]) == 2
     assert "must exist before training; run `python tools/compute_stats.py" in capsys.readouterr().err
 

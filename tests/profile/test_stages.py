@@ -18,9 +18,9 @@ from pipeline.loading.train_loader import TrainLoader
 from pipeline.reading.source import ArchiveSource
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats
-from pipeline.tiers import train_loader
 from tools.profile.measure import Workload, measure
 from tools.profile.verdict import NETWORK, Measured, Setup, Verdict, verdict
+from tests.helpers.loaders import train_loader
 from tests.helpers.small_set import encode, photographs, picture, write_set
 
 DATA = DataConfig(region="square", square_px=76, crop_px=67, mirror=True, lighting=0.1, mean="image")

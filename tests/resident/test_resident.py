@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tests.helpers.digests import digest, take
+from tests.helpers.loaders import eval_loader, train_loader
 from tests.helpers.resident_loader import SMALL, filled, loader, yuv_decoded
 from tests.helpers.small_set import photographs, write_set
 
@@ -22,7 +23,6 @@ from pipeline.reading.quarantine import Quarantine
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats
 from pipeline.resident.ram_store import RamStore
-from pipeline.tiers import eval_loader, train_loader
 
 COUNT = 48
 ROOT = Path(__file__).resolve().parents[2]

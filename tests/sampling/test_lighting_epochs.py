@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 from tests.helpers.digests import take
+from tests.helpers.loaders import train_loader
 from tests.helpers.packed_set import write_packed
 from tests.helpers.recipes import write_recipe
 from tests.helpers.small_set import encode, picture
 
-from pipeline import tiers
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.sampling.augment import augment
 from pipeline.index.sample_index import SampleIndex
@@ -41,7 +41,7 @@ def loader(tier: str, index: SampleIndex, stats: Stats, folder: Path, data: Data
     tier, _, memory = tier.partition(" ")
     settings = LoaderConfig(threads=1, resident_memory=memory or "ram", resident_folder=str(folder),
                             **machine)  # type: ignore[arg-type]
-    return tiers.train_loader(tier, index, "train", data, BATCH, 7, stats, window=6, lanes=2, machine=settings)
+    return train_loader(tier, index, "train", data, BATCH, 7, stats, window=6, lanes=2, machine=settings)
 
 
 def test_draws_by_hand() -> None:

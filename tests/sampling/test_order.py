@@ -67,8 +67,9 @@ def test_orders_are_uniform() -> None:
 
 def test_wrong_shards_and_batches_are_explained() -> None:
     for shard, batch, ids, message in (((2, 2), 4, 9, r"shard \(=\(2, 2\)\) must be"), ((0, 3), 4, 9, "divisible by the 3 ranks"),
-                                       ((0, 1), 0, 9, r"batch \(=0\) must be at least 1"), ((0, 1), 4, 0, "must not be empty"),
-                                       ((0, 1), 4, 3, r"batch \(=4\) must not exceed the 3 samples")):
+                                       ((0, 1), 0, 9, r"batch_size \(=0\) must be at least 1"),
+                                       ((0, 1), 4, 0, "must not be empty"),
+                                       ((0, 1), 4, 3, r"batch_size \(=4\) must not exceed the 3 samples")):
         with pytest.raises(ValueError, match=message):
             Sampler(np.arange(ids), batch, 0, shard)
 

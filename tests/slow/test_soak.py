@@ -12,8 +12,8 @@ import pytest
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex
 from pipeline.stats import Stats
-from pipeline.tiers import train_loader
 from tests.conftest import TinySet
+from tests.helpers.loaders import train_loader
 
 BATCHES, WARM_UP, LIMIT_MIB = 20_000, 20_000, 4.0  # heaps take that long to settle
 

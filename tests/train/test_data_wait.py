@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.helpers.loaders import train_loader
 from tests.helpers.small_set import photographs, write_set
 
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.monitor import Headroom, Usage, Waits, headroom
 from pipeline.compute_stats import compute
-from pipeline.tiers import train_loader
 from train.console import DataWait
 
 MACHINE = LoaderConfig(read_threads=2)

@@ -13,7 +13,7 @@ from model.alexnet import AlexNet
 from pipeline.index.sample_index import SampleIndex
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats, stats_path
-from pipeline.tiers import train_loader
+from tests.helpers.loaders import train_loader
 from tests.helpers.recipes import write_recipe
 from tests.helpers.small_set import photographs, write_set
 from tests.helpers.runs import here, lines, watch, weights

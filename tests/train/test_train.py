@@ -184,7 +184,7 @@ def test_mistakes_leave_with_2_and_no_traceback(recipe: Path, whole: Path, tiny_
         (("--machine.name=a/b",), "machine.name (=a/b) must name a folder of"),
         (("--model.classes=5", "--machine.name=x"), "model.classes (=5) must be at least the 6 of the index"),
         (("--data.test_split=test", "--machine.name=x"), "split (=test) is not in the index"),
-        (("--train.batch=1000", "--machine.name=x"), "batch (=1000) must not exceed the 76 samples"),
+        (("--train.batch=1000", "--machine.name=x"), "train.batch (=1000) must not exceed the 76 images of split train"),
         (("--optimizer.lrr=1",), "--optimizer.lrr (=1) is no option; did you mean --optimizer.lr?"),
     ]:
         out, err = here(recipe, runs, *argv, code=2)

@@ -78,10 +78,10 @@ def test_two_processes_with_resident_images_train_as_one(recipe: Path, whole: Ca
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--data.tier=packed", "--data.packed="], r"data.tier (=packed) needs packed images, and INDEX is an index of archives; run "
-     "`python tools/pack_shards.py INDEX OUT` and give OUT as data.packed"),
-    (["--data.tier=streamed", "--data.packed="], "data.tier (=streamed) needs packed images"),
-    (["--data.index=PACKED"], "data.tier (=archives) must name what the index is: PACKED holds packed images"),
+    (["--data.tier=packed", "--data.packed="], "tier (=packed) needs packed images, and INDEX is an index of archives; run "
+     "`python tools/pack_shards.py INDEX OUT` and give OUT as the index (in a recipe: as data.packed)"),
+    (["--data.tier=streamed", "--data.packed="], "tier (=streamed) needs packed images"),
+    (["--data.index=PACKED"], "tier (=archives) must name what the index is: PACKED holds packed images"),
     (["--data.tier=tape"], "data.tier"),
     (["--data.tier=packed", "--data.packed=nowhere"], "data.packed (=nowhere) is no packed folder yet; write it with `python"),
     (["--data.tier=packed", "--data.square_px=80"],

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from pipeline.config import LoaderConfig
 from pipeline.loading.batch import Batch
 from pipeline.sampling.augment import lighting_shift
-from pipeline.tiers import train_loader
+from pipeline.tiers import make_train_loader
 from tools.bench.crops import Crop, Cropper, Normalize, crop_opencv, crop_pil, crop_torch, decode
 from tools.bench.workers import NotAvailable
 from tools.bench.workload import DATA, Augmented, Ids, Parameters, Photographs, Pixels, Running, Task, need
@@ -35,7 +35,8 @@ def ours(tier: str, task: Task) -> Running:
     original, packed = Photographs(task, "original"), Photographs(task, "packed")
     index, stats = packed.index if tier in ("packed", "streamed") else original.index, original.stats
     machine = LoaderConfig(threads=task.workers, quarantine_budget=0.05, resident_folder=str(task.scratch / "resident"))
-    loader = train_loader(tier, index, "train", DATA, task.batch, 0, stats, machine=machine)
+    loader = make_train_loader(index, batch_size=task.batch, data=DATA, tier=tier, stats=stats, machine=machine,
+                               return_batch=True)
     loader.fill()
 
     def batches() -> Iterator[Batch]:

@@ -14,8 +14,7 @@ from pipeline.loading.batch import Batch
 from pipeline.monitor import Event, Monitor
 from pipeline.process_pool import cores
 from pipeline.resident.capacity import memory
-from pipeline.stats import Stats
-from pipeline.tiers import train_loader
+from pipeline.tiers import make_train_loader
 from tools.profile import host, stages
 from tools.profile.measure import Workload, measure
 from tools.profile.network import NetworkStep
@@ -40,10 +39,10 @@ def profile(args: argparse.Namespace, config: Config) -> tuple[Profile, Sequence
         config = replace(config, train=replace(config.train, batch=min(config.train.batch, images)))
         title = (f"{index.path}, {images:,} images of split {split}, tier {data.tier}, {data.crop_px} of {data.square_px} px, "
                  f"batch {config.train.batch}, on {topology.device}, {machine.threads} of {cores()} cores for pixels")
-        open_loader = partial(train_loader, data.tier, index, split, data=data, batch=config.train.batch, seed=config.train.seed,
-                              stats=Stats.for_index(index, data.square_px, split), resident=data.resident, window=data.window,
-                              lanes=data.lanes, store=config.machine.archives if config.in_bucket else "",
-                              device_id=topology.device.index)
+        open_loader = partial(make_train_loader, index, split, config.train.batch, data=data, tier=data.tier,
+                              seed=config.train.seed, resident=data.resident, window=data.window, lanes=data.lanes, shard=(0, 1),
+                              store=config.machine.archives if config.in_bucket else "", device=topology.device,
+                              return_batch=True)
         network = NetworkStep(config, topology) if args.model else None  # before DALI is there: it may be captured
         monitor = Monitor(trace=args.trace is not None, nvtx=args.nvtx)
         with ExitStack() as closers:

@@ -14,7 +14,7 @@ from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.batch import Batch
 from pipeline.sampling.augment import Augmentation, lighting_shift
 from pipeline.stats import Stats
-from pipeline.tiers import train_loader
+from pipeline.tiers import make_train_loader
 from tools.show.sheet import Sheet
 from train.recipe import load
 
@@ -78,8 +78,9 @@ def run(args: argparse.Namespace) -> None:
     stats = Stats.for_index(index, data.square_px)
     with tempfile.TemporaryDirectory() as scratch:  # tier resident would begin to fill its file: not for a sheet
         machine = replace(config.machine, threads=0, resident_memory="ram", resident_folder=scratch)
-        with train_loader(data.tier, index, data.train_split, data, args.count, config.train.seed, stats, store=store,
-                          resident=data.resident, window=data.window, lanes=data.lanes, machine=machine) as loader:
+        with make_train_loader(index, data.train_split, args.count, data=data, tier=data.tier, seed=config.train.seed,
+                               stats=stats, store=store, resident=data.resident, window=data.window, lanes=data.lanes,
+                               machine=machine, return_batch=True) as loader:
             loader.load_state_dict({**loader.state_dict(), "step": args.step})
             batch = next(iter(loader))
             augmentation = loader.planner.augmentation(batch.ids, batch.epochs)

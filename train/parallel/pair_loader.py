@@ -101,7 +101,8 @@ class PairLoader(Iterator[Batch]):
             for work in exchange.works:
                 work.wait()  # on a GPU: make the device's stream wait
         ids, epochs = exchange.ids_epochs.transpose(0, 1).flatten(1).numpy()
-        batch = Batch(exchange.images, self.loader.labels(ids), ids, epochs, exchange.half.step)
+        batch = Batch(exchange.images, self.loader.labels(ids), ids, epochs, exchange.half.step,
+                      exchange.half.index)
         self.step += 1
         if self.step < self._end:
             try:
