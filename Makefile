@@ -2,6 +2,7 @@
 # make test   the tests                                                                     make lint               flake8 and mypy
 # make bench   every tier against other people's loaders (INDEX=, PACKED=)                  make bench-parallel     one process against towers, data, weird
 # make bench-gpu   all about the GPU at hand, in ten minutes (without one: a try at toy sizes)
+# make docs   the documentation, into build/docs
 # make clean   everything made here
 # All of them first install what is missing into $(VENV); a stamp file makes that step instant until setup.cfg or constraints.txt change.
 
@@ -20,7 +21,7 @@ OUT    ?= $(if $(DATA),demo-data,demo)
 INDEX  ?=
 PACKED ?=
 
-.PHONY: install demo test lint bench bench-parallel bench-gpu clean
+.PHONY: install demo test lint bench bench-parallel bench-gpu docs clean
 
 install: $(STAMP)
 
@@ -45,6 +46,9 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/python -m flake8 pipeline model train tools tests
 	$(BIN)/python -m mypy
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 bench: $(STAMP)
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[bench]'

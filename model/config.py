@@ -45,7 +45,11 @@ class LrnConfig:
 
 @dataclass(frozen=True)
 class PoolConfig:
-    """Max pooling (paper §3.4) of px × px pixels, every `stride` pixels. 3 and 2, the paper's, overlap; 2 and 2 do not."""
+    """Max pooling (paper §3.4). 3 and 2, the paper's, overlap; 2 and 2 do not.
+
+    Args:
+        px: side of the window, pixels (paper: 3).
+        stride: pixels from one window to the next (paper: 2)."""
     px: int
     stride: int
 
@@ -56,27 +60,46 @@ class PoolConfig:
 
 @dataclass(frozen=True)
 class Conv:
-    """One convolution, always followed by the activation (paper §3.5)."""
-    kernels: int  # number of them over all towers
-    px: int  # side of a kernel, pixels
-    std: float  # initial weights are drawn from N(0, std) (paper §5)
-    bias: float  # initial, constant
-    stride: int = 1  # pixels
-    pad: int = 0  # pixels
-    sees: Sees = "own"  # the maps of its own tower, or of both (paper figure 2); conv1 sees the image whatever is said
-    lrn: Norm = "none"  # response normalisation: none, after the activation (paper), or before it (release run 145, conv1)
-    pool: bool = False  # max pooling follows
+    """One convolution, always followed by the activation (paper §3.5).
+
+    Args:
+        kernels: number of them over all towers.
+        px: side of a kernel, pixels.
+        std: initial weights are drawn from N(0, std) (paper §5).
+        bias: initial bias, constant.
+        stride: pixels from one place of the kernel to the next.
+        pad: zero padding on each side, pixels.
+        sees: the maps of its own tower, or of both (paper figure 2); conv1 sees the image in any case.
+        lrn: response normalisation: none, after the activation (paper), or before it (release run 145, conv1).
+        pool: max pooling follows."""
+    kernels: int
+    px: int
+    std: float
+    bias: float
+    stride: int = 1
+    pad: int = 0
+    sees: Sees = "own"
+    lrn: Norm = "none"
+    pool: bool = False
 
 
 @dataclass(frozen=True)
 class Full:
-    """One fully connected layer. The last one of a network gives the logits: no activation, no dropout."""
-    std: float  # as in Conv
-    bias: float  # as in Conv
-    neurons: int = 0  # number of them over all towers; of the last layer 0, as it has one for each class
-    sees: Sees = "both"  # the neurons of both towers, or of its own
-    dropout: bool = False  # model.dropout of its neurons are silenced in training (paper §4.2)
-    linear: bool = False  # no activation follows (the release's layer before a softmax of very many classes)
+    """One fully connected layer. The last one of a network gives the logits: no activation, no dropout.
+
+    Args:
+        std: initial weights are drawn from N(0, std) (paper §5).
+        bias: initial bias, constant.
+        neurons: number of them over all towers; left out of the last layer, which has one for each class.
+        sees: the neurons of both towers, or of its own.
+        dropout: model.dropout of its neurons are zeroed in training (paper §4.2).
+        linear: no activation follows (the release's layer before a softmax of very many classes)."""
+    std: float
+    bias: float
+    neurons: int = 0
+    sees: Sees = "both"
+    dropout: bool = False
+    linear: bool = False
 
 
 Layer = Union[Conv, Full]
