@@ -257,16 +257,23 @@ class Config:
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
+def changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Key → its old and new value, of the keys of two configs (`as_dict`) whose values differ; None where a key is not there."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in sorted(old.keys() | new.keys()):
+        name, before, after = f"{prefix}{key}", old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found |= changes(before, after, f"{name}.")
+        elif before != after:
+            found[name] = before, after
+    return found
+
+
+def changes_results(key: str) -> bool:
+    """Whether a key is part of the fingerprint."""
+    return key.partition(".")[0] not in SPEED and tuple(key.split(".")) not in PATHS
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """Lines `key: theirs -> ours` of the keys whose values differ, without SPEED and PATHS."""
-    lines = []
-    for key in sorted(ours.keys() | theirs.keys()):
-        name = f"{prefix}{key}"
-        if name in SPEED or tuple(name.split(".")) in PATHS:
-            continue
-        new, old = ours.get(key), theirs.get(key)
-        if isinstance(new, dict) and isinstance(old, dict):
-            lines += differences(new, old, f"{name}.")
-        elif new != old:
-            lines.append(f"{name}: {old} -> {new}")
-    return lines
+    return [f"{key}: {old} -> {new}" for key, (old, new) in changes(theirs, ours).items() if changes_results(key)]

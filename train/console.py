@@ -1,5 +1,5 @@
-"""Console output of a run: a live line in a terminal, plain lines elsewhere, one table row per epoch, and at the end one line on
-data wait, its cause and the loader's headroom. Only one process prints.
+"""Console output of a run: a progress bar in a terminal, plain lines elsewhere, one table row per epoch, and at the end one line
+that says whether computing or the loader limited training. Only one process prints.
 """
 import contextlib
 import os
@@ -7,20 +7,24 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, Callable, Iterator, Optional
 
 from rich.console import Console as Terminal
 from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
 from pipeline.config import LoaderConfig
 from pipeline.monitor import METRIC_NAMES, REMEDIES, STAGES, Monitor, Usage, Waits, cause_of, headroom, remedies, usage
-from train.evaluate.metrics import Score
+from train.evaluate.metrics import FEW_CLASSES, Score
 
 RECENT_STEPS = 50  # over which the displayed throughput is taken
-SMALL_WAIT = 0.01  # a data wait below this share of the time needs no advice
+SMALL_WAIT, LARGE_WAIT = 0.01, 0.1  # shares of the time: below, data wait needs no advice; from there on, data limits training
+BAR_S = 0.1  # between two updates of the progress bar
+BAR_LEAST, BAR_MOST = 6, 40  # characters
+CELL = 7  # characters of a cell of the table, at least
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,14 @@ class Throughput:
     waited: float
     causes: dict[str, float]
 
+    @property
+    def rate(self) -> str:
+        """Images per second for a person."""
+        return f"{self.images_per_s:.1f}" if self.images_per_s < 1000 else f"{self.images_per_s:.0f}"
+
     def __str__(self) -> str:
         cause = f" ({cause_of(self.causes)})" if self.waited >= 0.005 else ""
-        return f"{self.images_per_s:.1f} img/s data wait {self.waited:.1%}{cause}"
+        return f"{self.rate} img/s  data wait {self.waited:.1%}{cause}"
 
     def as_dict(self) -> dict[str, Any]:
         """Rounded, for a line of metrics.jsonl."""
@@ -71,12 +80,12 @@ def _throughput(start: tuple[float, int, Waits], end: tuple[float, int, Waits]) 
 
 class Console:
     """Everything a run prints on stdout. Not `enabled`, in all processes but the main one, it prints nothing. Whether `stream` is
-    a terminal decides between a live line and plain ones, `log_s` seconds apart. Output never ends a run: when nobody reads it
-    any more (`… | head`) or it cannot be written, the rest goes to the file `log`."""
+    a terminal decides between a progress bar and plain lines, `log_s` seconds apart. Output never ends a run: when nobody reads
+    it any more (`… | head`) or it cannot be written, the rest goes to the file `log`."""
 
     def __init__(self, enabled: bool, log_s: float, stream: Optional[IO[str]] = None, log: Path = Path(os.devnull)) -> None:
         self._enabled, self._log_s, self._stream, self._log = enabled, log_s, stream or sys.stdout, log
-        self._last_line_s, self._has_header = -float("inf"), False
+        self._last_shown_s, self._has_header = -float("inf"), False
         terminal = Terminal(file=self._stream, highlight=False)
         self._live = Live(console=terminal, transient=True) if enabled and terminal.is_terminal else None
 
@@ -111,25 +120,37 @@ class Console:
              left_s: float) -> None:
         """Progress of an epoch (`1/90`) after a training step; loss and error are means over the epoch so far."""
         if self._is_due():
-            self._show(f"epoch {epoch} step {step} {done}/{total} loss {loss:.4f} error {error:.1%} {throughput} "
-                       f"left {timedelta(seconds=round(left_s))}")
+            left = duration(left_s)
+            self._show(f"epoch {epoch}", done, total,
+                       f"step {step} ({done}/{total})  train loss {loss:.4f}  train err@1 {error:.1%}  {throughput}  ETA {left}",
+                       f"{done:{len(str(total))}}/{total}  loss {loss:.4f}  err@1 {error:.1%}  {throughput}  ETA {left}",
+                       f"{done / total:4.0%} loss {loss:.3f} err@1 {error:.1%} {throughput.rate} img/s wait "
+                       f"{throughput.waited:.1%} ETA {left}", f"{done / total:4.0%} loss {loss:.3f} ETA {left}")
 
     def testing(self, title: str) -> Callable[[int, int], None]:
         """A function that shows the progress of a test, given images done and in all."""
         def show(done: int, total: int) -> None:
             if self._is_due():
-                self._show(f"{title} {done}/{total} images")
-        self._last_line_s = time.monotonic()  # a short test needs no line
+                self._show(title, done, total, f"{done}/{total} images")
+        self._last_shown_s = time.monotonic()  # a short test needs no line
         return show
 
-    def epoch(self, epoch: str, loss: float, error: float, validation: Score, lr: float, throughput: Throughput,
-              seconds: float) -> None:
+    def epoch(self, epoch: str, loss: float, error: float, validation: Score, lr: float, throughput: Throughput) -> None:
         """A table row of an epoch (`1/90`), under its header; errors are shares, `lr` is the rate it was trained with."""
-        if not self._has_header:
-            self._has_header = True
-            self.print(" epoch   loss   error  val top-1  val top-5      lr    img/s  data wait     time")
-        self.print(f"{epoch:>7} {loss:6.4f} {error:6.2%} {validation.top1:9.2%} {validation.top5:10.2%} {lr:8.2g} "
-                   f"{throughput.images_per_s:7.1f} {throughput.waited:9.1%} {timedelta(seconds=round(seconds))!s:>9}")
+        cells = {"epoch": epoch, "train loss": f"{loss:.4f}", "train err@1": f"{error:.2%}",
+                 "val loss": f"{validation.loss:.4f}", "val err@1": f"{validation.top1:.2%}",
+                 "val err@5": f"{validation.top5:.2%}", "lr": f"{lr:.3g}", "img/s": throughput.rate,
+                 "data wait": f"{throughput.waited:.1%}"}
+        if validation.classes < FEW_CLASSES:
+            del cells["val err@5"]
+        widths = [max(CELL, len(name)) for name in cells]
+        lines = [list(cells)]
+        if self._live is not None and sum(widths) + 2 * len(widths) > self._live.console.width:  # the names in two lines
+            lines = [[name.rpartition(" ")[0] for name in cells], [name.rpartition(" ")[2] for name in cells]]
+            widths = [CELL] * len(cells)
+        for line in [*([] if self._has_header else lines), list(cells.values())]:
+            self.print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+        self._has_header = True
 
     def close(self) -> None:
         if self._live is not None:
@@ -137,20 +158,32 @@ class Console:
             self._live = None
 
     def _is_due(self) -> bool:
-        """Whether to show progress now: in a terminal always (rich limits the rate), elsewhere every log_s."""
-        if not self._enabled or self._live is not None:
-            return self._enabled
-        if time.monotonic() - self._last_line_s < self._log_s:
+        """Whether to show progress now."""
+        now = time.monotonic()
+        if not self._enabled or now - self._last_shown_s < (self._log_s if self._live is None else BAR_S):
             return False
-        self._last_line_s = time.monotonic()
+        self._last_shown_s = now
         return True
 
-    def _show(self, text: str) -> None:
+    def _show(self, title: str, done: int, total: int, plain: str, *beside: str) -> None:
+        """A plain line; or a bar, and the first of the texts `beside` it (default: `plain`) for which there is room."""
         if self._live is None:
-            self.print(text)
-        else:
-            self._live.start()
-            self._live.update(Text(text))
+            return self.print(f"{title}  {plain}")
+        room, texts = self._live.console.width - len(title) - 2, beside or (plain,)
+        text = next((text for text in texts if len(text) + BAR_LEAST <= room), texts[-1])
+        line = Table.grid(padding=(0, 1, 0, 0))
+        for _ in range(3):
+            line.add_column(no_wrap=True)
+        line.add_row(Text(title), ProgressBar(total, done, width=max(1, min(BAR_MOST, room - len(text)))), Text(text))
+        self._live.start()
+        self._live.update(line)
+
+
+def duration(seconds: float) -> str:
+    """`1:02:03`, or `2d 03h`."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours < 24 else f"{hours // 24}d {hours % 24:02}h"
 
 
 @dataclass
@@ -184,14 +217,13 @@ class DataWait:
             return ""
         share = min(1.0, self.waits.seconds / self.used.time)
         if share < SMALL_WAIT:
-            room = headroom(self.used, machine, threads)
-            return f"data wait: {share:.1%} of the time" + (
-                "" if on_gpu else f"; the loader has {room.times:.1f}× headroom ({room.stage} is its busiest part)")
+            room = "" if on_gpu else f"the loader could deliver {headroom(self.used, machine, threads).times:.1f}× more; "
+            return f"compute-bound: {room}data wait {share:.1%}"
         cause = self.waits.cause
         advice = ("try --parallel.feed=replicate" if swaps and cause == "copy" else
                   "; or ".join(REMEDIES[remedy] for remedy in remedies(tier, cause)))
         shares = {stage: getattr(self.waits, stage) / self.waits.seconds for stage in STAGES}
         shares["other"] = max(0.0, 1 - sum(shares.values()))
         parts = ", ".join(f"{stage} {part:.0%}" for stage, part in shares.items() if part >= 0.005)
-        return (f"data wait: {share:.1%} of the time (of that {parts}): {advice}; `python tools/profile_pipeline.py --config "
-                "RECIPE` measures what would help")
+        bound = "data-bound" if share >= LARGE_WAIT else "mostly compute-bound"
+        return f"{bound}: data wait {share:.1%} ({parts}); {advice}; see `alexnet profile RECIPE`"

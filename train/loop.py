@@ -85,7 +85,8 @@ class Trainer:
         self._metrics = Metrics(folder / METRICS, topology.is_main)
         self._saver = AsyncSaver(self._checkpoints, topology, config.machine.keep_last, config.machine.timeout_s)
         self._progress, self._data_wait = Progress(), DataWait()
-        self.steps = first_step(config.train.epochs, len(index.ids(config.data.train_split)), config.train.batch)  # of the run
+        self._samples = len(index.ids(config.data.train_split))
+        self.steps = first_step(config.train.epochs, self._samples, config.train.batch)  # of the run
 
     def train(self) -> bool:
         """Train until the last epoch is validated; False when stopped, and saved, before."""
@@ -159,8 +160,10 @@ class Trainer:
             self._metrics.write("step", step=result.step, epoch=self._progress.epoch, lr=result.lr, loss=result.loss,
                                 error=result.errors / train.batch, **recent.as_dict())
         left_s = (self.steps - result.step - 1) * train.batch / recent.images_per_s
-        self._console.step(f"{self._progress.epoch + 1}/{train.epochs}", result.step, self._progress.images // train.batch,
-                           len(self._loader), *self._progress.means(), recent, left_s)
+        epoch = self._progress.epoch
+        begin, end = (first_step(number, self._samples, train.batch) for number in (epoch, epoch + 1))
+        self._console.step(f"{epoch + 1}/{train.epochs}", result.step, result.step + 1 - begin, end - begin,
+                           *self._progress.means(), recent, left_s)
 
     def _validate(self) -> Optional[Score]:
         """The validation score; None when stopped."""
@@ -186,7 +189,7 @@ class Trainer:
         lr = schedule.lr(step - 1, epoch)  # the optimizer has not been given it after a resume into a validation
         self._metrics.write("epoch", epoch=epoch, step=step, lr=lr, loss=loss, error=error, **overall.as_dict(),
                             seconds=round(throughput.seconds, 2), validation=score.as_dict())
-        self._console.epoch(f"{epoch + 1}/{epochs}", loss, error, score, lr, overall, throughput.seconds)
+        self._console.epoch(f"{epoch + 1}/{epochs}", loss, error, score, lr, overall)
         quarantined, new = self._loader.quarantine.count()
         if quarantined:
             self._console.warn(f"training images in quarantine: {quarantined}, {new} of them since the epoch before; others "

@@ -94,8 +94,10 @@ def train_and_test(request: CommandLine, topology: Topology) -> int:
         if score is None:
             console.print(f"stopped and saved at step {loader.step}; resume with --resume")
             return STOPPED
-        console.print(f"test ({config.data.test_split}, {score.images} images, {config.train.test_views} views): top-1 "
-                      f"error {score.top1:.2%} ({score.top1_errors}), top-5 error {score.top5:.2%} ({score.top5_errors})")
+        views = config.train.test_views
+        console.print(f"test on {config.data.test_split}, {score.images} images, {views} crop{'s' if views > 1 else ''}:")
+        for line in score.lines():
+            console.print(f"  {line}")
         if score.at_chance:
             console.warn(CHANCE)
         return DONE

@@ -77,8 +77,9 @@ def test_a_person_reads_what_came_of_it(copy: Path) -> None:
     assert out.startswith(f"split val: 24 images\n{copy}/a/checkpoints/step-") and ", 1 crop\n" in out
     for entry in (*found["members"], found["ensemble"]):
         low, high = entry["intervals"]["top1"]
-        assert f"top-1 errors {entry['top1_errors']} of 24 = {entry['top1']:.2%} (95% interval {low:.2%} to {high:.2%})" in out
-        assert f"loss {entry['loss']:.4f} (" in out
+        assert f"\nerr@1 {entry['top1']:.2%} ({entry['top1_errors']}/24), 95% interval {low:.2%} to {high:.2%}\n" in out
+        assert f"\nloss {entry['loss']:.4f}, 95% interval " in out
+    assert "err@5" not in out  # of 6 classes
     assert "\nensemble of 2, probabilities averaged\n" in out
     assert f"\nsaved in {copy}/a/evaluations/step-" in out
     chance = [entry for entry in (*found["members"], found["ensemble"]) if entry["top1_errors"] >= 15]  # 9 right may be luck

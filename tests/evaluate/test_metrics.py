@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy.stats import binom, binomtest
 
-from train.evaluate.metrics import Score, label_ranks, mean_interval
+from train.evaluate.metrics import Score, label_ranks, loss_interval, share_interval
 
 
 def test_ranks_by_hand() -> None:
@@ -29,12 +29,22 @@ def test_labels_in_another_order_are_at_chance() -> None:
     assert not Score(50_000, 49_800, 0, 0.0, 1000).at_chance  # 0.4% right, where chance is 0.1%
 
 
-@pytest.mark.parametrize("share", [0.01, 0.4, 0.9])
-def test_intervals_of_errors_are_nearly_binomial(share: float) -> None:
-    wrong = (np.arange(50_000) < round(share * 50_000)).astype(np.int64)
-    expected = binom.ppf([0.025, 0.975], 50_000, share) / 50_000
-    assert mean_interval(wrong) == pytest.approx(tuple(expected), abs=2e-5)
+@pytest.mark.parametrize("count, of", [(0, 300), (1, 300), (247, 300), (300, 300), (0, 1), (20_330, 50_000)])
+def test_intervals_of_shares_are_wilsons(count: int, of: int) -> None:
+    expected = binomtest(count, of).proportion_ci(0.95, method="wilson")
+    low, high = share_interval(count / of, of)
+    assert (low, high) == pytest.approx(tuple(expected), abs=1e-12) and 0 <= low <= count / of <= high <= 1 and low < high
 
 
-def test_equal_values_have_an_interval_of_no_width() -> None:
-    assert mean_interval(np.full(7, 2.5)) == (2.5, 2.5)
+@pytest.mark.parametrize("share", [0.001, 0.01, 0.4])
+def test_intervals_hold_the_true_share_about_as_often_as_they_say(share: float) -> None:
+    """Of 300 images; normal ones hold 0.001 in 26% of all draws."""
+    counts = np.arange(301)
+    holds = [low <= share <= high for low, high in (share_interval(count / 300, 300) for count in counts)]
+    assert 0.93 < binom.pmf(counts, 300, share)[holds].sum() < 0.97
+
+
+def test_the_interval_of_a_loss() -> None:
+    losses = np.random.default_rng(0).exponential(2.0, 10_000)
+    assert loss_interval(losses) == pytest.approx((losses.mean() - 0.0392, losses.mean() + 0.0392), abs=1e-3)
+    assert loss_interval(np.array([0.0, 0.0, 9.0])) == (0.0, pytest.approx(7.8, abs=0.01))

@@ -24,14 +24,17 @@ from tests.helpers.small_set import photographs, write_set
 from tests.helpers.trained_run import write_run
 from tools.show.similar import Picture, draw
 from train.checkpoint.resolve import class_name, load_trained, resolve
+from train.evaluate.metrics import share_interval
 from train.figures.features import FEATURES, IDS, MANIFEST, Features, build
 from train.figures.neighbours import Queries, chosen_ids, precision, search
 
 
 def test_precision_by_hand() -> None:
-    mean, error = precision(np.array([0, 1]), np.array([[0, 0, 1], [0, 0, 1]]))
-    assert mean == pytest.approx(0.5) and error == pytest.approx(np.std([2 / 3, 1 / 3], ddof=1) / np.sqrt(2))
-    assert precision(np.array([0]), np.array([[0, 1]]))[0] == 0.5
+    mean, interval = precision(np.array([0, 1]), np.array([[0, 0, 1], [0, 0, 1]]))
+    count = 0.25 / (np.var([2 / 3, 1 / 3], ddof=1) / 2)  # of independent images whose mean varies as much
+    assert mean == pytest.approx(0.5) and interval == pytest.approx(share_interval(0.5, count))
+    assert precision(np.array([0] * 9), np.array([[0, 0]] * 9)) == (1.0, share_interval(1.0, 9))
+    assert precision(np.array([0]), np.array([[0, 1]])) == (0.5, share_interval(0.5, 1))
 
 
 # --- features on disk
@@ -167,7 +170,7 @@ def test_the_search_equals_brute_force(run: Path, built: Path, capsys: pytest.Ca
     out = capsys.readouterr().out
     assert out.startswith("24 queries, 4 nearest of 75 images of split train\nof the query's class by fc7: ")
     for kind, share in shares.items():
-        assert f"of the query's class by {kind}: {100 * share:.1f}% ± " in out
+        assert f"of the query's class by {kind}: {share:.1%}, 95% interval over queries " in out
     assert query(built, "--count", "24", "--no-pixels") == 0 and "pixels" not in capsys.readouterr().out
 
 

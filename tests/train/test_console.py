@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import re
+from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
 
 from pipeline.monitor import Monitor, Waits
-from train.console import Console, Throughput, ThroughputMeter
+from train.console import Console, Throughput, ThroughputMeter, duration
 from train.evaluate.metrics import Score
 
 VALIDATION = Score(images=1000, top1_errors=456, top5_errors=200, loss=1.0, classes=10)
@@ -30,12 +32,12 @@ def test_throughput_by_hand() -> None:
     overall = throughput.overall()
     assert throughput.recent() == overall and throughput.seconds == 3.0 and overall.images_per_s == 10.0
     assert overall.waited == pytest.approx(0.2) and overall.causes["decode"] == pytest.approx(0.4 / 3)
-    assert str(overall) == "10.0 img/s data wait 20.0% (decode)"
+    assert str(overall) == "10.0 img/s  data wait 20.0% (decode)"
 
 
 def test_hardly_any_waiting_has_no_cause() -> None:
     waits = {"read": 0.004, "decode": 0.0, "normalize": 0.0, "copy": 0.0}
-    assert str(Throughput(10.0, 0.004, waits)) == "10.0 img/s data wait 0.4%"
+    assert str(Throughput(1234.5, 0.004, waits)) == "1234 img/s  data wait 0.4%"
 
 
 def test_recent_throughput_forgets_the_start() -> None:
@@ -54,8 +56,8 @@ def steps(console: Console, count: int) -> None:
         console.step("3/90", 700 + step, step + 1, count, 3.2, 0.5, throughput.recent(), 3723)
 
 
-def row(console: Console) -> None:
-    console.epoch("3/90", 3.21, 0.5, VALIDATION, 0.01, Throughput(34.5, 0.03, {}), 3723)
+def row(console: Console, validation: Score = VALIDATION) -> None:
+    console.epoch("3/90", 3.21, 0.5, validation, 0.01, Throughput(34.5, 0.03, {}))
 
 
 def test_plain_lines_come_every_so_often_and_rows_under_one_header() -> None:
@@ -67,11 +69,11 @@ def test_plain_lines_come_every_so_often_and_rows_under_one_header() -> None:
     console.warn("odd")
     console.close()
     lines = stream.getvalue().splitlines()
-    assert len(lines) == 5 and lines[0].startswith("epoch 3/90 step 700 1/50 loss 3.2000 error 50.0%")
-    assert lines[0].endswith("left 1:02:03") and "data wait 0.0% left" in lines[0] and "\x1b" not in stream.getvalue()
-    assert lines[1].split() == ["epoch", "loss", "error", "val", "top-1", "val", "top-5", "lr", "img/s", "data", "wait",
-                                "time"]
-    assert lines[2].split() == ["3/90", "3.2100", "50.00%", "45.60%", "20.00%", "0.01", "34.5", "3.0%", "1:02:03"]
+    assert len(lines) == 5 and "\x1b" not in stream.getvalue()
+    assert lines[0].startswith("epoch 3/90  step 700 (1/50)  train loss 3.2000  train err@1 50.0%  ")
+    assert lines[0].endswith(" img/s  data wait 0.0%  ETA 1:02:03")
+    assert lines[1] == "  epoch  train loss  train err@1  val loss  val err@1  val err@5       lr    img/s  data wait"
+    assert lines[2] == "   3/90      3.2100       50.00%    1.0000     45.60%     20.00%     0.01     34.5       3.0%"
     assert lines[4] == "WARNING: odd"
     often = io.StringIO()
     steps(Console(True, 1e-9, often), 5)
@@ -87,19 +89,41 @@ def test_tests_tell_their_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     told(10, 100)
     now[0] += 11
     told(20, 100)
-    assert stream.getvalue() == "validation 20/100 images\n"
+    assert stream.getvalue() == "validation  20/100 images\n"
 
 
-def test_terminal_has_a_live_line() -> None:
+@pytest.mark.parametrize("columns, beside", [
+    (160, "1/5  loss 3.2000  err@1 50.0%  "), (80, " 20% loss 3.200 err@1 50.0% "), (40, " 20% loss 3.200 ETA 1:02:03")])
+def test_a_terminal_has_a_progress_bar_that_fits(columns: int, beside: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
     stream = Terminal()
     console = Console(True, 1e9, stream)
-    console.testing("validation")(20, 100)
     console.print("[not markup]")
-    row(console)
     steps(console, 5)
     console.close()
-    text = stream.getvalue()
-    assert "\x1b[" in text and "epoch 3/90" in text and "[not markup]" in text and "45.60%" in text
+    lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue()))
+    bars = [line.rstrip() for line in lines if line.startswith("epoch 3/90")]
+    assert "[not markup]" in lines and bars and max(map(len, lines)) <= columns
+    assert beside in bars[0] and (columns < 80 or bars[0].endswith("ETA 1:02:03") and "wait 0.0%" in bars[0])
+
+
+def test_the_table_fits_80_columns_and_hides_the_five_best_of_few_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    stream = Terminal()
+    console = Console(True, 1e9, stream)
+    row(console)
+    assert stream.getvalue().splitlines() == [
+        "           train    train      val      val      val                       data",
+        "  epoch     loss    err@1     loss    err@1    err@5       lr    img/s     wait",
+        "   3/90   3.2100   50.00%   1.0000   45.60%   20.00%     0.01     34.5     3.0%"]
+    stream = Terminal()
+    row(Console(True, 1e9, stream), replace(VALIDATION, classes=9))
+    assert "err@1" in stream.getvalue() and "err@5" not in stream.getvalue() and "20.00%" not in stream.getvalue()
+
+
+def test_long_times() -> None:
+    left = [duration(seconds) for seconds in (0.4, 59.6, 3723, 86_399, 277_000)]
+    assert left == ["0:00:00", "0:01:00", "1:02:03", "23:59:59", "3d 04h"]
 
 
 def test_other_processes_are_silent() -> None:

@@ -29,13 +29,15 @@ def test_headroom_by_hand() -> None:
 def test_the_summary_by_hand() -> None:
     used = Usage(time=100.0, read=1.0, decode=20.0, making=2.0)
     fed = DataWait(Waits(0.5, decode=0.5, batches=50), used)
-    assert fed.summary(MACHINE, 2, False) == ("data wait: 0.5% of the time; the loader has 10.0× headroom (decode is its "
-                                              "busiest part)")
-    assert fed.summary(MACHINE, 2, True) == "data wait: 0.5% of the time"
+    assert fed.summary(MACHINE, 2, False) == "compute-bound: the loader could deliver 10.0× more; data wait 0.5%"
+    assert fed.summary(MACHINE, 2, True) == "compute-bound: data wait 0.5%"
     starved = DataWait(Waits(40.0, read=28.0, decode=8.0, batches=50), used)
     assert starved.summary(MACHINE, 2, False).startswith(
-        "data wait: 40.0% of the time (of that read 70%, decode 20%, other 10%): put the images on faster "
+        "data-bound: data wait 40.0% (read 70%, decode 20%, other 10%); put the images on faster "
         "storage or raise machine.read_threads; or write packed shards once")
+    assert starved.summary(MACHINE, 2, False).endswith("; see `alexnet profile RECIPE`")
+    some = DataWait(Waits(3.0, decode=3.0, batches=50), used)
+    assert some.summary(MACHINE, 2, False).startswith("mostly compute-bound: data wait 3.0% (decode 100%); write packed")
     assert "raise data.lanes" in starved.summary(MACHINE, 2, False, "streamed")
     for tier, better in (("archives", "data.tier: packed"), ("packed", "data.tier: resident"), ("resident", "the first epoch")):
         told = DataWait(Waits(40.0, decode=40.0, batches=50), used).summary(MACHINE, 2, False, tier)

@@ -30,7 +30,7 @@ def test_training_in_a_terminal_that_knows_ascii_only(recipe: Path, tmp_path: Pa
     for name, value in ASCII.items():
         monkeypatch.setenv(name, value)
     out, _ = run(ALONE, recipe, tmp_path, "--train.epochs=1", "--machine.name=größe×2")
-    assert out.isascii() and "gr\\udcc3\\udcb6" in out and "\ntest (val, 24 images" in out
+    assert out.isascii() and "gr\\udcc3\\udcb6" in out and "\ntest on val, 24 images, 10 crops:\n" in out
 
 
 def test_a_pipe_that_closes_does_not_end_training(recipe: Path, tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_a_pipe_that_closes_does_not_end_training(recipe: Path, tmp_path: Path) 
         err = process.stderr.read()
     assert process.wait(timeout=120) == 0, err
     log = (tmp_path / "small/console.log").read_text(encoding="utf-8")
-    assert first.startswith(f"{tmp_path}/small: ") and log.splitlines()[-2].startswith("test (val, 24 images"), log
+    assert first.startswith(f"{tmp_path}/small: ") and "\ntest on val, 24 images, 10 crops:\n  err@1 " in log, log
     assert f"WARNING: output (=Broken pipe) goes on in {tmp_path}/small/console.log\n" in err
     same(tmp_path / "whole/small", tmp_path / "small")
 

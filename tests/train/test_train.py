@@ -25,7 +25,7 @@ def whole(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one process that nothing disturbed."""
     runs = tmp_path_factory.mktemp("runs")
     out, err = here(recipe, runs)
-    assert "76 images of 6 classes, 3 epochs, 29 steps of 8, on cpu" in out and "test (val, 24 images, 10 views)" in out
+    assert "76 images of 6 classes, 3 epochs, 29 steps of 8, on cpu" in out and "test on val, 24 images, 10 crops:\n" in out
     assert out.count("WARNING: sample ") == 1 and out.count("until then others stand in for it") == 1  # the one planted
     assert [line.split()[5:7] for line in out.splitlines() if "in quarantine:" in line] == [["1,", "1"], ["1,", "0"], ["1,", "0"]]
     return runs / "small"
@@ -199,7 +199,7 @@ def test_evaluate_from_the_command_line(recipe: Path, whole: Path) -> None:
         return inside(evaluate_main, list(argv), code)
 
     out, _ = evaluate("--run", str(whole))
-    assert f"top-1 errors {tested['top1_errors']} of 24 = " in out and "split val: 24 images\n" in out
+    assert f"\nerr@1 {tested['top1']:.2%} ({tested['top1_errors']}/24), 95% interval " in out and "split val: 24 images\n" in out
     last = checkpoint.checkpoints(whole / "checkpoints")[-1]
     both = json.loads(finish(launch([*PAIR, "train.evaluate", "--checkpoint", str(last), "--json"]))[0])
     assert (both["top1_errors"], both["top5_errors"]) == (tested["top1_errors"], tested["top5_errors"])

@@ -46,7 +46,7 @@ def whole(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
     def run(tier: str) -> Path:
         folder = tmp_path_factory.mktemp(tier)
         out, _ = here(recipe, folder, *options(tier, folder))
-        assert "data wait: " in out
+        assert "-bound: " in out
         return folder / "small"
     return run
 

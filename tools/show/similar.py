@@ -76,9 +76,8 @@ def query(args: argparse.Namespace) -> None:
         if (queries.labels >= 0).all():
             labels = trained.index.samples["label"].astype(np.int64)
             for kind, nearest in found.items():
-                mean, error = precision(queries.labels, labels[nearest])
-                print(f"of the query's class by {kind}: {100 * mean:.1f}%"
-                      + (f" ± {196 * error:.1f} (95% interval, over queries)" if count > 1 else ""))
+                mean, (low, high) = precision(queries.labels, labels[nearest])
+                print(f"of the query's class by {kind}: {mean:.1%}, 95% interval over queries {low:.1%} to {high:.1%}")
 
 
 @contextlib.contextmanager

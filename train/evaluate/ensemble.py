@@ -9,7 +9,7 @@ from typing import Any, Iterator, Sequence
 
 import numpy as np
 
-from train.evaluate.metrics import Score, label_losses, label_ranks, mean_interval, score
+from train.evaluate.metrics import Score, label_losses, label_ranks, loss_interval, score, share_interval
 from train.evaluate.predictions import SCALE, Evaluation, short
 
 _ROWS = 1024  # images averaged at once
@@ -29,8 +29,9 @@ class Result:
 
     def intervals(self) -> dict[str, tuple[float, float]]:
         """95% intervals of top-1 error, top-5 error and loss."""
-        return {"top1": mean_interval(self.ranks >= 1), "top5": mean_interval(self.ranks >= 5),
-                "loss": mean_interval(label_losses(self.probabilities))}
+        found = self.score
+        return {"top1": share_interval(found.top1, found.images), "top5": share_interval(found.top5, found.images),
+                "loss": loss_interval(label_losses(self.probabilities))}
 
 
 def member_result(member: Evaluation) -> Result:

@@ -8,6 +8,8 @@ import numpy as np
 
 CHANCE = ("top-1 error is at chance; if this network was trained, the labels are in another order than in its "
           "training: check the devkit and the class list with build_index.py info")
+FEW_CLASSES = 10  # with fewer, the error of the five best says little, and is not shown
+_NORMAL = 1.959963984540054  # 97.5% of a normal distribution lie below so many standard deviations
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,11 @@ class Score:
         """No better than guessing, within three standard deviations: with a trained network, a sign of wrong labels."""
         chance = self.images / self.classes
         return self.images - self.top1_errors <= chance + 3 * math.sqrt(chance * (1 - 1 / self.classes))
+
+    def lines(self) -> list[str]:
+        """A line for each error, with its interval; of top 5 where it says something."""
+        errors = {1: self.top1_errors} | ({5: self.top5_errors} if self.classes >= FEW_CLASSES else {})
+        return [f"err@{k} {share_text(count, self.images)}" for k, count in errors.items()]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for a line of metrics.jsonl."""
@@ -64,7 +71,21 @@ def score(ranks: np.ndarray, probabilities: np.ndarray, classes: int) -> Score:
                  math.fsum(label_losses(probabilities).tolist()) / len(ranks), classes)
 
 
-def mean_interval(values: np.ndarray) -> tuple[float, float]:
-    """95% interval of the mean of values (N,) over images, in the normal approximation."""
-    mean, half = float(values.mean()), 1.96 * float(values.std()) / math.sqrt(len(values))
-    return mean - half, mean + half
+def share_interval(share: float, count: float) -> tuple[float, float]:
+    """95% interval of a share of `count` independent images: Wilson's score interval (1927), which has a width also where none
+    or all of them are counted, and lies within [0, 1]."""
+    square = _NORMAL ** 2 / count
+    centre, half = share + square / 2, _NORMAL * math.sqrt(share * (1 - share) / count + square / (4 * count))
+    return (0.0 if share == 0 else (centre - half) / (1 + square)), (1.0 if share == 1 else (centre + half) / (1 + square))
+
+
+def loss_interval(losses: np.ndarray) -> tuple[float, float]:
+    """95% interval of the mean of losses (N,) over images, in the normal approximation; a loss is at least 0."""
+    mean, half = float(losses.mean()), _NORMAL * float(losses.std()) / math.sqrt(len(losses))
+    return max(0.0, mean - half), mean + half
+
+
+def share_text(count: int, of: int) -> str:
+    """As in `0.67% (2/300), 95% interval 0.18% to 2.39%`."""
+    low, high = share_interval(count / of, of)
+    return f"{count / of:.2%} ({count:,}/{of:,}), 95% interval {low:.2%} to {high:.2%}"

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from typing import Any, Sequence
+from typing import Any, Optional, Sequence
 
 from pipeline.index.sample_index import SampleIndex
 from train.checkpoint.resolve import warn_on_stderr
@@ -19,16 +19,18 @@ def print_results(members: Sequence[Evaluation], args: argparse.Namespace) -> No
     if not first.labelled and args.submission is None:
         raise ValueError(f"split (={first.split}) of {first.index} has images without a label, so there is nothing to count; "
                          "write predictions with --submission, or choose a split with ground truth")
+    results = [member_result(member) if first.labelled else None for member in members]
+    together = ensemble_result(members) if first.labelled and len(members) > 1 else None
     report: dict[str, Any] = {"split": first.split, "images": first.key.images, "members": [
         {"checkpoint": member.checkpoint, "split": member.split, "views": member.key.views, "evaluation": str(member.folder),
-         "tested": member.tested, **(_numbers(member_result(member)) if first.labelled else {})} for member in members],
-        "ensemble": _numbers(ensemble_result(members)) if first.labelled and len(members) > 1 else None}
+         "tested": member.tested, **(_numbers(result) if result else {})} for member, result in zip(members, results)],
+        "ensemble": _numbers(together) if together else None}
     if len(members) == 1:
         report = {**report["members"][0], **report}
     if args.submission is not None:
         _submit(members, args)
         report["submission"] = str(args.submission)
-    print(json.dumps(report) if args.json else "\n".join(_lines(members, report)))
+    print(json.dumps(report) if args.json else "\n".join(_lines(members, results, together, args)))
     for name, entry in zip([*(member.name for member in members), "ensemble"], [*report["members"], report["ensemble"]]):
         if entry and entry.get("at_chance"):
             warn_on_stderr(f"{name}: {CHANCE}")
@@ -38,25 +40,24 @@ def _numbers(result: Result) -> dict[str, Any]:
     return {**result.score.as_dict(), "intervals": result.intervals(), "at_chance": result.score.at_chance}
 
 
-def _lines(members: Sequence[Evaluation], report: dict[str, Any]) -> list[str]:
-    lines = [f"split {report['split']}: {report['images']} images"]
-    for member, entry in zip(members, report["members"]):
-        lines.append(f"{member.checkpoint}, {entry['views']} crop{'s' if entry['views'] > 1 else ''}")
-        lines += _errors(entry) if member.labelled else ["no labels, so no errors were counted"]
+def _lines(members: Sequence[Evaluation], results: Sequence[Optional[Result]], together: Optional[Result],
+           args: argparse.Namespace) -> list[str]:
+    lines = [f"split {members[0].split}: {members[0].key.images} images"]
+    for member, result in zip(members, results):
+        lines.append(f"{member.checkpoint}, {member.key.views} crop{'s' if member.key.views > 1 else ''}")
+        lines += _figures(result) if result else ["no labels, so no errors were counted"]
         lines.append(f"{'saved in' if member.tested else 'no image was read: as saved in'} {member.folder}")
-    if entry := report["ensemble"]:
-        lines += [f"ensemble of {len(members)}, probabilities averaged", *_errors(entry)]
-    if "submission" in report:
-        lines.append(f"predictions in {report['submission']}")
+    if together:
+        lines += [f"ensemble of {len(members)}, probabilities averaged", *_figures(together)]
+    if args.submission is not None:
+        lines.append(f"predictions in {args.submission}")
     return lines
 
 
-def _errors(entry: dict[str, Any]) -> list[str]:
-    """Three lines of counts and errors, with their 95% intervals."""
-    limits = entry["intervals"]
-    return [f"top-{k} errors {entry[f'top{k}_errors']} of {entry['images']} = {entry[f'top{k}']:.2%} "
-            f"(95% interval {limits[f'top{k}'][0]:.2%} to {limits[f'top{k}'][1]:.2%})" for k in (1, 5)] + \
-        [f"loss {entry['loss']:.4f} ({limits['loss'][0]:.4f} to {limits['loss'][1]:.4f})"]
+def _figures(result: Result) -> list[str]:
+    """Errors and loss, with their 95% intervals."""
+    low, high = result.intervals()["loss"]
+    return [*result.score.lines(), f"loss {result.score.loss:.4f}, 95% interval {low:.4f} to {high:.4f}"]
 
 
 def _submit(members: Sequence[Evaluation], args: argparse.Namespace) -> None:

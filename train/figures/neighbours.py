@@ -12,6 +12,7 @@ import torch
 
 from pipeline.index.sample_index import SampleIndex
 from train.checkpoint.resolve import TrainedNetwork
+from train.evaluate.metrics import share_interval
 from train.figures.features import Features, Progress
 
 _BLOCK = 256  # crops compared at once
@@ -127,8 +128,9 @@ def _pixels(trained: TrainedNetwork, features: Features) -> Iterator[Block]:
                 ids, rows = [], []
 
 
-def precision(labels: np.ndarray, neighbours: np.ndarray) -> tuple[float, float]:
-    """Precision at k: the mean share of queries' (labels (Q,)) neighbours (labels (Q, k)) that are of their class, and the
-    standard error of that mean (NaN for one query)."""
+def precision(labels: np.ndarray, neighbours: np.ndarray) -> tuple[float, tuple[float, float]]:
+    """Precision at k: the mean share of queries' (labels (Q,)) neighbours (labels (Q, k)) that are of their class, and its 95%
+    interval over queries: that of as many independent images as would vary as much."""
     shares = (neighbours == labels[:, None]).mean(1)
-    return float(shares.mean()), float(shares.std(ddof=1) / np.sqrt(len(shares))) if len(shares) > 1 else float("nan")
+    mean, variance = float(shares.mean()), float(shares.var() / max(1, len(shares) - 1))
+    return mean, share_interval(mean, max(len(shares), mean * (1 - mean) / variance) if variance else len(shares))
