@@ -111,7 +111,7 @@ class ModelConfig:
 
     Args:
         input_px: side of the square crop, pixels (227; at least 67 for the paper's layers).
-        classes: number of classes K.
+        classes: number of classes K; in a recipe also auto, the number of the index's classes.
         towers: 2 (the paper) or 1 (the whole network in one tower).
         activation: relu (paper §3.1) or tanh.
         dropout: probability that a neuron of a layer with dropout is silenced in training (paper: 0.5).

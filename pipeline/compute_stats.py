@@ -64,16 +64,16 @@ def compute(index: SampleIndex, split: str, square_px: int, *, machine: LoaderCo
 
 
 def find_or_compute(index: SampleIndex, square_px: int, split: str = "train", *, machine: LoaderConfig = LoaderConfig(),
-                    device_id: int | None = None, progress: Progress = Progress()) -> Stats:
+                    progress: Progress = Progress()) -> Stats:
     """The statistics of a split that lie beside its index; when there are none of these images, `compute` them and store them
-    there. Of several processes one computes, while the others wait for it. Raises as `compute`, and ValueError when those there
-    are damaged; OSError when the folder cannot be written."""
+    there: on the CPU, whose pixels are the same everywhere, and of several processes by one, while the others wait. Raises as
+    `compute`, and ValueError when those there are damaged; OSError when the folder cannot be written."""
     with contextlib.suppress(NoStats):
         return Stats.for_index(index, square_px, split)
     with locked_folder(index.path):
         with contextlib.suppress(NoStats):  # another process may have computed them meanwhile
             return Stats.for_index(index, square_px, split)
-        return compute(index, split, square_px, machine=machine, device_id=device_id, progress=progress,
+        return compute(index, split, square_px, machine=machine, progress=progress,
                        out=stats_path(index.path, square_px, split))
 
 

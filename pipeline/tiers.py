@@ -103,8 +103,7 @@ def _stats(context: LoaderContext, split: str) -> Stats:
     if not context.data.needs_stats:
         return Stats.none(side)
     with ProgressBar() as progress:
-        return find_or_compute(context.index, side, split, machine=context.machine, device_id=context.device_id,
-                               progress=progress)
+        return find_or_compute(context.index, side, split, machine=context.machine, progress=progress)
 
 
 @_names_arguments

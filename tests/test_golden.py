@@ -421,6 +421,8 @@ def runs(made: Made) -> Iterator[tuple[str, Entry]]:
 def recipes(made: Made) -> Iterator[tuple[str, Entry]]:
     """Fingerprints of the recipes that are shipped."""
     for path in sorted(RECIPES.glob("*.yaml")):
+        if path.stem == "small":
+            continue  # it takes its classes from an index, so it has no fingerprint of its own
         yield path.stem, fingerprint(parse_recipe(["--config", str(path)]).config)
 
 

@@ -71,6 +71,8 @@ def parser() -> argparse.ArgumentParser:
     subset.add_argument("--min-images", type=int, default=0, help="leave out classes with fewer training images")
     subset.add_argument("--hold-out", type=float, metavar="SHARE", help="share of each class's training images to hold out")
     subset.add_argument("--hold-out-as", metavar="SPLIT", help="their split: val or test")
+    subset.add_argument("--hold-out-min", metavar="N", type=int, default=0,
+                        help="hold out at least N images of each class, which keeps one (default: 0)")
     subset.add_argument("--seed", type=int, default=0, help="of the choice of images (default: 0)")
 
     common = argparse.ArgumentParser(add_help=False)
@@ -136,7 +138,7 @@ def subset(args: argparse.Namespace) -> None:
     choices = Choices(read_names(args.classes) if args.classes is not None else None,
                       read_range(args.class_range) if args.class_range is not None else None,
                       read_names(args.exclude_classes) if args.exclude_classes is not None else (),
-                      args.min_images, args.hold_out, args.hold_out_as, args.seed)
+                      args.min_images, args.hold_out, args.hold_out_as, args.seed, args.hold_out_min)
     notes = derive(SampleIndex.load(args.index), args.out, choices, force=args.force)
     _print_info(SampleIndex.load(args.out))
     for note in notes:

@@ -5,16 +5,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, ContextManager, Optional
 
+import numpy as np
 import torch
 
 from model.alexnet import AlexNet, canonical_shapes
 from model.kernels import takes_triton
 from model.towers import BOTH, Tower
+from pipeline.compute_stats import find_or_compute
 from pipeline.config import LoaderConfig
+from pipeline.files import locked_folder
+from pipeline.index.header import read_header
 from pipeline.index.sample_index import SampleIndex
+from pipeline.index.subset import Choices, derive
 from pipeline.loading.eval_loader import EvalLoader
 from pipeline.loading.train_loader import TrainLoader
 from pipeline.process_pool import cores
+from pipeline.progress import ProgressBar
 from pipeline.reading.quarantine import Quarantine, quarantine_budget
 from pipeline.sampling.sampler import Ids
 from pipeline.stats import Stats
@@ -23,6 +29,9 @@ from train.config import Config
 from train.optimizer import PaperSGD
 from train.parallel.pair_loader import PairLoader, loader_shard, pair_loader
 from train.parallel.topology import Topology
+
+
+HELD_OUT = 0.1  # share of the training images that `hold_out` holds out
 
 
 def configure_torch(config: Config, topology: Topology) -> None:
@@ -68,6 +77,42 @@ def index(config: Config, *splits: str) -> SampleIndex:
         raise ValueError(f"model.classes (={config.model.classes}) must be at least the {len(found.classes)} of the index "
                          f"{config.data.images}; set it in the recipe")
     return found
+
+
+def hold_out(config: Config, say: Callable[[str], None]) -> Config:
+    """The recipe itself; or, where its index has training images but no split `val` to validate on, with one derived from that
+    index, in the folder hold-out within it: HELD_OUT of each class's training images are `val` there. It is written once, by
+    one process while others wait, and anew when the index has changed. Raises ValueError when it cannot be."""
+    if config.data.validation_split != "val" or config.data.images != config.data.index:
+        return config
+    path = Path(config.data.index)
+    _, header = read_header(path)
+    splits = [split.name for split in header.splits]
+    if "val" in splits or "train" not in splits or header.packed is not None:
+        return config
+    original, out = SampleIndex.load(path, config.machine.archives or None), path / "hold-out"
+    choices = Choices(hold_out=HELD_OUT, hold_out_as="val", hold_out_min=1)
+    try:
+        with locked_folder(path):
+            derived = read_header(out)[1].derived[-1:] if (out / "index.json").is_file() else []
+            if [(step.index, step.chosen) for step in derived] != [(original.sha256, str(choices))]:
+                derive(original, out, choices, force=out.exists())
+    except ValueError as error:
+        raise ValueError(f"split (=val) is not in the index {path}, and {HELD_OUT:.0%} of its training images cannot be held "
+                         f"out: {error}") from None
+    found = SampleIndex.load(out, config.machine.archives or None)
+    counts = np.bincount(found.samples["label"][found.ids("val")], minlength=len(found.classes))
+    lacking = f"; {np.count_nonzero(counts == 0)} classes have none there" if (counts == 0).any() else ""
+    say(f"{path} has no images for validation: {counts.sum():,} of {len(original.ids('train')):,} training images, "
+        f"{HELD_OUT:.0%} of each class, are held out as val and not trained on{lacking}; index: {out}")
+    return replace(config, data=replace(config.data, index=str(out)))
+
+
+def statistics(config: Config, found: SampleIndex) -> Stats:
+    """The statistics of the training split, computed with a progress bar when they are missing."""
+    with ProgressBar() as progress:
+        return find_or_compute(found, config.data.square_px, config.data.train_split,
+                               machine=replace(config.machine, threads=0), progress=progress)
 
 
 def _check_packed(config: Config, found: SampleIndex, packed: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import ContextManager
 
 from pipeline.files import atomic_write
-from pipeline.stats import Stats
 from train import build, run_folder
 from train.checkpoint.resolve import find_pretrained, load_pretrained
 from train.config import Config
@@ -46,7 +45,6 @@ def _record_end(topology: Topology, code: int) -> None:
 def train_and_test(request: CommandLine, topology: Topology) -> int:
     """Build the parts of a run, resume or begin it, train, test. Returns the exit code."""
     config, stop = build.with_precision(request.config, topology), StopRequest()
-    stop.listen()
     build.configure_torch(config, topology)
     folder = run_folder.folder_of(config, request.recipe)
     restarted = not request.resume and is_restarted(folder, topology)
@@ -54,8 +52,10 @@ def train_and_test(request: CommandLine, topology: Topology) -> int:
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(contextlib.closing(
             Console(topology.is_main, config.machine.log_s, log=folder / run_folder.LOG)))
+        config = build.hold_out(config, console.print)
         index = build.index(config, config.data.train_split, config.data.validation_split, config.data.test_split)
-        stats = Stats.for_index(index, config.data.square_px, config.data.train_split)
+        stats = build.statistics(config, index)
+        stop.listen()  # until here Ctrl-C ends the command at once
         train_step = TrainStep(config, topology)
         pretrained = find_pretrained(config, resume, console.warn)
         weights = "" if resume else load_pretrained(pretrained, train_step.network, config, topology, index)

@@ -33,6 +33,7 @@ class Choices:
     hold_out: float | None = None  # share of the training images to hold out
     hold_out_as: str | None = None  # name of their split, val or test
     seed: int = 0  # of the choice of images
+    hold_out_min: int = 0  # images to hold out of each class at least, which keeps one
 
     def __post_init__(self) -> None:
         if not str(self):
@@ -41,8 +42,9 @@ class Choices:
         if self.classes is not None and self.class_range is not None:
             given = ":".join(map(str, self.class_range))
             raise ValueError(f"--class-range (={given}) and --classes exclude each other; give one of them")
-        if self.min_images < 0 or self.seed < 0:
-            raise ValueError(f"--min-images (={self.min_images}) and --seed (={self.seed}) must not be negative; correct them")
+        for name in ("min_images", "seed", "hold_out_min"):
+            if (value := getattr(self, name)) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} (={value}) must not be negative; correct it")
         if (self.hold_out is None) != (self.hold_out_as is None):
             raise ValueError(f"--hold-out (={self.hold_out}) and --hold-out-as (={self.hold_out_as}) belong together; give both")
         if self.hold_out is not None and not 0 < self.hold_out < 1:
@@ -57,7 +59,8 @@ class Choices:
                    "--class-range": self.class_range and ":".join(map(str, self.class_range)),
                    "--exclude-classes": self.exclude and f"({len(set(self.exclude))} named)",
                    "--min-images": self.min_images,
-                   "--hold-out": holds_out and f"{self.hold_out} --hold-out-as {self.hold_out_as} --seed {self.seed}"}
+                   "--hold-out": holds_out and f"{self.hold_out} --hold-out-as {self.hold_out_as} --seed {self.seed}",
+                   "--hold-out-min": self.hold_out_min}
         return " ".join(f"{name} {value}" for name, value in options.items() if value)
 
 
@@ -175,7 +178,7 @@ def _divide(index: SampleIndex, labels: Ids, choices: Choices) -> tuple[dict[str
     if choices.hold_out is not None and choices.hold_out_as is not None:
         index.split_rows("train")  # raises when there is none
         train = parts.get("train", np.empty(0, np.int64))
-        held = held_out(index, train, choices.hold_out, choices.seed)
+        held = held_out(index, train, choices.hold_out, choices.seed, choices.hold_out_min)
         if not held.any():
             raise ValueError(f"split (={choices.hold_out_as}) would be empty: --hold-out (={choices.hold_out}) of {len(train):,} "
                              "training images, of which every class keeps one, is none; give a larger share")
@@ -185,9 +188,10 @@ def _divide(index: SampleIndex, labels: Ids, choices: Choices) -> tuple[dict[str
     return {split: parts[split] for split in SPLITS if split in parts}, notes
 
 
-def held_out(index: SampleIndex, ids: Ids, share: float, seed: int) -> npt.NDArray[np.bool_]:
-    """Which of the rows `ids` (N,) to hold out: of each class its share of the images that are not excluded, those whose random
-    number is lowest. So a larger share holds out the same images and more, and no image's number depends on the other rows."""
+def held_out(index: SampleIndex, ids: Ids, share: float, seed: int, least: int = 0) -> npt.NDArray[np.bool_]:
+    """Which of the rows `ids` (N,) to hold out: of each class its share of the images that are not excluded, at least `least`,
+    those whose random number is lowest. So a larger share holds out the same images and more, and no image's number depends on
+    the other rows."""
     rows = np.flatnonzero((index.samples["excluded"][ids] == 0) & (index.samples["label"][ids] >= 0))
     labels = index.samples["label"][ids[rows]]
     counts = np.bincount(labels, minlength=len(index.classes))
@@ -195,21 +199,21 @@ def held_out(index: SampleIndex, ids: Ids, share: float, seed: int) -> npt.NDArr
     numbers = bits(seed, Purpose.HOLD_OUT, *_identities(index, ids[rows]))
     held = np.zeros(len(ids), bool)
     by_class = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
-    for of_class, quota in zip(by_class, quotas(counts.tolist(), share, ties.tolist()), strict=True):
+    for of_class, quota in zip(by_class, quotas(counts.tolist(), share, ties.tolist(), least), strict=True):
         # many short sorts: a sixth of the time of one long one
         held[rows[of_class[np.argsort(numbers[of_class], kind="stable")[:quota]]]] = True
     return held
 
 
-def quotas(counts: Sequence[int], share: float, ties: Sequence[int]) -> list[int]:
-    """How many of `counts` (K) images of each class to hold out: its share, rounded up where most is missing (among equals,
-    where `ties` is lowest) until the sum is the share of all; a class that has images keeps one."""
+def quotas(counts: Sequence[int], share: float, ties: Sequence[int], least: int = 0) -> list[int]:
+    """How many of `counts` (K) images of each class to hold out: its share, but at least `least`; rounded up where most is
+    missing (among equals, where `ties` is lowest) until the sum is the share of all; a class that has images keeps one."""
     exact = Fraction(str(share))  # what was written: 0.1 of 30 is 3, and halves are all alike
-    numbers = [count * exact.numerator // exact.denominator for count in counts]
+    numbers = [max(count * exact.numerator // exact.denominator, min(least, count - 1)) for count in counts]
     missing = [count * exact - number for count, number in zip(counts, numbers)]
-    order = sorted((label for label, count in enumerate(counts) if missing[label] and numbers[label] + 1 < count),
+    order = sorted((label for label, count in enumerate(counts) if missing[label] > 0 and numbers[label] + 1 < count),
                    key=lambda label: (-missing[label], ties[label]))
-    for label in order[:int(sum(counts) * exact + Fraction(1, 2)) - sum(numbers)]:
+    for label in order[:max(0, int(sum(counts) * exact + Fraction(1, 2)) - sum(numbers))]:
         numbers[label] += 1
     return numbers
 

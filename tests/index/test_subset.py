@@ -324,8 +324,8 @@ def test_packed_indexes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
       for share in ("0", "1", "-0.5", "1.5", "nan")],
     (["--hold-out", "0.5", "--hold-out-as", "train"], "--hold-out-as (=train) must be val or test"),
     (["--hold-out", "0.5", "--hold-out-as", "val"], "--hold-out-as (=val) is a split of "),
-    (["--min-images", "-1"], "--min-images (=-1) and --seed (=0) must not be negative"),
-    (["--min-images", "1", "--seed", "-1"], "and --seed (=-1) must not be negative")])
+    (["--min-images", "-1"], "--min-images (=-1) must not be negative"),
+    (["--min-images", "1", "--seed", "-1"], "--seed (=-1) must not be negative")])
 def test_what_is_refused(source: SampleIndex, tmp_path: Path, options: list[str], message: str,
                          capsys: pytest.CaptureFixture[str]) -> None:
     listed = str(save(tmp_path / "list.txt", b"n01\n"))

@@ -23,7 +23,8 @@ from train.step import TrainStep
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "train" / "recipes"
-RECIPES = sorted(FOLDER.glob("*.yaml"))
+SMALL = FOLDER / "small.yaml"  # takes its classes from an index, so it cannot be read without one; see test_own_folder.py
+RECIPES = sorted(path for path in FOLDER.glob("*.yaml") if path != SMALL)
 
 # Weights and biases of the layers of paper §3.5, layer by layer.
 CONV1, CONV2, CONV3, CONV4, CONV5 = 96 * 363 + 96, 256 * 1200 + 256, 384 * 2304 + 384, 384 * 1728 + 384, 256 * 1728 + 256
@@ -232,7 +233,7 @@ def narrowed(config: Config) -> Config:
     return dataclasses.replace(config, model=model)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*RECIPES, SMALL], ids=lambda path: path.stem)
 def test_one_step(path: Path, tmp_path: Path) -> None:
     """On pictures of a few classes, from their files to an update that moves every weight."""
     index = write_set(tmp_path, photographs(4), classes=2)

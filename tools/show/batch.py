@@ -9,12 +9,14 @@ from dataclasses import replace
 
 import numpy as np
 
+from pipeline.compute_stats import find_or_compute
 from pipeline.config import DataConfig
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.batch import Batch
 from pipeline.sampling.augment import Augmentation, lighting_shift
 from pipeline.stats import Stats
 from pipeline.tiers import make_train_loader
+from tools.cli import ProgressBar
 from tools.show.sheet import Sheet
 from train.recipe import load
 
@@ -75,7 +77,8 @@ def run(args: argparse.Namespace) -> None:
     archives = str(args.archives or config.machine.archives)
     store = archives if archives.startswith("s3://") else ""
     index = SampleIndex.load(data.index, None if store else archives or None)
-    stats = Stats.for_index(index, data.square_px)
+    with ProgressBar() as progress:
+        stats = find_or_compute(index, data.square_px, data.train_split, progress=progress)
     with tempfile.TemporaryDirectory() as scratch:  # tier resident would begin to fill its file: not for a sheet
         machine = replace(config.machine, threads=0, resident_memory="ram", resident_folder=scratch)
         with make_train_loader(index, data.train_split, args.count, data=data, tier=data.tier, seed=config.train.seed,

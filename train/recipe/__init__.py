@@ -20,12 +20,14 @@ import jsonargparse
 import yaml
 
 from model.config import LAYER_NAME, Conv, Full
+from pipeline.index.header import read_header
 from pipeline.config import STATED
 from train.config import Config
 from train.recipe.strict_yaml import MOST_BYTES, Dumper, load_yaml, nearest, read_yaml
 
 GROUPS: dict[str, type] = typing.get_type_hints(Config)
 MODE = "strict_yaml"
+AUTO = "auto"  # as model.classes: the number of classes of the index
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text, in quotes"}
 
 
@@ -122,6 +124,8 @@ def _check(value: Any, kind: Any, keys: tuple[str, ...], place: Callable[[tuple[
         need(isinstance(value, (str, list)), "must be a text, or a list; correct it")
         if isinstance(value, list):
             _check(value, next(inner for inner in typing.get_args(kind) if inner is not str), keys, place)
+    elif keys == ("model", "classes") and value == AUTO:
+        pass  # see _with_classes
     elif kind in (int, float, bool, str):
         need(type(value) in ((int, float) if kind is float else (kind,)), f"must be {_NAMES[kind]}; correct it")
         need(kind is not int or abs(value) < 1 << 63, "must have at most 18 digits; correct it")
@@ -166,6 +170,7 @@ def parse(argv: Sequence[str]) -> CommandLine:
         _check_finite(values)
         if paths:
             _check_all_stated(values)
+            values = _with_classes(values)
         parser = build_parser()
         parsed = parser.parse_args(["--config", _text(values), *words] if paths else words)
         built = parser.instantiate(parsed)
@@ -227,6 +232,19 @@ def _check_all_stated(values: dict[str, Any]) -> None:
             if (required or item.metadata == STATED) and item.name not in (values.get(name) or {}):
                 raise ValueError(f"{name}.{item.name} is missing; a field that changes results has no default: state it in the "
                                  f"recipe or with --{name}.{item.name}=VALUE")
+
+
+def _with_classes(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with the number of classes of their index in place of `model.classes: auto`."""
+    if values["model"]["classes"] != AUTO:
+        return values
+    data = values["data"]
+    packed = data.get("packed") if data.get("tier") in ("packed", "streamed") else None
+    try:
+        _, header = read_header(Path(packed or data["index"]))
+    except ValueError as error:
+        raise ValueError(f"model.classes (=auto) is that of the index: {error}") from None
+    return dict(_merge(values, {"model": {"classes": len(header.classes)}}))
 
 
 def _check_finite(values: Any, key: str = "") -> None:

@@ -1,0 +1,100 @@
+"""A folder of class folders trained on in one command: classes from the index, a tenth held out, statistics when missing."""
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.index.sample_index import SampleIndex
+from pipeline.index.subset import quotas
+from pipeline.stats import Stats
+from tests.helpers.recipes import write_recipe
+from tests.helpers.runs import here, same
+from tests.helpers.small_set import encode, picture
+from tools import build_index
+from train.evaluate.__main__ import main as evaluate_main
+from train.recipe import load, parse
+
+COUNTS = {"ant": 12, "bee": 9, "cat": 4, "dog": 1}
+SHORT = ("--train.epochs=2", "--schedule.plateau=null")
+
+
+def build(folder: Path, counts: dict[str, int], *options: str) -> Path:
+    """Pictures of 41 to 90 pixels in class folders, and their index."""
+    for name, count in counts.items():
+        (folder / "images" / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            side = 41 + 7 * (number % 8)
+            (folder / "images" / name / f"{number}.jpg").write_bytes(encode(picture(number + len(name), side, 90)))
+    assert build_index.main(["build", "classes", str(folder / "images"), "--out", str(folder / "index"), *options]) == 0
+    return folder / "index"
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Path:
+    return build(tmp_path, COUNTS)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    return write_recipe(tmp_path, classes="  classes: auto")
+
+
+def test_one_command_trains_and_the_run_is_found_again(index: Path, recipe: Path, tmp_path: Path,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    out, err = here(recipe, tmp_path / "runs", *SHORT, f"--data.index={index}")
+    assert (f"{index} has no images for validation: 3 of 26 training images, 10% of each class, are held out as val and not "
+            f"trained on; 1 classes have none there; index: {index / 'hold-out'}") in out
+    assert "23 images of 4 classes" in out and "statistics: 100%, 23 images" in err
+    held = SampleIndex.load(index / "hold-out")
+    train, val = held.ids("train"), held.ids("val")
+    names = {held.name(id) for id in train.tolist()}, {held.name(id) for id in val.tolist()}
+    assert not names[0] & names[1] and len(names[0] | names[1]) == 26
+    assert np.bincount(held.samples["label"][val], minlength=4).tolist() == [1, 1, 1, 0]
+    assert Stats.for_index(held, 76).count == 23 and not list(index.glob("stats*"))
+    stored = load(tmp_path / "runs/small/config.yaml")
+    assert (stored.model.classes, stored.data.index, stored.data.validation_split) == (4, str(index / "hold-out"), "val")
+    before = (index / "hold-out/index.json").stat().st_mtime_ns
+    here(recipe, tmp_path / "parts", *SHORT, f"--data.index={index}", "--machine.stop_after=3", code=75)
+    _, err = here(recipe, tmp_path / "parts", *SHORT, f"--data.index={index}", "--resume")
+    assert "statistics" not in err and (index / "hold-out/index.json").stat().st_mtime_ns == before
+    same(tmp_path / "runs/small", tmp_path / "parts/small")
+    capsys.readouterr()
+    assert evaluate_main(["--run", str(tmp_path / "runs/small"), "--views", "1"]) == 0
+    assert "split val: 3 images" in capsys.readouterr().out
+
+
+def test_a_rebuilt_index_is_divided_anew(tmp_path: Path, recipe: Path) -> None:
+    index = build(tmp_path, COUNTS)
+    here(recipe, tmp_path / "runs", *SHORT, f"--data.index={index}")
+    build(tmp_path, {**COUNTS, "dog": 10}, "--force")
+    out, err = here(recipe, tmp_path / "more", *SHORT, f"--data.index={index}")
+    assert "4 of 35 training images, 10% of each class, are held out as val and not trained on; index" in out
+    assert "statistics: 100%, 31 images" in err
+
+
+@pytest.mark.parametrize("counts, options, message", [
+    (COUNTS, ["--train.batch=24"], "train.batch (=24) must not exceed the 23 images of split train; lower it: --train.batch=23"),
+    ({"a": 1, "b": 1}, [], "split (=val) is not in the index INDEX, and 10% of its training images cannot be held out: split "
+     "(=val) would be empty"),
+    ({"a": 9}, [], "model.classes (=1) must be 2 to 1048576; count the classes of the index"),
+    (COUNTS, ["--data.validation_split=test"], "split (=test) is not in the index INDEX; it has train"),
+    (COUNTS, ["--data.index=nowhere"], "model.classes (=auto) is that of the index: index (=nowhere) does not exist; make one"),
+])
+def test_what_cannot_be_trained_on_is_said_in_a_line(tmp_path: Path, recipe: Path, counts: dict[str, int], options: list[str],
+                                                     message: str) -> None:
+    index = build(tmp_path, counts)
+    _, err = here(recipe, tmp_path / "runs", *SHORT, f"--data.index={index}", *options, code=2)
+    assert message.replace("INDEX", str(index)) in err and "Traceback" not in err and err.count("error:") == 1
+
+
+def test_the_shipped_recipe_takes_its_classes_from_the_index(index: Path) -> None:
+    path = Path(__file__).resolve().parents[2] / "train/recipes/small.yaml"
+    config = parse(["--config", str(path), f"--data.index={index}"]).config
+    assert config.model.classes == 4 and config.fingerprint() == parse(
+        ["--config", str(path), f"--data.index={index}", "--model.classes=4"]).config.fingerprint()
+
+
+def test_shares_with_a_least_number() -> None:
+    assert quotas([12, 9, 4, 1, 0], 0.1, [0, 1, 2, 3, 4], 1) == [1, 1, 1, 0, 0]
+    assert quotas([100, 9, 4], 0.1, [0, 1, 2], 1) == [10, 1, 1] and quotas([100, 9, 4], 0.1, [0, 1, 2]) == [10, 1, 0]
+    assert quotas([3, 2], 0.5, [0, 1], 5) == [2, 1]
