@@ -120,6 +120,11 @@ class DataConfig:
         """Whether images depend on statistics of the training set: its mean, or the components of its colours."""
         return self.lighting > 0 or self.output != "uint8" and isinstance(self.mean, str)
 
+    @property
+    def factor(self) -> tuple[float, ...] | None:
+        """What grey levels, less their mean, are multiplied by, R, G, B; None: they stay as they are."""
+        return tuple(1 / (255 * std) for std in self.std) if self.std and self.output != "uint8" else None
+
 
 def _are_shares(values: Any) -> bool:
     return not isinstance(values, str) and len(values) == 3 and all(0 <= value <= 1 for value in values)

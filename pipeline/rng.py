@@ -27,6 +27,8 @@ class Purpose(enum.IntEnum):
     SHARD = 8
     WINDOW = 9
     HOLD_OUT = 10
+    BOX_AREA = 11
+    BOX_RATIO = 12
 
 
 def _mix(word: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.config import DataConfig
 from pipeline.files import atomic_write
 from pipeline.index.sample_index import SampleIndex
 from pipeline.schema import Count, read_as
@@ -114,6 +115,18 @@ class Stats:
             raise NoStats(f"stats {path} (of images {stats.index[:12]}) must belong to split {split} of the index as it "
                           f"is now (={now[:12]}); {command}")
         return stats
+
+
+def mean_image(data: DataConfig, stats: Stats) -> npt.NDArray[np.float32] | None:
+    """(3, S, S) grey levels, the mean image that images are subtracted pieces of; None where `data` says they are not."""
+    return stats.mean_image_chw if data.mean in ("image", "image_center") and data.output != "uint8" else None
+
+
+def channel_mean(data: DataConfig, stats: Stats) -> npt.NDArray[np.float32] | None:
+    """(3,) grey levels, the mean that is subtracted of every pixel; None where `data` says that it is not."""
+    if data.output == "uint8" or data.mean in ("image", "image_center"):
+        return None
+    return stats.channel_mean if data.mean == "channel" else 255 * np.array(data.mean, np.float32)
 
 
 def stats_path(index: str | Path, square_px: int, split: str = "train") -> Path:

@@ -31,7 +31,7 @@ from pipeline.reading.source import ArchiveSource, Source
 from pipeline.resident.chain import eval_chain, train_chain
 from pipeline.sampling.batch_plan import BlockPlanner, CropPlanner
 from pipeline.sampling.sampler import Ids, Sampler, WindowSampler
-from pipeline.stats import Stats
+from pipeline.stats import Stats, channel_mean, mean_image
 
 TIERS = ("archives", "packed", "streamed", "resident")
 P = ParamSpec("P")
@@ -150,8 +150,8 @@ def make_train_loader(index: str | Path | SampleIndex, split: str = "train", bat
     index, data, shard = context.index, context.data, _shard(shard)
     check(tier, index)
     stats = (stats or _stats(context, split)).expect(data.square_px)
-    mean_image = None if data.mean == "channel" else stats.mean_image_chw
-    planner = CropPlanner(index, data, seed, stats.channel_mean, stats.eigenvalues, stats.eigenvectors)
+    subtracted = mean_image(data, stats)
+    planner = CropPlanner(index, data, seed, channel_mean(data, stats), stats.eigenvalues, stats.eigenvectors)
     quarantine = quarantine or Quarantine(quarantine_budget(machine, len(context.ids)))
     remedy = "; or raise window (in a recipe: data.window)" if tier == "streamed" else ""
     stand_ins = StandIns(seed, quarantine, planner.plan, remedy)
@@ -165,10 +165,10 @@ def make_train_loader(index: str | Path | SampleIndex, split: str = "train", bat
         source = ArchiveSource(index, context.ids, check_crc=machine.check_crc)
     chain: Chain
     if tier == "resident":
-        chain = train_chain(context, resident, sampler, planner, stand_ins, mean_image, group)
+        chain = train_chain(context, resident, sampler, planner, stand_ins, subtracted, group)
     else:
         chain = DecodingChain(context, BlockPlanner(sampler.take, sampler.share, planner), source, stand_ins,
-                              context.decoding(context.ids, sampler.share, data.crop_px), mean_image)
+                              context.decoding(context.ids, sampler.share, data.crop_px, boxed=data.resized_boxes), subtracted)
     return TrainLoader(context, chain, sampler, planner, quarantine, return_batch)
 
 

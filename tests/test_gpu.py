@@ -19,7 +19,7 @@ from model.alexnet import AlexNet
 from model.config import Kernels, LrnConfig
 from model.kernels import what_is_missing
 from model.lrn import local_response_norm
-from pipeline.decoding.normalize import Normalizer
+from pipeline.decoding.normalize import Finish, Normalizer
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.batch import to_device
@@ -96,8 +96,8 @@ def test_images_are_finished_on_the_gpu_as_on_the_cpu() -> None:
     pixels = torch.from_numpy(random.integers(0, 256, (6, 3, 67, 67)).astype(np.uint8))
     mean = random.uniform(0, 255, (3, 76, 76)).astype(np.float32)
     for centered in (False, True):
-        here = Normalizer(67, mean, centered=centered, threads=1)
-        there = Normalizer(67, mean, centered=centered, threads=1, device=torch.device("cuda"))
+        here = Normalizer(67, Finish(mean, centered), threads=1)
+        there = Normalizer(67, Finish(mean, centered), threads=1, device=torch.device("cuda"))
         assert torch.equal(here.begin(list(pixels), chosen)(), there.begin(pixels.cuda(), chosen)().cpu())
         here.close()
 

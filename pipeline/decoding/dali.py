@@ -78,12 +78,14 @@ class RegionPipeline:
         return tuple(column(plan) for column in self._columns)
 
     def collect(self) -> torch.Tensor:
-        """The next batch, (B, S, S, 3) uint8, or finished (B, 3, S, S) float32, on the pipeline's device. Raises as `rows`."""
+        """The next batch, (B, S, S, 3) uint8, or finished (B, 3, S, S), on the pipeline's device. Raises as `rows`."""
         output, plan = self._run()
         if self._resizer is not None:
             return self._resizer([torch.from_dlpack(image) for image in output], plan.regions)
         pixels, finish = torch.from_dlpack(output.as_tensor()), self._settings.finish
-        return pixels.permute(0, 3, 1, 2) if finish is not None and finish.channels_last and pixels.dim() == 4 else pixels
+        if finish is None or pixels.dim() != 4:
+            return pixels
+        return (pixels.permute(0, 3, 1, 2) if finish.channels_last else pixels).to(finish.dtype)
 
     def rows(self) -> Sequence[torch.Tensor]:
         """The next batch as B views (3, S, S) uint8 in CPU memory, each to be used before the same thread asks for another.

@@ -25,14 +25,21 @@ class Regions:
     end: npt.NDArray[np.float32]  # (B, 2) its other corner
     scale: npt.NDArray[np.float64]  # (B, 2) source pixels for one of the resized image
     offset: Pairs  # (B, 2) the crop's offset in the resized image
+    boxed: bool = False  # what is to be decoded is a box that becomes the crop; its surroundings do not count
+
+    @property
+    def first(self) -> npt.NDArray[np.int32]:
+        """(B, 2) first source pixel that is decoded for a CPU's resize: the image's corner, or a box's."""
+        return self.anchor if self.boxed else np.zeros_like(self.anchor)
 
     @property
     def reach(self) -> npt.NDArray[np.int32]:
-        """(B, 2) source pixels from the image's corner to the end of the region."""
-        return self.anchor + self.shape
+        """(B, 2) source pixels from there to the end of the region."""
+        return self.anchor + self.shape - self.first
 
     def rows(self, rows: slice | list[int]) -> "Regions":
-        return Regions(self.anchor[rows], self.shape[rows], self.start[rows], self.end[rows], self.scale[rows], self.offset[rows])
+        return Regions(self.anchor[rows], self.shape[rows], self.start[rows], self.end[rows], self.scale[rows], self.offset[rows],
+                       self.boxed)
 
 
 def sizes(index: SampleIndex, ids: npt.NDArray[np.int64]) -> Pairs:
@@ -69,3 +76,15 @@ def regions(source: Pairs, resized_sizes: Pairs, offsets: Pairs, crop_px: int) -
     stop = np.minimum(np.ceil(high).astype(np.int64) + margin, source)
     return Regions(anchor.astype(np.int32), (stop - anchor).astype(np.int32), (low - anchor).astype(np.float32),
                    (high - anchor).astype(np.float32), source / resized_sizes, offsets)
+
+
+def boxes(source: Pairs, resized_sizes: Pairs, offsets: Pairs, box_sizes: Pairs, crop_px: int) -> Regions:
+    """Source regions of boxes of `box_sizes` (B, 2) at `offsets` (B, 2) in images of sizes `source`, resized to `resized_sizes`;
+    each is rounded to whole source pixels and resized to (`crop_px`, `crop_px`) as if it were an image of its own, as torchvision
+    does."""
+    scale = source / resized_sizes
+    low = np.clip(np.rint(offsets * scale).astype(np.int64), 0, source - 1)
+    high = np.clip(np.rint((offsets + box_sizes) * scale).astype(np.int64), low + 1, source)
+    shape, zeros = high - low, np.zeros_like(low)
+    return Regions(low.astype(np.int32), shape.astype(np.int32), zeros.astype(np.float32), shape.astype(np.float32),
+                   shape / crop_px, zeros, True)

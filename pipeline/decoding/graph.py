@@ -17,18 +17,12 @@ import nvidia.dali.fn as fn
 import nvidia.dali.types as types
 
 from pipeline.config import LoaderConfig
+from pipeline.decoding.normalize import Finish
 from pipeline.sampling.batch_plan import BatchPlan
 
+_TYPES = {"float32": types.FLOAT, "float16": types.FLOAT16, "bfloat16": types.FLOAT, "uint8": types.UINT8}
 # DALI's type, dimensions of a sample, and what gives the (B, …) array of a plan.
 Column = tuple[types.DALIDataType, int, Callable[[BatchPlan], npt.NDArray[Any]]]
-
-
-@dataclass(frozen=True)
-class Finish:
-    """What becomes of uint8 pixels, in float32: those of `Normalizer`, where the first two are described."""
-    mean_image: npt.NDArray[np.float32] | None  # (3, M, M)
-    centered: bool
-    channels_last: bool  # memory layout of the images
 
 
 @dataclass(frozen=True)
@@ -43,6 +37,7 @@ class DecodeSettings:
     decode_only: bool = False  # end after the decoder, to measure it: shapes, (B, 3) int64, come out
     inputs_only: bool = False  # take all inputs and decode nothing, to measure what feeds the decoder: they come out as numbers
     finish: Finish | None = None  # None: uint8 pixels
+    boxed: bool = False  # regions are boxes, each resized to the output as if it were an image of its own
 
     @property
     def in_dali(self) -> bool:
@@ -76,14 +71,14 @@ def columns(settings: DecodeSettings) -> dict[str, Column]:
     resizes, finish = settings.resample and settings.in_dali and not settings.decode_only, settings.finish
     found: dict[str, Column] = {}
     if settings.resample and not settings.in_dali:  # from the image's corner on, see pipeline/decoding/resize.py
-        found = {"anchor": (types.INT32, 1, lambda plan: np.zeros_like(plan.regions.anchor)),
+        found = {"anchor": (types.INT32, 1, lambda plan: plan.regions.first),
                  "shape": (types.INT32, 1, lambda plan: plan.regions.reach)}
-    elif settings.by_region:
+    elif settings.by_region or settings.boxed:
         found = {"anchor": (types.INT32, 1, lambda plan: plan.regions.anchor),
                  "shape": (types.INT32, 1, lambda plan: plan.regions.shape)}
     elif not settings.resample:
         found = {"anchor": (types.INT32, 1, lambda plan: plan.regions.anchor)}
-    if resizes and settings.by_region:
+    if resizes and (settings.by_region or settings.boxed):
         found |= {"start": (types.FLOAT, 1, lambda plan: plan.regions.start),
                   "end": (types.FLOAT, 1, lambda plan: plan.regions.end)}
     elif resizes:
@@ -106,7 +101,8 @@ def _place(centered_px: int | None, plan: BatchPlan) -> npt.NDArray[np.int32]:
 
 def define(backend: str, settings: DecodeSettings, given: dict[str, Any]) -> Any:
     """Add the graph to the pipeline under construction. `backend`: gpu or cpu; `given`: CPU nodes of `encoded` bytes and of
-    `columns`. Gives (S, S, 3) uint8; or finished (3, S, S), channels_last (S, S, 3), float32."""
+    `columns`. Gives (S, S, 3) uint8; or finished (3, S, S), channels_last (S, S, 3), of the type wanted, float32 for bfloat16,
+    which DALI lacks."""
     machine, side, finish = settings.machine, settings.side_px, settings.finish
     if settings.inputs_only:
         return fn.cat(*(fn.reshape(fn.cast(node, dtype=types.INT64), shape=[-1])
@@ -123,7 +119,7 @@ def define(backend: str, settings: DecodeSettings, given: dict[str, Any]) -> Any
     else:
         pixels = fn.decoders.image(given["encoded"], **options)
         if "anchor" in given:
-            pixels = fn.slice(pixels, start=given["anchor"], shape=[side, side], axis_names="HW")
+            pixels = fn.slice(pixels, start=given["anchor"], shape=given.get("shape", [side, side]), axis_names="HW")
     if settings.decode_only:
         return pixels.shape()
     if "start" in given:
@@ -136,8 +132,9 @@ def define(backend: str, settings: DecodeSettings, given: dict[str, Any]) -> Any
         table = types.Constant(_table(finish, side), device=backend, layout="HWC")
         pixels = pixels - fn.slice(table, start=given["place"], shape=[side, side], axis_names="HW")
     # The flip comes last, of pixels and mean together: it costs nothing here, and flipped crops are the same pixels exactly.
-    return fn.crop_mirror_normalize(pixels, mirror=given["mirror"], mean=given["minus_shift"], dtype=types.FLOAT,
-                                    output_layout="HWC" if finish.channels_last else "CHW")
+    scaling = {} if finish.factor is None else {"std": (1 / finish.factors()).ravel().tolist()}
+    return fn.crop_mirror_normalize(pixels, mirror=given["mirror"], mean=given["minus_shift"], dtype=_TYPES[finish.output],
+                                    output_layout="HWC" if finish.channels_last else "CHW", **scaling)
 
 
 def _table(finish: Finish, side_px: int) -> npt.NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""Resizes decoded images and cuts their crops, on a CPU (on a GPU `dali.py` does, from memory `pipeline/resident/store.py`):
+"""Resizes decoded images and cuts their crops, on a CPU (on a GPU `graph.py` does, of squares in memory `resize_boxes`):
 antialiased linear, the pixels of PIL, only as far as the crop reaches. B images, H, W, S side of the crop.
 
 torch's kernel for uint8 takes 0.2 ms of a core for an ImageNet photograph where DALI's takes 0.65. It samples from the image's
@@ -82,13 +82,48 @@ def planar_crops(decoded: Sequence[torch.Tensor], regions: Regions, side_px: int
     offsets, scales, size = regions.offset.tolist(), regions.scale.tolist(), (side_px, side_px)
 
     def make(row: int) -> torch.Tensor:
-        memory, bytes_ = getattr(_own, "memory", None), min(needed(offsets[row], size), _MOST)
-        if memory is None or len(memory) < bytes_:
-            # Kept, since a fresh one each time costs a third more, in page faults.
-            _own.memory = memory = torch.empty(bytes_, dtype=torch.uint8)
+        memory = _memory(min(needed(offsets[row], size), _MOST))
         return resize(decoded[row], offsets[row], size, scales[row], memory).unflatten(1, (side_px, 3)).permute(2, 0, 1)
 
     return LazyRows(len(decoded), make)
+
+
+def planar_boxes(squares: Sequence[torch.Tensor], top: Sequence[int], left: Sequence[int], sizes: Sequence[Sequence[int]],
+                 side_px: int) -> LazyRows:
+    """Boxes of squares (3, H, W) uint8, of `sizes` (rows, columns) at (top, left), resized to (3, S, S) uint8; to be used as
+    `planar_crops`."""
+    def make(row: int) -> torch.Tensor:
+        (height, width), place = sizes[row], _memory(3 * side_px ** 2)
+        box = squares[row][:, top[row]:top[row] + height, left[row]:left[row] + width]
+        _linear(box[None].contiguous(), [side_px, side_px], False, None, None, out=place.view(1, 3, side_px, side_px))
+        return place.view(3, side_px, side_px)
+
+    return LazyRows(len(squares), make)
+
+
+def resize_boxes(squares: torch.Tensor, top: torch.Tensor, left: torch.Tensor, sizes: torch.Tensor, side_px: int) -> torch.Tensor:
+    """The same of a whole batch, (B, 3, H, W) → (B, 3, S, S) uint8, all on the device, sizes (B, 2): as two products with
+    matrices of the filter's weights, rounded after columns and after rows."""
+    def weights(first: torch.Tensor, size: torch.Tensor, extent: int) -> torch.Tensor:
+        """(B, S, extent): of each source pixel in each of the result, zero outside the box."""
+        pixel, result = (torch.arange(count, device=squares.device, dtype=torch.float32) for count in (extent, side_px))
+        first, scale = first[:, None, None], (size / side_px)[:, None, None]
+        centre = first + (result[:, None] + 0.5) * scale
+        triangle = (1 - (pixel + 0.5 - centre).abs() / scale.clamp(min=1)).clamp_(min=0)
+        triangle *= (pixel >= first) & (pixel < first + size[:, None, None])
+        return triangle / triangle.sum(-1, keepdim=True)
+
+    down, across = weights(top, sizes[:, 0], squares.shape[2]), weights(left, sizes[:, 1], squares.shape[3])
+    columns = (squares.float() @ across[:, None].transpose(2, 3)).round_()
+    return (down[:, None] @ columns).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _memory(count: int) -> torch.Tensor:
+    """At least so many bytes of this thread's own, kept, since fresh ones each time cost a third more, in page faults."""
+    memory: torch.Tensor | None = getattr(_own, "memory", None)
+    if memory is None or len(memory) < count:
+        _own.memory = memory = torch.empty(count, dtype=torch.uint8)
+    return memory[:count]
 
 
 class Buffers:

@@ -1,4 +1,4 @@
-"""`Batch`, what a loader gives (float32 NCHW), and `LoaderContext`, what its stages share. B samples, S side of a square."""
+"""`Batch`, what a loader gives (images NCHW), and `LoaderContext`, what its stages share. B samples, S side of a square."""
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,8 +11,8 @@ import torch
 
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.decoding import geometry
-from pipeline.decoding.graph import DecodeSettings, Finish
-from pipeline.decoding.normalize import Normalizer
+from pipeline.decoding.graph import DecodeSettings
+from pipeline.decoding.normalize import Finish, Normalizer
 from pipeline.index.sample_index import SampleIndex
 from pipeline.monitor import Monitor
 from pipeline.process_pool import cores
@@ -23,8 +23,8 @@ _ALIGNMENT = 16  # bytes, of each array in a block
 
 @dataclass(frozen=True)
 class Batch:
-    # Training (B, 3, crop, crop), evaluation (B, 3, S, S); RGB, float32, mean subtracted, on the loader's device. In memory it
-    # lies plane by plane; on a GPU as `machine.channels_last` says.
+    # Training (B, 3, crop, crop), evaluation (B, 3, S, S); RGB, mean subtracted, of type `data.output`, on the loader's device.
+    # In memory it lies plane by plane, or as `machine.channels_last` says.
     images: torch.Tensor
     labels: torch.Tensor  # (B,) int64 class indices on the same device; -1 where unknown
     ids: Ids  # (B,) int64 sample ids, after any stand-in took a corrupt sample's place
@@ -89,18 +89,18 @@ class LoaderContext:
         """Threads that decode, and on a CPU normalize."""
         return self.machine.threads or cores()
 
-    def decoding(self, ids: Ids, batch: int, side_px: int) -> DecodeSettings:
-        """How samples `ids` are decoded, at most `batch` at a time, to a side of `side_px`."""
+    def decoding(self, ids: Ids, batch: int, side_px: int, *, boxed: bool = False) -> DecodeSettings:
+        """How samples `ids` are decoded, at most `batch` at a time, to a side of `side_px`; `boxed`: of boxes."""
         sizes = geometry.sizes(self.index, ids)
-        resample = bool((sizes != geometry.resized(sizes, self.data.square_px)).any())
-        return DecodeSettings(batch, side_px, resample, self.machine, self.threads, self.device_id)
+        resample = boxed or bool((sizes != geometry.resized(sizes, self.data.square_px)).any())
+        return DecodeSettings(batch, side_px, resample, self.machine, self.threads, self.device_id, boxed=boxed)
 
     def finish(self, mean_image: npt.NDArray[np.float32] | None) -> Finish:
-        return Finish(mean_image, self.data.mean == "image_center", self.machine.channels_last)
+        return Finish(mean_image, self.data.mean == "image_center", self.machine.channels_last, self.data.factor,
+                      self.data.output)
 
     def normalizer(self, side_px: int, mean_image: npt.NDArray[np.float32] | None) -> Normalizer:
-        return Normalizer(side_px, mean_image, centered=self.data.mean == "image_center", threads=self.threads,
-                          device=self.device)
+        return Normalizer(side_px, self.finish(mean_image), threads=self.threads, device=self.device)
 
     def labels(self, ids: Ids) -> torch.Tensor:
         """(B,) int64 class indices of samples, on the loader's device."""

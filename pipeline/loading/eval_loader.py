@@ -18,7 +18,7 @@ from pipeline.reading.quarantine import Policy, Skip, refuse
 from pipeline.reading.source import ArchiveSource
 from pipeline.sampling.batch_plan import BatchPlan, plan_squares
 from pipeline.sampling.sampler import Ids
-from pipeline.stats import Stats
+from pipeline.stats import Stats, channel_mean, mean_image
 
 
 class Evaluation:
@@ -39,12 +39,13 @@ class Evaluation:
         self.skipped = skip.skipped
         self.policy: Policy = skip if skip_corrupt else refuse
         stats = stats and stats.expect(data.square_px)
-        self.mean_image = stats.mean_image_chw if stats and data.mean == "image" else None
-        self.channel_mean = stats.channel_mean if stats and data.mean == "channel" else None
+        self.mean_image = stats and mean_image(data, stats)
+        self.channel_mean = stats and channel_mean(data, stats)
         self.central_mean: npt.NDArray[np.float32] | None = None
-        if stats and data.mean == "image_center":
+        if self.mean_image is not None and data.mean == "image_center":
             low = (data.square_px - data.crop_px) // 2
-            self.central_mean = stats.mean_image_chw[:, low:low + data.crop_px, low:low + data.crop_px]
+            self.central_mean = self.mean_image[:, low:low + data.crop_px, low:low + data.crop_px]
+            self.mean_image = None
 
     def samples(self, step: int) -> Ids:
         return self.ids[step * self.batch:(step + 1) * self.batch]
@@ -93,7 +94,7 @@ class EvalLoader(Loader):
     def crops(self, images: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
         """The `crops` of a batch's images (B, 3, S, S), what they subtract included."""
         for crop in crops(images, self.data.crop_px, count):
-            yield crop if self._central_mean is None else crop - self._central_mean
+            yield crop if self._central_mean is None else (crop - self._central_mean).to(crop.dtype)
 
 
 def crops(images: torch.Tensor, crop_px: int, count: int) -> Iterator[torch.Tensor]:

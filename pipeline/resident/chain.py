@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.decoding.normalize import Normalizer
+from pipeline.decoding.resize import planar_boxes
 from pipeline.loading.batch import Batch, LoaderContext
 from pipeline.loading.loader import Chain
 from pipeline.loading.eval_loader import Evaluation
@@ -47,15 +48,16 @@ class StoreRequest(NamedTuple):
 class ResidentChain(Chain):
     """A `Chain` whose store takes the place of reading and decoding."""
     stages = ("normalize",)
+    _box_px: int | None = None  # side to which boxes of the squares are resized; None: the store's crops are the images
 
     def __init__(self, context: LoaderContext, store: Store, filler: Filler, mean_image: npt.NDArray[np.float32] | None) -> None:
         self.context, self.store, self.filler, self.note = context, store, filler, store.note
         machine = context.machine
         self._on_device = context.device.type == "cuda" or machine.kernels == "triton"
+        side = self._box_px or store.layout.crop_px
         self.normalizer: Callable[[], Normalizer | DeviceNormalizer] = partial(
-            DeviceNormalizer, store.layout, mean_image, context.device, centered=context.data.mean == "image_center",
-            kernels=machine.kernels, channels_last=machine.channels_last,
-        ) if self._on_device else partial(context.normalizer, store.layout.crop_px, mean_image)
+            DeviceNormalizer, store.layout, context.finish(mean_image), context.device, kernels=machine.kernels,
+            crop_px=self._box_px) if self._on_device else partial(context.normalizer, side, mean_image)
         # An exchange must not run ahead of the batches consumed: a rank that stops would leave the others waiting in it.
         self.queue = 0 if store.exchanges else machine.queue
 
@@ -82,8 +84,11 @@ class ResidentChain(Chain):
 
     def images(self, normalizer: Any, request: StoreRequest) -> Callable[[], Tensor]:
         """Begin to make the images of a batch with the `normalizer` of this chain; gives what waits for them."""
-        crops = self.store.located(request.crops) if self._on_device else self.store.crops(request.crops)
-        end: Callable[[], Tensor] = normalizer.begin(crops, request.augmentation)
+        chosen = request.augmentation
+        crops: Any = self.store.located(request.crops) if self._on_device else self.store.crops(request.crops)
+        if chosen.box is not None and self._box_px is not None and not self._on_device:
+            crops = planar_boxes(crops, chosen.top.tolist(), chosen.left.tolist(), chosen.box.tolist(), self._box_px)
+        end: Callable[[], Tensor] = normalizer.begin(crops, chosen)
         return end
 
     def close(self) -> None:
@@ -96,6 +101,7 @@ class TrainChain(ResidentChain):
     def __init__(self, context: LoaderContext, store: Store, sampler: Sampler, planner: CropPlanner, stand_ins: StandIns,
                  mean_image: npt.NDArray[np.float32] | None) -> None:
         skip = Skip()
+        self._box_px = context.data.crop_px if context.data.resized_boxes else None
         super().__init__(context, store, Filler(context, store, context.ids, max(2 * sampler.share, _AT_LEAST), skip,
                                                 skip.skipped, complete=True), mean_image)
         self._pool, self._planner, self._stand_ins = ArchiveSource(context.index, context.ids), planner, stand_ins
@@ -145,7 +151,8 @@ class TrainChain(ResidentChain):
                                                                  int(epochs[row]), step)
         if attempts.any():
             chosen = self._planner.augmentation(ids, epochs)
-        crops = [(rows[part], chosen.top[part], chosen.left[part]) for part in self._parts]
+        places = (chosen.top, chosen.left) if chosen.box is None else (np.zeros_like(chosen.top),) * 2  # of the store's crops
+        crops = [(rows[part], *(place[part] for place in places)) for part in self._parts]
         return StoreRequest(ids[own], epochs[own], chosen.rows(own), crops)
 
 
@@ -193,8 +200,9 @@ def train_chain(context: LoaderContext, kind: str, sampler: Sampler, planner: Cr
     data = context.data
     if data.region != "square":
         raise ValueError(f"data.region (={data.region}) must be square for tier resident, which keeps central squares only; "
-                         "use data.tier: archives or packed")
-    store = _store(context, Layout(kind, data.square_px, data.crop_px), context.ids, group)
+                         "set data.region: square, or use data.tier: archives or packed")
+    crop_px = data.square_px if data.resized_boxes else data.crop_px  # boxes are taken of whole squares
+    store = _store(context, Layout(kind, data.square_px, crop_px), context.ids, group)
     return TrainChain(context, store, sampler, planner, stand_ins, mean_image)
 
 

@@ -3,10 +3,10 @@ import logging
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from pipeline.decoding.normalize import Normalizer
+from pipeline.decoding.normalize import Finish, Normalizer
+from pipeline.decoding.resize import resize_boxes
 from pipeline.loading.batch import to_device
 from pipeline.resident.store import Layout, Located
 from pipeline.sampling.augment import Augmentation
@@ -15,16 +15,17 @@ _log = logging.getLogger(__name__)
 
 
 class DeviceNormalizer:
-    """What `Normalizer` is on a CPU, and its bits. `mean_image` (3, S, S) float32 or None, `centered`: see there. `kernels`:
-    auto takes Triton's on a GPU, where it works; torch never; triton always, also on a CPU, in its interpreter. `channels_last`:
-    memory layout of the images. The host waits for nothing here."""
+    """What `Normalizer` is on a CPU, and its bits. `kernels`: auto takes Triton's on a GPU, where it works; torch never; triton
+    always, also on a CPU, in its interpreter; but boxes, uint8 images and factors are torch's in any case. `crop_px`: side of the
+    images, to which boxes of the layout's crops, whole squares, are resized; None: that of the crops, which are the images. The
+    host waits for nothing here."""
 
-    def __init__(self, layout: Layout, mean_image: npt.NDArray[np.float32] | None, device: torch.device, *,
-                 centered: bool = False, kernels: str = "auto", channels_last: bool = False) -> None:
-        self._layout, self._device, self._centered = layout, device, centered
-        self._format = torch.channels_last if channels_last else torch.contiguous_format
-        self._plain = Normalizer(layout.crop_px, mean_image, centered=centered, threads=1, device=device)
-        self._triton = kernels == "triton" or kernels == "auto" and device.type == "cuda"
+    def __init__(self, layout: Layout, finish: Finish, device: torch.device, *, kernels: str = "auto",
+                 crop_px: int | None = None) -> None:
+        self._layout, self._device, self._finish, self._box_px = layout, device, finish, crop_px
+        self._plain = Normalizer(crop_px or layout.crop_px, finish, threads=1, device=device)
+        self._triton = (kernels == "triton" or kernels == "auto" and device.type == "cuda") and crop_px is None \
+            and finish.factor is None and finish.output != "uint8"
         if self._triton:
             try:
                 self._warm_up()
@@ -46,20 +47,25 @@ class DeviceNormalizer:
         return lambda: self.images(crops, augmentation)
 
     def images(self, crops: Located, augmentation: Augmentation, out: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, 3, c, c): `out`, float32, bfloat16 or float16, of any strides, or new ones, float32."""
-        size = self._layout.crop_px
+        """(B, 3, c, c): `out`, float32, bfloat16 or float16, of any strides, or new ones, as `Finish` says."""
+        size = self._box_px or self._layout.crop_px
         if out is None:
-            out = torch.empty(len(crops.rows), 3, size, size, device=self._device, memory_format=self._format)
+            out = torch.empty(len(crops.rows), 3, size, size, device=self._device, dtype=self._finish.dtype,
+                              memory_format=self._finish.memory_format)
         shift = np.ascontiguousarray(augmentation.shift.T)
         columns = [crops.rows, crops.top, crops.left, augmentation.mirror, *shift.view(np.int32)]
         table, = to_device(self._device, np.stack(columns, dtype=np.int32, casting="unsafe"))
         if self._triton:
             from pipeline.resident import kernels
 
-            kernels.images(crops.planes, table, self._plain.mean, out, self._layout.square_px, centered=self._centered)
+            kernels.images(crops.planes, table, self._plain.mean, out, self._layout.square_px, centered=self._finish.centered)
             return out
         which, top, left, mirror = table[:4].long()
         pixels = self._layout.rgb(crops.planes, which, top, left)
+        if self._box_px is not None:
+            assert augmentation.box is not None
+            place = to_device(self._device, augmentation.top, augmentation.left, augmentation.box)
+            pixels = resize_boxes(pixels, *place, self._box_px)
         return out.copy_(self._plain.whole(pixels, top, left, mirror == 1, table[4:].view(torch.float32).T))
 
     def close(self) -> None:

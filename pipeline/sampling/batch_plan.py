@@ -11,7 +11,7 @@ import numpy.typing as npt
 from pipeline.config import DataConfig
 from pipeline.decoding import geometry
 from pipeline.index.sample_index import SampleIndex
-from pipeline.sampling.augment import Augmentation, Rows, augment, lighting_shift
+from pipeline.sampling.augment import Augmentation, Rows, augment, lighting_shift, random_boxes
 from pipeline.sampling.sampler import Ids
 
 _BLOCK = 4096  # images that are planned together
@@ -41,42 +41,58 @@ class BatchPlan:
 
 
 class CropPlanner:
-    """Plans training batches: sample ids → random crops, flips and colour jitter (paper §4.1). For mean and eigenvectors see
-    `pipeline.stats.Stats`."""
+    """Plans training batches: sample ids → random crops or boxes, flips and colour jitter (paper §4.1).
 
-    def __init__(self, index: SampleIndex, data: DataConfig, seed: int, channel_mean: npt.NDArray[np.float32],
+    A crop lies in the central square of the resized image, or (`data.region: full`) anywhere in it. So does a box that is resized
+    (`data.crop: random_resized`), but in the whole image *before* it is resized, as torchvision has it. In a square boxes are
+    drawn in pixels of the resized one, so that all tiers have the same, and rounded to whole pixels of the image that is read.
+    `channel_mean` is subtracted, where there is one. For the eigenvectors see `pipeline.stats.Stats`."""
+
+    def __init__(self, index: SampleIndex, data: DataConfig, seed: int, channel_mean: npt.NDArray[np.float32] | None,
                  eigenvalues: npt.NDArray[np.float64], eigenvectors: npt.NDArray[np.float64]) -> None:
         self._index, self._data, self._seed, self._channel_mean = index, data, seed, channel_mean
         self._eigenvalues, self._eigenvectors = eigenvalues, eigenvectors
 
-    def augmentation(self, ids: Ids, epochs: Ids, rooms: geometry.Pairs | None = None) -> Augmentation:
-        """The augmentation of samples `ids` in `epochs`, both (B,); the same on every rank and in every thread. `rooms`: see
-        `augment`, where they are known already."""
-        rooms = self._crops(ids)[3] if rooms is None else rooms
-        return self.shifted(augment(self._seed, epochs, ids, rooms, mirror=self._data.mirror, lighting=self._data.lighting,
-                                    lighting_epochs=self._data.lighting_epochs))
+    def augmentation(self, ids: Ids, epochs: Ids, extents: geometry.Pairs | None = None) -> Augmentation:
+        """The augmentation of samples `ids` in `epochs`, both (B,); the same on every rank and in every thread. `extents` (B, 2)
+        of the regions, where they are known already."""
+        data, extents = self._data, self._regions(ids)[3] if extents is None else extents
+        box, central = None, None
+        if data.resized_boxes:
+            box, central = random_boxes(self._seed, epochs, ids, extents, data.scale, data.ratio)
+        rooms = extents - (data.crop_px if box is None else box)
+        chosen = augment(self._seed, epochs, ids, rooms, mirror=data.mirror, lighting=data.lighting,
+                         lighting_epochs=data.lighting_epochs)
+        if box is not None:
+            top, left = np.where(central, rooms.T // 2, [chosen.top, chosen.left])
+            chosen = replace(chosen, top=top, left=left, box=box)
+        return self.shifted(chosen)
 
     def shifted(self, chosen: Augmentation) -> Augmentation:
         """With the shift that belongs to the alphas."""
         shift = lighting_shift(chosen.alphas, self._eigenvalues, self._eigenvectors)
-        if self._data.mean == "channel":
+        if self._channel_mean is not None:
             shift -= self._channel_mean
         return replace(chosen, shift=shift)
 
     def plan(self, step: int, ids: Ids, epochs: Ids, origins: Ids | None = None, attempts: Ids | None = None) -> BatchPlan:
-        sizes, resized, first, rooms = self._crops(ids)
-        chosen = self.augmentation(ids, epochs, rooms)
-        regions = geometry.regions(sizes, resized, first + np.stack([chosen.top, chosen.left], axis=1), self._data.crop_px)
+        sizes, resized, first, extents = self._regions(ids)
+        chosen, crop_px = self.augmentation(ids, epochs, extents), self._data.crop_px
+        offsets = first + np.stack([chosen.top, chosen.left], axis=1)
+        regions = (geometry.regions(sizes, resized, offsets, crop_px) if chosen.box is None else
+                   geometry.boxes(sizes, resized, offsets, chosen.box, crop_px))
         return BatchPlan(step, ids, epochs, ids if origins is None else origins,
                          np.zeros_like(ids) if attempts is None else attempts, chosen, regions)
 
-    def _crops(self, ids: Ids) -> tuple[geometry.Pairs, geometry.Pairs, geometry.Pairs, geometry.Pairs]:
-        """Source sizes, resized sizes, first offset of the region and the largest step away from it, (B, 2) each."""
+    def _regions(self, ids: Ids) -> tuple[geometry.Pairs, geometry.Pairs, geometry.Pairs, geometry.Pairs]:
+        """Source sizes, resized sizes, offset of the region in the resized image and its size there, (B, 2) each. Of a whole
+        image from which boxes are drawn, resized is not."""
         data, sizes = self._data, geometry.sizes(self._index, ids)
-        resized = geometry.resized(sizes, data.square_px)
         if data.region == "full":
-            return sizes, resized, np.zeros_like(resized), resized - data.crop_px
-        return sizes, resized, geometry.central(resized, data.square_px), np.full_like(resized, data.square_px - data.crop_px)
+            resized = sizes if data.resized_boxes else geometry.resized(sizes, data.square_px)
+            return sizes, resized, np.zeros_like(resized), resized
+        resized = geometry.resized(sizes, data.square_px)
+        return sizes, resized, geometry.central(resized, data.square_px), np.full_like(resized, data.square_px)
 
 
 class BlockPlanner:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.decoding.normalize import Normalizer
+from pipeline.decoding.normalize import Finish, Normalizer
 from pipeline.decoding.resize import Buffers
 from pipeline.sampling.augment import Augmentation
 
@@ -37,7 +37,7 @@ def test_images_by_hand_in_rows_and_as_a_whole(mean: str, threads: int) -> None:
     pixels, wanted = RANDOM.integers(0, 256, (B, CROP, CROP, 3)).astype(np.uint8), augmentation()
     subtracted = None if mean == "channel" else RANDOM.uniform(0, 255, (3, S, S)).astype(np.float32)
     planar = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    normalizer = Normalizer(CROP, subtracted, centered=mean == "image_center", threads=threads)
+    normalizer = Normalizer(CROP, Finish(subtracted, mean == "image_center"), threads=threads)
     expected = by_hand(planar.numpy(), subtracted, mean == "image_center", wanted)
     for rows in (list(planar), planar, planar.contiguous()):
         assert np.array_equal(normalizer.begin(rows, wanted)().numpy(), expected)

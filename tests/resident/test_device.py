@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.decoding.normalize import Normalizer
+from pipeline.decoding.normalize import Finish, Normalizer
 from pipeline.resident.device import DeviceNormalizer
 from pipeline.resident.store import Layout, Located, Planes
 from pipeline.sampling.augment import Augmentation
@@ -44,10 +44,11 @@ def test_images_have_the_bits_of_the_cpu(kernels: str, packed: bool, kind: str, 
     located, augmentation, alone = crops_of(layout, packed)
     image = np.random.default_rng(1).uniform(0, 255, (3, square_px, square_px)).astype(np.float32)
     subtracted = None if mean == "channel" else image
-    normalizer = Normalizer(crop_px, subtracted, centered=centered, threads=1)
+    finish = Finish(subtracted, centered)
+    normalizer = Normalizer(crop_px, finish, threads=1)
     expected = normalizer.begin(alone, augmentation)()
     normalizer.close()
-    device = DeviceNormalizer(layout, subtracted, DEVICE, centered=centered, kernels=kernels)
+    device = DeviceNormalizer(layout, finish, DEVICE, kernels=kernels)
     assert torch.equal(device.begin(located, augmentation)().cpu(), expected)
 
 
@@ -58,8 +59,8 @@ def test_images_go_where_they_are_wanted(kernels: str, dtype: torch.dtype, chann
     layout = Layout("rgb", 9, 6)
     located, augmentation, _ = crops_of(layout, False)
     mean = np.random.default_rng(1).uniform(0, 255, (3, 9, 9)).astype(np.float32)
-    expected = DeviceNormalizer(layout, mean, DEVICE, kernels="torch").images(located, augmentation)
-    device = DeviceNormalizer(layout, mean, DEVICE, kernels=kernels, channels_last=channels_last)
+    expected = DeviceNormalizer(layout, Finish(mean), DEVICE, kernels="torch").images(located, augmentation)
+    device = DeviceNormalizer(layout, Finish(mean, channels_last=channels_last), DEVICE, kernels=kernels)
     own = device.images(located, augmentation)
     assert own.dtype == torch.float32 and torch.equal(own, expected)
     assert own.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
