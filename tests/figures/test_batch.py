@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,10 @@ def test_a_sheet_shows_the_crops_that_were_drawn(tiny_set: TinySet, mean: str) -
         crop = crop[:, ::-1] if drawn.mirror[row] else crop
         # region decode and whole decode round the resize differently by at most a grey level or two
         assert np.abs(crop.astype(int) - crops[row]).mean() < 0.5
+    boxes = DataConfig.preset("imagenet", region="square", square_px=76, crop_px=67)
+    with train_loader("archives", index, "train", boxes, 8, 5, stats) as loader, \
+            train_loader("archives", index, "train", replace(boxes, output="uint8"), 8, 5, stats) as plain:
+        assert np.array_equal(restore(next(iter(loader)), drawn, boxes, stats), next(iter(plain)).images.permute(0, 2, 3, 1))
     text = captions(index, batch, drawn, stats)[0]
     assert f"id {batch.ids[0]}, epoch 0" in text and f"at {drawn.top[0]}, {drawn.left[0]}" in text
     assert text.splitlines()[0] == index.classes[int(batch.labels[0])].words.split(",")[0]

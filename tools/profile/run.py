@@ -57,7 +57,7 @@ def profile(args: argparse.Namespace, config: Config) -> tuple[Profile, Sequence
             if cut:
                 bare = host.without_pixels(open_loader(machine=machine), closers)
             elif machine.resident_memory == "ram":  # squares in GPU memory are not there twice
-                bare = open_loader(machine=machine, data=replace(data, crop_px=1))
+                bare = open_loader(machine=machine, data=replace(data, crop_px=1, crop="random"))
             if bare is not None:
                 workloads.append(host.workload(bare, closers))
             if network is not None:

@@ -14,7 +14,7 @@ from pipeline.config import DataConfig
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.batch import Batch
 from pipeline.sampling.augment import Augmentation, lighting_shift
-from pipeline.stats import Stats
+from pipeline.stats import Stats, channel_mean, mean_image
 from pipeline.tiers import make_train_loader
 from tools.cli import ProgressBar
 from tools.show.sheet import Sheet
@@ -26,12 +26,13 @@ _CELL, _SIDE = (2.1, 2.6), 1.94  # inches: of a crop with its text; of the crop
 
 def restore(batch: Batch, augmentation: Augmentation, data: DataConfig, stats: Stats) -> np.ndarray:
     """The crops of a batch with the subtracted mean added back, (B, H, W, 3) uint8."""
-    crops = batch.images.cpu().numpy().transpose(0, 2, 3, 1).copy()
-    px = data.crop_px
-    for row, crop in enumerate(crops):
-        if data.mean == "channel":
-            crop += stats.channel_mean
-            continue
+    crops = batch.images.float().cpu().numpy().transpose(0, 2, 3, 1).copy()
+    px, image = data.crop_px, mean_image(data, stats) is not None
+    if data.factor is not None:
+        crops /= np.array(data.factor, np.float32)
+    if (mean := channel_mean(data, stats)) is not None:
+        crops += mean
+    for row, crop in enumerate(crops) if image else ():
         top, left, flip = int(augmentation.top[row]), int(augmentation.left[row]), bool(augmentation.mirror[row])
         if data.mean == "image_center":
             top = left = (data.square_px - px) // 2
@@ -49,7 +50,8 @@ def captions(index: SampleIndex, batch: Batch, augmentation: Augmentation, stats
         label = index.classes[int(batch.labels[row])]
         words = label.words.split(",")[0][:22] or label.wnid
         jitter = " ".join(f"{channel}{value:+.0f}" for channel, value in zip("RGB", shifts[row]))
-        texts.append(f"{words}\nid {id}, epoch {batch.epochs[row]}\nat {augmentation.top[row]}, {augmentation.left[row]}"
+        size = "" if augmentation.box is None else "{} × {} ".format(*augmentation.box[row])
+        texts.append(f"{words}\nid {id}, epoch {batch.epochs[row]}\n{size}at {augmentation.top[row]}, {augmentation.left[row]}"
                      f"{' flipped' if augmentation.mirror[row] else ''}\n{jitter}")
     return texts
 
