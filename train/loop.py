@@ -29,7 +29,7 @@ from train.parallel.pair_loader import PairLoader
 from train.parallel.topology import Topology
 from train.recipe import dump
 from train.results import Flags, StepResult
-from train.run_folder import CHECKPOINTS, METRICS, QUARANTINE, UNSAVED, Metrics, check_never_saved, check_same_recipe
+from train.run_folder import CHECKPOINTS, METRICS, QUARANTINE, UNSAVED, Metrics, check_never_saved, check_resumable
 from train.step import TrainStep
 
 SAME_SIGNAL_S = 1.0  # a second Ctrl-C sooner than this is the first one, passed on by torchrun
@@ -87,6 +87,11 @@ class Trainer:
         self._progress, self._data_wait = Progress(), DataWait()
         self._samples = len(index.ids(config.data.train_split))
         self.steps = first_step(config.train.epochs, self._samples, config.train.batch)  # of the run
+
+    @property
+    def epoch(self) -> int:
+        """The current one, from 0."""
+        return self._progress.epoch
 
     def train(self) -> bool:
         """Train until the last epoch is validated; False when stopped, and saved, before."""
@@ -245,8 +250,9 @@ class Trainer:
         path = self._checkpoints / name
         if self._topology.is_main:
             self._note_saved()  # a process killed right after its first checkpoint has not
-        check_same_recipe(self._config, path / checkpoint.CONFIG)
         state = checkpoint.read_state(path, whole=True)
+        progress = Progress(**state["progress"])
+        check_resumable(self._config, path / checkpoint.CONFIG, epochs=progress.epoch + (progress.images > 0))
         self._check_sources({"initial weights": "", **state["sources"]})
         checkpoint.load(path, *self._train_step.tensors(), self._topology)
         try:
@@ -255,7 +261,7 @@ class Trainer:
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"checkpoint file (={path / checkpoint.STATE}) is not as it is written ({error!r}); use another "
                              "checkpoint") from None
-        self._progress = Progress(**state["progress"])
+        self._progress = progress
         if missing := self._metrics.truncate(state["metrics_bytes"]):
             self._console.warn(f"{METRICS} lacks {missing} bytes that were written before {name}; reports will miss steps")
         if self._topology.is_main:

@@ -3,7 +3,6 @@ import contextlib
 from pathlib import Path
 from typing import ContextManager
 
-from pipeline.files import atomic_write
 from train import build, run_folder
 from train.checkpoint.resolve import find_pretrained, load_pretrained
 from train.config import Config
@@ -13,7 +12,7 @@ from train.exit_codes import DONE, MISTAKE, STOPPED
 from train.loop import StopRequest, Trainer
 from train.parallel.failure import reported
 from train.parallel.topology import Topology
-from train.recipe import CommandLine, dump
+from train.recipe import CommandLine
 from train.step import TrainStep
 
 ENDED = "ended"  # key in torchrun's store: the exit code of a run that must not be restarted
@@ -77,6 +76,8 @@ def train_and_test(request: CommandLine, topology: Topology) -> int:
             raise ValueError(f"machine.stop_after (={config.machine.stop_after}) must lie after step {loader.step}, where "
                              "this run stands: it counts from the start of training; raise it or leave it out")
         if topology.is_main:
+            for line in run_folder.note_changes(folder, config, loader.step, trainer.epoch) if resume else []:
+                console.print(f"changed from step {loader.step} on: {line}")
             run_folder.record_start(folder, resumed_at=loader.step, processes=topology.world_size,
                                     device=str(topology.device), index=index.sha256, stats=stats.sha256,
                                     fingerprint=config.fingerprint(), machine=config.as_dict()["machine"],
@@ -123,7 +124,7 @@ def claim(folder: Path, config: Config, resume: bool, topology: Topology) -> Con
                 folder.mkdir(parents=True, exist_ok=True)
             held = run_folder.hold(folder)
             if resume:
-                run_folder.check_same_recipe(config, settled)
+                run_folder.check_resumable(config, settled)
             elif settled.exists():
                 raise ValueError(f"run folder (={folder}) already holds a run; resume it with --resume, or give another "
                                  "--machine.name")
@@ -131,8 +132,7 @@ def claim(folder: Path, config: Config, resume: bool, topology: Topology) -> Con
                 topology.store.set(_key(folder), "")
                 (folder / run_folder.CHECKPOINTS).mkdir(exist_ok=True)
                 (folder / run_folder.UNSAVED).touch()
-                with atomic_write(settled) as file:
-                    file.write(dump(config).encode())
+                run_folder.write_config(folder, config)
         except ValueError as refused:
             error = str(refused)
     if error := topology.broadcast_object(error):

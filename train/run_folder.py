@@ -1,4 +1,5 @@
-"""Run folder: config.yaml (the resolved recipe), versions.jsonl (one line per start), metrics.jsonl, checkpoints/.
+"""Run folder: config.yaml (the resolved recipe), history.jsonl (what resumes have changed of it), versions.jsonl (one line per
+start), metrics.jsonl, checkpoints/.
 
 A checkpoint records the length of metrics.jsonl, and a resume truncates it to that, so that no step appears twice; what it cuts
 off is kept in metrics-replaced.jsonl. Whoever trains holds .lock. `.unsaved` is there until the first checkpoint is written:
@@ -16,15 +17,18 @@ import time
 from pathlib import Path
 from typing import Any, BinaryIO, Callable
 
-from pipeline.files import LockHeld, lock
+from pipeline.files import LockHeld, atomic_write, lock
 from pipeline.io_errors import explain, writing
 from pipeline.schema import is_file_name
-from train.config import Config, differences
-from train.recipe import load
+from train.config import Config, changes, changes_results
+from train.recipe import dump, load
 
-CONFIG, VERSIONS, METRICS, CHECKPOINTS = "config.yaml", "versions.jsonl", "metrics.jsonl", "checkpoints"
+CONFIG, HISTORY, VERSIONS = "config.yaml", "history.jsonl", "versions.jsonl"
+METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
 REPLACED, UNSAVED, LOCK = "metrics-replaced.jsonl", ".unsaved", ".lock"
 QUARANTINE, LOG = "quarantine.jsonl", "console.log"
+EXTENDABLE = ("train.epochs", "schedule.milestones")  # what a resume may change of what changes results
+OF_A_START = ("machine.name", "machine.runs", "machine.stop_after")  # settings of one start alone
 
 
 class Metrics:
@@ -112,15 +116,38 @@ def check_never_saved(folder: Path) -> None:
                            "mount them, or put them back, or start another run with --machine.name")
 
 
-def check_same_recipe(config: Config, path: Path) -> None:
-    """Raise ValueError with both fingerprints and the keys that differ, when the config stored in `path` is of another recipe."""
-    # Fingerprints are computed anew: settings may have been added since, with defaults.
+def check_resumable(config: Config, path: Path, epochs: int = 0) -> None:
+    """Raise ValueError naming each key, when `config` is no recipe with which a run of the one stored in `path` could go on after
+    it has begun so many `epochs`: it may have more epochs and other milestones after them, and whatever changes no result."""
     stored = load(path)
-    ours, theirs = config.fingerprint(), stored.fingerprint()
-    if ours != theirs:
-        changed = "; ".join(differences(config.as_dict(), stored.as_dict()))
-        raise ValueError(f"fingerprint (={ours[:16]}…) is not that of {path} (={theirs[:16]}…): {changed}; resume "
-                         "with the same recipe, or give another --machine.name")
+    (passed, given), run = ([milestone for milestone in each.schedule.milestones if milestone.epoch < epochs]
+                            for each in (stored, config)), path.parent
+    problems = [f"{key}: {old} in the run, {new} now" for key, (old, new) in changes(stored.as_dict(), config.as_dict()).items()
+                if changes_results(key) and (key not in EXTENDABLE or key == "schedule.milestones" and passed != given)]
+    if config.train.epochs < epochs:
+        problems.append(f"train.epochs: {config.train.epochs} now, and {epochs} are begun")
+    if problems:
+        raise ValueError(f"recipe (={'; '.join(problems)}) is not the one of {run}; a resume may raise train.epochs, change "
+                         "schedule.milestones of epochs to come, and the groups machine and parallel: give the run's other "
+                         "values, or start another run with --machine.name")
+
+
+def note_changes(folder: Path, config: Config, step: int, epoch: int) -> list[str]:
+    """Note in history.jsonl and config.yaml what a resume at this step, in this epoch, changes of the recipe; lines that say it.
+    Main process only."""
+    new = config.as_dict()
+    changed = {key: values for key, values in changes(load(folder / CONFIG).as_dict(), new).items() if key not in OF_A_START}
+    if changed:
+        line = {"time": round(time.time(), 3), "step": step, "epoch": epoch, "changes": changed}
+        with writing(folder / HISTORY), (folder / HISTORY).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        write_config(folder, config)
+    return [f"{key}: {old} -> {new}" for key, (old, new) in changed.items()]
+
+
+def write_config(folder: Path, config: Config) -> None:
+    with atomic_write(folder / CONFIG) as file:
+        file.write(dump(config).encode())
 
 
 def record_start(folder: Path, **facts: Any) -> None:

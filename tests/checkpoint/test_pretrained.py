@@ -277,7 +277,7 @@ def test_a_resume_needs_the_checkpoint_no_more_but_takes_no_other(recipe: Path, 
     assert "error: initial weights (=" in err and "…) is not the one of this run (=" in err
     assert "; resume with the same init_from.checkpoint, or start another run with --machine.name" in err
     _, err = here(recipe, tmp_path, "--resume", words[0], code=2)
-    assert "init_from.renew: ['fc8'] -> []; resume with the same recipe" in err
+    assert "recipe (=init_from.renew: ['fc8'] in the run, [] now) is not the one of" in err
     shutil.rmtree(gone)
     out, _ = here(recipe, tmp_path, *words, "--resume")
     assert "at step 4" in out and "start anew" not in out

@@ -16,7 +16,7 @@ from pipeline.stats import Stats, stats_path
 from tests.helpers.loaders import train_loader
 from tests.helpers.recipes import write_recipe
 from tests.helpers.small_set import photographs, write_set
-from tests.helpers.runs import here, lines, watch, weights
+from tests.helpers.runs import here, lines, same, watch, weights
 from train.checkpoint import checkpoint
 from train.recipe import load
 
@@ -74,6 +74,19 @@ def test_losses_are_those_on_record(trained: Path) -> None:
     golden = [float(line) for line in GOLDEN.read_text(encoding="utf-8").split("\n") if line and not line.startswith("#")]
     found = [line["loss"] for line in lines(trained) if line["kind"] == "step"]
     assert len(golden) == 12 and found == pytest.approx(golden, rel=2e-3)
+
+
+def test_a_resume_may_add_later_milestones_but_change_none_that_is_passed(recipe: Path, trained: Path, tmp_path: Path) -> None:
+    once = (*SCHEDULE, "--train.epochs=1", "--schedule.milestones=[]")
+    here(recipe, tmp_path, *once)
+    out, _ = here(recipe, tmp_path, *SCHEDULE, "--resume", "--machine.stop_after=7", code=75)
+    assert "changed from step 6 on: schedule.milestones: [] -> [{'epoch': 1, 'lr': 0.001, 'layer_rates': {}}]\n" in out
+    for words, problem in (([*SCHEDULE, "--schedule.milestones=[]"], "schedule.milestones: [{'epoch': 1, "),
+                           (once, "train.epochs: 1 now, and 2 are begun")):
+        _, err = here(recipe, tmp_path, *words, "--resume", code=2)
+        assert problem in err and err.count("\n") == 1, err
+    here(recipe, tmp_path, *SCHEDULE, "--resume")
+    same(trained, tmp_path / "small")
 
 
 @pytest.mark.parametrize("precision, layout", [("bf16", "true"), ("fp32", "false")])

@@ -17,6 +17,8 @@ from tests.helpers.checkpoints import disk_full
 from tests.helpers.runs import PAIR, finish, here, inside, launch, lines, pair, same, watch, weights
 from train.checkpoint import checkpoint
 from train.evaluate.__main__ import main as evaluate_main
+from train.recipe import load
+from train.report.runs import read_run
 from train.run_folder import hold
 
 
@@ -72,6 +74,21 @@ def test_checkpoints_every_so_many_epochs_and_steps(recipe: Path, whole: Path, t
             shutil.rmtree(path)
         here(recipe, tmp_path, *words, "--resume")
         same(whole, tmp_path / name)
+
+
+def test_a_finished_run_is_extended_as_if_it_had_been_planned_so(recipe: Path, whole: Path, tmp_path: Path) -> None:
+    """Weights and metrics to the bit; what changed is said, noted, and in the report."""
+    here(recipe, tmp_path, "--train.epochs=2", "--machine.checkpoint_steps=7")
+    out, _ = here(recipe, tmp_path, "--resume", "--machine.metrics_steps=1")
+    assert "changed from step 19 on: machine.checkpoint_steps: 7 -> 0\nchanged from step 19 on: train.epochs: 2 -> 3\n" in out
+    same(whole, tmp_path / "small")
+    noted = json.loads((tmp_path / "small/history.jsonl").read_text(encoding="utf-8"))
+    assert (noted["step"], noted["epoch"]) == (19, 2)
+    assert noted["changes"] == {"machine.checkpoint_steps": [7, 0], "train.epochs": [2, 3]}
+    assert load(tmp_path / "small/config.yaml").train.epochs == 3
+    assert '"kind": "test"' in (tmp_path / "small/metrics-replaced.jsonl").read_text(encoding="utf-8")
+    run = read_run(tmp_path / "small")
+    assert (run.state, run.problems) == ("tested", ()) and run.extended == ("train.epochs 2 → 3 from step 19 on",)
 
 
 def test_written_by_two_resumed_by_one_and_the_reverse(recipe: Path, whole: Path, tmp_path: Path) -> None:
@@ -179,7 +196,10 @@ def test_mistakes_leave_with_2_and_no_traceback(recipe: Path, whole: Path, tiny_
     runs = whole.parent
     for argv, message in [
         ((), rf"error: run folder (={whole}) already holds a run; resume it with --resume, or give another --machine.name"),
-        (("--resume", "--train.seed=7"), "train.seed: 1 -> 7; resume with the same recipe"),
+        (("--resume", "--train.seed=7", "--optimizer.lr=0.02", "--machine.threads=2"),
+         f"recipe (=optimizer.lr: 0.01 in the run, 0.02 now; train.seed: 1 in the run, 7 now) is not the one of {whole}; a "
+         "resume may raise train.epochs, change schedule.milestones of epochs to come, and the groups machine and parallel"),
+        (("--resume", "--train.epochs=2"), "recipe (=train.epochs: 2 now, and 3 are begun) is not the one of"),
         (("--resume", "--machine.name=none"), f"run folder (={runs}/none) holds no run to resume; start it without"),
         (("--machine.name=a/b",), "machine.name (=a/b) must name a folder of"),
         (("--model.classes=5", "--machine.name=x"), "model.classes (=5) must be at least the 6 of the index"),

@@ -115,7 +115,8 @@ def result(group: Group) -> Cells:
 def notes(run: Run, group: Group) -> list[str]:
     """What a reader must know about a run."""
     return [*([] if run.test else [run.state]),
-            *([] if run in group.counted else ["another run of this seed is counted in its place"]), *run.problems]
+            *([] if run in group.counted else ["another run of this seed is counted in its place"]),
+            *(f"extended: {change}" for change in run.extended), *run.problems]
 
 
 def ours(row: paper.Row, groups: Sequence[Group], ensembles: Sequence[Ensemble]) -> list[Cells]:

@@ -8,15 +8,16 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Iterator, Mapping
 
 from pipeline.files import file_sha256
 from pipeline.io_errors import explain
 from train.checkpoint import checkpoint
+from train.config import changes_results
 from train.evaluate import ensemble, predictions
 from train.recipe.strict_yaml import load_yaml
 from train.report import paper
-from train.run_folder import CHECKPOINTS, CONFIG, METRICS, VERSIONS
+from train.run_folder import CHECKPOINTS, CONFIG, HISTORY, METRICS, VERSIONS
 
 EVALUATIONS = "evaluations"  # folder of a run's saved evaluations
 
@@ -79,6 +80,7 @@ class Run:
     train_images: tuple[int, int] | None = None  # least and most it can have; equal where a checkpoint records it
     validation_images: int | None = None
     images_sha256: str = ""  # of the training images, "" unknown
+    extended: tuple[str, ...] = ()  # what resumes have changed of what changes results
     problems: tuple[str, ...] = ()  # what could not be read
 
     @property
@@ -158,7 +160,8 @@ def read_run(folder: Path) -> Run:
     train_images = (samples, samples) if samples else _train_images(_whole(config["train"].get("batch")), steps_done)
     tests = [*tests, *_evaluations(folder / EVALUATIONS, problems)]
     return Run(folder, folder.resolve().name, config, starts, tuple(epochs[number] for number in sorted(epochs)), began,
-               tuple(tests), checkpoints, train_images, validation_images, str(loader.get("images") or ""), tuple(problems))
+               tuple(tests), checkpoints, train_images, validation_images, str(loader.get("images") or ""),
+               tuple(_extended(folder / HISTORY, problems)), tuple(problems))
 
 
 def _train_images(batch: int | None, steps_done: Mapping[int, int]) -> tuple[int, int] | None:
@@ -206,6 +209,15 @@ def _json_lines(path: Path, problems: list[str]) -> list[Mapping[str, Any]]:
     if bad := len(lines) - len(found):
         problems.append(f"{path.name}: {bad} line{'s' * (bad > 1)} cannot be read")
     return found
+
+
+def _extended(path: Path, problems: list[str]) -> Iterator[str]:
+    """What history.jsonl tells, which is there when a resume has changed the recipe."""
+    for line in _json_lines(path, problems) if path.exists() else []:
+        values = line.get("changes")
+        for key, change in values.items() if isinstance(values, dict) else ():
+            if changes_results(key) and isinstance(change, list) and len(change) == 2:
+                yield f"{key} {change[0]} → {change[1]} from step {line.get('step')} on"
 
 
 def _epoch(number: int, line: Mapping[str, Any]) -> Epoch:
