@@ -13,7 +13,7 @@ if not __package__:  # run as a file: tools/profile must not hide the standard l
 from train.exit_codes import run_command, start_command  # noqa: E402
 
 if __name__ == "__main__":
-    start_command()
+    start_command(decodes=True)
 
 import argparse
 

@@ -9,6 +9,7 @@ import io
 import os
 import signal
 import sys
+import time
 from types import FrameType
 from typing import Any, Callable, NoReturn, Optional, Sequence
 
@@ -35,16 +36,51 @@ class CommonError(RuntimeError):
     code = FAILED
 
 
-def start_command() -> None:
+# Lines that DALI's decoders write about an image they cannot decode, as a pattern of sed.
+_DECODER_ERROR = r"/\[ERROR\].*\[[[:alnum:]_-]*decoder[[:alnum:]_-]*\]/d"
+_filter: list[int] = []  # what descriptor 2 was, and the process that reads it now
+
+
+def start_command(decodes: bool = False) -> None:
     """Begin a command, before it imports anything else: what the terminal's encoding lacks is replaced, and Ctrl-C ends it with
-    130 and one line, also in the middle of an import."""
+    130 and one line, also in the middle of an import. `decodes`: leave out what DALI's decoders write of a corrupt image."""
+    signal.signal(signal.SIGINT, _interrupted)  # also where a shell has started it in the background, which ignores SIGINT
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # None: its descriptor is closed; this takes it
         setattr(sys, name, stream)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if decodes:
+        _hide_decoder_errors()
     faulthandler.enable(2)  # where threads were at a signal that ends the process: SIGBUS of a mapped file, SIGSEGV of a library
-    signal.signal(signal.SIGINT, _interrupted)  # also where a shell has started it in the background, which ignores SIGINT
+
+
+def _hide_decoder_errors() -> None:
+    """DALI's decoders write to descriptor 2 themselves, in colours, whatever it is and whatever its settings say; the quarantine
+    tells of such an image in our own line. A process of its own reads the descriptor, since a thread of this one could wait for
+    Python's lock while a library that holds it waits for room in the pipe; it ends when the last writer has."""
+    try:
+        terminal = os.dup(2)
+        reading, writing = os.pipe()
+        number = os.posix_spawnp("sed", ["sed", "-u", _DECODER_ERROR], os.environ, setsid=True, file_actions=[
+            (os.POSIX_SPAWN_DUP2, reading, 0), (os.POSIX_SPAWN_DUP2, terminal, 1),
+            (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0)])
+    except OSError:  # descriptor 2 is closed, or there is no sed: those lines stay
+        return
+    os.dup2(writing, 2)
+    os.close(reading)
+    os.close(writing)
+    sys.stderr = open(terminal, "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
+    _filter[:] = [terminal, number]
+
+
+def _end_filter() -> None:
+    """Let it write what it has, before the shell's prompt comes; not for long, as others may write there still."""
+    os.dup2(_filter[0], 2)
+    for _ in range(50):
+        if os.waitpid(_filter[1], os.WNOHANG)[0]:
+            return
+        time.sleep(0.01)
 
 
 def _interrupted(number: int, frame: Optional[FrameType]) -> None:
@@ -138,4 +174,7 @@ def exit_now(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # a closed pipe, a full disk
             stream.flush()
+    if _filter:
+        with contextlib.suppress(OSError):
+            _end_filter()
     os._exit(code)

@@ -15,7 +15,7 @@ Exit codes (torchrun's own is 1 for any of them but 0; its report shows them):
 from train.exit_codes import run_command, start_command
 
 if __name__ == "__main__":
-    start_command()
+    start_command(decodes=True)
 
 from typing import Sequence
 

@@ -29,7 +29,8 @@ def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]
 def test_training_in_a_terminal_that_knows_ascii_only(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in ASCII.items():
         monkeypatch.setenv(name, value)
-    out, _ = run(ALONE, recipe, tmp_path, "--train.epochs=1", "--machine.name=größe×2")
+    out, err = run(ALONE, recipe, tmp_path, "--train.epochs=1", "--machine.name=größe×2")
+    assert "WARNING: sample" in out and "[ERROR]" not in err  # the decoder's own words of the image that is corrupt
     assert out.isascii() and "gr\\udcc3\\udcb6" in out and "\ntest on val, 24 images, 10 crops:\n" in out
 
 
@@ -98,10 +99,12 @@ def test_a_library_that_is_missing_is_one_line(missing: str, tmp_path: Path) -> 
         "pip install -e .\n")
 
 
-def test_ctrl_c_at_any_moment_of_a_start_is_no_traceback(recipe: Path, tmp_path: Path) -> None:
+def test_ctrl_c_at_any_moment_of_a_start_is_no_traceback(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # stderr says when the interpreter has come to our own code
     draw = random.Random(1)
     for number in range(3):
         process = start(ALONE, recipe, tmp_path / str(number))
+        assert process.stderr is not None and any("train.exit_codes" in line for line in process.stderr)
         time.sleep(0.1 + 2 * draw.random())
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
@@ -112,3 +115,11 @@ def test_a_signal_of_the_memory_says_where_threads_were() -> None:
     """A mapped file that loses its disk: SIGBUS."""
     done = command("-c", "import os; from train.exit_codes import start_command; start_command(); os.kill(os.getpid(), 7)")
     assert done.returncode == -signal.SIGBUS and "Bus error" in done.stderr and 'File "<string>", line 1' in done.stderr
+
+
+def test_what_a_decoder_writes_of_a_corrupt_image_does_not_reach_the_terminal() -> None:
+    text = ("import os, sys; from train.exit_codes import start_command, run_command; start_command(decodes=True); "
+            "os.write(2, b'\\x1b[0;31m[ERROR] \\x1b[0m[libjpeg_turbo_decoder] Could not decode\\nother\\nno end'); "
+            "run_command(lambda argv: print('own', file=sys.stderr) or 3)")
+    done = command("-c", text)
+    assert done.returncode == 3 and sorted(done.stderr.split("\n")) == ["no end", "other", "own"]

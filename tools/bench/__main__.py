@@ -12,7 +12,7 @@ from __future__ import annotations
 from train.exit_codes import run_command, start_command
 
 if __name__ == "__main__":
-    start_command()
+    start_command(decodes=True)
 
 import argparse
 import contextlib

@@ -12,7 +12,7 @@ Exit codes: 0 done, 2 a mistake in what was asked, 4 the machine failed, 130 int
 from train.exit_codes import run_command, start_command
 
 if __name__ == "__main__":
-    start_command()
+    start_command(decodes=True)
 
 import argparse
 from pathlib import Path
