@@ -19,10 +19,10 @@ from pipeline.compute_stats import compute
 from tests.helpers.small_set import photographs, write_set
 from tools.bench import __main__ as bench, crops, report as bench_report, rounds
 from tools.bench.contenders import CONTENDERS, KINDS, Contender
-from tools.bench.crops import Cropper, Normalize
+from tools.bench.crops import CROP_PX, Cropper, Normalize
 from tools.bench.rounds import Result
 from tools.bench.workers import NotAvailable
-from tools.bench.workload import CROP_PX, Augmented, Photographs, Running, Task, difference, need, resized_size
+from tools.bench.workload import Augmented, Photographs, Running, Task, difference, need, resized_size
 from tools.profile.measure import Spread, Turn, Workload, process_tree
 
 
@@ -70,7 +70,7 @@ def test_crop_functions_give_the_exact_pixels(work: Task, name: str) -> None:
         pytest.importorskip(module)
     material, crop_of = Photographs(work, "original"), getattr(crops, f"crop_{name}")
     for id in (3, 6, 9):        # 333×250, 600×401, 96×500
-        crop = crop_of(material.read(id), 5, 17)
+        crop = crop_of(material.read(id), (5, 17))
         assert crop.shape == (CROP_PX, CROP_PX, 3) and crop.dtype == np.uint8
         apart = np.abs(crop.astype(int) - material.resized(id)[5:5 + CROP_PX, 17:17 + CROP_PX]).mean()
         assert apart < CONTENDERS[name].tolerance
@@ -88,7 +88,7 @@ def test_a_file_that_is_no_jpeg_is_decoded_too(work: Task) -> None:
 def test_resized_images_are_made_before_anybody_shares_them(work: Task) -> None:
     cropper = Cropper(Photographs(work, "original"), None)
     assert (work.scratch / "resized-original.npy").exists()
-    crop = pickle.loads(pickle.dumps(cropper))(7, 3, 4)
+    crop = pickle.loads(pickle.dumps(cropper))(7, (3, 4))
     np.testing.assert_array_equal(crop, Photographs(work, "original").resized(7)[3:3 + CROP_PX, 4:4 + CROP_PX])
 
 

@@ -14,7 +14,7 @@ from tests.helpers.resident_loader import SMALL, filled, loader, yuv_decoded
 from tests.helpers.small_set import photographs, write_set
 
 from pipeline.resident import yuv420 as yuv
-from pipeline.decoding.normalize import Normalizer
+from pipeline.decoding.normalize import Finish, Normalizer
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.batch import Batch
@@ -60,7 +60,7 @@ def test_crops_are_those_of_the_decoded_square(photos: SampleIndex, stats: Stats
         squares = {id: yuv_decoded(yuv.encode(square), 76) for id, square in squares.items()}
     with loader(photos, stats, tmp_path, kind, data=data) as train:
         subtracted = None if mean == "channel" else stats.mean_image_chw
-        normalizer = Normalizer(67, subtracted, centered=mean == "image_center", threads=1)
+        normalizer = Normalizer(67, Finish(subtracted, mean == "image_center"), threads=1)
         for batch in take(train, 14):  # while filling and after it
             chosen = train.planner.augmentation(batch.ids, batch.epochs)
             crops = [squares[int(id)][:, top:top + 67, left:left + 67]

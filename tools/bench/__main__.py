@@ -84,7 +84,7 @@ def prepare(args: argparse.Namespace, packs: bool, scratch: Path) -> Task:
     for read in indexes:
         for id in read.ids("train").tolist():
             read.read(id)
-    return Task(path, packed if packs else None, scratch / "stats.npz", scratch, args.batch, args.workers)
+    return Task(path, packed if packs else None, scratch / "stats.npz", scratch, args.batch, args.workers, args.work)
 
 
 def run(args: argparse.Namespace, command: list[str]) -> None:
@@ -116,7 +116,8 @@ def run(args: argparse.Namespace, command: list[str]) -> None:
     report.show(results, Console(width=None if sys.stdout.isatty() else 140))
     if not any(result.turns for result in results):
         raise RuntimeError("no contender could run; the table says why (`pip install -e '.[bench]'` installs the others)")
-    about = {"what": "training crops, 227 of 256, float32, warm page cache", "date": datetime.date.today().isoformat(),
+    about = {"what": f"{args.work}: training crops of {task.data.crop_px} px, float32, warm page cache",
+             "date": datetime.date.today().isoformat(),
              "command": shlex.join(["python", "-m", "tools.bench", *command]),
              "work": {"photographs": images, "batch": args.batch, "workers": args.workers, "rounds": args.rounds,
                       "seconds_a_turn": args.seconds, "drawn": args.index is None}}
@@ -124,7 +125,8 @@ def run(args: argparse.Namespace, command: list[str]) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out.with_name(args.out.name + ".json"), plain)
     cpu = plain["hardware"]
-    title = f"{images} photographs, {args.workers} workers each, {args.rounds} rounds; {cpu['cores']} cores of {cpu['cpu']}"
+    title = (f"{args.work}: {images} photographs, {args.workers} workers each, {args.rounds} rounds; {cpu['cores']} cores of "
+             f"{cpu['cpu']}")
     report.plot(results, title, args.out.with_name(args.out.name + ".png"))
     print(f"{args.out}.json, {args.out}.png")
 
@@ -135,6 +137,8 @@ def main(arguments: list[str] | None = None) -> int:
                                      description="Time our tiers and other loaders doing the same work.")
     parser.add_argument("index", nargs="?", type=Path, metavar="INDEX", help="index to read (default: synthetic photographs)")
     parser.add_argument("--packed", type=Path, metavar="DIR", help="what tools/pack_shards.py made of it (default: made now)")
+    parser.add_argument("--work", choices=("alexnet", "random_resized"), default="alexnet",
+                        help="crops and colour jitter of the paper, or RandomResizedCrop, flip, mean and std (alexnet)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each contender (5)")
     parser.add_argument("--seconds", type=float, default=3.0, metavar="S", help="length of a turn (3)")
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="images of a batch (64)")

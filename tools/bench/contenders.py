@@ -9,7 +9,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,9 +23,9 @@ from pipeline.config import LoaderConfig
 from pipeline.loading.batch import Batch
 from pipeline.sampling.augment import lighting_shift
 from pipeline.tiers import make_train_loader
-from tools.bench.crops import Crop, Cropper, Normalize, crop_opencv, crop_pil, crop_torch, decode
+from tools.bench.crops import CROPS, Cropper, Normalize, decode
 from tools.bench.workers import NotAvailable
-from tools.bench.workload import DATA, Augmented, Ids, Parameters, Photographs, Pixels, Running, Task, need
+from tools.bench.workload import Augmented, Ids, Parameters, Photographs, Pixels, Running, Task, need
 
 
 # --- ours
@@ -35,7 +35,8 @@ def ours(tier: str, task: Task) -> Running:
     original, packed = Photographs(task, "original"), Photographs(task, "packed")
     index, stats = packed.index if tier in ("packed", "streamed") else original.index, original.stats
     machine = LoaderConfig(threads=task.workers, quarantine_budget=0.05, resident_folder=str(task.scratch / "resident"))
-    loader = make_train_loader(index, batch_size=task.batch, data=DATA, tier=tier, stats=stats, machine=machine,
+    data = replace(task.data, region="square") if tier == "resident" else task.data
+    loader = make_train_loader(index, batch_size=task.batch, data=data, tier=tier, stats=stats, machine=machine,
                                return_batch=True)
     loader.fill()
 
@@ -45,8 +46,9 @@ def ours(tier: str, task: Task) -> Running:
 
     def describe(batch: Batch) -> Augmented:
         drawn = loader.planner.augmentation(batch.ids, batch.epochs)
-        shift = lighting_shift(drawn.alphas, stats.eigenvalues, stats.eigenvectors)
-        parameters = np.column_stack([drawn.top, drawn.left, drawn.mirror, shift]).astype(np.float32)
+        others = (lighting_shift(drawn.alphas, stats.eigenvalues, stats.eigenvectors) if drawn.box is None else
+                  np.column_stack([drawn.box, np.zeros(len(drawn.box))]))
+        parameters = np.column_stack([drawn.top, drawn.left, drawn.mirror, others]).astype(np.float32)
         return Augmented(batch.images, batch.ids, parameters)
 
     return Running(batches(), describe, loader.close)
@@ -76,14 +78,14 @@ class CropDataset:
 
     def __getitems__(self, drawn: tuple[Ids, Parameters]) -> tuple[Any, ...]:
         ids, parameters = drawn
-        crops = [self.cropper(id, int(top), int(left)) for id, (top, left, *_) in zip(ids.tolist(), parameters.tolist())]
+        crops = [self.cropper(id, numbers) for id, numbers in zip(ids.tolist(), parameters.tolist())]
         return torch.from_numpy(np.stack(crops)), ids, parameters
 
 
-def dataloader(kind: str, crop: Crop | None, task: Task) -> Running:
+def dataloader(kind: str, crop: str | None, task: Task) -> Running:
     """torch's DataLoader with worker processes, which send uint8 batches."""
     cropper = Cropper(Photographs(task, kind), crop)
-    cropper(int(cropper.photographs.ids[0]), 0, 0)  # a missing package is named here, not by a worker process
+    cropper(int(cropper.photographs.ids[0]), [0.0] * 6)  # a missing package is named here, not by a worker process
     sampler: Any = cropper.photographs.batches()
     loader: Any = DataLoader(CropDataset(cropper), batch_sampler=sampler, num_workers=task.workers,  # type: ignore[arg-type]
                              collate_fn=unchanged, worker_init_fn=one_thread, multiprocessing_context="spawn")
@@ -93,8 +95,8 @@ def dataloader(kind: str, crop: Crop | None, task: Task) -> Running:
 class ShardCrop:
     """For webdataset: a sample of a shard → (crop, id, parameters). The id of the first batch's only, for the check."""
 
-    def __init__(self, photographs: Photographs, crop: Crop) -> None:
-        self.photographs, self.crop, self.count = photographs, crop, 0
+    def __init__(self, photographs: Photographs, crop: str) -> None:
+        self.photographs, self.crop, self.count = photographs, CROPS[photographs.task.work][crop], 0
         self._random: np.random.Generator | None = None
 
     def __call__(self, sample: dict[str, Any]) -> tuple[Pixels, int, Parameters]:
@@ -104,7 +106,7 @@ class ShardCrop:
         parameters = self.photographs.draw(self._random, 1)[0]
         self.count += 1
         id = self.photographs.id_of(sample["jpg"]) if self.count <= self.photographs.task.batch else -1
-        return self.crop(sample["jpg"], int(parameters[0]), int(parameters[1])), id, parameters
+        return self.crop(sample["jpg"], parameters.tolist()), id, parameters
 
 
 def stacked(samples: Sequence[tuple[Pixels, int, Parameters]]) -> tuple[Any, ...]:
@@ -113,7 +115,7 @@ def stacked(samples: Sequence[tuple[Pixels, int, Parameters]]) -> tuple[Any, ...
     return torch.from_numpy(np.stack(crops)), np.array(ids), np.stack(parameters)
 
 
-def webdataset(kind: str, crop: Crop, task: Task) -> Running:
+def webdataset(kind: str, crop: str, task: Task) -> Running:
     """webdataset with worker processes, shards drawn again and again, a shuffle buffer."""
     wds, photographs = need("webdataset"), Photographs(task, kind)
     dataset = wds.WebDataset(photographs.shards(), resampled=True, shardshuffle=False, nodesplitter=None).shuffle(200)
@@ -123,7 +125,7 @@ def webdataset(kind: str, crop: Crop, task: Task) -> Running:
     return Running(itertools.starmap(Normalize(photographs).batch, loader), unchanged)
 
 
-def spdl(kind: str, crop: Crop | None, task: Task) -> Running:
+def spdl(kind: str, crop: str | None, task: Task) -> Running:
     """spdl's pipeline: threads of one process, each making whole batches, so that nothing crosses processes."""
     builder = need("spdl.pipeline").PipelineBuilder()
     one_thread()
@@ -132,7 +134,7 @@ def spdl(kind: str, crop: Crop | None, task: Task) -> Running:
 
     def make(drawn: tuple[Ids, Parameters]) -> Augmented:
         ids, parameters = drawn
-        crops = (cropper(id, int(top), int(left)) for id, (top, left, *_) in zip(ids.tolist(), parameters.tolist()))
+        crops = (cropper(id, numbers) for id, numbers in zip(ids.tolist(), parameters.tolist()))
         return normalize.batch(crops, ids, parameters)
 
     source = builder.add_source(cropper.photographs.batches())
@@ -183,19 +185,19 @@ KINDS = {"original": "the original files", "packed": "files of 256 px", "decoded
 _DECODE = "libjpeg-turbo, whole decode and nothing else"
 CONTENDERS = {contender.name: contender for contender in (
     Contender("archives", "ours, tier archives", "original", "ours", partial(ours, "archives")),
-    Contender("pil", "DataLoader + PIL", "original", "peer", partial(dataloader, "original", crop_pil)),
-    Contender("opencv", "DataLoader + simplejpeg, OpenCV", "original", "peer", partial(dataloader, "original", crop_opencv), 3.0),
+    Contender("pil", "DataLoader + PIL", "original", "peer", partial(dataloader, "original", "pil")),
+    Contender("opencv", "DataLoader + simplejpeg, OpenCV", "original", "peer", partial(dataloader, "original", "opencv"), 3.0),
     Contender("torch", "DataLoader + simplejpeg, torch's resize", "original", "peer",
-              partial(dataloader, "original", crop_torch)),
+              partial(dataloader, "original", "torch")),
     Contender("webdataset", "webdataset + simplejpeg, torch's resize", "original", "peer",
-              partial(webdataset, "original", crop_torch)),
-    Contender("spdl_torch", "spdl + simplejpeg, torch's resize", "original", "peer", partial(spdl, "original", crop_torch)),
+              partial(webdataset, "original", "torch")),
+    Contender("spdl_torch", "spdl + simplejpeg, torch's resize", "original", "peer", partial(spdl, "original", "torch")),
     Contender("decode", _DECODE, "original", "limit", partial(whole_decode, "original")),
     Contender("packed", "ours, tier packed", "packed", "ours", partial(ours, "packed")),
     Contender("streamed", "ours, tier streamed", "packed", "ours", partial(ours, "streamed")),
-    Contender("packed_dataloader", "DataLoader + simplejpeg", "packed", "peer", partial(dataloader, "packed", crop_torch)),
-    Contender("packed_webdataset", "webdataset + simplejpeg", "packed", "peer", partial(webdataset, "packed", crop_torch)),
-    Contender("packed_spdl_simplejpeg", "spdl + simplejpeg", "packed", "peer", partial(spdl, "packed", crop_torch)),
+    Contender("packed_dataloader", "DataLoader + simplejpeg", "packed", "peer", partial(dataloader, "packed", "torch")),
+    Contender("packed_webdataset", "webdataset + simplejpeg", "packed", "peer", partial(webdataset, "packed", "torch")),
+    Contender("packed_spdl_simplejpeg", "spdl + simplejpeg", "packed", "peer", partial(spdl, "packed", "torch")),
     Contender("packed_decode", _DECODE, "packed", "limit", partial(whole_decode, "packed")),
     Contender("resident", "ours, tier resident", "decoded", "ours", partial(ours, "resident")),
     Contender("memmap", "memory map + DataLoader, uint8 batches", "decoded", "peer", partial(dataloader, "original", None)),

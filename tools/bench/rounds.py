@@ -45,7 +45,7 @@ def started(name: str, task: Task) -> Iterator[tuple[Workload, float | None]]:
         first, levels = next(running.batches), None
         if running.describe is not None:
             photographs = Photographs(task, "packed" if contender.data == "packed" else "original")
-            levels = difference(photographs, running.describe(first))
+            levels = difference(photographs, running.describe(first), squares=contender.data == "decoded")
             if not levels <= contender.tolerance:
                 raise RuntimeError(f"first batch lies {levels:.2f} grey levels from the exact pixels, more than "
                                    f"{contender.tolerance}")

@@ -1,21 +1,25 @@
 """The work that every contender of `make bench` does, and the check that it did it.
 
-A photograph is decoded, its short side brought to 256 pixels (linear, antialiased), a random 227 crop cut out of the central
-square, half of them flipped, PCA colour jitter added and the mean image subtracted; a batch is handed over as (B, 3, 227, 227)
-float32. Of its first batch a contender tells the photographs and the augmentation parameters; the same pixels are then made
-again, slowly, with PIL, and compared.
+Work `alexnet`: a photograph is decoded, its short side brought to 256 pixels (linear, antialiased), a random 227 crop cut out
+of the central square, half of them flipped, PCA colour jitter added and the mean image subtracted. Work `random_resized`: a box
+as torchvision's RandomResizedCrop draws it, resized to 224, half of them flipped, ImageNet's mean subtracted, divided by its
+standard deviation. A batch is handed over as (B, 3, crop, crop) float32. Of its first batch a contender tells the photographs and
+the augmentation parameters; the same pixels are then made again, slowly, with PIL, and compared.
 
-B batch, H row, W column. Parameters of an image are six numbers: top, left (pixels of the 256 square), flip (0 or 1), and what
-the colour jitter adds to red, green and blue (grey levels).
+B batch, H row, W column. Parameters of an image are six numbers: top, left, flip (0 or 1), and for `alexnet`, whose places are
+pixels of the 256 square, what the colour jitter adds to red, green and blue (grey levels); for `random_resized` height and width
+of the box, in pixels of the image that is read, and a seed, from which whoever decodes draws the box where the height is 0.
 """
 import importlib
 import io
+import math
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -27,8 +31,8 @@ from pipeline.sampling.augment import lighting_shift
 from pipeline.stats import Stats
 from tools.bench.workers import NotAvailable
 
-SQUARE_PX, CROP_PX = 256, 227
-DATA = DataConfig(region="square", square_px=SQUARE_PX, crop_px=CROP_PX, mirror=True, lighting=0.1, mean="image")
+SQUARE_PX = 256
+WORKS = {"alexnet": DataConfig(), "random_resized": DataConfig.preset("imagenet")}
 
 Ids = npt.NDArray[np.int64]  # (B,)
 Parameters = npt.NDArray[np.float32]  # (B, 6)
@@ -54,6 +58,11 @@ class Task:
     scratch: Path  # for what a contender needs beside the files themselves: WebDataset tars of them, resized images
     batch: int = 64
     workers: int = 2  # threads or processes of each contender
+    work: str = "alexnet"
+
+    @property
+    def data(self) -> DataConfig:
+        return WORKS[self.work]
 
 
 @dataclass(frozen=True)
@@ -113,9 +122,13 @@ class Photographs:
 
     def draw(self, random: np.random.Generator, count: int) -> Parameters:
         """(count, 6) parameters, as a program without our counters would draw them."""
-        corners = random.integers(0, SQUARE_PX - CROP_PX + 1, (count, 2))
-        shift = lighting_shift(random.normal(0, DATA.lighting, (count, 3)), self.stats.eigenvalues, self.stats.eigenvectors)
-        return np.hstack([corners, random.random((count, 1)) < 0.5, shift]).astype(np.float32)
+        data, flips = self.task.data, random.random((count, 1)) < 0.5
+        if data.resized_boxes:
+            zeros = np.zeros((count, 2))
+            return np.hstack([zeros, flips, zeros, random.integers(0, 1 << 24, (count, 1))]).astype(np.float32)
+        corners = random.integers(0, SQUARE_PX - data.crop_px + 1, (count, 2))
+        shift = lighting_shift(random.normal(0, data.lighting, (count, 3)), self.stats.eigenvalues, self.stats.eigenvectors)
+        return np.hstack([corners, flips, shift]).astype(np.float32)
 
     def batches(self) -> Iterator[tuple[Ids, Parameters]]:
         """Random ids and parameters without end."""
@@ -125,12 +138,29 @@ class Photographs:
 
     def resized(self, id: int) -> Pixels:
         """(256, 256, 3) the central square of a resized photograph, made slowly with PIL: the reference."""
-        Image = need("PIL.Image")
-        image = Image.open(io.BytesIO(self.read(id).tobytes())).convert("RGB")
+        Image, image = need("PIL.Image"), self.decoded(id)
         width, height = resized_size(image.size)
         left, top = (width - SQUARE_PX) // 2, (height - SQUARE_PX) // 2
         image = image.resize((width, height), Image.Resampling.BILINEAR)
         return np.asarray(image.crop((left, top, left + SQUARE_PX, top + SQUARE_PX)))
+
+    def decoded(self, id: int) -> Any:
+        """A photograph as a PIL image."""
+        return need("PIL.Image").open(io.BytesIO(self.read(id).tobytes())).convert("RGB")
+
+    def exact(self, id: int, numbers: Sequence[float], squares: bool) -> npt.NDArray[np.float32]:
+        """(3, crop, crop) the finished image of a photograph, or of its resized square, made slowly with PIL; grey levels, also
+        where those handed over are not."""
+        (top, left, flip, *others), size, Image = numbers, self.task.data.crop_px, need("PIL.Image")
+        if self.task.data.resized_boxes:
+            image = Image.fromarray(self.resized(id)) if squares else self.decoded(id)
+            y, x, height, width = box_of(image.size[1], image.size[0], numbers)
+            pixels = np.asarray(image.crop((x, y, x + width, y + height)).resize((size, size), Image.Resampling.BILINEAR))
+            expected = pixels.astype(np.float32)
+        else:
+            crop = slice(int(top), int(top) + size), slice(int(left), int(left) + size)
+            expected = self.resized(id)[crop].astype(np.float32) - self.stats.mean_image[crop] + np.float32(others)
+        return (expected[:, ::-1] if flip else expected).transpose(2, 0, 1)
 
     def resized_file(self) -> Path:
         """The .npy file (N, 256, 256, 3) uint8 of all resized photographs in the order of `ids`, made when it is not there."""
@@ -171,16 +201,30 @@ def resized_size(size: tuple[int, int]) -> tuple[int, int]:
     return width, height
 
 
-def difference(photographs: Photographs, augmented: Augmented) -> float:
-    """Mean absolute difference, in grey levels, between a batch and the same one made slowly. Raises RuntimeError when it is not
-    (B, 3, crop, crop) float32."""
-    images, expected_shape = np.asarray(augmented.images), (photographs.task.batch, 3, CROP_PX, CROP_PX)
+def box_of(height: int, width: int, numbers: Sequence[float]) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of the box of an image of this size: as the parameters say, or as torchvision draws it."""
+    if numbers[3]:
+        return int(numbers[0]), int(numbers[1]), int(numbers[3]), int(numbers[4])
+    random, (scale, ratio) = Random(int(numbers[5])), (WORKS["random_resized"].scale, WORKS["random_resized"].ratio)
+    for _ in range(10):
+        area = height * width * random.uniform(*scale)
+        shape = math.exp(random.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        down, across = round(math.sqrt(area / shape)), round(math.sqrt(area * shape))
+        if 0 < down <= height and 0 < across <= width:
+            return random.randint(0, height - down), random.randint(0, width - across), down, across
+    down, across = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
+    return (height - down) // 2, (width - across) // 2, down, across
+
+
+def difference(photographs: Photographs, augmented: Augmented, squares: bool = False) -> float:
+    """Mean absolute difference, in grey levels, between a batch and the same one made slowly, of `squares` where boxes are taken
+    of resized images. Raises RuntimeError when it is not (B, 3, crop, crop) float32."""
+    data = photographs.task.data
+    images, expected_shape = np.asarray(augmented.images), (photographs.task.batch, 3, data.crop_px, data.crop_px)
     if images.shape != expected_shape or images.dtype != np.float32:
         raise RuntimeError(f"first batch (={images.shape} {images.dtype}) must be {expected_shape} float32")
-    mean, total = photographs.stats.mean_image, 0.0
-    for image, id, (top, left, flip, *shift) in zip(images, augmented.ids.tolist(), augmented.parameters):
-        crop = slice(int(top), int(top) + CROP_PX), slice(int(left), int(left) + CROP_PX)
-        expected = photographs.resized(id)[crop].astype(np.float32) - mean[crop] + np.float32(shift)
-        expected = expected[:, ::-1] if flip else expected
-        total += float(np.abs(image - expected.transpose(2, 0, 1)).mean())
-    return total / len(images)
+    if data.std:
+        mean, std = (255 * np.array(values)[:, None, None] for values in (data.mean, data.std))
+        images = images * std + mean
+    return float(np.mean([np.abs(image - photographs.exact(id, numbers, squares)).mean() for image, id, numbers in
+                          zip(images, augmented.ids.tolist(), augmented.parameters.tolist())]))
