@@ -8,7 +8,7 @@ import yaml
 from pipeline.config import LoaderConfig
 from pipeline.monitor import STAGES as STATES
 from tools.profile.measure import Figures
-from tools.profile.verdict import NETWORK, Measured, Setup, Verdict, limiting, verdict
+from tools.profile.verdict import NETWORK, NOTHING, Measured, Setup, Verdict, limiting, verdict
 
 IMAGENET = 1_281_167
 SETUP = Setup("archives", LoaderConfig(threads=2), cores=16, gpu=False, images=IMAGENET, square_px=256, square=True,
@@ -45,7 +45,34 @@ def test_waiting_for_dali_is_decode_and_more_threads_lift_it() -> None:
     assert found.limit == "decode"
     for figure in ("1,000 img/s", "0.20 of the 5,000", "70%", "2,000 img/s", "1.00 of the stages' 1.84 CPU ms"):
         assert figure in found.sentence
-    assert pasted(found) == {"machine": {"threads": 16}, "data": {"tier": "packed", "packed": "FOLDER"}}
+    assert pasted(found) == {"machine": {"threads": 16}} and "\n# or data: {tier: packed, packed: FOLDER}" in found.advice_yaml
+
+
+@pytest.mark.parametrize("need, tier, words", [
+    (5_000, None, "# about 7,158 img/s, estimated"), (12_000, "packed", "# about 12,246 "), (30_000, "resident", "# about 38,680 "),
+    (1e6, "resident", "# no setting here reaches the 1,000,000 img/s; this comes nearest")])
+def test_the_block_to_paste_reaches_the_need_or_says_that_none_does(need: float, tier: str | None, words: str) -> None:
+    found = judge(loader(1000, decode=0.9), replace(SETUP, ram_bytes=300 << 30), need=need)
+    assert pasted(found).get("data", {}).get("tier") == tier and words in found.advice_yaml, found.advice_yaml
+    small = judge(loader(1000, decode=0.9), need=1e6)
+    assert pasted(small)["data"]["tier"] == "packed" and "no setting here reaches" in small.advice_yaml, "nothing larger fits"
+
+
+def test_colour_of_a_yuv420_set_is_lifted_by_rgb_where_it_fits() -> None:
+    stages = (stage("normalize", 5000, 0.4), STAGES[-1])
+    setup = replace(SETUP, tier="resident", settings=LoaderConfig(threads=16), layout="yuv420", images=300_000)
+    found = judge(loader(5000, cpu_ms=0.41, normalize=0.99), setup, stages, need=50_000)
+    assert pasted(found) == {"data": {"resident": "rgb"}} and "# about 64,762 img/s, estimated" in found.advice_yaml
+    full = judge(loader(5000, normalize=0.99), replace(setup, images=IMAGENET), stages)
+    assert not pasted(full) and "data.resident: rgb would need 251.9 GB" in full.advice_yaml
+
+
+def test_a_need_that_is_stated_is_no_network() -> None:
+    found = judge(loader(4000, decode=0.9), need=1000, stated=True, together=together(990.0, 0.001, {}))
+    assert found.limit == NOTHING and "4.0× the 1,000 stated (no network was measured)" in found.sentence
+    assert "a consumer of that rate 990 img/s" in found.sentence and "the network" not in found.sentence
+    found = judge(loader(1000, decode=0.9), need=4000, stated=True)
+    assert "0.25 of the 4,000 img/s stated" in found.sentence and "network" not in found.sentence + found.advice_yaml
 
 
 def test_busy_cores_get_no_more_threads() -> None:
@@ -63,6 +90,7 @@ def test_the_slowest_of_the_stages_before_decoding() -> None:
     found = judge(loader(50, cpu_ms=1.9, read=0.97, decode=0.03), stages=slow, need=1000)
     assert found.limit == "read" and "MB/s" in found.sentence and "waited for bytes in 97%" in found.sentence
     assert pasted(found) == {"machine": {"read_threads": 4}, "data": {"tier": "packed", "packed": "FOLDER"}}
+    assert pasted(judge(loader(50, read=0.97, decode=0.03), stages=slow)) == {"machine": {"read_threads": 4}}
     checks = tuple(replace(one, rates=(50.0,)) if one.name == "crc" else one for one in STAGES)
     found = judge(loader(50, read=0.97), stages=checks)
     assert found.limit == "crc" and pasted(found)["machine"] == {"read_threads": 4, "check_crc": False}
@@ -76,7 +104,7 @@ def test_turning_disks_are_read_forwards() -> None:
 def test_colour_and_copy() -> None:
     found = judge(loader(900, normalize=0.95))
     assert found.limit == "normalize" and "resizing and normalizing" in found.sentence
-    assert pasted(found) == {"machine": {"threads": 16}, "data": {"tier": "packed", "packed": "FOLDER"}}
+    assert pasted(found) == {"machine": {"threads": 16}}
     found = judge(loader(900, copy=0.95))
     assert found.limit == "hand-over" and "no setting lifts this" in found.advice_yaml and not pasted(found)
     own = judge(loader(900, waited=0.1, decode=1.0))
@@ -96,16 +124,18 @@ def test_copy_on_a_gpu_is_lifted_by_its_own_memory() -> None:
 
 def test_decoding_on_a_gpu_names_the_decoders_share() -> None:
     found = judge(loader(5000, decode=0.9), replace(SETUP, gpu=True))
-    assert pasted(found)["machine"]["hw_decoder_load"] == 0.65 and "tools/gpu_report.py" in found.advice_yaml
+    assert "machine.hw_decoder_load is 0.65: tools/gpu_report.py" in found.advice_yaml and "packed" in found.advice_yaml
+    assert "not estimated on a GPU" in found.advice_yaml and "only measuring tells" in judge(
+        loader(5000, decode=0.9), replace(SETUP, gpu=True), need=9000).advice_yaml
 
 
 def test_resident_set_fits_or_is_said_not_to() -> None:
     assert SETUP.resident_bytes("rgb") == 251_887_681_536 == 2 * SETUP.resident_bytes("yuv420")  # "252 GB as RGB"
-    assert "would need 251.9 GB (rgb) or 125.9 (yuv420)" in judge(loader(1000, decode=0.9)).advice_yaml
-    packed = replace(SETUP, tier="packed", ram_bytes=300 << 30)
+    assert "resident would need 251.9 GB" in judge(loader(1000, decode=0.9)).advice_yaml
+    packed = replace(SETUP, tier="packed", ram_bytes=300 << 30, settings=LoaderConfig(threads=16))
     assert pasted(judge(loader(1000, decode=0.9), packed))["data"] == {"tier": "resident", "resident": "rgb"}
     offered = judge(loader(1000, decode=0.9), replace(SETUP, ram_bytes=150 << 30))
-    assert "tier: resident, resident: yuv420" in offered.advice_yaml and pasted(offered)["data"]["tier"] == "packed"
+    assert "# or data: {tier: resident, resident: yuv420}, machine: {threads: 16}: about " in offered.advice_yaml
     full = judge(loader(1000, decode=0.9), replace(packed, square=False))
     assert "cannot serve this recipe" in full.advice_yaml and "data" not in pasted(full)
 

@@ -66,7 +66,8 @@ def show(profile: Profile, stream: IO[str]) -> None:
                   f"need: {measured.need:,.0f} img/s ({profile.need_from}); headroom {measured.headroom:.2f}× (loader ÷ need)")
     if together is not None:
         causes = f", meanwhile the loader was at: {shares(together.causes)}" if together.causes else ""
-        console.print(f"together: {together.rate:,.0f} img/s ({extremes(together.rates)}), {measured.met:.2f} of the need; stall "
+        who = "a consumer of that rate" if measured.stated else "together"
+        console.print(f"{who}: {together.rate:,.0f} img/s ({extremes(together.rates)}), {measured.met:.2f} of the need; stall "
                       f"{together.waited:.1%} of the time{causes}")
     console.print("\nverdict: " + profile.verdict.sentence, style="bold")
     console.print("advice, to paste into the recipe:")

@@ -70,14 +70,14 @@ def profile(args: argparse.Namespace, config: Config) -> tuple[Profile, Sequence
         if args.cold:  # no loader has the archives mapped any more
             cold, note = stages.measure_cold(partial(open_loader, machine=machine), index, split, args.seconds, 3)
         setup = Setup(data.tier, machine, cores(), gpu, images, data.square_px, data.region == "square", memory()[0],
-                      torch.cuda.mem_get_info(topology.device)[0] if gpu else 0)
+                      torch.cuda.mem_get_info(topology.device)[0] if gpu else 0, data.resident, data.crop == "random_resized")
     measured = Measured(tuple(figures[stage.name] for stage in alone), figures["loader"],
-                        figures["network"].rate if args.model else args.need, figures.get("together"))
+                        figures["network"].rate if args.model else args.need, figures.get("together"), not args.model)
     cumulative = [replace(figures[stage.name], name=stage.name.removeprefix("up to ")) for stage in cut]
     versions = {name: metadata.version(name) for name in _PACKAGES if any(metadata.distributions(name=name))}
     return Profile(title, config.train.batch, measured, setup, verdict(measured, setup),
                    tuple([figures["read"], *cumulative] if cut else []), cold, note,
-                   "the network's own step, measured" if args.model else "as stated",
+                   "the network's own step, measured" if args.model else "stated with --need; no network was measured",
                    {**versions, "python": platform.python_version()}, ceiling), events
 
 
