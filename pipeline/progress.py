@@ -1,16 +1,20 @@
 """Progress of long work as a line on stderr."""
 import contextlib
+import datetime
+import shutil
 import sys
 import time
 from types import TracebackType
 
 from pipeline.process_pool import Progress
 
+LINE_START = "\r\x1b[K"  # on a terminal: write over the line that is there
 LINE_S = 10.0  # seconds between two lines where no terminal is
 
 
 class ProgressBar(Progress):
-    """Progress of long work on stderr, with rate and time left: a line that changes on a terminal, else one now and then."""
+    """Progress of long work on stderr, with rate and time left: a line within 80 columns that changes on a
+    terminal, else one now and then; the first at once."""
 
     def __init__(self) -> None:
         self._stage, self._total, self._bytes, self._images = "", 0, 0, 0
@@ -28,7 +32,8 @@ class ProgressBar(Progress):
         if self._stage:
             self._print("\n")
         self._stage, self._total, self._bytes, self._images = stage, total, 0, 0
-        self._start = self._printed = time.monotonic()
+        self._start = time.monotonic()
+        self._print("" if self._is_terminal else "\n")
 
     def advance(self, images: int, bytes: int) -> None:
         self._images += images
@@ -39,10 +44,19 @@ class ProgressBar(Progress):
     def _print(self, end: str) -> None:
         self._printed = time.monotonic()
         seconds = max(self._printed - self._start, 1e-9)
-        left = seconds * (self._total - self._bytes) / self._bytes if self._bytes else 0.0
-        share = 100 * self._bytes / self._total if self._total else 100.0
-        images = f"{self._images:,} images, {self._images / seconds:,.0f}/s, " if self._images else ""
-        line = (f"{self._stage}: {share:.0f}%, {images}{self._bytes / 1e6:,.0f} MB, {self._bytes / 1e6 / seconds:,.0f} MB/s, "
-                f"{seconds:.1f} s{f', {left:.0f} s left' if left >= 1 else ''}")
+        figures = f"{100 * self._bytes / self._total if self._total else 100:.0f}% of {_size(self._total)}"
+        if self._images:
+            figures += f", {self._images:,} images, {self._images / seconds:,.0f}/s"
+        if self._bytes >= self._total:
+            figures += f", {seconds:.1f} s"
+        elif self._bytes:
+            left = datetime.timedelta(seconds=round(seconds * (self._total - self._bytes) / self._bytes))
+            figures += f", {_size(self._bytes / seconds)}/s, {left} left"
+        room = shutil.get_terminal_size().columns - len(figures) - 3  # the last column is left free
+        stage = self._stage if len(self._stage) <= room else self._stage[:max(8, room - 3)] + "..."
         with contextlib.suppress(OSError):  # nobody reads it any more; the work goes on
-            print(f"\r\x1b[K{line}" if self._is_terminal else line, end=end, file=sys.stderr, flush=True)
+            print(f"{LINE_START * self._is_terminal}{stage}: {figures}", end=end, file=sys.stderr, flush=True)
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB" if count >= 1e7 else f"{count / 1e6:,.1f} MB"
