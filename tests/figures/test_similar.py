@@ -213,9 +213,9 @@ def test_features_of_another_checkpoint_or_index_are_refused(run: Path, built: P
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--out", "a.jpg"], "--out (=a.jpg) must end in .png, for 1 to 40 queries (=5), as larger sheets cannot be read; without"),
-    (["--out", "a.png", "--count", "0"], "--out (=a.png) must end in .png, for 1 to 40 queries (=0)"),
-    (["--out", "a.png", "--count", "41"], "--out (=a.png) must end in .png, for 1 to 40 queries (=41)"),
+    (["--out", "a.jpg"], "--out (=a.jpg) must end in .png, which is what is written; correct the name"),
+    (["--out", "a.png", "--count", "0"], "queries (=0) must lie in 1..40, as larger sheets cannot be read; without --out"),
+    (["--out", "a.png", "--count", "41"], "queries (=41) must lie in 1..40"),
     (["--count", "25"], "images (=25) must lie in 1..24, the images of split val; ask for that many"),
     (["--count", "0"], "images (=0) must lie in 1..24"),
     (["--count", "2", "--neighbours", "0"], "neighbours (=0) must lie in 1..74"),

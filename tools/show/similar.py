@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeRemainingColumn
 
+from tools.show import check_png
 from train.checkpoint.resolve import TrainedNetwork, class_name, load_trained, resolve
 from train.figures import features as feature_folder
 from train.figures.features import Features, Progress
@@ -48,11 +49,12 @@ def build(args: argparse.Namespace) -> None:
 def query(args: argparse.Namespace) -> None:
     """Find neighbours, draw them, count them."""
     count = len(args.ids or ()) or args.count
-    if args.out is not None and (args.out.suffix.lower() != ".png" or not 1 <= count <= MOST):
-        raise ValueError(f"--out (={args.out}) must end in .png, for 1 to {MOST} queries (={count}), as larger sheets cannot be "
-                         "read; without it neighbours are only counted")
     if args.out is not None:
+        check_png(args.out)
         need_matplotlib()
+        if not 1 <= count <= MOST:
+            raise ValueError(f"queries (={count}) must lie in 1..{MOST}, as larger sheets cannot be read; without --out "
+                             "neighbours are only counted")
     features = Features.load(args.features)
     with load_trained(resolve(args.run or args.checkpoint or Path(features.source.checkpoint), args.which),
                       index=args.index or features.source.index, archives=args.archives, device=args.device,

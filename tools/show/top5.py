@@ -1,6 +1,6 @@
 """Images with the five labels that the network holds most probable (paper figure 4, left).
 
-The right label stands below each image, and its bar, where it is among the five, has another colour. Images are drawn at random,
+The right label stands below each image; its bar, where it is among the five, is green and has a tick. Images are drawn at random,
 by --seed, not chosen. N images, K classes.
 """
 import argparse
@@ -10,6 +10,7 @@ from typing import Sequence
 import numpy as np
 import torch
 
+from tools.show import check_png
 from tools.show.sheet import Sheet, fitting
 from train.build import autocast
 from train.checkpoint.resolve import TrainedNetwork, class_name, load_trained, resolve
@@ -18,7 +19,7 @@ from train.evaluate.predict import average_softmax
 from train.figures.neighbours import centre_crops, chosen_ids
 
 MOST = 60  # images of a sheet
-RIGHT, WRONG, TRACK = "#e4572e", "#9db8d9", "#eef0f2"
+RIGHT, WRONG, TRACK = "#63bd6e", "#c9ced6", "#eef0f2"
 _CELL, _SIDE, _BAR = (2.25, 3.4), 1.7, 1.95  # inches: of an image with its bars; of the image; of a bar
 
 
@@ -47,14 +48,18 @@ def draw(pixels: np.ndarray, found: np.ndarray, labels: np.ndarray, words: Seque
             share, weight = float(found[number, name]), "bold" if name == label else "normal"
             bars.barh(row, 1, height=0.8, color=TRACK)
             bars.barh(row, share, height=0.8, color=RIGHT if name == label else WRONG)
-            bars.text(0.02, row + 0.02, words[name], fontsize=fitting(words[name], 7, _BAR - 0.4, weight), va="center_baseline",
-                      fontweight=weight, parse_math=False)  # 0.4 for the percentage
+            if name == label:
+                bars.plot([0.02, 0.035, 0.065], [row + 0.02, row + 0.17, row - 0.2], color="#0b3d14", linewidth=1.4)  # a tick
+            size = fitting(words[name], 7, _BAR - 0.6, weight)  # 0.6 for the tick and the percentage
+            bars.text(0.1 if name == label else 0.02, row + 0.02, words[name], fontsize=size, va="center_baseline",
+                      fontweight=weight, parse_math=False)
             bars.text(0.985, row + 0.02, f"{share:.0%}", fontsize=6.5, va="center_baseline", ha="right", color="#30363d")
     return sheet
 
 
 def run(args: argparse.Namespace) -> None:
     """Choose images, show them to the network, draw. Raises ValueError or RuntimeError."""
+    check_png(args.out)
     count = len(args.ids or ()) or args.count
     if not 1 <= count <= MOST:
         raise ValueError(f"images (={count}) must lie in 1..{MOST}; larger sheets cannot be read")
