@@ -49,7 +49,8 @@ def test_waiting_for_dali_is_decode_and_more_threads_lift_it() -> None:
 
 
 @pytest.mark.parametrize("need, tier, words", [
-    (5_000, None, "# about 7,158 img/s, estimated"), (12_000, "packed", "# about 12,246 "), (30_000, "resident", "# about 38,680 "),
+    (5_000, None, "# about 7,158 img/s, estimated"),
+    (12_000, "packed", "# about 12,246 "), (30_000, "resident", "# about 38,680 "),
     (1e6, "resident", "# no setting here reaches the 1,000,000 img/s; this comes nearest")])
 def test_the_block_to_paste_reaches_the_need_or_says_that_none_does(need: float, tier: str | None, words: str) -> None:
     found = judge(loader(1000, decode=0.9), replace(SETUP, ram_bytes=300 << 30), need=need)

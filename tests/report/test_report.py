@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.helpers.reports import Page, checked, recipe, report, small, write_run
-from train.report import paper
-from train.report.compare import Difference, Ensemble, ablations, difference, epochs_to_error, five, relu_and_tanh
+from train.report import paper, plots
+from train.report.compare import Difference, Ensemble, ablations, averages, difference, epochs_to_error, relu_and_tanh
 from train.report.groups import group, stat
 from train.report.runs import Run, read_run
 
@@ -29,14 +29,15 @@ def test_seeds_are_one_row_with_mean_and_deviation(tmp_path: Path, base: dict[st
     runs = [write_run(tmp_path / "full-s1", base, 1, test=0.40), write_run(tmp_path / "full-s2", faster, 2, test=0.42),
             write_run(tmp_path / "full-s3", base, 3, test=0.47), write_run(tmp_path / "other", other, 1)]
     page = checked(report(tmp_path / "r.html", *runs)[0])
-    first, second = page.rows("Results on nowhere (6 classes, about 7")
+    second, first = page.rows("Results on nowhere (6 classes, about 7")  # the best first
+    assert page.rows("Differences on nowhere")[1:] == [{"key": "optimizer.lr", "other": "0.02", "full": "0.01"}]
     # Mean 43, deviations −3, −1, 4: sd = sqrt(26 / 2).
     assert (first["recipe"], first["seeds"], first["epochs"]) == ("full", "3", "3")
-    assert first["test top-1 error, %"] == f"43.00 ± {math.sqrt(13):.2f}" == "43.00 ± 3.61"
-    assert first["test top-5 error, %"] == "21.50 ± 1.80" and first["test"] == "val, 10 crops"
-    assert (first["validation top-1 error, %"], first["images/s"]) == ("50.00 ± 0.00", "100 ± 0")
+    assert first["test err@1, %"] == f"43.00 ± {math.sqrt(13):.2f}" == "43.00 ± 3.61"
+    assert first["test"] == "val, 10 crops" and "test err@5, %" not in first, "five of six say nothing"
+    assert (first["validation err@1, %"], first["images/s"]) == ("50.00 ± 0.00", "100 ± 0")
     assert (first["data wait, % of time"], first["training, minutes"]) == ("4.0 ± 0.0", "3.0 ± 0.0")
-    assert (second["recipe"], second["seeds"], second["test top-1 error, %"]) == ("other", "1", "40.00")
+    assert (second["recipe"], second["seeds"], second["test err@1, %"]) == ("other", "1", "40.00")
 
 
 def test_other_images_precision_and_weights_are_other_results(tmp_path: Path, base: dict[str, Any]) -> None:
@@ -53,10 +54,39 @@ def test_a_seed_twice_is_counted_once_and_those_behind_are_not_averaged(tmp_path
             write_run(tmp_path / "a-2", base, 2, test=0.5), write_run(tmp_path / "a-3", base, 3, errors=(0.9,), test=None)]
     page = checked(report(tmp_path / "r.html", *runs)[0])
     row, = page.rows("Results on nowhere (6 classes, about 7")
-    assert (row["seeds"], row["epochs"], row["test top-1 error, %"]) == ("2 of 3", "1–3 of 3", "45.00 ± 7.07")
-    assert row["validation top-1 error, %"] == "50.00 ± 0.00"
+    assert (row["seeds"], row["epochs"], row["test err@1, %"]) == ("2 of 3", "1–3 of 3", "45.00 ± 7.07")
+    assert row["validation err@1, %"] == "50.00 ± 0.00"
     assert "a-1-again (seed 1): another run of this seed is counted in its place" in page.text
     assert "a-3 (seed 3): not finished: 1 of 3 epochs" in page.text
+
+
+def test_runs_no_better_than_guessing_are_flagged(tmp_path: Path, base: dict[str, Any]) -> None:
+    stuck = copy.deepcopy(base)
+    stuck["optimizer"]["lr"] = 1e-9
+    page = checked(report(tmp_path / "r.html", write_run(tmp_path / "good", base),
+                          write_run(tmp_path / "stuck", stuck, errors=(0.83,) * 3, test=0.80))[0])
+    good, bad = page.rows("Results on nowhere")
+    assert good["recipe"] == "good" and bad["recipe"] == "stuck at chance" and "stuck (seed 1): at chance: no better" in page.text
+    assert "40.00% top-1 error (10/24), 95% interval 24.0" in page.text and "good, 3 epochs, the best of 2 recipes" in page.text
+
+
+def test_what_departs_from_the_papers_network_is_said() -> None:
+    tiny, own = (paper.other_sizes(recipe(name), "full") for name in ("tiny100", "alexnet_ilsvrc2012"))
+    assert own == "" and tiny.startswith("crops of 99 from 112 px (227 from 256), dropout 0.4 (0.5), conv1 48, conv2 128, ")
+    assert tiny.endswith("fc7 1024 kernels or neurons (96, 256, 384, 384, 256, 4096, 4096), initial weights or biases")
+
+
+def test_a_charts_places_and_ticks() -> None:
+    chart, = plots.chart("loss", [plots.Series("a", ((1, 4.0), (2, 1.0), (5, 0.0))), plots.Series("b", ((2, 3.0),)),
+                                  plots.Series("none", ())])
+    assert [text for _, text in chart.y_ticks] == list("01234") and [text for _, text in chart.x_ticks] == list("12345")
+    assert chart.line(chart.series[0]).split()[0] == f"{plots.LEFT:.1f},{plots.TOP:.1f}"
+    assert chart.bands[1][3] == "epoch 2\na: 1\nb: 3"
+    assert sum(width for _, _, width, _ in chart.bands) == pytest.approx(plots.WIDTH)
+    rates, = plots.chart("rate", [plots.Series("lr", ((1, 1e-2), (2, 5e-4)))], log=True)
+    assert [text for _, text in rates.y_ticks] == ["0.0001", "0.001", "0.01"] and rates.y(1e-2) == plots.TOP
+    assert plots.chart("nothing", [plots.Series("none", ())]) == []
+    assert [plots.nice(span, 5) for span in (1, 4, 5, 90, 0.03)] == pytest.approx([0.2, 1, 1, 20, 0.01])
 
 
 def test_stat_and_difference_against_scipy() -> None:
@@ -84,9 +114,8 @@ def test_training_images_are_counted_from_the_steps(tmp_path: Path, base: dict[s
 
 
 def ours(page: Page) -> list[dict[str, str]]:
-    """Rows of the paper's table in which something of ours stands."""
-    return [row for row in page.rows("The paper’s results beside ours")
-            if {row["our top-1 error, %"], row["our top-5 error, %"], row["our runs"]} != {"–"}]
+    """Rows of the paper's table, which are there where something of ours stands in them."""
+    return page.rows("The paper’s results beside ours") if "The paper’s results beside ours" in page.tables else []
 
 
 def test_ours_stands_beside_the_paper_only_when_it_is_the_same(tmp_path: Path) -> None:
@@ -139,7 +168,7 @@ def test_changes_stand_beside_the_papers_with_what_else_differs(tmp_path: Path) 
     layer = rows["a middle layer removed (shallow: without conv4)"]
     assert (layer["our top-1, points"], layer["paper top-1, points"]) == ("+9.00", "about +2")
     assert "also differs: train.epochs: 50 -> 40" in layer["source of the paper’s figure"]
-    assert rows["pooling that does not overlap"]["our top-1, points"] == "–"  # not run
+    assert "pooling that does not overlap" not in rows, "not run"
     assert "Ours are on tiny100 (100 classes, about 49,99" in page.text and "other data and another size" in page.text
     found = ablations(group([read_run(run) for run in runs]))
     assert {one.group.name for one in found} == {"no_lrn", "shallow"}, "those on other images have no full network"
@@ -160,17 +189,25 @@ def test_results_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert [one.name for one in group(halves)] == ["x-s1", "x-s3"]
 
 
-def test_an_average_on_other_images_is_not_the_papers(tmp_path: Path) -> None:
+def test_an_average_is_the_papers_with_its_networks_on_its_images(tmp_path: Path) -> None:
     config = recipe("alexnet_ilsvrc2012")
-    run = read_run(write_run(tmp_path / "net", config, errors=(0.6,) * 90, images=50_000, train=1_281_167))
-    one, = group([run])
-    row = next(row for row in paper.ROWS if row.key == paper.FIVE)
+    six = copy.deepcopy(config)
+    six["model"]["layers"]["conv6"] = {"kernels": 256, "px": 3, "pad": 1, "sees": "both", "std": 0.03, "bias": 1}
+    six["init_from"] = {"checkpoint": "runs/fall2011"}
+    one, tuned = group([read_run(write_run(tmp_path / name, values, errors=(0.6,) * 90, images=50_000, train=1_281_167))
+                        for name, values in (("net", config), ("six", six))])
+    five, seven = (next(row for row in paper.ROWS if row.key == key) for key in (paper.FIVE, paper.SEVEN))
 
-    def ensemble(images: int, members: int) -> Ensemble:
-        return Ensemble(one, members, images, 0.3, 0.1, Difference(-0.01, None), Difference(-0.01, None))
+    def ensemble(images: int, members: int, **more: Any) -> Ensemble:
+        return Ensemble(one, members, images, 0.3, 0.1, Difference(-0.01, None), Difference(-0.01, None), **more)
 
-    same = ensemble(50_000, 5)
-    assert five(row, [ensemble(20_000, 5), same, ensemble(50_000, 4)]) == [same]
+    same, both = ensemble(50_000, 5), ensemble(50_000, 7, tuned=tuned, of_tuned=2)
+    others = [ensemble(20_000, 5), ensemble(50_000, 4), ensemble(50_000, 7), ensemble(50_000, 7, tuned=tuned, of_tuned=3)]
+    assert averages(five, [*others, same, both]) == [same] and averages(seven, [*others, same, both]) == [both]
+    narrow = copy.deepcopy(six)
+    narrow["model"]["layers"]["conv6"]["kernels"] = 128
+    other, = group([Run(tmp_path / "six", "six", narrow)])
+    assert averages(seven, [ensemble(50_000, 7, tuned=other, of_tuned=2)]) == []
 
 
 def test_what_a_change_does_not_ask_for_is_named() -> None:
@@ -200,7 +237,7 @@ def test_figure_1_compares_the_quickest_of_each_activation(tmp_path: Path, base:
     assert pair is not None and [one.name for one in pair] == ["relu", "tanh"]
     assert (epochs := epochs_to_error(pair[0])) is not None and epochs.mean == pytest.approx(2.5)
     page = report(tmp_path / "r.html", *runs)[0]
-    assert 'alt="training error, ReLU against tanh (figure 1)" src="data:image/svg+xml;base64,' in page
+    assert 'aria-label="training error, ReLU against tanh (figure 1), % by epoch"' in page
     row, = checked(page).rows("ReLU against tanh")
     assert (row["paper"], row["ReLU, epochs"], row["our runs"]) == ("about 6", "2.5", "relu, tanh")
     assert float(row["ours"]) == pytest.approx((9 + 0.25 / 0.26) / 2.5, abs=0.05)

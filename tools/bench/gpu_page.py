@@ -14,11 +14,16 @@ from matplotlib.figure import Figure
 
 from model.alexnet import paper
 from tools import roofline
-from train.report.plots import PALETTE, STYLE
 
 HERE = Path(__file__).resolve().parent
 Found = dict[str, Any]
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # heads, rows
+
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5c2e", "#6b6b6c")  # Okabe and Ito's
+STYLE: Any = {  # matplotlib's type lists all its settings
+    "svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9, "font.family": "sans-serif", "axes.spines.top": False,
+    "axes.spines.right": False, "grid.color": "#d8d9da", "axes.grid": True, "axes.axisbelow": True, "legend.frameon": False,
+    "legend.fontsize": 8}
 
 
 @dataclass

@@ -2,8 +2,8 @@
 
 Two kinds of evidence: what the loader was doing during its stalls (`pipeline.monitor`) says where to look, and how fast each
 stage runs alone says which stage it is. What can be done about it, by tier, is `pipeline.monitor.remedies`, as in training; the
-first of these settings whose estimated rate reaches the need is the one to paste. Rates are images/s, CPU times ms an image of all
-threads together.
+first of these settings whose estimated rate reaches the need is the one to paste. Rates are images/s, CPU times are ms an image,
+of all threads together.
 """
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -108,7 +108,7 @@ class Setting:
 
     @property
     def expected(self) -> str:
-        return "not estimated on a GPU: profile it with --tier" if self.rate is None else f"about {self.rate:,.0f} img/s, estimated"
+        return f"about {self.rate:,.0f} img/s, estimated" if self.rate else "not estimated on a GPU: profile it with --tier"
 
 
 def verdict(measured: Measured, setup: Setup) -> Verdict:

@@ -21,12 +21,10 @@ from train.exit_codes import exit_code
 
 def run(args: argparse.Namespace) -> None:
     """Read the runs, write the page. Raises ValueError, RuntimeError or OSError."""
-    from train.figures.kernels import need_matplotlib  # here: --help needs none of it
-    from train.report.groups import group
+    from train.report.groups import group  # here: --help needs none of it
     from train.report.page import render
     from train.report.runs import NoRun, read_run
 
-    need_matplotlib()
     if args.out.is_dir():
         raise ValueError(f"output (={args.out}) is a folder; name a file in it")
     runs, left_out = [], []

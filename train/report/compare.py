@@ -75,9 +75,8 @@ def _also(one: Group, full: Group, change: paper.Change) -> tuple[str, ...]:
 
 def matches(row: paper.Row, groups: Sequence[Group]) -> list[Group]:
     """The groups that are this experiment of the paper, on its data, at its size."""
-    key = paper.FULL if row.key == paper.FIVE else row.key
-    return [one for one in groups
-            if key and one.data_set == row.data and one.experiment == key and paper.paper_size(one.config, key)]
+    key = paper.FULL if row.key in (paper.FIVE, paper.SEVEN) else row.key
+    return [one for one in groups if one.data_set == row.data and one.experiment == key and paper.paper_size(one.config, key)]
 
 
 def ten_crops(run: Run, row: paper.Row) -> Test | None:
@@ -96,8 +95,8 @@ def _saved(run: Run) -> list[Test]:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """A test of the mean of the probabilities of a group's networks (paper §6), one a seed, with ten crops; differences are from
-    the mean of its members' errors."""
+    """A test of the mean of the probabilities of networks (paper §6), one a seed, with ten crops; differences are from the mean
+    of its members' errors."""
 
     group: Group
     members: int
@@ -106,33 +105,48 @@ class Ensemble:
     top5: float
     less_top1: Difference
     less_top5: Difference
+    tuned: Group | None = None  # fine-tuned networks among them, and how many
+    of_tuned: int = 0
 
 
 def ensembles(groups: Sequence[Group]) -> tuple[list[Ensemble], list[str]]:
-    """Of each group with evaluations of several runs, ten crops of the test split; and which could not be averaged."""
+    """Of each group with evaluations of several runs, ten crops of the test split, and of full networks with fine-tuned ones of
+    the same images; and which could not be averaged."""
     found, problems = [], []
-    for one in groups:
-        members = {run.seed: (run, test) for run in one.counted for test in _saved(run)
-                   if (test.views, test.split) == (10, one.config["data"].get("test_split"))}
-        if len(members) < 2:
+    pairs = [(full, tuned) for full, tuned in itertools.permutations(groups, 2)
+             if (full.experiment, tuned.experiment) == (paper.FULL, paper.TUNED)]
+    for one, tuned in [*((one, None) for one in groups), *pairs]:
+        own, others = _tested(one), _tested(tuned) if tuned else []
+        members = own + others
+        if len(members) < 2 or tuned and not (own and others):
             continue
         try:
-            loaded = [predictions.load(run.folder / EVALUATIONS / test.source) for run, test in members.values()]
+            loaded = [predictions.load(run.folder / EVALUATIONS / test.source) for run, test in members]
             ensemble.check_compatible(loaded)
             score = ensemble.ensemble_result(loaded).score
         except (ValueError, RuntimeError, OSError) as error:
-            problems.append(f"{one.name}: its networks cannot be averaged ({str(error).partition(';')[0]})")
+            if tuned is None:
+                problems.append(f"{one.name}: its networks cannot be averaged ({str(error).partition(';')[0]})")
             continue
-        less = [Difference(whole - sum(getattr(test, name) for _, test in members.values()) / len(members), None)
+        less = [Difference(whole - sum(getattr(test, name) for _, test in members) / len(members), None)
                 for name, whole in (("top1", score.top1), ("top5", score.top5))]
-        found.append(Ensemble(one, len(members), score.images, score.top1, score.top5, *less))
+        found.append(Ensemble(one, len(members), score.images, score.top1, score.top5, *less, tuned, len(others)))
     return found, problems
 
 
-def five(row: paper.Row, ensembles: Sequence[Ensemble]) -> list[Ensemble]:
-    """What stands beside the paper's average of five: averages of five full networks on the same images."""
-    return [one for one in ensembles if (one.members, one.images) == (5, paper.DATA_SETS[row.data].test)
-            and matches(row, [one.group])]
+def _tested(one: Group) -> list[tuple[Run, Test]]:
+    """A run a seed, with its saved evaluation of ten crops of the test split."""
+    found = {run.seed: (run, test) for run in one.counted for test in _saved(run)
+             if (test.views, test.split) == (10, one.config["data"].get("test_split"))}
+    return list(found.values())
+
+
+def averages(row: paper.Row, ensembles: Sequence[Ensemble]) -> list[Ensemble]:
+    """What stands beside the paper's average of five full networks, or of these and two fine-tuned ones, on the same images."""
+    counts = (5, 0) if row.key == paper.FIVE else (7, 2)
+    tuned = next(other for other in paper.ROWS if other.key == paper.TUNED)
+    return [one for one in ensembles if (one.members, one.of_tuned) == counts and one.images == paper.DATA_SETS[row.data].test
+            and matches(row, [one.group]) and (one.tuned is None or matches(tuned, [one.tuned]))]
 
 
 def relu_and_tanh(groups: Sequence[Group]) -> tuple[Group, Group] | None:

@@ -6,11 +6,12 @@ import json
 import os
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from train.config import PATHS, SPEED
+from train.evaluate.metrics import FEW_CLASSES
 from train.report import paper
 from train.report.runs import Run
 
@@ -38,6 +39,7 @@ class Group:
     runs: tuple[Run, ...]
     experiment: str  # which of the paper's (see paper.experiment), "" for none
     departs: str  # in what it departs from the full network, in words
+    sizes: str = ""  # and from the paper's sizes and initial values
 
     @property
     def config(self) -> dict[str, Any]:
@@ -78,6 +80,16 @@ class Group:
             os.path.basename(str(self.config["data"].get("index", "")).rstrip("/"))
         return f"{name} ({self.config['model'].get('classes')} classes{count and f', {count} training images'})"
 
+    @property
+    def from_paper(self) -> str:
+        """All in which its network is not the paper's, in words; "" for nothing."""
+        return "; ".join(filter(None, (self.departs * (self.experiment != paper.FULL), self.sizes)))
+
+    @property
+    def shows_top5(self) -> bool:
+        """Whether there are classes enough for the error of the five best to say something."""
+        return int(self.config["model"].get("classes") or 0) >= FEW_CLASSES
+
     def values(self, name: str) -> list[float | None]:
         """test_top1, test_top5, validation_top1, …, images_per_s, waited (shares) or minutes of each of the furthest runs."""
         return [_figure(run, name) for run in self.furthest]
@@ -103,8 +115,11 @@ def group(runs: Sequence[Run]) -> list[Group]:
     recipes: dict[str, list[Run]] = {}
     for run in runs:
         recipes.setdefault(_recipe(run), []).append(run)
-    found = [Group(_name([run.name for run in members]), tuple(sorted(members, key=lambda run: (run.seed, run.name))),
-                   *paper.experiment(members[0].config)) for members in recipes.values()]
+    found = []
+    for members in recipes.values():
+        key, departs = paper.experiment(members[0].config)
+        found.append(Group(_name([run.name for run in members]), tuple(sorted(members, key=lambda run: (run.seed, run.name))),
+                           key, departs, paper.other_sizes(members[0].config, key)))
 
     def distinct(one: Group) -> Group:
         folders = [other.runs[0].folder.resolve() for other in found if other.name == one.name]
@@ -115,15 +130,36 @@ def group(runs: Sequence[Run]) -> list[Group]:
 
 
 def _recipe(run: Run) -> str:
-    """What runs of a group have in common: all that changes results (precision too) but the seed, and the images."""
-    values = json.loads(json.dumps(run.config, default=str))
-    values["machine"] = {"precision": precision(run.config)}
-    for name in set(SPEED) - {"machine"}:
+    """What runs of a group have in common: all that changes results but the seed, and the images."""
+    return json.dumps([results_config(run), _images(run), paper.fine_tuned(run.config)], sort_keys=True)
+
+
+def results_config(run: Run) -> dict[str, Any]:
+    """The values of its config that change results (precision too), without the seed."""
+    values: dict[str, Any] = json.loads(json.dumps(run.config, default=str))
+    for name in SPEED:
         values.pop(name, None)
     for part, name in PATHS:
         (values.get(part) or {}).pop(name, None)
     del values["train"]["seed"]
-    return json.dumps([values, _images(run), paper.fine_tuned(run.config)], sort_keys=True)
+    return values | {"machine": {"precision": precision(run.config)}}
+
+
+def changed_values(groups: Sequence[Group]) -> dict[str, list[str]]:
+    """Keys in which the configs of groups differ, and the value of each group; "" where one has no such key."""
+    flat = [dict(_flat(results_config(one.runs[0]))) for one in groups]
+    keys = dict.fromkeys(key for values in flat for key in values)
+    rows = {key: [values.get(key, "") for values in flat] for key in keys}
+    return {key: values for key, values in rows.items()  # null beside a mapping: its keys say so
+            if len(set(values)) > 1 and not any(other.startswith(f"{key}.") for other in keys)}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value).replace('"', "")
 
 
 def precision(config: Mapping[str, Any]) -> str:

@@ -11,15 +11,18 @@ import jinja2
 import yaml
 from markupsafe import Markup, escape
 
+from train.evaluate.metrics import share_text
 from train.figures import kernels
 from train.report import compare, paper, plots
 from train.report.compare import Ablation, Difference, Ensemble
-from train.report.groups import Group, Stat, by_images, stat
+from train.report.groups import Group, Stat, by_images, changed_values, stat
 from train.report.runs import Run, Test
 from train.run_folder import CHECKPOINTS
 
 NONE = "–"  # a figure that is not there
 MOST_SHEETS = 12  # of kernels
+CHANCE = ("at chance: no better than guessing; its learning rate or initial values may be unfit, or labels in another order than "
+          "images")
 Cells = tuple[str | None, ...]
 
 
@@ -28,20 +31,24 @@ def render(groups: Sequence[Group], problems: Sequence[str]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, finalize=lambda value: NONE if value is None else value)
-    functions = (breakable, commit, crops, facts, hashes, lines, number, percent, points, when)
+    functions = (averaged, breakable, commit, crops, facts, hashes, lines, number, percent, points, when)
     environment.filters |= {"base64": lambda data: base64.b64encode(data).decode(), "yaml": to_yaml,
                             **{function.__name__: function for function in functions}}
     ensembles, not_averaged = compare.ensembles(groups)
     figure_1 = compare.relu_and_tanh(groups)
     runs = [(run, group) for group in groups for run in group.runs]
+    rows = [(row, ours(row, groups, ensembles)) for row in paper.ROWS]
+    sheets = [sheet(group) for group in groups if any(run.best for run in group.runs)][:MOST_SHEETS]
+    by_error = [(data, sorted(members, key=error)) for data, members in by_images(groups)]
+    data_sets = [(data, members, plots.comparison(members)) for data, members in by_error]
     return environment.get_template("page.html.jinja").render(
         paper=paper, groups=groups, ensembles=ensembles, made=datetime.datetime.now().timestamp(), runs=[run for run, _ in runs],
         problems=[*(f"{run.name if len(group.runs) > 1 else group.name} (seed {run.seed}): {note}" for run, group in runs
                     for note in notes(run, group)), *problems, *not_averaged],
-        by_images=by_images(groups), result=result, paper_rows=[(row, ours(row, groups, ensembles)) for row in paper.ROWS],
-        speedup=speedup(*figure_1) if figure_1 else (None,) * 4, changes=changes(compare.ablations(groups), ensembles),
-        comparisons=plots.comparisons(groups, figure_1 or ()), charts=[(group, plots.charts(group)) for group in groups],
-        sheets=[sheet(group) for group in groups if any(run.best for run in group.runs)][:MOST_SHEETS])
+        data_sets=data_sets, result=result, headline=headline, changed_values=changed_values, from_paper=from_paper,
+        paper_rows=[(row, found) for row, found in rows if found], speedup=speedup(*figure_1) if figure_1 else None,
+        figure_1=plots.figure_1(figure_1 or ()), changes=changes(compare.ablations(groups), ensembles), details=plots.details,
+        axes=plots, sheets=sheets)
 
 
 # --- figures in words
@@ -102,6 +109,33 @@ def to_yaml(config: Mapping[str, Any]) -> str:
 
 # --- sections
 
+def error(group: Group) -> float:
+    """By which groups are sorted: the mean top-1 error of test, else of the last validation."""
+    found = group.stat("test_top1") or group.stat("validation_top1")
+    return found.mean if found else math.inf
+
+
+def headline(members: Sequence[Group]) -> tuple[str | None, str]:
+    """The error of the best of groups (sorted), and what it is of."""
+    best = members[0]
+    found, run = best.stat("test_top1") or best.stat("validation_top1"), next((run for run in best.furthest if run.score), None)
+    if found is None or run is None or run.score is None:
+        return None, "no validation or test yet"
+    score, n = run.score, found.n
+    what = f"(mean ± sd of {n} seeds)" if n > 1 else share_text(round(score.top1 * score.images), score.images).partition(" ")[2]
+    of = f", the best of {len(members)} recipes" if len(members) > 1 else ""
+    chance = "; no better than guessing" if run.at_chance else ""
+    return f"{percent(found)}%", f"top-1 error {what}, on {crops(score)}: {best.name}, {len(run.epochs)} epochs{of}{chance}"
+
+
+def from_paper(members: Sequence[Group]) -> list[tuple[str, str]]:
+    """In what networks depart from the paper's: names of groups, and the words they share."""
+    words: dict[str, list[str]] = {}
+    for group in members:
+        words.setdefault(group.from_paper or "nothing", []).append(group.name)
+    return [(", ".join(names), text) for text, names in words.items()]
+
+
 def result(group: Group) -> Cells:
     """Seeds, epochs and test of a group."""
     counted, furthest = group.counted, group.furthest
@@ -114,15 +148,15 @@ def result(group: Group) -> Cells:
 
 def notes(run: Run, group: Group) -> list[str]:
     """What a reader must know about a run."""
-    return [*([] if run.test else [run.state]),
+    return [*([] if run.test else [run.state]), *([CHANCE] if run.at_chance else []),
             *([] if run in group.counted else ["another run of this seed is counted in its place"]),
             *(f"extended: {change}" for change in run.extended), *run.problems]
 
 
 def ours(row: paper.Row, groups: Sequence[Group], ensembles: Sequence[Ensemble]) -> list[Cells]:
     """Errors and runs that stand beside a row of the paper's."""
-    if row.key == paper.FIVE:
-        return [(percent(one.top1), percent(one.top5), breakable(one.group.name)) for one in compare.five(row, ensembles)]
+    if row.key in (paper.FIVE, paper.SEVEN):
+        return [(percent(one.top1), percent(one.top5), averaged(one)) for one in compare.averages(row, ensembles)]
     cells: list[Cells] = []
     for group in compare.matches(row, groups):
         tests = [test for run in group.counted if (test := compare.ten_crops(run, row))]
@@ -132,6 +166,11 @@ def ours(row: paper.Row, groups: Sequence[Group], ensembles: Sequence[Ensemble])
         cells.append((percent(stat(test.top1 for test in tests)), percent(stat(test.top5 for test in tests)),
                       breakable(group.name) + f": {'; '.join([*seeds, *states])}"))
     return cells
+
+
+def averaged(one: Ensemble) -> Markup:
+    """Whose networks are averaged."""
+    return breakable(one.group.name) + (" and " + breakable(one.tuned.name) if one.tuned else Markup(""))
 
 
 def speedup(relu: Group, tanh: Group) -> Cells:
@@ -145,13 +184,13 @@ def speedup(relu: Group, tanh: Group) -> Cells:
 
 
 def changes(ablations: Sequence[Ablation],
-            ensembles: Sequence[Ensemble]) -> list[tuple[Group | None, list[Group], list[Ablation], list[Ensemble]]]:
+            ensembles: Sequence[Ensemble]) -> list[tuple[Group, list[Group], list[Ablation], list[Ensemble]]]:
     """For each data set: a full network on it, all full networks that something is compared with, and what is."""
-    averages = [one for one in ensembles if one.group.experiment == paper.FULL]
+    averages = [one for one in ensembles if one.group.experiment == paper.FULL and one.tuned is None]
     references = [*(one.group for one in averages), *(one.full for one in ablations)]
     return [(full, list({id(group): group for group in references if group.images == images}.values()),
              [one for one in ablations if one.full.images == images], [one for one in averages if one.group.images == images])
-            for images, full in {group.images: group for group in references}.items()] or [(None, [], [], [])]
+            for images, full in {group.images: group for group in references}.items()]
 
 
 def sheet(group: Group) -> dict[str, Any]:

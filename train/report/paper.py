@@ -8,7 +8,7 @@ digits are the release's. A run is held against a row only when its data set (by
 from dataclasses import dataclass
 from typing import Any, Mapping
 
-FULL, FIVE = "full", "five"
+FULL, FIVE, SEVEN, TUNED = "full", "five", "seven", "six_conv_fine_tuned"
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ _EXCLUDED = 0.002  # share of the training images that may be missing, as unread
 class Row:
     """A result of the paper: errors in percent, None where it has none."""
 
-    key: str  # a name of `experiment`; FIVE, the mean of five of FULL; "" for what is not looked for
+    key: str  # a name of `experiment`; FIVE, the mean of five of FULL; SEVEN, of these and two of TUNED
     what: str
     data: str  # key of DATA_SETS, or ""
     on: str  # data set and split, in words
@@ -52,10 +52,9 @@ ROWS = (
     Row("no_lrn", "no response normalisation", "ilsvrc2012", "ILSVRC-2012 val", 42.03, 19.36, "§3.3; release 148"),
     Row("apart", "towers meet only at the softmax layer", "ilsvrc2012", "ILSVRC-2012 val", 41.83, 19.33, "release 150"),
     Row(FIVE, "5 networks averaged", "ilsvrc2012", "ILSVRC-2012 val", 38.1, 16.4, "§6, table 2"),
-    Row("six_conv_fine_tuned", "six convolutions, pre-trained on Fall 2011", "ilsvrc2012", "ILSVRC-2012 val", 38.99, 16.62,
+    Row(TUNED, "six convolutions, pre-trained on Fall 2011", "ilsvrc2012", "ILSVRC-2012 val", 38.99, 16.62,
         "§6, table 2; release 146-2012-2011"),
-    Row("", "2 such networks and the 5 averaged", "ilsvrc2012", "ILSVRC-2012 val", 36.7, 15.4, "§6, table 2"),
-    Row("", "2 such networks and the 5 averaged", "", "ILSVRC-2012 test", None, 15.3, "§6, table 2"),
+    Row(SEVEN, "2 such networks and the 5 averaged", "ilsvrc2012", "ILSVRC-2012 val", 36.7, 15.4, "§6, table 2"),
     Row("six_conv_linear", "six convolutions, 10,184 classes", "fall2009", "Fall 2009, half of it", 67.4, 40.9,
         "§6; release 146"),
 )
@@ -105,8 +104,9 @@ _SIZES = {"conv1": 96, "conv2": 256, "conv3": 384, "conv4": 384, "conv5": 256, "
 # at the softmax layer have an fc6 of 4096 each (release 150).
 _VARIANT_SIZES = {"one_tower": {"conv1": 48, "conv2": 128, "conv3": 192, "conv4": 192}, "apart": {"fc6": 8192}}
 # Six convolutions (release 146): which departures together are which experiment.
-_SIX = {frozenset({"with conv6"}): "six_conv", frozenset({"with conv6", "starts from trained weights"}): "six_conv_fine_tuned",
+_SIX = {frozenset({"with conv6"}): "six_conv", frozenset({"with conv6", "starts from trained weights"}): TUNED,
         frozenset({"with conv6", "with fc9"}): "six_conv_linear"}
+_ONES = ("conv2", "conv4", "conv5", "fc6", "fc7")  # layers whose biases begin at 1 (§5)
 _DEFAULTS = {"stride": 1, "pad": 0, "lrn": "none", "pool": False, "dropout": False, "linear": False}
 
 
@@ -143,13 +143,37 @@ def fine_tuned(config: Mapping[str, Any]) -> bool:
 def paper_size(config: Mapping[str, Any], key: str) -> bool:
     """Whether a config of this experiment has the paper's numbers of kernels and neurons, its crop and the paper's strength of
     dropout and PCA colour jitter, where it has them."""
-    sizes = _SIZES | _VARIANT_SIZES.get(key, {})
-    layers = config["model"]["layers"]
-    data, dropout = config["data"], config["model"]["dropout"]
-    return bool(config["model"]["input_px"] == 227 and (data["square_px"], data["region"]) == (256, "square")
-                and dropout in (0, 0.5) and data["lighting"] in (0, 0.1)
-                and all(layer.get("kernels", layer.get("neurons")) == sizes[name]
-                        for name, layer in layers.items() if name in sizes))
+    return not _sizes(config, key)
+
+
+def other_sizes(config: Mapping[str, Any], key: str) -> str:
+    """In what a config of this experiment differs from the paper's besides its kind of layers, in words; "" for nothing."""
+    try:
+        layers = {name: layer for name, layer in config["model"]["layers"].items() if name in _LAYERS and layer}
+        found = _sizes(config, key)
+        if any((layer["std"], layer["bias"]) != (0.01, name in _ONES) for name, layer in layers.items()):
+            found.append("initial weights or biases")
+        return ", ".join(found)
+    except (KeyError, TypeError, AttributeError):
+        return ""
+
+
+def _sizes(config: Mapping[str, Any], key: str) -> list[str]:
+    """Sizes and strengths that are not the paper's, beside the paper's."""
+    sizes, data, model = _SIZES | _VARIANT_SIZES.get(key, {}), config["data"], config["model"]
+    found = []
+    if (model["input_px"], data["square_px"], data["region"]) != (227, 256, "square"):
+        whole = ", anywhere in the image" * (data["region"] == "full")
+        found.append(f"crops of {model['input_px']} from {data['square_px']} px{whole} (227 from 256)")
+    found += [f"{name} {value:g} ({usual})" for name, value, usual in (
+        ("dropout", model["dropout"], 0.5), ("PCA colour jitter", data["lighting"], 0.1)) if value not in (0, usual)]
+    layers = {name: layer.get("kernels", layer.get("neurons")) for name, layer in model["layers"].items()
+              if layer is not None and name in sizes}
+    other = {name: count for name, count in layers.items() if count != sizes[name]}
+    if other:
+        found.append(f"{', '.join(f'{name} {count}' for name, count in other.items())} kernels or neurons "
+                     f"({', '.join(str(sizes[name]) for name in other)})")
+    return found
 
 
 def _departures(config: Mapping[str, Any]) -> list[tuple[str, str]]:

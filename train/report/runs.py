@@ -15,6 +15,7 @@ from pipeline.io_errors import explain
 from train.checkpoint import checkpoint
 from train.config import changes_results
 from train.evaluate import ensemble, predictions
+from train.evaluate.metrics import Score
 from train.recipe.strict_yaml import load_yaml
 from train.report import paper
 from train.run_folder import CHECKPOINTS, CONFIG, HISTORY, METRICS, VERSIONS
@@ -34,7 +35,8 @@ class Epoch:
     lr: float | None
     loss: float | None
     error: float | None  # top-1, in training
-    top1: float | None
+    validation_loss: float | None
+    top1: float | None  # in validation
     top5: float | None
     images_per_s: float | None
     waited: float | None
@@ -95,6 +97,20 @@ class Run:
     def test(self) -> Test | None:
         """The test at the end of training; None before."""
         return next((test for test in self.tests if not test.source), None)
+
+    @property
+    def score(self) -> "Test | None":
+        """Its test, or before that its last validation."""
+        if self.test or not self.epochs or not self.validation_images or self.epochs[-1].top1 is None:
+            return self.test
+        last = self.epochs[-1]
+        return Test("validation", 1, self.validation_images, last.top1 or 0.0, last.top5 or 0.0, last.validation_loss)
+
+    @property
+    def at_chance(self) -> bool:
+        """Whether its last error is no better than guessing."""
+        score, classes = self.score, _whole(self.config["model"].get("classes"))
+        return bool(score and classes and Score(score.images, round(score.top1 * score.images), 0, 0.0, classes).at_chance)
 
     @property
     def state(self) -> str:
@@ -225,8 +241,8 @@ def _epoch(number: int, line: Mapping[str, Any]) -> Epoch:
     shares = {str(stage): share for stage, value in stages.items() if (share := _number(value)) is not None}
     lr, loss, error, images_per_s, waited, seconds = (_number(line.get(key)) for key in (
         "lr", "loss", "error", "images_per_s", "waited", "seconds"))
-    return Epoch(number, lr, loss, error, _number(score.get("top1")), _number(score.get("top5")), images_per_s, waited, shares,
-                 seconds)
+    return Epoch(number, lr, loss, error, _number(score.get("loss")), _number(score.get("top1")), _number(score.get("top5")),
+                 images_per_s, waited, shares, seconds)
 
 
 def _test(line: Mapping[str, Any]) -> list[Test]:
