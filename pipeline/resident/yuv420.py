@@ -6,7 +6,8 @@ arithmetic is on whole numbers of fixed rounding: the same bits on every device,
 square. The functions take NumPy arrays (on a CPU: no threads of their own) and torch tensors (on a GPU) alike.
 
 Against the RGB squares, 256 px, of 300 ImageNet photographs: mean difference 1.23 grey levels, 95% within 5, 99% within 11,
-the largest 168 (fine red or blue detail); PSNR 42.7 dB (median; lowest 24.6). B samples (any number of leading axes), S side
+the largest 168 (fine red or blue detail); PSNR 42.9 dB (mean), 24.6 (worst); six of
+them, grey ones, are exact. B samples (any number of leading axes), S side
 of a square, s = ⌈S/2⌉ side of its chroma planes, h and w sides of a crop."""
 from typing import Any, TypeVar
 

@@ -196,7 +196,8 @@ def _advice(measured: Measured, setup: Setup, name: str) -> Iterator[str]:
             yield f"# no setting here reaches the {need:,.0f} img/s"
         return
     enough = [one for one in settings if need is None or one.rate is not None and one.rate >= need]
-    chosen = enough[0] if enough else max(settings, key=lambda one: one.rate or 0)
+    unknown = [one for one in settings if one.rate is None]
+    chosen = enough[0] if enough else unknown[-1] if unknown else max(settings, key=lambda one: one.rate or 0)
     yield f"# {chosen.expected}"
     if not enough and need:
         yield (f"# whether it reaches the {need:,.0f} img/s, only measuring tells" if chosen.rate is None else
@@ -242,7 +243,7 @@ def _machine(measured: Measured, setup: Setup, name: str, cause: str) -> Setting
     if name == "crc":
         lines.append("check_crc: false    # flipped bits pass unnoticed; `build_index.py verify` finds them beforehand")
         rate *= loader.cpu / max(1e-9, loader.cpu - measured.cpu("crc"))
-    return Setting(tuple(lines), (), rate)
+    return Setting(tuple(lines), (), None if setup.gpu else rate)
 
 
 def _rate(measured: Measured, setup: Setup, threads: int, tier: str, layout: str = "rgb") -> float | None:
