@@ -158,6 +158,7 @@ class MachineConfig(LoaderConfig):
         timeout_s: seconds without progress after which the run ends, with the stacks of all threads.
         silence_s: seconds without progress after which a stopped (SIGSTOP) process of the same machine is killed.
         log_s: seconds between two lines when the output is no terminal.
+        log_to: also write metrics for tensorboard (RUN/tensorboard) or wandb (RUN/wandb; offline unless WANDB_MODE is set).
     """
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "fp32"
@@ -178,9 +179,11 @@ class MachineConfig(LoaderConfig):
     timeout_s: float = 600.0
     silence_s: float = 30.0
     log_s: float = 10.0
+    log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "log_to", tuple(dict.fromkeys(self.log_to)))
         for name, low in (("sync_steps", 0), ("torch_threads", 0), ("checkpoint_steps", 0), ("checkpoint_epochs", 1),
                           ("keep_last", 1), ("stop_after", 0), ("metrics_steps", 1), ("test_batch", 1)):
             check(self, f"machine.{name}", getattr(self, name) >= low, f"must be at least {low}; raise it")

@@ -95,6 +95,7 @@ class Trainer:
 
     def train(self) -> bool:
         """Train until the last epoch is validated; False when stopped, and saved, before."""
+        self._metrics.log_to(self._config, self._loader.step, self._console.warn)
         while self._progress.epoch < self._config.train.epochs:
             throughput = ThroughputMeter(self._loader.monitor)
             score = self._validate() if self._train_epoch(throughput) else None

@@ -9,6 +9,7 @@ from train.config import Config
 from train.console import Console
 from train.evaluate.metrics import CHANCE
 from train.exit_codes import DONE, MISTAKE, STOPPED
+from train.loggers import check_installed
 from train.loop import StopRequest, Trainer
 from train.parallel.failure import reported
 from train.parallel.topology import Topology
@@ -44,6 +45,7 @@ def _record_end(topology: Topology, code: int) -> None:
 def train_and_test(request: CommandLine, topology: Topology) -> int:
     """Build the parts of a run, resume or begin it, train, test. Returns the exit code."""
     config, stop = build.with_precision(request.config, topology), StopRequest()
+    check_installed(config)
     build.configure_torch(config, topology)
     folder = run_folder.folder_of(config, request.recipe)
     restarted = not request.resume and is_restarted(folder, topology)

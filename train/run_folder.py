@@ -15,12 +15,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, BinaryIO, Callable
+from typing import Any, BinaryIO, Callable, Optional
 
 from pipeline.files import LockHeld, atomic_write, lock
 from pipeline.io_errors import explain, writing
 from pipeline.schema import is_file_name
 from train.config import Config, changes, changes_results
+from train.loggers import Loggers
 from train.recipe import dump, load
 
 CONFIG, HISTORY, VERSIONS = "config.yaml", "history.jsonl", "versions.jsonl"
@@ -38,11 +39,19 @@ class Metrics:
     def __init__(self, path: Path, enabled: bool) -> None:
         self._path = path
         self._file = path.open("ab") if enabled else None
+        self._loggers: Optional[Loggers] = None
 
     def write(self, kind: str, **values: Any) -> None:
         """Append a line: {"kind": …, "time": seconds since 1970, …}."""
         line = json.dumps({"kind": kind, "time": round(time.time(), 3), **values}, allow_nan=False)
         self._do(lambda file: file.write(line.encode() + b"\n"))
+        if self._loggers is not None:
+            self._loggers.write(kind, values)
+
+    def log_to(self, config: Config, step: int, warn: Callable[[str], None]) -> None:
+        """Write what comes from `step` on for machine.log_to as well."""
+        if self._file is not None:
+            self._loggers = Loggers(self._path.parent, config, step, warn)
 
     def length(self) -> int:
         """Size in bytes."""
@@ -70,6 +79,8 @@ class Metrics:
         finally:
             if self._file is not None:
                 self._file.close()
+            if self._loggers is not None:
+                self._loggers.close()
 
     def _do(self, work: Callable[[BinaryIO], object]) -> None:
         if self._file is None:
