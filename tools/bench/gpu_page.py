@@ -37,25 +37,26 @@ class Section:
     words: tuple[int, ...] = (0,)
 
 
-def bars(values: Mapping[str, Mapping[str, float]], unit: str, lines: Mapping[str, float] = {}) -> bytes:
-    """A group of horizontal bars for each label, a bar for each of its series; vertical lines. As SVG."""
+def dots(values: Mapping[str, Mapping[str, float]], unit: str, lines: Mapping[str, float] = {}) -> bytes:
+    """A row for each label with a dot for each of its series, on a logarithmic axis, its figure at the right end of the row;
+    vertical lines. As SVG."""
     series = list(dict.fromkeys(name for one in values.values() for name in one))
-    width = 1 / (len(series) + 0.6)
+    places = [(row + (number + 0.5) / len(series) - 0.5, number, name, one[name]) for row, one in enumerate(values.values())
+              for number, name in enumerate(series) if one.get(name)]
     with rc_context(STYLE):
-        size = 6.4, 0.9 + 0.2 * len(values) / width
+        size = 6.4, 1.1 + 0.2 * len(values) * max(1.5, len(series))
         figure = Figure(figsize=size, dpi=72, layout="constrained", facecolor="white")
         axes = figure.add_subplot()
         for number, name in enumerate(series):
-            rows, lengths = zip(*((row + number * width, one[name]) for row, one in enumerate(values.values()) if name in one))
-            drawn = axes.barh(rows, lengths, 0.9 * width, color=PALETTE[number % len(PALETTE)], label=name)
-            axes.bar_label(drawn, fmt=" {:,.0f}", fontsize=7)
+            found = [(value, at) for at, of, _, value in places if of == number]
+            axes.plot(*zip(*found), "o", markersize=5, color=PALETTE[number % len(PALETTE)], label=name)
+        for at, number, _, value in places:  # in a column of their own, so that they meet neither dots nor lines
+            axes.annotate(f"{value:,.0f}", (1, at), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
+                          va="center", fontsize=7, color=PALETTE[number % len(PALETTE)])
         for dashes, (name, value) in zip(("--", ":", "-."), lines.items()):
             axes.axvline(value, color="black", linewidth=1, linestyle=dashes, label=f"{name}: {value:,.0f}")
-        axes.set_yticks([row + (len(series) - 1) / 2 * width for row in range(len(values))], list(values))
-        axes.invert_yaxis()
-        axes.margins(x=0.12)
-        axes.locator_params(axis="x", nbins=6)
-        axes.set_xlabel(unit)
+        axes.set(xscale="log", xlabel=unit, ylim=(len(values) - 0.5, -0.5), yticks=range(len(values)), yticklabels=list(values))
+        axes.margins(x=0.08)
         if len(series) + len(lines) > 1:
             figure.legend(loc="outside upper left", ncols=3)
         buffer = io.BytesIO()
@@ -112,7 +113,7 @@ def steps(report: Found) -> Section:
             rows.append((name, batch, rate(one["images_s"]), share(median / limit["limit, fused"] if limit else None, 0),
                          f"{over['median']:.2f}×" if over else "–", f"{one['p50_ms']:.2f}", f"{one['p99_ms']:.2f}", tail(one)))
         if ran:
-            section.charts.append((f"training step, batch {batch}", bars(
+            section.charts.append((f"training step, batch {batch}", dots(
                 {name: {"img/s": one["images_s"]["median"]} for name, one in ran.items()}, "images per second", limit)))
     section.tables.append((("step", "batch", "img/s, median (range)", "of the fused limit", "over plain PyTorch", "p50 ms",
                             "p99 ms", "p99 ÷ p50"), rows))
@@ -131,7 +132,7 @@ def tiers(report: Found) -> Section:
     section.tables.append((("where the host waited", "times"), [
         (place, str(count)) for one in found.values() for place, count in one["synchronisations"]["where"].items()]))
     if found:
-        section.charts.append(("loader and network", bars({
+        section.charts.append(("loader and network", dots({
             name: {"alone": one["alone"]["median"], "synthetic": one["synthetic"]["median"],
                    "together": one["images_s"]["median"]} for name, one in found.items()}, "images per second")))
     return section
@@ -163,7 +164,7 @@ def decoder(report: Found) -> Section:
         way, _, load = name.rpartition(", ")
         groups.setdefault(way, {})[load] = one["images_s"]["median"]
     if groups:
-        section.charts.append(("the decoder alone", bars(groups, "images per second")))
+        section.charts.append(("the decoder alone", dots(groups, "images per second")))
     return section
 
 
@@ -177,7 +178,7 @@ def trace(report: Found) -> Section:
     for name, one in found.items():
         layers = {layer: {"µs": us} for layer, us in sorted(one["layers"].items()) if us >= 1}
         if layers:
-            section.charts.append((f"{name}: µs by layer", bars(layers, "µs")))
+            section.charts.append((f"{name}: µs by layer", dots(layers, "µs")))
         section.tables.append(((f"{name}: kernel", "calls", "µs"), [
             (kernel["name"], f"{kernel['calls']:,}", f"{kernel['us']:,.0f}") for kernel in one["kernels"][:12]]))
     return section
