@@ -174,6 +174,21 @@ def test_the_search_equals_brute_force(run: Path, built: Path, capsys: pytest.Ca
     assert query(built, "--count", "24", "--no-pixels") == 0 and "pixels" not in capsys.readouterr().out
 
 
+def test_json_names_queries_and_neighbours_by_id(built: Path, tmp_path: Path, tiny_set: TinySet,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    assert query(built, "--count", "3", "--neighbours", "2", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    index, known = SampleIndex.load(tiny_set.index), Features.load(built).ids.tolist()
+    assert [one["id"] for one in found["queries"]] == chosen_ids(index, "val", 3, 0, None)[0].tolist()
+    for one in found["queries"]:
+        for kind in "fc7", "pixels":
+            assert len(one["nearest"][kind]) == 2 and {near["id"] for near in one["nearest"][kind]} <= set(known)
+    low, high = found["of_the_querys_class"]["fc7"]["interval"]
+    assert 0 <= low <= found["of_the_querys_class"]["fc7"]["share"] <= high <= 1
+    assert query(built, "--count", "3", "--neighbours", "2", "--json", str(tmp_path / "new/near.json")) == 0
+    assert json.loads((tmp_path / "new/near.json").read_text()) == found and "3 queries" in capsys.readouterr().out
+
+
 def test_words_on_the_sheet_neither_overlap_nor_leave_it() -> None:
     crop = np.zeros((9, 9, 3), np.uint8)
     words = ["American Staffordshire terrier", "W" * 45, "crab", "soft-coated wheaten terrier", "a$b$c_{", "computer keyboard",

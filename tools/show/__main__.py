@@ -50,6 +50,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     _drawn(query, 5)
     query.add_argument("--neighbours", type=int, default=6, metavar="K", help="of each query (default %(default)s)")
     query.add_argument("--no-pixels", action="store_true", help="leave out the search by pixels, which decodes every image")
+    query.add_argument("--json", nargs="?", const=Path("-"), type=Path, metavar="FILE",
+                       help="ids and classes of queries and neighbours as JSON, to FILE or, without it, to stdout")
     for one in (batch, kernels, top5, query):
         _path(one, "--out", "PNG", "the sheet", required=one is not query)
     for one in (kernels, top5, build, query):

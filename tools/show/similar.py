@@ -6,15 +6,18 @@ the sheet a neighbour of the query's class has a green frame, another a red, bro
 """
 import argparse
 import contextlib
+import json
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Iterator, Sequence
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeRemainingColumn
 
+from pipeline.files import write_json
+from pipeline.index.sample_index import SampleIndex
 from tools.show import check_png
 from train.checkpoint.resolve import TrainedNetwork, class_name, load_trained, resolve
 from train.figures import features as feature_folder
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from tools.show.sheet import Sheet
 
 MOST = 40  # queries of a sheet
+STDOUT = Path("-")  # of --json without a file
 SAME, OTHER, NEUTRAL = "#1a7f37", "#c0261c", "#8a8f94"  # frames: of the query's class, of another, unknown
 _SIDE, _LINE = 1.16, 0.125  # inches: a picture, a line of text
 _LETTERS = 20  # of a line under a picture
@@ -73,13 +77,33 @@ def query(args: argparse.Namespace) -> None:
             chosen = "given" if args.ids else f"drawn at random (seed {args.seed})"
             draw(rows, f"queries, {chosen}, and the nearest of {len(features.ids)} images of split {features.source.split}, "
                  f"by {' and by '.join(found)}; {trained.source.path}").save(args.out)
-        print(f"{count} queries, {args.neighbours} nearest of {len(features.ids)} images of split {features.source.split}"
-              + (f", in {args.out}" if args.out else ""))
-        if (queries.labels >= 0).all():
-            labels = trained.index.samples["label"].astype(np.int64)
-            for kind, nearest in found.items():
-                mean, (low, high) = precision(queries.labels, labels[nearest])
-                print(f"of the query's class by {kind}: {mean:.1%}, 95% interval over queries {low:.1%} to {high:.1%}")
+        answer = _answer(trained.index, queries, found)
+    if args.json is not None and args.json != STDOUT:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.json, answer)
+    if args.json == STDOUT:
+        print(json.dumps(answer))
+        return
+    print(f"{count} queries, {args.neighbours} nearest of {len(features.ids)} images of split {features.source.split}"
+          + (f", in {args.out}" if args.out else ""))
+    for kind, one in answer["of_the_querys_class"].items():
+        low, high = one["interval"]
+        print(f"of the query's class by {kind}: {one['share']:.1%}, 95% interval over queries {low:.1%} to {high:.1%}")
+
+
+def _answer(index: SampleIndex, queries: Queries, found: dict[str, np.ndarray]) -> dict[str, Any]:
+    """What --json gives: ids and classes of each query and its neighbours, the nearest first; and how many are of its class."""
+    labels = index.samples["label"].astype(np.int64)
+
+    def image(id: int) -> dict[str, Any]:
+        return {"id": id, "class": class_name(index.classes, int(labels[id]))}
+
+    counted = found if (queries.labels >= 0).all() else {}
+    shares = {kind: precision(queries.labels, labels[nearest]) for kind, nearest in counted.items()}
+    return {"queries": [{**image(id), "nearest": {kind: list(map(image, nearest[number].tolist()))
+                                                  for kind, nearest in found.items()}}
+                        for number, id in enumerate(queries.ids.tolist())],
+            "of_the_querys_class": {kind: {"share": share, "interval": interval} for kind, (share, interval) in shares.items()}}
 
 
 @contextlib.contextmanager
