@@ -122,7 +122,7 @@ def comparison(members: Sequence[Group]) -> list[Chart]:
         for number, group in enumerate(members):
             name = f"{group.name}, " if len(members) > 1 else ""
             curves += [series(f"{name}train", group.furthest, training, number, dashed=True, scale=scale),
-                       series(f"{name}validation", group.furthest, validation, number, scale=scale)]
+                       series(f"{name}validation", group.furthest, validation, number + (not name), scale=scale)]
         legend = [Series(group.name, (), number % COLOURS) for number, group in enumerate(members)] if len(members) > 1 else []
         found += chart(title, curves, unit, legend=legend)
     return found
