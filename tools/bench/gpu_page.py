@@ -48,8 +48,8 @@ def dots(values: Mapping[str, Mapping[str, float]], unit: str, lines: Mapping[st
         figure = Figure(figsize=size, dpi=72, layout="constrained", facecolor="white")
         axes = figure.add_subplot()
         for number, name in enumerate(series):
-            found = [(value, at) for at, of, _, value in places if of == number]
-            axes.plot(*zip(*found), "o", markersize=5, color=PALETTE[number % len(PALETTE)], label=name)
+            found = {at: value for at, of, _, value in places if of == number}
+            axes.plot(list(found.values()), list(found), "o", markersize=5, color=PALETTE[number % len(PALETTE)], label=name)
         for at, number, _, value in places:  # in a column of their own, so that they meet neither dots nor lines
             axes.annotate(f"{value:,.0f}", (1, at), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
                           va="center", fontsize=7, color=PALETTE[number % len(PALETTE)])
