@@ -7,11 +7,12 @@ import contextlib
 import faulthandler
 import io
 import os
+import select
 import signal
 import sys
 import time
 from types import FrameType
-from typing import Any, Callable, NoReturn, Optional, Sequence
+from typing import Any, Callable, NoReturn, Optional, Sequence, TextIO
 
 from pipeline.io_errors import explain
 
@@ -123,11 +124,7 @@ def exit_code(work: Callable[[], Optional[int]], memory_advice: str, interrupted
     except MemoryError as error:  # Python's own has no text
         return _fail(MemoryError(f"memory (={str(error) or 'used up'}) does not suffice; {memory_advice}"), failed)
     except BrokenPipeError as error:
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:  # … | head
-            return DONE
-        return _fail(error, failed)
+        return DONE if _nobody_reads(sys.stdout) else _fail(error, failed)  # … | head
     except ImportError as error:
         if (error.name or "").partition(".")[0] in ("pipeline", "model", "train", "tools"):
             raise
@@ -138,6 +135,16 @@ def exit_code(work: Callable[[], Optional[int]], memory_advice: str, interrupted
     except KeyboardInterrupt:  # before signal handlers are installed, or a second one
         _say(interrupted)
         return INTERRUPTED
+
+
+def _nobody_reads(stream: TextIO) -> bool:
+    """Whether a stream is a pipe whose reader has closed it. (A flush may not tell: what could not be written may be gone.)"""
+    poll = select.poll()
+    try:
+        poll.register(stream.fileno(), select.POLLOUT)
+    except (OSError, ValueError):  # not a file of the system
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _fail(error: Exception, code: int, prints: bool = True, position: str = "") -> int:

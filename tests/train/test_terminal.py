@@ -123,3 +123,12 @@ def test_what_a_decoder_writes_of_a_corrupt_image_does_not_reach_the_terminal() 
             "run_command(lambda argv: print('own', file=sys.stderr) or 3)")
     done = command("-c", text)
     assert done.returncode == 3 and sorted(done.stderr.split("\n")) == ["no end", "other", "own"]
+
+
+def test_much_text_for_a_reader_that_has_gone_is_no_error() -> None:
+    """A write of more than the buffer holds fails, and leaves nothing that a later flush would fail with."""
+    text = ("import sys; from train.exit_codes import *; start_command(); "
+            "run_command(lambda argv: exit_code(lambda: [sys.stdout.write('x' * 10 ** 6) for _ in range(9)] and 0, ''))")
+    done = subprocess.run(["bash", "-c", '"$@" | head -c 1 > /dev/null; exit ${PIPESTATUS[0]}', "-", sys.executable, "-c", text],
+                          cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
