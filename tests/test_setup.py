@@ -77,10 +77,10 @@ def test_warnings_are_errors(setup: configparser.ConfigParser) -> None:
         warnings.warn("a test that warns fails", UserWarning)
 
 
-def test_readme_names_every_recipe_and_study() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_page_of_recipes_names_every_recipe_and_study() -> None:
+    page = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
     names = [path.relative_to(ROOT / "train" / "recipes").as_posix() for path in (ROOT / "train" / "recipes").rglob("*.yaml")]
-    assert [name for name in names if f"`{name}`" not in readme] == []
+    assert [name for name in names if f"`{name}`" not in page] == []
 
 
 def test_no_host_and_no_path_of_a_machine_in_the_set_up() -> None:

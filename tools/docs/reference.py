@@ -18,7 +18,7 @@ from train.config import Config
 CONFIGURATION = """# Configuration reference
 
 Every key of a recipe, made from the classes that read it. `--group.key=VALUE` on the command line overrides a recipe, and
-`--print_config` prints the whole. A key marked *required* must be in the recipe, or in the one it `extends`. Keys of `machine`
+`--print-config` prints the whole. A key marked *required* must be in the recipe, or in the one it `extends`. Keys of `machine`
 and `parallel` change no result, up to rounding.
 """
 
@@ -60,7 +60,8 @@ def _default(item: "dataclasses.Field[Any]") -> str:
         return "*required*"
     if item.default in ("", ()):
         return "empty"
-    return f"`{json.dumps(item.default)}`".replace('"', "")
+    value = [float(f"{number:.4g}") for number in item.default] if isinstance(item.default, tuple) else item.default
+    return f"`{json.dumps(value)}`".replace('"', "")
 
 
 def _type(hint: Any) -> str:
@@ -68,7 +69,7 @@ def _type(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return ", ".join(f"`{value}`" for value in args)
     if typing.get_origin(hint) is tuple:
-        return f"list of {_type(args[0])}"
+        return f"list of {_type(args[0])}s"
     if isinstance(hint, types.UnionType):
         return " or ".join(map(_type, args))
     if type(None) in args:
@@ -76,11 +77,3 @@ def _type(hint: Any) -> str:
     if dataclasses.is_dataclass(hint):
         return "group"
     return {str: "text", int: "integer", float: "number", bool: "`true`, `false`"}.get(hint, "mapping")
-
-
-def on_files(files: Any, config: Any) -> Any:
-    """Called by MkDocs once it has found the pages of docs/."""
-    from mkdocs.structure.files import File
-
-    files.append(File.generated(config, "configuration.md", content=configuration()))
-    return files
