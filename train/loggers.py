@@ -101,7 +101,8 @@ class Loggers:
 
 def scalars(kind: str, values: Mapping[str, Any]) -> dict[str, float]:
     """Names and figures of a line of metrics.jsonl: `step/loss`, `train/top1_error`, `val/loss`, `test/top5_error` …"""
-    group, found = {"epoch": "train"}.get(kind, kind), {}
+    group = {"epoch": "train"}.get(kind, kind)
+    found: dict[str, float] = {}
     for key, value in values.items():
         if isinstance(value, dict):
             found |= scalars("val" if key == "validation" else f"{group}/data_wait", value)
