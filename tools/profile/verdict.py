@@ -108,7 +108,8 @@ class Setting:
 
     @property
     def expected(self) -> str:
-        return f"about {self.rate:,.0f} img/s, estimated" if self.rate else "not estimated on a GPU: profile it with --tier"
+        return (f"about {self.rate:,.0f} img/s, estimated for otherwise idle cores" if self.rate else
+                "not estimated on a GPU: profile it with --tier")
 
 
 def verdict(measured: Measured, setup: Setup) -> Verdict:
@@ -266,8 +267,9 @@ def _rate(measured: Measured, setup: Setup, threads: int, tier: str, layout: str
 def _room(setup: Setup, layout: str) -> str:
     """Memory that a resident set takes, and what there is."""
     gpu = f" and {setup.gpu_bytes / 1e9:,.1f} GB of GPU memory" if setup.gpu_bytes else ""
-    return (f"{setup.resident_bytes(layout) / 1e9:,.1f} GB for {setup.images:,} images; there are {setup.ram_bytes / 1e9:,.1f} "
-            f"GB of RAM{gpu}")
+    size = setup.resident_bytes(layout) / 1e9
+    return (f"{f'{size:,.1f} GB' if size >= 0.1 else f'{1e3 * size:,.1f} MB'} for {setup.images:,} images; there are "
+            f"{setup.ram_bytes / 1e9:,.1f} GB of RAM{gpu}")
 
 
 def _remarks(setup: Setup, name: str) -> Iterator[str]:

@@ -128,9 +128,9 @@ def ensembles(groups: Sequence[Group]) -> tuple[list[Ensemble], list[str]]:
             if tuned is None:
                 problems.append(f"{one.name}: its networks cannot be averaged ({str(error).partition(';')[0]})")
             continue
-        less = [Difference(whole - sum(getattr(test, name) for _, test in members) / len(members), None)
-                for name, whole in (("top1", score.top1), ("top5", score.top5))]
-        found.append(Ensemble(one, len(members), score.images, score.top1, score.top5, *less, tuned, len(others)))
+        less_top1, less_top5 = (Difference(whole - sum(getattr(test, name) for _, test in members) / len(members), None)
+                                for name, whole in (("top1", score.top1), ("top5", score.top5)))
+        found.append(Ensemble(one, len(members), score.images, score.top1, score.top5, less_top1, less_top5, tuned, len(others)))
     return found, problems
 
 
