@@ -35,7 +35,7 @@ from pipeline.index.header import content_sha256
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.batch import Batch
 from pipeline.reading.quarantine import Quarantine
-from pipeline.sampling.augment import augment, lighting_shift
+from pipeline.sampling.augment import augment, lighting_shift, random_boxes
 from pipeline.sampling.sampler import Sampler, WindowSampler
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats, stats_path
@@ -210,6 +210,8 @@ def order(made: Made) -> Iterator[tuple[str, Entry]]:
     yield "draws/alphas", floats(drawn.alphas)
     ended = augment(SEED, epochs, ids, rooms, mirror=False, lighting=0.1, lighting_epochs=2)
     yield "draws/alphas-of-2-epochs", floats(ended.alphas)
+    boxes = random_boxes(SEED, epochs, ids, rooms + 40, (0.08, 1.0), (3 / 4, 4 / 3))
+    yield "draws/boxes", sha256(*boxes)
     yield "draws/no-mirror", sha256(ended.top, ended.left, ended.mirror)
     vectors = np.linalg.qr(np.arange(9.0).reshape(3, 3) + 5 * np.eye(3))[0]
     yield "draws/lighting-shift", floats(lighting_shift(drawn.alphas, np.array([4000.0, 300.0, 20.0]), vectors))

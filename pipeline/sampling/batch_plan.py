@@ -57,13 +57,12 @@ class CropPlanner:
         """The augmentation of samples `ids` in `epochs`, both (B,); the same on every rank and in every thread. `extents` (B, 2)
         of the regions, where they are known already."""
         data, extents = self._data, self._regions(ids)[3] if extents is None else extents
-        box, central = None, None
-        if data.resized_boxes:
-            box, central = random_boxes(self._seed, epochs, ids, extents, data.scale, data.ratio)
-        rooms = extents - (data.crop_px if box is None else box)
+        boxes = random_boxes(self._seed, epochs, ids, extents, data.scale, data.ratio) if data.resized_boxes else None
+        rooms = extents - (data.crop_px if boxes is None else boxes[0])
         chosen = augment(self._seed, epochs, ids, rooms, mirror=data.mirror, lighting=data.lighting,
                          lighting_epochs=data.lighting_epochs)
-        if box is not None:
+        if boxes is not None:
+            box, central = boxes
             top, left = np.where(central, rooms.T // 2, [chosen.top, chosen.left])
             chosen = replace(chosen, top=top, left=left, box=box)
         return self.shifted(chosen)

@@ -76,6 +76,20 @@ def test_crop_functions_give_the_exact_pixels(work: Task, name: str) -> None:
         assert apart < CONTENDERS[name].tolerance
 
 
+@pytest.mark.parametrize("name", ["pil", "torch", "opencv"])
+def test_boxes_of_the_peers_are_resized_exactly(work: Task, name: str) -> None:
+    """Those that parameters name and those drawn from a seed; the check of the batch sees another box."""
+    for module in {"pil": [], "torch": ["simplejpeg"], "opencv": ["simplejpeg", "cv2"]}[name]:
+        pytest.importorskip(module)
+    material = Photographs(replace(work, work="random_resized"), "original")
+    parameters = np.array([[5, 9, 1, 40, 30, 0], [0, 0, 0, 0, 0, 8], [0, 0, 1, 0, 0, 9], [1, 2, 0, 300, 290, 0]], np.float32)
+    cropper, ids = Cropper(material, name), np.array([3, 6, 9, 7])
+    crops_ = np.stack([cropper(id, numbers) for id, numbers in zip(ids.tolist(), parameters.tolist())])
+    batch = Normalize(material).batch(crops_, ids, parameters)
+    assert batch.images.shape == (4, 3, 224, 224) and difference(material, batch) < CONTENDERS[name].tolerance
+    assert difference(material, replace(batch, parameters=parameters[:, [1, 0, 2, 3, 4, 5]] + 2)) > 3
+
+
 def test_a_file_that_is_no_jpeg_is_decoded_too(work: Task) -> None:
     pytest.importorskip("simplejpeg")
     from PIL import Image

@@ -159,7 +159,7 @@ class Photographs:
             expected = pixels.astype(np.float32)
         else:
             crop = slice(int(top), int(top) + size), slice(int(left), int(left) + size)
-            expected = self.resized(id)[crop].astype(np.float32) - self.stats.mean_image[crop] + np.float32(others)
+            expected = self.resized(id)[crop].astype(np.float32) - self.stats.mean_image[crop] + np.array(others, np.float32)
         return (expected[:, ::-1] if flip else expected).transpose(2, 0, 1)
 
     def resized_file(self) -> Path:
