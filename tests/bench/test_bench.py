@@ -82,7 +82,7 @@ def test_boxes_of_the_peers_are_resized_exactly(work: Task, name: str) -> None:
     for module in {"pil": [], "torch": ["simplejpeg"], "opencv": ["simplejpeg", "cv2"]}[name]:
         pytest.importorskip(module)
     material = Photographs(replace(work, work="random_resized"), "original")
-    parameters = np.array([[5, 9, 1, 40, 30, 0], [0, 0, 0, 0, 0, 8], [0, 0, 1, 0, 0, 9], [1, 2, 0, 300, 290, 0]], np.float32)
+    parameters = np.array([[5, 9, 1, 40, 30, 0], [0, 0, 0, 0, 0, 8], [0, 0, 1, 0, 0, 9], [1, 2, 0, 200, 190, 0]], np.float32)
     cropper, ids = Cropper(material, name), np.array([3, 6, 9, 7])
     crops_ = np.stack([cropper(id, numbers) for id, numbers in zip(ids.tolist(), parameters.tolist())])
     batch = Normalize(material).batch(crops_, ids, parameters)
