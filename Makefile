@@ -52,7 +52,7 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[bench]'
-	$(BIN)/python -m tools.bench $(INDEX) $(if $(PACKED),--packed '$(PACKED)') $(ARGS)
+	$(BIN)/python -m tools.bench $(INDEX) --out docs/results/bench $(if $(PACKED),--packed '$(PACKED)') $(ARGS)
 
 bench-parallel: $(STAMP)
 	$(BIN)/python -m tools.bench.parallel $(ARGS)

@@ -46,7 +46,7 @@ def compute(index: SampleIndex, split: str, square_px: int, *, machine: LoaderCo
             if len(skipped) > budget:
                 id, why = next(iter(skipped.items()))
                 raise RuntimeError(f"unreadable samples (={len(skipped)} of {len(sizes)}) must not exceed the budget (={budget})"
-                                   f"; the first: {index.safe_name(id)} {why}; run `python tools/build_index.py verify "
+                                   f"; the first: {index.safe_name(id)} {why}; run `alexnet index verify "
                                    f"{index.path} --scrub --exclude`")
             progress.advance(len(loaded.images), int(sizes[loaded.step * batch:(loaded.step + 1) * batch].sum()))
             if time.monotonic() - saved > save_s:

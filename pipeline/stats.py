@@ -106,7 +106,7 @@ class Stats:
         """The stats of a split that lie beside an index. Raises NoStats: none of this size, or the split has other images;
         ValueError: they are damaged."""
         path = stats_path(index.path, square_px, split)
-        command = (f"run `python tools/compute_stats.py {index.path} --square-px {square_px}"
+        command = (f"run `alexnet stats {index.path} --square-px {square_px}"
                    + ("`" if split == "train" else f" --split {split}`"))
         if not path.exists():
             raise NoStats(f"stats {path} must exist before training; {command}")

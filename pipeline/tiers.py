@@ -66,8 +66,8 @@ def check(tier: str, index: SampleIndex | None = None) -> None:
         raise ValueError(f"tier (=archives) must name what the index is: {index.path} holds packed images; use tier packed (or "
                          "streamed, or resident)")
     if tier in ("packed", "streamed") and index.packed is None:
-        raise ValueError(f"tier (={tier}) needs packed images, and {index.path} is an index of archives; run `python "
-                         f"tools/pack_shards.py {index.path} OUT` and give OUT as the index (in a recipe: as data.packed)")
+        raise ValueError(f"tier (={tier}) needs packed images, and {index.path} is an index of archives; run `alexnet "
+                         f"pack {index.path} -o OUT` and give OUT as the index (in a recipe: as data.packed)")
 
 
 def _shard(given: tuple[int, int] | None) -> tuple[int, int]:

@@ -1,17 +1,7 @@
-"""Index image archives in place, and look into an index.
+"""Index image archives in place, and look into an index: `build_index.py --help`.
 
-  build_index.py build ilsvrc2012 --train T.tar --val V.tar --devkit D.tar.gz --out DIR
-  build_index.py build ilsvrc2010 --train T.tar --val V.tar --test X.tar --test-truth TXT --devkit D.tar.gz \\
-                                  --patch patch_images.tar --out DIR
-  build_index.py build fall2011 fall11_whole.tar --out DIR      (any tar of <wnid>.tar)
-  build_index.py build classes PATH --out DIR                   (tar or folder of class folders)
-  build_index.py build classes ILSVRC/Data/CLS-LOC --val-truth LOC_val_solution.csv --out DIR      (as Kaggle has it)
-  build_index.py build webdataset SHARD... --out DIR            (key.jpg + key.cls)
-  build_index.py subset INDEX --out DIR --class-range 0:50      (some classes of an index, on the same archives)
-  build_index.py subset INDEX --out DIR --hold-out 0.5 --hold-out-as test
-  build_index.py info|verify|ls DIR        build_index.py cat DIR ID > x.jpg
-
-Nothing is extracted; archives are only read. Exit code: 0 done, 1 damage found, 2 an error, 130 interrupted.
+Nothing is extracted; archives are only read. Exit codes: 0 done, 1 damage found, 2 a mistake, 4 the machine failed, 130
+interrupted.
 """
 import sys
 from pathlib import Path
@@ -25,82 +15,96 @@ if __name__ == "__main__":
     start_command()
 
 import argparse
+import contextlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tools.cli import ProgressBar, guarded, printable  # noqa: E402
+from train.cli import Parser, put_json  # noqa: E402
 
 if TYPE_CHECKING:
     from pipeline.index.sample_index import SampleIndex
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="build_index.py", description=__doc__,
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = top.add_subparsers(dest="verb", required=True)
-    build = verbs.add_parser("build", help="index a data set").add_subparsers(dest="preset", required=True)
-    output = argparse.ArgumentParser(add_help=False)
-    output.add_argument("--out", type=Path, required=True, help="folder to write the index to")
+def parser(prog: str = "build_index.py") -> Parser:
+    top = Parser(prog=prog, description="Index image archives in place, and look into an index. Nothing is extracted; archives "
+                 "are only read.", example=f"""\
+  {prog} build classes photos -o photos.index
+  {prog} build ilsvrc2012 --train T.tar --val V.tar --devkit D.tar.gz -o indexes/ilsvrc2012
+  {prog} build webdataset shards/*.tar -o shards.index
+  {prog} subset photos.index -o halves.index --hold-out 0.5 --hold-out-as test
+  {prog} info photos.index""")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    presets = verbs.add_parser("build", help="index a data set", example=f"{prog} build classes photos -o photos.index")
+    build = presets.add_subparsers(dest="preset", required=True, metavar="PRESET")
+    output = Parser(add_help=False)
+    output.add_out("folder to write the index to", required=True)
     output.add_argument("--force", action="store_true", help="replace the index that is there")
-    scan = argparse.ArgumentParser(add_help=False, parents=[output])
+    scan = Parser(add_help=False, parents=[output])
     scan.add_argument("--no-crc", action="store_true", help="no CRC-32 (reads headers only; faster from slow disks)")
-    jobs = argparse.ArgumentParser(add_help=False)
-    jobs.add_argument("--jobs", type=int, default=0, help="processes or threads (default 0: one a core)")
+    jobs = Parser(add_help=False)
+    jobs.add_jobs("processes or threads")
     archives = {"train": "tar of <wnid>.tar", "val": "tar of validation images", "test": "tar of test images",
                 "devkit": "devkit (.tar.gz or folder): class words, validation labels"}
     more = {"test-truth": "ILSVRC2010_test_ground_truth.txt", "patch": "patch_images.tar: replaces images of the same base name"}
     for year, options in (("2012", archives), ("2010", archives | more)):
-        preset = build.add_parser(f"ilsvrc{year}", parents=[scan, jobs], help=f"ILSVRC{year}: any of its archives")
+        preset = build.add_parser(f"ilsvrc{year}", parents=[scan, jobs], help=f"ILSVRC{year}: any of its archives", example=(
+            f"{prog} build ilsvrc{year} --train T.tar --val V.tar --devkit D.tar.gz -o indexes/ilsvrc{year}"))
         for name, what in options.items():
-            preset.add_argument(f"--{name}", type=Path, help=what)
-    build.add_parser("fall2011", parents=[scan, jobs], help="a tar of <wnid>.tar").add_argument("path", type=Path)
-    classes = build.add_parser("classes", parents=[scan, jobs], help="a tar or a folder of class folders")
-    classes.add_argument("path", type=Path, help="tar or folder of class folders; beside train/, val and test may be flat")
+            preset.add_argument(f"--{name}", type=Path, metavar="PATH", help=what)
+    build.add_parser("fall2011", parents=[scan, jobs], help="a tar of <wnid>.tar",
+                     example=f"{prog} build fall2011 fall11_whole.tar -o indexes/fall2011").add_argument(
+        "path", type=Path, metavar="TAR", help="tar of <wnid>.tar, uncompressed")
+    classes = build.add_parser("classes", parents=[scan, jobs], help="a tar or a folder of class folders", example=f"""\
+  {prog} build classes photos -o photos.index
+  {prog} build classes ILSVRC/Data/CLS-LOC --val-truth LOC_val_solution.csv -o indexes/ilsvrc2012      (as Kaggle has it)""")
+    classes.add_argument("path", type=Path, metavar="PATH",
+                         help="tar or folder of class folders; beside train/, val and test may be flat")
     truth = classes.add_mutually_exclusive_group()
-    truth.add_argument("--devkit", type=Path, help="devkit: class words, labels of a flat val")
+    truth.add_argument("--devkit", type=Path, metavar="PATH", help="devkit: class words, labels of a flat val")
     truth.add_argument("--val-truth", type=Path, metavar="CSV", help="Kaggle's LOC_val_solution.csv: labels of a flat val")
-    build.add_parser("webdataset", parents=[scan, jobs], help="WebDataset shards").add_argument(
-        "shards", type=Path, nargs="+", help="tars of key.jpg + key.cls; a word train, val or test in the name is the split")
+    build.add_parser("webdataset", parents=[scan, jobs], help="WebDataset shards",
+                     example=f"{prog} build webdataset shards/*.tar -o shards.index").add_argument(
+        "shards", type=Path, nargs="+", metavar="SHARD",
+        help="tars of key.jpg + key.cls; a word train, val or test in the name is the split")
 
-    subset = verbs.add_parser("subset", parents=[output], help="derive an index: some classes, images held out of train")
+    subset = verbs.add_parser("subset", parents=[output], help="derive an index: some classes, images held out of train",
+                              example=f"{prog} subset INDEX -o few.index --class-range 0:50 --hold-out 0.1 --hold-out-as val")
     subset.add_argument("index", metavar="INDEX", type=Path, help="folder of the index to derive from")
-    subset.add_argument("--classes", type=Path, help="file of the classes to keep: wnids or folders, one a line, # comments")
+    subset.add_argument("--classes", type=Path, metavar="FILE",
+                        help="file of the classes to keep: wnids or folders, one a line, # comments")
     subset.add_argument("--class-range", metavar="A:B", help="keep classes A to B - 1, counted from 0")
-    subset.add_argument("--exclude-classes", type=Path, help="file of classes to leave out")
-    subset.add_argument("--min-images", type=int, default=0, help="leave out classes with fewer training images")
+    subset.add_argument("--exclude-classes", type=Path, metavar="FILE", help="file of classes to leave out")
+    subset.add_argument("--min-images", type=int, default=0, metavar="N",
+                        help="leave out classes with fewer training images")
     subset.add_argument("--hold-out", type=float, metavar="SHARE", help="share of each class's training images to hold out")
     subset.add_argument("--hold-out-as", metavar="SPLIT", help="their split: val or test")
     subset.add_argument("--hold-out-min", metavar="N", type=int, default=0,
-                        help="hold out at least N images of each class, which keeps one (default: 0)")
-    subset.add_argument("--seed", type=int, default=0, help="of the choice of images (default: 0)")
+                        help="hold out at least N images of each class, which keeps one")
+    subset.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of images")
 
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("index", type=Path, help="folder of the index")
-    common.add_argument("--archives", type=Path, help="folder to find archives in that have moved")
-    info = verbs.add_parser("info", parents=[common], help="what an index holds")
-    info.add_argument("--json", action="store_true", help="as JSON")
-    verify = verbs.add_parser("verify", parents=[common, jobs], help="check the archives against the index")
+    common = Parser(add_help=False)
+    common.add_argument("index", type=Path, metavar="INDEX", help="folder of the index")
+    common.add_archives()
+    info = verbs.add_parser("info", parents=[common], help="what an index holds", example=f"{prog} info INDEX --json")
+    info.add_json()
+    verify = verbs.add_parser("verify", parents=[common, jobs], help="check the archives against the index",
+                              example=f"{prog} verify INDEX --full --exclude")
     how = verify.add_mutually_exclusive_group()
     how.add_argument("--full", action="store_true", help="every header and CRC-32")
     how.add_argument("--scrub", action="store_true", help="decode every image wholly, once")
     verify.add_argument("--exclude", action="store_true", help="mark damaged samples excluded in the index")
-    ls = verbs.add_parser("ls", parents=[common], help="list samples")
-    ls.add_argument("--class", dest="wnid", help="of this class only")
+    ls = verbs.add_parser("ls", parents=[common], help="list samples", example=f"{prog} ls INDEX --split val --odd")
+    ls.add_argument("--class", dest="wnid", metavar="WNID", help="of this class only")
     ls.add_argument("--split", help="of this split only")
     ls.add_argument("--odd", action="store_true", help="only those with a reason (grey, cmyk, damaged …)")
-    ls.add_argument("--json", action="store_true", help="JSON lines")
-    cat = verbs.add_parser("cat", parents=[common], help="write an image's bytes to stdout")
-    cat.add_argument("id", type=int, help="sample id")
+    ls.add_json("JSON lines, to FILE.json or, without it, to stdout")
+    cat = verbs.add_parser("cat", parents=[common], help="write an image's bytes to stdout",
+                           example=f"{prog} cat INDEX 7 > x.jpg")
+    cat.add_argument("id", type=int, metavar="ID", help="sample id")
     return top
-
-
-def _jobs(args: argparse.Namespace) -> int:
-    from pipeline.process_pool import cores
-
-    if args.jobs < 0:
-        raise ValueError(f"--jobs (={args.jobs}) must not be negative; 0 is one a core")
-    return int(args.jobs) or cores()
 
 
 def build(args: argparse.Namespace) -> None:
@@ -109,9 +113,11 @@ def build(args: argparse.Namespace) -> None:
     from pipeline.index.ilsvrc import build_ilsvrc, read_devkit
     from pipeline.index.sample_index import SampleIndex
     from pipeline.index.webdataset import build_webdataset
+    from pipeline.process_pool import cores
 
     with ProgressBar() as progress:
-        builder = Builder(args.out, args.preset, jobs=_jobs(args), crc=not args.no_crc, force=args.force, progress=progress)
+        builder = Builder(args.out, args.preset, jobs=args.jobs or cores(), crc=not args.no_crc, force=args.force,
+                          progress=progress)
         if args.preset == "webdataset":
             build_webdataset(builder, args.shards)
         elif args.preset == "fall2011":
@@ -124,11 +130,7 @@ def build(args: argparse.Namespace) -> None:
         else:
             build_ilsvrc(builder, train=args.train, val=args.val, test=args.test, devkit=args.devkit,
                          test_truth=getattr(args, "test_truth", None), patch=getattr(args, "patch", None))
-    index = SampleIndex.load(args.out)
-    _print_info(index)
-    if "val" in index.split_names and (index.samples["label"][index.split_rows("val")] < 0).all():
-        print("note: val has no labels, so nothing can be validated on it: give --devkit (or, to classes, "
-              "--val-truth)", file=sys.stderr)
+    _print_info(SampleIndex.load(args.out))
 
 
 def subset(args: argparse.Namespace) -> None:
@@ -153,9 +155,7 @@ def _load(args: argparse.Namespace) -> "SampleIndex":
 
 def info(args: argparse.Namespace) -> None:
     index = _load(args)
-    if args.json:
-        print(json.dumps(_summary(index), indent=1))
-    else:
+    if not put_json(args.json, _summary(index)):
         _print_info(index)
 
 
@@ -189,6 +189,9 @@ def _print_info(index: "SampleIndex") -> None:
     for title, counts in (("formats", about["formats"]), ("odd", about["reasons"])):
         if counts:
             print(f"{title:<10}" + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    if "val" in index.split_names and (index.samples["label"][index.split_rows("val")] < 0).all():
+        print("note: val has no labels, so nothing can be validated on it: give --devkit (or, to classes, --val-truth)",
+              file=sys.stderr)
     if empty := about["empty_classes"]:
         print(f"no image  in train of {len(empty):,} classes: {', '.join(map(printable, empty[:10]))}{' …' * (len(empty) > 10)}")
     for archive in about["archives"]:
@@ -201,8 +204,9 @@ def _print_info(index: "SampleIndex") -> None:
 
 def verify(args: argparse.Namespace) -> int:
     from pipeline.index import verify as checks
+    from pipeline.process_pool import cores
 
-    index, jobs = _load(args), _jobs(args)
+    index, jobs = _load(args), args.jobs or cores()
     with ProgressBar() as progress:
         if args.scrub:
             from pipeline.decoding.scrub import scrub  # loads DALI
@@ -247,17 +251,20 @@ def ls(args: argparse.Namespace) -> None:
         ids = ids[(ids >= rows.start) & (ids < rows.stop)]
     if args.odd:
         ids = ids[index.samples["reason"][ids] != 0]
-    for id in ids.tolist():
-        row = dict(zip(index.samples.dtype.names or (), index.samples[id].tolist()))
-        archive, label = index.archives[row["archive"]], row["label"]
-        about = {"id": id, "split": index.split_names[row["split"]], "archive": str(archive.path), "member": index.name(id),
-                 "offset": 0 if archive.is_folder else row["offset"], "size": row["size"], "label": label,
-                 "wnid": index.classes[label].wnid if label >= 0 else None, "width": row["width"], "height": row["height"],
-                 "crc32": row["crc32"] if index.header["crc32"] else None, "format": FORMATS[row["format"]],
-                 "channels": row["channels"], "reason": REASONS[row["reason"]], "excluded": bool(row["excluded"])}
-        state = f"  {about['reason']}{', excluded' if about['excluded'] else ''}" if about["reason"] else ""
-        print(json.dumps(about) if args.json else f"{id}  {about['split']}  {printable(about['wnid'] or '-')}  "
-              f"{about['width']}×{about['height']}  {about['size']}  {printable(about['member'])}{state}")
+    with contextlib.ExitStack() as stack:
+        to_file = args.json is not None and str(args.json) != "-"
+        file = stack.enter_context(args.json.open("w", encoding="utf-8")) if to_file else sys.stdout
+        for id in ids.tolist():
+            row = dict(zip(index.samples.dtype.names or (), index.samples[id].tolist()))
+            archive, label = index.archives[row["archive"]], row["label"]
+            about = {"id": id, "split": index.split_names[row["split"]], "archive": str(archive.path), "member": index.name(id),
+                     "offset": 0 if archive.is_folder else row["offset"], "size": row["size"], "label": label,
+                     "wnid": index.classes[label].wnid if label >= 0 else None, "width": row["width"], "height": row["height"],
+                     "crc32": row["crc32"] if index.header["crc32"] else None, "format": FORMATS[row["format"]],
+                     "channels": row["channels"], "reason": REASONS[row["reason"]], "excluded": bool(row["excluded"])}
+            state = f"  {about['reason']}{', excluded' if about['excluded'] else ''}" if about["reason"] else ""
+            print(json.dumps(about) if args.json is not None else f"{id}  {about['split']}  {printable(about['wnid'] or '-')}  "
+                  f"{about['width']}×{about['height']}  {about['size']}  {printable(about['member'])}{state}", file=file)
 
 
 def cat(args: argparse.Namespace) -> None:
@@ -267,10 +274,11 @@ def cat(args: argparse.Namespace) -> None:
     sys.stdout.buffer.write(data)
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    verbs = {"build": build, "subset": subset, "info": info, "verify": verify, "ls": ls, "cat": cat}
-    return guarded(lambda: verbs[args.verb](args), "interrupted; nothing was written")
+def main(argv: Sequence[str] | None = None, prog: str = "build_index.py") -> int:
+    def work() -> int | None:
+        args = parser(prog).parse_args(argv)
+        return {"build": build, "subset": subset, "info": info, "verify": verify, "ls": ls, "cat": cat}[args.verb](args)
+    return guarded(work, "interrupted; nothing was written")
 
 
 if __name__ == "__main__":

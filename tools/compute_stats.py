@@ -16,22 +16,30 @@ if __name__ == "__main__":
     start_command(decodes=True)
 
 import argparse
+from collections.abc import Sequence
 
 from tools.cli import ProgressBar, guarded  # noqa: E402
+from train.cli import Parser, at_least, gpu, share  # noqa: E402
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="compute_stats.py", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("index", type=Path, help="folder written by build_index.py")
-    parser.add_argument("--square-px", type=int, default=256, help="side of the central square (data.square_px of the recipe)")
-    parser.add_argument("--split", default="train", help="split to measure (default: train)")
-    parser.add_argument("--archives", type=Path, help="folder to look for archives in when they have moved")
-    parser.add_argument("--threads", type=int, default=0, help="decoding threads (default: one per core)")
-    parser.add_argument("--device", type=int, help="GPU that decodes (default: the CPU)")
-    parser.add_argument("--budget", type=float, default=1e-4, help="largest share of unreadable images (default: 0.0001)")
-    parser.add_argument("--force", action="store_true", help="compute again even if the stats are there and fit")
-    args = parser.parse_args(argv)
-    return guarded(lambda: _compute(args), "interrupted; the same command resumes where it last saved")
+def parser(prog: str = "compute_stats.py") -> Parser:
+    top = Parser(prog=prog, former={"--threads": "--jobs"}, example=f"{prog} photos.index --square-px 256",
+                 description="Mean image and RGB principal components of a training set, through the training's own decode; "
+                 "stored beside the index.")
+    top.add_argument("index", type=Path, metavar="INDEX", help="folder of the index")
+    top.add_argument("--square-px", type=at_least(1), default=256, metavar="PX",
+                     help="side of the central square, data.square_px of the recipe")
+    top.add_argument("--split", default="train", help="split to measure")
+    top.add_archives()
+    top.add_jobs("decoding threads")
+    top.add_device("where to decode", default="cpu")
+    top.add_argument("--budget", type=share, default=1e-4, metavar="SHARE", help="largest share of unreadable images")
+    top.add_argument("--force", action="store_true", help="compute again even if the stats are there and fit")
+    return top
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "compute_stats.py") -> int:
+    return guarded(lambda: _compute(parser(prog).parse_args(argv)), "interrupted; the same command resumes where it last saved")
 
 
 def _compute(args: argparse.Namespace) -> None:
@@ -40,11 +48,6 @@ def _compute(args: argparse.Namespace) -> None:
     from pipeline.index.sample_index import SampleIndex
     from pipeline.stats import Stats, stats_path
 
-    if args.square_px < 1:
-        raise ValueError(f"--square-px (={args.square_px}) must be at least 1; give the recipe's data.square_px")
-    if args.threads < 0 or not 0 <= args.budget <= 1:
-        raise ValueError(f"--threads (={args.threads}) must be at least 0 and --budget (={args.budget}) a share between 0 "
-                         "and 1; correct them")
     index = SampleIndex.load(args.index, archives=args.archives)
     path = stats_path(index.path, args.square_px, args.split)
     stats = None
@@ -55,10 +58,10 @@ def _compute(args: argparse.Namespace) -> None:
         except ValueError as error:
             print(f"computing again: {error}", file=sys.stderr)
     if stats is None:
-        machine = LoaderConfig(threads=args.threads, quarantine_budget=args.budget)
+        machine = LoaderConfig(threads=args.jobs, quarantine_budget=args.budget)
         with ProgressBar() as progress:
-            stats = compute(index, args.split, args.square_px, machine=machine, device_id=args.device, progress=progress,
-                            out=path)
+            stats = compute(index, args.split, args.square_px, machine=machine, device_id=gpu(args.device or "cpu"),
+                            progress=progress, out=path)
     mean, roots = stats.channel_mean, stats.eigenvalues ** 0.5
     print(f"{path}: {stats.count:,} images of {stats.split}, {len(stats.skipped)} skipped, SHA-256 {stats.sha256[:16]}")
     print(f"mean R {mean[0]:.2f} G {mean[1]:.2f} B {mean[2]:.2f}; "

@@ -1,11 +1,11 @@
 """The page docs/errors.md, of the program's own lists of exit codes and causes: `python -m tools.errors > docs/errors.md`."""
-import argparse
 import errno
 from pathlib import Path
 
 import jinja2
 
 from pipeline.io_errors import CAUSES
+from train.cli import Parser
 from train.exit_codes import EXIT_CODES
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "docs/errors.md.jinja"
@@ -20,5 +20,5 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    Parser(description=__doc__, example="python -m tools.errors > docs/errors.md").parse_args()
     print(page(), end="")

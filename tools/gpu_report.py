@@ -35,7 +35,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
-from tools.cli import guarded  # noqa: E402  # found by the lines above
+from tools.cli import guarded  # noqa: E402
+from train.cli import Parser  # noqa: E402
 
 if TYPE_CHECKING:
     from tools.bench.gpu_data import Job
@@ -132,20 +133,19 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """The command. Returns its exit code."""
-    parser = argparse.ArgumentParser(prog="gpu_report.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="gpu_report.py", description=__doc__,
+                    example="python tools/gpu_report.py --json report.json --page report.html")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="the report, written after each stage")
     parser.add_argument("--page", type=Path, metavar="HTML", help="a page with plots, and its tables as Markdown beside it")
     parser.add_argument("--render", action="store_true", help="measure nothing: the page of the JSON that is there")
-    parser.add_argument("--seconds", type=float, default=560.0, metavar="S", help="for all of it (560)")
+    parser.add_argument("--seconds", type=float, default=560.0, metavar="S", help="for all of it")
     parser.add_argument("--index", type=Path, metavar="DIR", help="index of photographs (default: synthetic ones, made now)")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto",
-                        help="cpu: toy sizes (default: a GPU if there is one)")
+                        help="cpu: toy sizes; auto: a GPU if there is one")
     parser.add_argument("--only", nargs="+", choices=STAGES, metavar="STAGE", help=f"of {', '.join(STAGES)}; most need data")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args(arguments)
-    return guarded(lambda: run(args, arguments))
+    return guarded(lambda: run(parser.parse_args(arguments), arguments))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,6 @@
 """Pack an index once into shuffled WebDataset shards of small JPEGs: the central squares of the paper (data tier `packed`).
 
-  pack_shards.py INDEX OUT                        256-px squares, shards of about 1 GB
-  pack_shards.py INDEX OUT --region full          whole images at a short side of 256
-  torchrun --nproc-per-node 4 tools/pack_shards.py INDEX OUT       (or srun) each rank its share
-
-OUT becomes an index folder of its own: `data.packed: OUT` in a recipe, `build_index.py info OUT`. Its shards are standard tars of
-KEY.jpg and KEY.cls. Killed or interrupted, the same command resumes, and the bytes are the same.
-
-Exit code: 0 done (or this rank's share), 2 an error, 130 interrupted.
+Exit code: 0 done (or this rank's share), 2 a mistake, 4 the machine failed, 130 interrupted.
 """
 import sys
 from pathlib import Path
@@ -23,33 +16,43 @@ if __name__ == "__main__":
 import argparse
 import os
 import time
+from collections.abc import Sequence
 
 from tools.cli import ProgressBar, guarded  # noqa: E402
+from train.cli import Parser, at_least, share  # noqa: E402
 
 _RANK_VARIABLES = (("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_TASKS_PER_NODE"))
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="pack_shards.py", description=__doc__,
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)
-    top.add_argument("index", metavar="INDEX", type=Path, help="folder written by build_index.py")
-    top.add_argument("out", metavar="OUT", type=Path, help="folder for the shards and their index")
+def parser(prog: str = "pack_shards.py") -> Parser:
+    top = Parser(prog=prog, description="""\
+Pack an index once into shuffled WebDataset shards of small JPEGs: the central squares of the paper.
+OUT becomes an index folder of its own, for data.packed of a recipe. Its shards are standard tars of KEY.jpg and KEY.cls. Killed \
+or interrupted, the same command resumes, and the bytes are the same.""", example=f"""\
+  {prog} INDEX -o packed                     squares of 256 pixels, shards of about 1 GB
+  {prog} INDEX -o packed --region full       whole images at a short side of 256
+  torchrun --nproc-per-node 4 --no-python alexnet pack INDEX -o packed       (or srun) each rank its share""")
+    top.add_argument("index", metavar="INDEX", type=Path, help="folder of the index")
+    top.add_argument("to", nargs="?", type=Path, help=argparse.SUPPRESS)  # the former way to say --out
+    top.add_out("folder for the shards and their index")
     what = top.add_argument_group("what is written")
     what.add_argument("--split", nargs="+", default=[], help="splits to pack, from the first one on (default: all)")
     what.add_argument("--region", choices=("square", "full"), default="square",
-                      help="central square, or the whole image at that short side (default: square)")
-    what.add_argument("--square-px", type=int, default=256, help="side of the square: data.square_px of the recipe (256)")
-    what.add_argument("--quality", type=int, default=90, help="of the JPEGs, 1 to 100 (default: 90)")
-    what.add_argument("--subsampling", choices=("444", "422", "420"), default="444", help="of their chroma (default: 444, none)")
-    what.add_argument("--seed", type=int, default=0, help="of the order of the images (default: 0)")
-    what.add_argument("--shard-mb", type=int, default=1000, help="size of a shard to aim at, in 10^6 bytes (default: 1000)")
-    what.add_argument("--shard-images", type=int, default=0, help="most images of a shard, instead of a size")
-    how = top.add_argument_group("how")
-    how.add_argument("--jobs", type=int, default=0, help="processes (default: this rank's share of the cores)")
-    how.add_argument("--rank", type=int, help="which share of the shards (default: torchrun's RANK, Slurm's SLURM_PROCID, or 0)")
-    how.add_argument("--world", type=int, help="of how many (default: torchrun's WORLD_SIZE, Slurm's SLURM_NTASKS, or 1)")
-    how.add_argument("--budget", type=float, default=1e-4, help="largest share of unreadable images (default: 0.0001)")
-    how.add_argument("--archives", type=Path, help="folder to look for archives in when they have moved")
+                      help="central square, or the whole image at that short side")
+    what.add_argument("--square-px", type=int, default=256, metavar="PX", help="side of the square: data.square_px of the recipe")
+    what.add_argument("--quality", type=int, default=90, metavar="Q", help="of the JPEGs, 1 to 100")
+    what.add_argument("--subsampling", choices=("444", "422", "420"), default="444", help="of their chroma; 444 is none")
+    what.add_argument("--seed", type=int, default=0, metavar="N", help="of the order of the images")
+    what.add_argument("--shard-mb", type=at_least(1), default=1000, metavar="MB", help="size of a shard to aim at, in 10^6 bytes")
+    what.add_argument("--shard-images", type=at_least(0), default=0, metavar="N",
+                      help="most images of a shard, instead of a size (default: by size)")
+    top.add_jobs(default="this rank's share of the cores")
+    top.add_argument("--rank", type=int, metavar="K",
+                     help="which share of the shards (default: torchrun's RANK, Slurm's SLURM_PROCID, or 0)")
+    top.add_argument("--world", type=int, metavar="N",
+                     help="of how many (default: torchrun's WORLD_SIZE, Slurm's SLURM_NTASKS, or 1)")
+    top.add_argument("--budget", type=share, default=1e-4, metavar="SHARE", help="largest share of unreadable images")
+    top.add_archives()
     return top
 
 
@@ -70,9 +73,8 @@ def topology(rank: int | None, world: int | None) -> tuple[int, int, int]:
     return rank, world, local
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    return guarded(lambda: _pack(args))
+def main(argv: Sequence[str] | None = None, prog: str = "pack_shards.py") -> int:
+    return guarded(lambda: _pack(parser(prog).parse_intermixed_args(argv)))
 
 
 def _pack(args: argparse.Namespace) -> None:
@@ -81,25 +83,23 @@ def _pack(args: argparse.Namespace) -> None:
     from pipeline.packing.plan import PackOptions, pieces
     from pipeline.process_pool import cores
 
-    for name, low in (("jobs", 0), ("shard_images", 0), ("shard_mb", 1)):
-        if getattr(args, name) < low:
-            raise ValueError(f"--{name.replace('_', '-')} (={getattr(args, name)}) must be at least {low}; correct it")
-    if not 0 <= args.budget <= 1:
-        raise ValueError(f"--budget (={args.budget}) must be a share between 0 and 1; correct it")
+    if (args.out is None) == (args.to is None):
+        raise ValueError(f"--out (={args.out or 'none'}) must name one folder for the shards; write pack INDEX -o FOLDER")
+    out = args.out or args.to
     rank, world, local = topology(args.rank, args.world)
     index = SampleIndex.load(args.index, args.archives)
     options = PackOptions(args.region, args.square_px, args.quality, args.subsampling, args.seed)
     # Slurm may have bound us to our cores already: then those are ours.
     jobs = args.jobs or max(1, min(cores(), (os.cpu_count() or 1) // local))
-    plan = pack.prepare(index, args.out, options, splits=args.split, shard_images=args.shard_images,
+    plan = pack.prepare(index, out, options, splits=args.split, shard_images=args.shard_images,
                         shard_bytes=args.shard_mb * 1_000_000, budget=args.budget)
     start = time.monotonic()
     with ProgressBar() as progress:
-        written = pack.write(index, args.out, plan, jobs=jobs, rank=rank, world=world, budget=args.budget, progress=progress)
+        written = pack.write(index, out, plan, jobs=jobs, rank=rank, world=world, budget=args.budget, progress=progress)
         seconds = time.monotonic() - start
-        missing = pack.missing(index, args.out, plan)
+        missing = pack.missing(index, out, plan)
         if not missing:
-            packed, notes = pack.complete(index, args.out, plan, jobs=jobs, budget=args.budget, progress=progress)
+            packed, notes = pack.complete(index, out, plan, jobs=jobs, budget=args.budget, progress=progress)
     if written:
         print(f"packed {written:,} images in {seconds:,.1f} s, {written / seconds:,.0f} img/s")
     if missing:

@@ -13,14 +13,13 @@ from train.exit_codes import run_command, start_command
 if __name__ == "__main__":
     start_command()
 
-import argparse
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tools.cli import guarded
+from train.cli import Parser
 
 if TYPE_CHECKING:
     from model.config import ModelConfig
@@ -133,16 +132,16 @@ def tables(config: ModelConfig) -> Iterator[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit code: 0, or 2 with a message on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m tools.roofline", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, metavar="RECIPE", help="its network (default: the paper's)")
-    args = parser.parse_args(arguments)
+    parser = Parser(prog="python -m tools.roofline", former={"--config": ""}, description=__doc__,
+                    example="python -m tools.roofline tiny100")
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="its network (default: the paper's)")
 
     def run() -> None:
+        args = parser.parse_args(arguments)
         from model.alexnet import paper
         from train.recipe import parse
 
-        print("\n".join(tables(parse(["--config", str(args.config)]).config.model if args.config else paper())))
+        print("\n".join(tables(parse([args.recipe]).config.model if args.recipe else paper())))
     return guarded(run)
 
 

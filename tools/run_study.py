@@ -1,10 +1,10 @@
 """Run the experiments of a study, several at once if the machine allows, and show what came of them.
 
-    python tools/run_study.py train/recipes/studies/NAME.yaml [--jobs 4] [--runs runs] [-- --machine.device=cuda …]
+    python tools/run_study.py tiny50 [--jobs 4] [--out runs] [-- --machine.device=cuda …]
 
 A study is YAML:
 
-    runs:                              # each makes a run folder RUNS/NAME/RUN-s<seed>[-<value>…]
+    runs:                              # each makes a run folder OUT/NAME/RUN-s<seed>[-<value>…]
       - {name: full, recipe: tiny100.yaml, seeds: [1, 2, 3]}
       - {name: slow, recipe: tiny100.yaml, seeds: [1], grid: {optimizer.lr: [1e-2, 1e-3]}}
       - {name: tuned, recipe: new.yaml, seeds: [1], after: [full], set: {init_from.checkpoint: "{study}/full-s{seed}"}}
@@ -13,12 +13,12 @@ A study is YAML:
       - {name: three, of: [full], views: 10}
     argv: [--machine.precision=bf16]   # what changes no result
 
-Recipes are looked for beside the study's folder; a run without seeds has seed 1. All command lines are checked before the first
-run begins. What is done already is left alone, what was begun is resumed, what fails is reported at the end, and the other runs
-continue; in a grid, a rate at which training diverges is an answer, noted in the run's folder (remove that to try it again).
-Ctrl-C, or SIGTERM, stops all of them with a checkpoint; a second Ctrl-C does not wait for it. What a run prints is in
-RUNS/NAME/RUN.log, a summary in RUNS/NAME/study.json. Exit codes: 0 all done, 1 some failed, 2 a mistake in the study, 130
-interrupted.
+Recipes are looked for beside the study's folder, then among those that come with this program; a run without seeds has seed 1.
+All command lines are checked before the first run begins. What is done already is left alone, what was begun is resumed, what
+fails is reported at the end, and the other runs continue; in a grid, a rate at which training diverges is an answer, noted in the
+run's folder (remove that to try it again). Ctrl-C, or SIGTERM, stops all of them with a checkpoint; a second Ctrl-C does not wait
+for it. What a run prints is in OUT/NAME/RUN.log, a summary in OUT/NAME/study.json. Exit codes: 0 all done, 1 some failed, 2 a
+mistake in the study, 4 the machine failed, 130 interrupted.
 """
 import sys
 from pathlib import Path
@@ -44,18 +44,18 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
 from pipeline.files import LockHeld, lock, write_json  # noqa: E402 (the path first)
+from tools.alexnet import command  # noqa: E402
 from tools.cli import guarded  # noqa: E402
 from tools.study import Run, Study, read_study, test_of  # noqa: E402
+from train.cli import Parser, at_least  # noqa: E402
 from train.config import differences  # noqa: E402
 from train.exit_codes import NOT_FINITE  # noqa: E402
 from train.recipe import load  # noqa: E402
 
 POLL_S = 0.2
 DIVERGED = "diverged.txt"  # in the folder of a run of a grid whose loss was not finite: its last words
-PATHS = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # this tree's packages are found from any folder
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(PATHS), "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = os.environ | {"PYTHONUNBUFFERED": "1"}
 
 
 class Runs:
@@ -72,7 +72,7 @@ class Runs:
             if stored.exists() and (config := load(stored)).fingerprint() != run.config.fingerprint():
                 changed = "; ".join(differences(run.config.as_dict(), config.as_dict()))
                 raise ValueError(f"run folder (={stored.parent}) is of another recipe than the study's ({changed}); move it "
-                                 "away, or give another --runs")
+                                 "away, or give another --out")
             if run.point and note.exists():
                 self.diverged[run.name] = note.read_text(encoding="utf-8").strip()
             elif not test_of(folder / run.name):
@@ -114,7 +114,7 @@ class Runs:
                 resume = ["--resume"] if (self.folder / run.name / "config.yaml").exists() else []
                 with (self.folder / f"{run.name}.log").open("ab") as log:
                     began = log.tell()
-                    process = subprocess.Popen([sys.executable, "-m", "train.main", *run.argv, *resume], stdout=log, stderr=log,
+                    process = subprocess.Popen(command("train", *run.argv, *resume), stdout=log, stderr=log,
                                                start_new_session=True, pass_fds=[lock_file], env=ENVIRONMENT)
                 self.running[process] = run, began
                 print(f"{run.name}: {'resumed' if resume else 'started'}", flush=True)
@@ -140,7 +140,7 @@ class Runs:
         print(f"{name}: failed: {reason}", flush=True)
 
     def ensembles(self) -> dict[str, Any]:
-        """Test every ensemble; what train.evaluate --json prints of each. One that cannot be tested is noted as failed."""
+        """Test every ensemble; what alexnet eval --json prints of each. One that cannot be tested is noted as failed."""
         found: dict[str, Any] = {}
         for ensemble in self.study.ensembles:
             members, title = [run.name for run in ensemble.members], f"ensemble {ensemble.name}"
@@ -148,11 +148,10 @@ class Runs:
                 self.fail(title, f"its {missing[0]} {'failed' if missing[0] in self.failed else 'diverged'}")
                 continue
             print(f"{title}: testing {len(members)} networks", flush=True)
-            answer = subprocess.run([sys.executable, "-m", "train.evaluate", "--json", "--views", str(ensemble.views),
-                                     "--checkpoints", *(str(self.folder / name) for name in members)], stdout=subprocess.PIPE,
-                                    text=True, env=ENVIRONMENT)
+            answer = subprocess.run(command("eval", *(self.folder / name for name in members), "--views", str(ensemble.views),
+                                            "--json"), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
             if answer.returncode:
-                self.fail(title, f"train.evaluate ended with exit code {answer.returncode}, see above")
+                self.fail(title, f"the test ended with exit code {answer.returncode}, see above")
                 continue
             found[ensemble.name] = json.loads(answer.stdout)
         return found
@@ -208,13 +207,11 @@ def show(rows: list[dict[str, Any]], together: dict[str, Any], runs: Runs) -> No
 
 def run(args: argparse.Namespace, extra: Sequence[str]) -> int:
     """Read the study, run it, test its ensembles, show what came of it. Returns the exit code; raises ValueError."""
-    if args.jobs < 1:
-        raise ValueError(f"--jobs (={args.jobs}) must be at least 1; leave it out for one run at a time")
-    study = read_study(args.study, args.runs.absolute(), extra)
-    folder = args.runs.absolute() / study.name
+    study = read_study(args.study, args.out.absolute(), extra)
+    folder = args.out.absolute() / study.name
     if args.dry_run:
         for planned in study.runs:
-            print("python -m train.main " + shlex.join(planned.argv))
+            print("alexnet train " + shlex.join(planned.argv))
         return 0
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -231,19 +228,25 @@ def run(args: argparse.Namespace, extra: Sequence[str]) -> int:
     return 1 if runs.failed else 0
 
 
-def main(argv: list[str] | None = None) -> int:
+def parser(prog: str = "run_study.py") -> Parser:
+    parts = (__doc__ or "").split("\n\n")
+    about = "\n\n".join([*parts[:1], *parts[2:]])  # without the command line, which the example has
+    top = Parser(prog=prog, former={"--runs": "--out"}, description=f"{about}\nWords after -- go to every training.",
+                 example=f"{prog} tiny50 --jobs 4 -- --machine.device=cuda")
+    top.add_argument("study", metavar="STUDY", help="name of a study that comes with this program, or a YAML file")
+    top.add_argument("--jobs", type=at_least(1), default=1, metavar="N",
+                     help="runs at once; on a CPU give each its --machine.torch_threads")
+    top.add_out("folder of run folders", default=Path("runs"))
+    top.add_argument("--dry-run", action="store_true", help="print the commands only")
+    return top
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "run_study.py") -> int:
     """The command; returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     words, extra = (words[:words.index("--")], words[words.index("--") + 1:]) if "--" in words else (words, [])
-    parser = argparse.ArgumentParser(prog="run_study.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path)
-    parser.add_argument("--jobs", type=int, default=1,
-                        help="runs at once (default 1); on a CPU give each its --machine.torch_threads")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders (default runs)")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands only")
-    args = parser.parse_args(words)
-    return guarded(lambda: run(args, extra), "interrupted; the runs are saved, and the same command resumes them")
+    return guarded(lambda: run(parser(prog).parse_args(words), extra),
+                   "interrupted; the runs are saved, and the same command resumes them")
 
 
 if __name__ == "__main__":

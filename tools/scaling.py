@@ -22,13 +22,13 @@ from train.exit_codes import run_command, start_command  # noqa: E402
 if __name__ == "__main__":
     start_command()
 
-import argparse
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tools.cli import guarded  # noqa: E402
+from train.cli import Parser  # noqa: E402
 
 if TYPE_CHECKING:  # --help needs no torch
     from model.config import ModelConfig
@@ -248,10 +248,14 @@ def show() -> None:
 
 def main(argv: Sequence[str]) -> int:
     """The command. Returns its exit code."""
-    parser = argparse.ArgumentParser(description="Training steps on 1 to 1,024 H200s, computed from assumed speeds.")
+    parser = Parser(description="Training steps on 1 to 1,024 H200s, computed from assumed speeds.",
+                    example="python tools/scaling.py --project")
     parser.add_argument("--project", action="store_true", help="print the tables (what it does in any case)")
-    parser.parse_args(argv)
-    return guarded(show)
+
+    def work() -> None:
+        parser.parse_args(argv)
+        show()
+    return guarded(work)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.cli import nearest
 from train.config import Config
-from train.recipe import parse
-from train.recipe.strict_yaml import load_yaml, nearest
+from train.recipe import RECIPES, find_recipe, parse
+from train.recipe.strict_yaml import load_yaml
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 _RESERVED = ("train.seed", "machine.runs", "machine.name")  # the study sets them for each run
@@ -53,17 +54,16 @@ class Study:
     ensembles: tuple[Ensemble, ...]
 
 
-def read_study(path: Path, runs: Path, extra: Sequence[str] = ()) -> Study:
+def read_study(path: str | Path, runs: Path, extra: Sequence[str] = ()) -> Study:
     """Read a study. `runs`: folder of its folder; `extra`: words for every command line. Raises ValueError for any mistake in it,
     a command line that train.main would not take included."""
-    if not path.is_file():
-        raise ValueError(f"study (={path}) does not exist; give one of train/recipes/studies")
+    path = find_recipe(path, shipped=RECIPES / "studies", what="study")
     path = path.absolute()
     try:
         values = load_yaml(path.read_text(encoding="utf-8"))
     except ValueError as error:  # UnicodeDecodeError is one
         raise ValueError(f"study (={path}) is no YAML: {' '.join(str(error).split())}; correct it") from None
-    _need(isinstance(values, dict) and bool(values.get("runs")), "study", path, "has no runs; see tools/run_study.py --help")
+    _need(isinstance(values, dict) and bool(values.get("runs")), "study", path, "has no runs; see alexnet study --help")
     _check(values, _STUDY, path.name)
     entries = [_entry(entry, _RUN, "run", path) for entry in values["runs"]]
     made = [run for entry in entries for run in _runs(entry, values, path, runs / path.stem, extra)]
@@ -142,8 +142,7 @@ def _in_name(value: Any) -> str:
 def _runs(entry: dict[str, Any], study: dict[str, Any], path: Path, folder: Path, extra: Sequence[str]) -> Iterator[Run]:
     """A run for each seed and each point of the grid."""
     group, where = str(entry["name"]), f"run {entry['name']}"
-    recipe = path.parent.parent / str(entry["recipe"])
-    _need(recipe.is_file(), "recipe", recipe, f"of {where} does not exist; name a file of {recipe.parent}")
+    recipe = find_recipe(str(entry["recipe"]), path.parent.parent, blame=f", or correct {where} of {path.name}")
     seeds, grid = entry.get("seeds") or [1], entry.get("grid") or {}
     _need(all(type(seed) is int for seed in seeds), "seeds", seeds, f"of {where} must be whole numbers; correct them")
     for key, tried in grid.items():
@@ -156,7 +155,7 @@ def _runs(entry: dict[str, Any], study: dict[str, Any], path: Path, folder: Path
         settings = {**(study.get("set") or {}), **(entry.get("set") or {}), **chosen, "train.seed": seed}
         words = [f"--{key}=" + (value.replace("{seed}", str(seed)).replace("{study}", str(folder)) if isinstance(value, str)
                                 else json.dumps(value)) for key, value in settings.items()]
-        argv = ("--config", str(recipe), *words, *(study.get("argv") or ()), *extra, f"--machine.runs={folder}",
+        argv = (str(recipe), *words, *(study.get("argv") or ()), *extra, f"--machine.runs={folder}",
                 f"--machine.name={name}")
         try:
             config = parse(argv).config

@@ -58,9 +58,7 @@ def loader_config(config: Config, topology: Topology) -> LoaderConfig:
 def index(config: Config, *splits: str) -> SampleIndex:
     """The index of the recipe. Raises ValueError when it is none, has more classes than the network, or lacks one of these
     splits, an image's label or an archive."""
-    if config.data.images != config.data.index and not (Path(config.data.images) / "index.json").is_file():
-        raise ValueError(f"data.packed (={config.data.images}) is no packed folder yet; write it with `python "
-                         f"tools/pack_shards.py {config.data.index} {config.data.images}`, all of its ranks to the end")
+    config.data.check_index()
     found = SampleIndex.load(config.data.images, None if config.in_bucket else config.machine.archives or None)
     if found.packed is not None:
         _check_packed(config, found, found.packed)

@@ -8,10 +8,13 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from model.config import Kernels, ModelConfig
 from pipeline.config import ADDED, LANES, WINDOW, DataConfig, LoaderConfig
+from pipeline.index.header import read_header
+from train.cli import DEVICES, is_device
 from train.optimizer_config import OptimizerConfig, ScheduleConfig, check, require
 
 # Not in the fingerprint: an index, a packed folder and a checkpoint are compared by their hashes.
@@ -57,6 +60,15 @@ class Data(DataConfig):
     def images(self) -> str:
         """Folder of the index that is read: `packed` if given and read by the tier."""
         return self.packed if self.packed and self.tier in ("packed", "streamed") else self.index
+
+    def check_index(self) -> None:
+        """Raise ValueError when there is no index in the folder that is read: it is not looked into."""
+        if (Path(self.images) / "index.json").is_file():
+            return
+        if self.images != self.index:
+            raise ValueError(f"data.packed (={self.images}) is no packed folder yet; write it with `alexnet pack {self.index} -o "
+                             f"{self.images}`, all of its ranks to the end")
+        read_header(Path(self.images))
 
 
 @dataclass(frozen=True)
@@ -136,7 +148,7 @@ class MachineConfig(LoaderConfig):
     """Device, threads, folders, checkpoints and logging. Changes no result, up to rounding.
 
     Attributes:
-        device: auto takes a GPU when there is one.
+        device: auto, cpu, cuda or cuda:N; auto takes a GPU when there is one.
         precision: fp32 is without TF32 on a GPU; bf16 is autocast, weights and velocity stay float32; fp64 is all float64;
             auto is bf16 where the device has arithmetic for it (a GPU since Ampere, a CPU with AVX512), else fp32.
         deterministic: on a GPU, use only kernels with reproducible results.
@@ -160,7 +172,7 @@ class MachineConfig(LoaderConfig):
         log_s: seconds between two lines when the output is no terminal.
         log_to: also write metrics for tensorboard (RUN/tensorboard) or wandb (RUN/wandb; offline unless WANDB_MODE is set).
     """
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "fp32"
     deterministic: bool = True
     kernels: Kernels = "auto"
@@ -187,6 +199,7 @@ class MachineConfig(LoaderConfig):
         for name, low in (("sync_steps", 0), ("torch_threads", 0), ("checkpoint_steps", 0), ("checkpoint_epochs", 1),
                           ("keep_last", 1), ("stop_after", 0), ("metrics_steps", 1), ("test_batch", 1)):
             check(self, f"machine.{name}", getattr(self, name) >= low, f"must be at least {low}; raise it")
+        check(self, "machine.device", is_device(self.device), f"must be {DEVICES}; correct it")
         check(self, "machine.sync_steps", self.sync_steps <= 1024, "must be at most 1024; a signal is heard only then")
         for name in ("timeout_s", "silence_s", "log_s"):
             check(self, f"machine.{name}", 0 < getattr(self, name) <= 1e7, "must be positive and at most 1e7; give seconds")

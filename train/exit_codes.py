@@ -19,8 +19,9 @@ from pipeline.io_errors import explain
 DONE, MISTAKE, NOT_FINITE, FAILED, STOPPED, INTERRUPTED = 0, 2, 3, 4, 75, 130
 EXIT_CODES = {  # code → why, what to do; docs/errors.md shows them
     DONE: ("done", "nothing"),
-    1: ("torchrun: one of its processes ended with another code than 0, which its report shows; `tools/run_study.py`: some runs "
-        "failed; `tools/profile_pipeline.py --fail-below`: too slow", "read the report, or the table"),
+    1: ("a check failed: `doctor`: training would not work here; `index verify`: damage; `profile --fail-below`: too slow; "
+        "`study`: some runs failed; torchrun: one of its processes ended with another code than 0, which its report shows",
+        "read what was printed"),
     MISTAKE: ("a mistake in recipe, command line, index or folder; nothing was changed (tools: anything else that failed, too)",
               "correct what the line names"),
     NOT_FINITE: ("training: the loss or a gradient was not finite; the update was not made",

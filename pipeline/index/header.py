@@ -152,13 +152,13 @@ def read_header(path: Path) -> tuple[dict[str, Any], Header]:
     file = path / "index.json"
     if not file.is_file():
         problem = "has no index.json" if path.is_dir() else "does not exist" if not path.exists() else "is not a folder"
-        raise ValueError(f"index (={path}) {problem}; make one with tools/build_index.py build")
+        raise ValueError(f"index (={path}) {problem}; make one with `alexnet index build`")
     try:
         header = json.loads(file.read_bytes())
     except (ValueError, RecursionError):
         raise ValueError(f"index header (={file}) is not JSON; build the index again") from None
     if not isinstance(header, dict) or header.get("magic") != MAGIC:
-        raise ValueError(f"index header (={file}) is not that of a sample index; build one with tools/build_index.py")
+        raise ValueError(f"index header (={file}) is not that of a sample index; build one with `alexnet index build`")
     if header.get("version") != VERSION:
         raise ValueError(f"index version (={header.get('version')}) of {file} is not {VERSION}, the one this code "
                          f"reads; build the index again")

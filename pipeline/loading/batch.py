@@ -73,7 +73,7 @@ class LoaderContext:
             raise ValueError(f"device_id (={self.device_id}) needs a CUDA device, and torch sees none; leave it out to decode on "
                              "the CPU")
         if len(self.ids) == 0:
-            raise ValueError(f"split (={self.split}) of {self.index.path} has no samples; see build_index.py info")
+            raise ValueError(f"split (={self.split}) of {self.index.path} has no samples; see alexnet index info")
 
     @cached_property
     def ids(self) -> Ids:

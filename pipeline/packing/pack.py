@@ -49,7 +49,7 @@ def prepare(index: SampleIndex, out: Path, options: PackOptions, *, splits: Sequ
     for split in splits:
         index.check_archives(split)
         if not len(index.ids(split)):
-            raise ValueError(f"split (={split}) of {index.path} must have samples; it has none, see build_index.py info")
+            raise ValueError(f"split (={split}) of {index.path} must have samples; it has none, see alexnet index info")
     path, wanted = out / PLAN, Plan(options, source, ENCODER, 0 if shard_images else shard_bytes, shard_images, 0)
     if not path.exists():
         image_bytes = _estimate(index, splits[0], options, budget)
@@ -249,7 +249,7 @@ def _copy_stats(index: SampleIndex, packed: SampleIndex, split: str, square_px: 
         Stats.load(path)  # raises when it is damaged
         return f"{path} is there"
     if not stats_path(index.path, square_px, split).exists():
-        return (f"no statistics of {split} at {square_px} px beside the original to copy; run `python tools/compute_stats.py "
+        return (f"no statistics of {split} at {square_px} px beside the original to copy; run `alexnet stats "
                 f"{packed.path} --square-px {square_px} --split {split}`")
     try:
         stats = Stats.for_index(index, square_px, split)

@@ -215,5 +215,5 @@ def check_budget(index: SampleIndex, split: str, skipped: dict[int, str], budget
     if len(skipped) > most:
         id, why = next(iter(skipped.items()))
         raise RuntimeError(f"unreadable samples of {split} (={len(skipped)}) must not exceed the budget (={most}); one of "
-                           f"them: {index.safe_name(id)} {why}; look with `python tools/build_index.py verify {index.path} "
+                           f"them: {index.safe_name(id)} {why}; look with `alexnet index verify {index.path} "
                            "--scrub`, and raise --budget to leave them out")

@@ -28,7 +28,7 @@ class SampleError(RuntimeError):
     def __init__(self, index: SampleIndex, id: int, reason: str) -> None:
         self.id, self.reason = id, reason
         super().__init__(f"sample {id} (={index.safe_name(id)} in {index.path}) {reason}; run "
-                         f"`python tools/build_index.py verify {index.path} --scrub --exclude` to leave it out")
+                         f"`alexnet index verify {index.path} --scrub --exclude` to leave it out")
 
 
 class Pool(Protocol):

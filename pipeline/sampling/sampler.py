@@ -44,7 +44,7 @@ class Sampler:
         if self.batch < 1:
             raise ValueError(f"batch_size (={self.batch}) must be at least 1; raise it")
         if len(self.ids) == 0:
-            raise ValueError("ids (=0 samples) must not be empty; the split has no usable sample, see build_index.py info")
+            raise ValueError("ids (=0 samples) must not be empty; the split has no usable sample, see alexnet index info")
         if self.batch > len(self.ids):
             raise ValueError(f"batch_size (={self.batch}) must not exceed the {len(self.ids)} samples of the split; lower it")
         if self.batch % world:

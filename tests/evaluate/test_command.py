@@ -170,7 +170,7 @@ def test_mistakes_are_said(copy: Path, tmp_path: Path) -> None:
     _, err = evaluate("--checkpoints", copy / "a", copy / "a", code=2)
     assert "is given twice, also as a/step-" in err and not (copy / "a/evaluations").exists()
     _, err = evaluate("--checkpoint", tmp_path, code=2)
-    assert f"--checkpoint (={tmp_path}) is not recognised; give a run folder, a checkpoint, a network that train.e" in err
+    assert f"RUN (={tmp_path}) is not recognised; give a run folder, a checkpoint, a network that train.e" in err
     folder = Path(evaluate_json("--run", copy / "a", "--batch", 4)["evaluation"])
     data = bytearray((folder / predictions.PROBABILITIES).read_bytes())
     data[-1] ^= 1

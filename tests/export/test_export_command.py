@@ -93,7 +93,7 @@ def test_best_and_earlier_checkpoints_have_their_own_results(tiny_set: TinySet, 
     assert row("val", 1, of_run(trained, "epoch")[0]["validation"]) in text and text.count("| val |") == 1
     best = checkpoint.best(trained / "checkpoints")
     assert best is not None
-    exported(trained, tmp_path / "best")
+    exported(trained, tmp_path / "best", "--which", "best")
     assert f"(checkpoint `{best.name}`)" in (tmp_path / "best" / "README.md").read_text(encoding="utf-8")
     copied = tmp_path / "elsewhere" / last.name
     shutil.copytree(last, copied)
@@ -146,7 +146,7 @@ def test_mistakes_are_named(tiny_set: TinySet, trained: Path, tmp_path: Path) ->
         return said
 
     assert f"checkpoint (={tmp_path}) is not recognised; give a run folder or a checkpoint" in tried(tmp_path)
-    assert "does not exist; make one with tools/build_index.py" in tried(trained, "--index", tmp_path / "nowhere")
+    assert "does not exist; make one with `alexnet index build`" in tried(trained, "--index", tmp_path / "nowhere")
     damaged = tmp_path / last.name
     shutil.copytree(last, damaged)
     (damaged / "stats.npz").write_bytes(b"")

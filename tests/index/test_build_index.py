@@ -272,7 +272,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("webdataset two-images.tar", "sample (=a) of two-images.tar at offset 1536 has two images"),
     ("webdataset two-labels.tar", "sample (=a) of two-labels.tar at offset 1536 has two labels"),
     ("webdataset nothing.tar", "nothing.tar) hold no images; nothing was written"),
-    ("classes empty --jobs -1", "--jobs (=-1) must not be negative; 0 is one a core")])
+    ("classes empty --jobs -1", "--jobs (=-1) must be at least 0")])
 def test_errors_are_one_line_and_leave_nothing(bad: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, message: str,
                                                capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(bad)

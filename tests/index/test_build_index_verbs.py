@@ -68,7 +68,7 @@ def test_info(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(small)]) == 0
     assert "samples   26" in capsys.readouterr().out
     assert main(["info", str(small.parent)]) == 2
-    assert "has no index.json; make one with tools/build_index.py build" in capsys.readouterr().err
+    assert "has no index.json; make one with `alexnet index build`" in capsys.readouterr().err
 
 
 def test_cat_and_pipes(small: Path) -> None:

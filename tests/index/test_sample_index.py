@@ -125,7 +125,7 @@ def test_archives_of_a_split_are_looked_for_before_work(tmp_path: Path, monkeypa
 
 
 def test_load_errors(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"index \(=.*none\) does not exist; make one with tools/build_index.py build"):
+    with pytest.raises(ValueError, match=r"index \(=.*none\) does not exist; make one with `alexnet index build`"):
         SampleIndex.load(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"index \(=.*empty\) has no index.json"):

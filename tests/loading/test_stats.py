@@ -99,7 +99,7 @@ def test_saved_statistics_are_checked(photos: SampleIndex, tmp_path: Path) -> No
     path.write_bytes(b"PK not a zip")
     with pytest.raises(ValueError, match="must be one that tools/compute_stats.py wrote"):
         Stats.load(path)
-    with pytest.raises(ValueError, match="must exist before training; run `python tools/compute_stats.py"):
+    with pytest.raises(ValueError, match="must exist before training; run `alexnet stats"):
         Stats.for_index(photos, 99)
     Stats(**{**vars(stats), "index": "f" * 64}).save(stats_path(photos.path, 76))
     with pytest.raises(ValueError, match=r"\(of images ffffffffffff\) must belong to split train of the index as it is now"):

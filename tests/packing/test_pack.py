@@ -311,7 +311,7 @@ def test_an_interrupt_ends_at_once_and_goes_on(source: SampleIndex, packed: Samp
     (["--quality", "0"], "--quality (=0) must lie in 1…100"), (["--seed", "-1"], "--seed (=-1) must lie in"),
     (["--square-px", "0"], "--square-px (=0) must lie in 1…8192"), (["--jobs", "-1"], "--jobs (=-1) must be at least 0"),
     (["--shard-images", "-1"], "--shard-images (=-1) must be at least 0"), (["--shard-mb", "0"], "--shard-mb (=0) must be"),
-    (["--budget", "2"], "--budget (=2.0) must be a share"), (["--rank", "2", "--world", "2"], "--rank (=2) must lie in 0…1"),
+    (["--budget", "2"], "--budget (=2) must be a share"), (["--rank", "2", "--world", "2"], "--rank (=2) must lie in 0…1"),
     (["--rank", "0"], "--rank (=0) and --world (=None) belong together")])
 def test_other_options_are_refused(source: SampleIndex, packed: SampleIndex, changed: list[str], said: str,
                                    capsys: pytest.CaptureFixture[str]) -> None:

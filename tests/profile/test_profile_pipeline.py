@@ -68,13 +68,13 @@ def test_exit_code_1_when_the_loader_cannot_feed_the_need(tiny_set: TinySet, tmp
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    ([], "--config (=none) must name a recipe"),
+    ([], "RECIPE (=none) must be given, or --index INDEX"),
     (["--index", "x", "--fail-below", "0.9"], "--fail-below (=0.9) needs a need to compare with"),
     (["--index", "x", "--machine.prefetch=0"], "machine.prefetch (=0) must be at least 1"),
     (["--index", "x", "--threads", "2"], "--threads"),
     (["--index", "x", "--need", "-5"], "--need (=-5.0) must be positive"),
     (["--index", "x", "--seconds", "nan"], "--seconds (=nan) must be positive"),
-    (["--index", "nowhere"], "does not exist; make one with tools/build_index.py build"),
+    (["--index", "nowhere"], "does not exist; make one with `alexnet index build`"),
     (["--config", "nowhere.yaml"], "nowhere.yaml"),
 ])
 def test_mistakes(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,7 +87,7 @@ def test_mistakes_about_the_data(tiny_set: TinySet, tmp_path: Path, capsys: pyte
     assert profile_pipeline.main(["--config", recipe, "--tier", "packed"]) == 2
     assert "tier (=packed) needs packed images" in capsys.readouterr().err
     assert profile_pipeline.main(["--index", str(tiny_set.index)]) == 2
-    assert "must exist before training; run `python tools/compute_stats.py" in capsys.readouterr().err
+    assert "must exist before training; run `alexnet stats" in capsys.readouterr().err
 
 
 def test_help_loads_neither_torch_nor_dali() -> None:

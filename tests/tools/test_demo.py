@@ -187,14 +187,14 @@ def test_a_folder_without_archives_is_refused(tmp_path: Path, capsys: pytest.Cap
 
 def test_a_missing_recipe_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert demo.main(["--out", str(tmp_path), "--recipe", "no.yaml"]) == 2
-    assert "recipe (=no.yaml) does not exist; give one of train/recipes" in capsys.readouterr().err
+    assert "recipe (=no.yaml) does not exist; give a YAML file, or one of " in capsys.readouterr().err
 
 
 def test_a_failing_step_ends_the_demo_with_its_code() -> None:
     steps = demo.Demo(Console(file=io.StringIO()))
-    assert steps.step("fine", ["-c", "print(7)"], capture=True) == "7\n"
+    assert steps.run("fine", [sys.executable, "-c", "print(7)"], "python -c …", capture=True) == "7\n"
     with pytest.raises(SystemExit) as failed:
-        steps.step("broken", ["-c", "raise SystemExit(75)"])
+        steps.run("broken", [sys.executable, "-c", "raise SystemExit(75)"], "python -c …")
     assert failed.value.code == 75
     assert list(steps.seconds) == ["fine"]
 
@@ -203,8 +203,9 @@ def test_an_interrupted_demo_lets_its_step_save(tmp_path: Path) -> None:
     """Ctrl-C at a terminal reaches both; the step needs a while."""
     child = ("import time, pathlib\ntry:\n    print('ready', flush=True); time.sleep(20)\nexcept KeyboardInterrupt:\n"
              f"    time.sleep(1); pathlib.Path({str(tmp_path / 'saved')!r}).touch()\n")
-    parent = ("from rich.console import Console; from tools.demo import __main__ as demo\n"
-              f"demo.run = lambda *_: demo.Demo(Console(stderr=True, file=open('/dev/null', 'w'))).step('x', ['-c', {child!r}])\n"
+    parent = ("import sys; from rich.console import Console; from tools.demo import __main__ as demo\n"
+              f"demo.run = lambda *_: demo.Demo(Console(stderr=True, file=open('/dev/null', 'w'))).run("
+              f"'x', [sys.executable, '-c', {child!r}], 'x')\n"
               "raise SystemExit(demo.main([]))")
     run = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                            start_new_session=True)
@@ -235,11 +236,11 @@ def test_a_demo_removes_only_what_was_generated(tmp_path: Path, capsys: pytest.C
 
 
 def test_a_demo_marks_its_folder_first_and_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(self: demo.Demo, title: str, words: list[str]) -> str:
+    def fails(self: demo.Demo, title: str, *_: object, **__: object) -> str:
         assert title == "generate the archives" and (tmp_path / "demo" / demo.MARK).exists()
         raise SystemExit(3)
 
-    monkeypatch.setattr(demo.Demo, "step", fails)
+    monkeypatch.setattr(demo.Demo, "run", fails)
     for _ in range(2):
         with pytest.raises(SystemExit, match="3"):
             demo.main(["--out", str(tmp_path / "demo")])

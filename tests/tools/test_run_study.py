@@ -74,7 +74,7 @@ argv: [--machine.threads=2]
         "full-s1", "full-s2", "tried-s1-lr0.01-std0.1-meanimage-lrnnull", "tried-s1-lr0.01-std0.1-meanchannel-lrnnull",
         "tried-s1-lr1e-05-std0.1-meanimage-lrnnull", "tried-s1-lr1e-05-std0.1-meanchannel-lrnnull", "tuned-s7"]
     full, last, tuned = study.runs[0], study.runs[5], study.runs[6]
-    assert full.argv == ("--config", str(folder / "small.yaml"), "--train.epochs=4", "--init_from.renew=[\"fc8\"]",
+    assert full.argv == (str(folder / "small.yaml"), "--train.epochs=4", "--init_from.renew=[\"fc8\"]",
                          "--init_from.checkpoint={x}", "--train.seed=1", "--machine.threads=2", "--machine.threads=1",
                          "--machine.log_s=3", f"--machine.runs={at}", "--machine.name=full-s1")
     assert (full.group, full.point, full.after) == ("full", "", ()) and tuned.after == ("full", "tried")
@@ -91,19 +91,19 @@ def test_the_recipe_lies_beside_the_studys_folder_wherever_one_stands(folder: Pa
     write(folder, "runs: [{name: a, recipe: small.yaml}]")
     for place, path in ((folder, "studies/s.yaml"), (folder / "studies", "s.yaml")):
         monkeypatch.chdir(place)
-        assert read_study(Path(path), Path("runs")).runs[0].argv[1] == str(folder / "small.yaml")
+        assert read_study(Path(path), Path("runs")).runs[0].argv[0] == str(folder / "small.yaml")
 
 
 def test_a_plan_is_printed_and_nothing_is_made(folder: Path) -> None:
     study = write(folder, "runs: [{name: a, recipe: small.yaml, set: {model.lrn: {n: 3}}}]")
     code, out, err = command(study, "--runs", folder / "runs", "--dry-run", "--", "--machine.log_s=3")
     assert (code, err) == (0, "") and not (folder / "runs").exists()
-    assert out == (f"python -m train.main --config {folder}/small.yaml '--model.lrn={{\"n\": 3}}' --train.seed=1 "
+    assert out == (f"alexnet train {folder}/small.yaml '--model.lrn={{\"n\": 3}}' --train.seed=1 "
                    f"--machine.log_s=3 --machine.runs={folder}/runs/s --machine.name=a-s1\n")
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("", "study (={path}) has no runs; see tools/run_study.py --help"),
+    ("", "study (={path}) has no runs; see alexnet study --help"),
     ("runs: []", "study (={path}) has no runs; "),
     ("- a", "study (={path}) has no runs; "),
     ("runs: [", "study (={path}) is no YAML: while parsing"),
@@ -115,7 +115,7 @@ def test_a_plan_is_printed_and_nothing_is_made(folder: Path) -> None:
     ("runs: [{name: a}]", "entry (={{'name': 'a'}}) of runs of s.yaml has no recipe; add it"),
     ("runs: [{name: a, recipe: small.yaml, seed: 1}]", "key (=seed) of run a is not known; it has after, grid, name"),
     ("runs: [{name: a/b, recipe: small.yaml}]", "name (=a/b) of runs of s.yaml must be letters, digits and _ . + -, for a f"),
-    ("runs: [{name: a, recipe: no.yaml}]", "recipe (={folder}/no.yaml) of run a does not exist; name a file of {folder}"),
+    ("runs: [{name: a, recipe: no.yaml}]", "recipe (={folder}/no.yaml) does not exist; give a YAML file, or one of alexnet_"),
     ("runs: [{name: a, recipe: small.yaml, seeds: 1}]", "seeds (=1) of run a must be a list; put [ ] round it"),
     ("runs: [{name: a, recipe: small.yaml, seeds: [x]}]", "seeds (=['x']) of run a must be whole numbers; correct them"),
     ("runs: [{name: a, recipe: small.yaml, seeds: [1, 1]}]", "run (=a-s1) of s.yaml is there twice; give one another name"),
@@ -155,8 +155,9 @@ def test_mistakes_in_a_study(folder: Path, text: str, message: str) -> None:
 def test_mistakes_on_the_command_line(folder: Path) -> None:
     path = write(folder, "runs: [{name: a, recipe: small.yaml}]")
     assert command(folder / "none.yaml") == (
-        2, "", f"error: study (={folder}/none.yaml) does not exist; give one of train/recipes/studies\n")
-    assert command(path, "--jobs", 0) == (2, "", "error: --jobs (=0) must be at least 1; leave it out for one run at a time\n")
+        2, "", f"error: study (={folder}/none.yaml) does not exist; give a YAML file, or one of figure1, ilsvrc2012_ablations, "
+        "ilsvrc2012_ensembles, tiny100_ablations, [...]\n")
+    assert command(path, "--jobs", 0) == (2, "", "error: --jobs (=0) must be at least 1; correct it\n")
     code, _, err = command(path, "--runs", folder / "runs", "--", "--what")
     assert code == 2 and "run (=a-s1) of s.yaml cannot begin: --what (=none) is no option; " in err
     (folder / "studies" / "latin.yaml").write_bytes("# für\n".encode("latin-1"))
@@ -344,7 +345,7 @@ def test_another_recipe_is_not_taken_for_done(carried: Carried) -> None:
         changed = "train.epochs: 1 -> 2" if name == "base-s1" else "data.mirror: True -> False"
         assert (code, out) == (2, "") and err == (
             f"error: run folder (={carried.folder / name}) is of another recipe than the study's ({changed}); move it away, or "
-            "give another --runs\n")
+            "give another --out\n")
 
 
 @contextlib.contextmanager

@@ -57,6 +57,6 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_loader_in_another_loop_works_as_the_readme_says(index: Path) -> None:
     code = (ROOT / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
     seen: list[tuple[int, ...]] = []
-    exec(code.replace('"demo/index"', repr(str(index))).replace("batch=64", "batch=6"),
+    exec(code.replace('"demo/index"', repr(str(index))).replace("batch_size=64", "batch_size=6"),
          {"step": lambda images, labels: seen.append((*images.shape, *labels.shape))})
     assert seen == [(6, 3, 67, 67, 6)] * 6      # 35 of 36 files are not empty; the last batch begins the next epoch

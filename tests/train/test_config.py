@@ -52,7 +52,7 @@ def test_same_key_twice_is_an_error(tmp_path: Path) -> None:
     (["--optimizer.lrr=3"], r"--optimizer.lrr \(=3\) is no option; did you mean --optimizer.lr\?"),
     (["--optimizer.lr=fast"], r"optimizer.lr \(=fast on the command line\) must be a number; correct it"),
     (["--train.seed=1.5"], r"train.seed \(=1.5 on the command line\) must be a whole number; "),
-    (["--machine.device=tpu"], r"machine.device \(=tpu on the command line\) must be one of auto, cpu, cuda; "),
+    (["--machine.device=tpu"], r"machine.device \(=tpu\) must be auto, cpu, cuda or cuda:N; "),
     (["--model.lrn.n=4"], r"model.lrn.n \(=4\) must be odd"),
     (["--optimizer.lr=-1"], r"optimizer.lr \(=-1.0\) must be positive; the paper starts at 0.01"),
     (["--optimizer.momentum=1"], r"optimizer.momentum \(=1.0\) must be in \[0, 1\)"),
@@ -90,7 +90,7 @@ def test_mistakes_on_the_command_line(tmp_path: Path, argv: list[str], message: 
     ("momentum", "", r"optimizer.momentum is missing; a field"),
     ("lrn", "", r"model.lrn is missing; a field that changes results has no default.*--model.lrn=VALUE"),
     ("plateau", "", r"schedule.plateau is missing; "),
-    ("plateau", "  plateau: {factor: 0.1, patience: 1, drops: 3}", r"Plateau: .*required: min_delta; "),
+    ("plateau", "  plateau: {factor: 0.1, patience: 1, drops: 3}", r"schedule.plateau.min_delta is missing; "),
     ("plateau", "  plateau: {factor: 0.1, patience: 1, min_delt: 0, drops: 3}", r"min_delt \(=0 in .*mean .*min_delta\?"),
     ("train", "trainn:", r"trainn \(=.* is no key that is known; did you mean train\?"),
     ("conv2", "    conv2: {kernels: 16, px: 5, std: 0.05}", r"model.layers.conv2.bias \(=none\) is missing; say it"),
@@ -112,9 +112,9 @@ def test_mistakes_in_a_recipe(tmp_path: Path, name: str, line: str, message: str
 
 
 def test_no_recipe_at_all(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"recipe \(=.*none.yaml\) does not exist; give one of train/recipes"):
+    with pytest.raises(ValueError, match=r"recipe \(=.*none.yaml\) does not exist; give a YAML file, or one of alexnet_"):
         read(tmp_path / "none.yaml")
-    with pytest.raises(ValueError, match=r"--config \(=none\) must name a recipe; give one of train/recipes"):
+    with pytest.raises(ValueError, match=r"RECIPE \(=none\) must be given, such as demo; `alexnet train --list`"):
         parse([])
 
 

@@ -107,8 +107,8 @@ def test_circles_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("extends: none.yaml\n", "recipe (={folder}/none.yaml) does not exist; give one of train/recipes, or correct extends in "
-     "{folder}/child.yaml"),
+    ("extends: mine.yaml\n", "recipe (={folder}/mine.yaml) does not exist; give a YAML file, or one of alexnet_ilsvrc2010, "
+     "alexnet_ilsvrc2012, demo, fall2009, fall2011, [...], or correct extends in {folder}/child.yaml"),
     ("extends: .\n", "recipe (={folder}) is no file; "),
     ("extends: 3\n", "extends (=3 in {folder}/child.yaml) must be the name of a recipe beside it; correct it"),
     ("extends: [small.yaml]\n", "extends (=['small.yaml'] in {folder}/child.yaml) must be the name of a recipe beside it; "),
@@ -206,7 +206,7 @@ def test_print_config_shows_the_whole(small: Path, tmp_path: Path, capsys: pytes
     printed = load_yaml(capsys.readouterr().out)
     layers = printed["model"]["layers"]
     assert left.value.code == 0 and printed["train"] == {**load_yaml(TEXT)["train"], "epochs": 7}
-    assert not layers["conv3"] and layers["conv4"]["kernels"] == 8 and layers["conv5"]["kernels"] == 8
+    assert "conv3" not in layers and layers["conv4"]["kernels"] == 8 and layers["conv5"]["kernels"] == 8
     assert "extends" not in printed and printed["init_from"] == {"checkpoint": "", "renew": []}
 
 

@@ -79,7 +79,7 @@ def test_two_processes_with_resident_images_train_as_one(recipe: Path, whole: Ca
 
 @pytest.mark.parametrize("argv, message", [
     (["--data.tier=packed", "--data.packed="], "tier (=packed) needs packed images, and INDEX is an index of archives; run "
-     "`python tools/pack_shards.py INDEX OUT` and give OUT as the index (in a recipe: as data.packed)"),
+     "`alexnet pack INDEX -o OUT` and give OUT as the index (in a recipe: as data.packed)"),
     (["--data.tier=streamed", "--data.packed="], "tier (=streamed) needs packed images"),
     (["--data.index=PACKED"], "tier (=archives) must name what the index is: PACKED holds packed images"),
     (["--data.tier=tape"], "data.tier"),

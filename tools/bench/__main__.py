@@ -22,10 +22,12 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tools.cli import guarded
+from train.cli import Parser, at_least
 
 if TYPE_CHECKING:
     from tools.bench.workload import Task
@@ -79,17 +81,17 @@ def prepare(args: argparse.Namespace, packs: bool, scratch: Path) -> Task:
         indexes.append(SampleIndex.load(packed))
         about = indexes[1].packed
         if about is None or about["source"].get("train") != index.split_sha256("train"):
-            raise ValueError(f"--packed (={packed}) must hold the photographs of {path}; give the folder that `python "
-                             f"tools/pack_shards.py {path} OUT` wrote, or leave it out")
+            raise ValueError(f"--packed (={packed}) must hold the photographs of {path}; give the folder that `alexnet "
+                             f"pack {path} -o OUT` wrote, or leave it out")
     for read in indexes:
         for id in read.ids("train").tolist():
             read.read(id)
-    return Task(path, packed if packs else None, scratch / "stats.npz", scratch, args.batch, args.workers, args.work)
+    return Task(path, packed if packs else None, scratch / "stats.npz", scratch, args.batch, args.jobs, args.work)
 
 
 def run(args: argparse.Namespace, command: list[str]) -> None:
     """Measure, print, write. Raises ValueError or RuntimeError."""
-    for name in ("workers", "rounds", "batch", "seconds"):
+    for name in ("rounds", "seconds"):
         if not getattr(args, name) > 0:
             raise ValueError(f"--{name} (={getattr(args, name)}) must be positive; leave it out for the default")
     for module, extra in (("PIL", "demo"), ("matplotlib", "plots")):
@@ -119,35 +121,39 @@ def run(args: argparse.Namespace, command: list[str]) -> None:
     about = {"what": f"{args.work}: training crops of {task.data.crop_px} px, float32, warm page cache",
              "date": datetime.date.today().isoformat(),
              "command": shlex.join(["python", "-m", "tools.bench", *command]),
-             "work": {"photographs": images, "batch": args.batch, "workers": args.workers, "rounds": args.rounds,
+             "work": {"photographs": images, "batch": args.batch, "workers": args.jobs, "rounds": args.rounds,
                       "seconds_a_turn": args.seconds, "drawn": args.index is None}}
     plain = report.as_json(results, about)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out.with_name(args.out.name + ".json"), plain)
     cpu = plain["hardware"]
-    title = (f"{args.work}: {images} photographs, {args.workers} workers each, {args.rounds} rounds; {cpu['cores']} cores of "
+    title = (f"{args.work}: {images} photographs, {args.jobs} workers each, {args.rounds} rounds; {cpu['cores']} cores of "
              f"{cpu['cpu']}")
     report.plot(results, title, args.out.with_name(args.out.name + ".png"))
     print(f"{args.out}.json, {args.out}.png")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns its exit code: 0, or 2 with a message on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m tools.bench",
-                                     description="Time our tiers and other loaders doing the same work.")
-    parser.add_argument("index", nargs="?", type=Path, metavar="INDEX", help="index to read (default: synthetic photographs)")
-    parser.add_argument("--packed", type=Path, metavar="DIR", help="what tools/pack_shards.py made of it (default: made now)")
-    parser.add_argument("--work", choices=("alexnet", "random_resized"), default="alexnet",
-                        help="crops and colour jitter of the paper, or RandomResizedCrop, flip, mean and std (alexnet)")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each contender (5)")
-    parser.add_argument("--seconds", type=float, default=3.0, metavar="S", help="length of a turn (3)")
-    parser.add_argument("--batch", type=int, default=64, metavar="N", help="images of a batch (64)")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="threads or processes of each contender (2)")
-    parser.add_argument("--only", type=lambda names: names.split(","), metavar="NAMES", help="these, divided by commas (all)")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "bench", metavar="NAME",
-                        help="writes NAME.json and NAME.png (docs/results/bench)")
-    args = parser.parse_args(arguments)
-    return guarded(lambda: run(args, sys.argv[1:] if arguments is None else arguments))
+def parser(prog: str = "python -m tools.bench") -> Parser:
+    top = Parser(prog=prog, former={"--workers": "--jobs"}, description="Time our tiers and other loaders doing the same work.",
+                 example=f"{prog} photos.index --packed packed --only archives,packed,dataloader -o bench")
+    top.add_argument("index", nargs="?", type=Path, metavar="INDEX", help="index to read (default: synthetic photographs)")
+    top.add_argument("--packed", type=Path, metavar="FOLDER", help="what pack made of it (default: made now)")
+    top.add_argument("--work", choices=("alexnet", "random_resized"), default="alexnet",
+                     help="crops and colour jitter of the paper, or RandomResizedCrop, flip, mean and std")
+    top.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each contender")
+    top.add_argument("--seconds", type=float, default=3.0, metavar="S", help="length of a turn")
+    top.add_argument("--batch", type=at_least(1), default=64, metavar="N", help="images of a batch")
+    top.add_argument("--jobs", type=at_least(1), default=2, metavar="N", help="threads or processes of each contender")
+    top.add_argument("--only", type=lambda names: names.split(","), metavar="NAMES",
+                     help="these, divided by commas (default: all)")
+    top.add_out("writes NAME.json and NAME.png", "NAME", default=Path("bench"))
+    return top
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m tools.bench") -> int:
+    """The command. Returns its exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    return guarded(lambda: run(parser(prog).parse_intermixed_args(words), words))
 
 
 if __name__ == "__main__":

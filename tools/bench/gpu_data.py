@@ -97,7 +97,7 @@ def data(job: Job) -> Iterator[tuple[str, Any]]:
         count = len(index.ids("train"))
         if count > MOST:
             raise ValueError(f"--index (={path}) has {count:,} training images, more than {MOST:,}; give one of fewer, which "
-                             "`python tools/build_index.py subset` derives")
+                             "`alexnet index subset` derives")
         if not stats_path(index.path, square_px).exists():
             stats = compute(index, "train", square_px, machine=LoaderConfig(quarantine_budget=0.05))
             stats.save(stats_path(index.path, square_px))

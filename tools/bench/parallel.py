@@ -1,4 +1,4 @@
-"""Times ways to share a network between processes against one process: `python -m tools.bench.parallel [--config RECIPE]`.
+"""Times ways to share a network between processes against one process: `python -m tools.bench.parallel [RECIPE]`.
 
 Every way makes steps of the same global batch on noise, each process with one thread on one core (rank r the core r modulo their
 number), where also runs what carries its bytes to others. Teams of processes, started as torchrun would and kept alive, take
@@ -21,19 +21,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from tools.bench.workers import Workers
 from tools.cli import guarded
+from train.cli import Parser, put_json
 
 if TYPE_CHECKING:
     from train.config import Config
     from train.parallel.topology import Topology
 
-RECIPE = Path(__file__).resolve().parents[2] / "train" / "recipes" / "alexnet_ilsvrc2012.yaml"
+RECIPE = "alexnet_ilsvrc2012"
 SETTINGS = ["--machine.device=cpu", "--machine.channels_last=true", "--machine.precision=fp32", "--machine.threads=1",
             "--machine.torch_threads=1"]
 WAITS = ("activations", "gradients")
@@ -166,11 +166,10 @@ def run(args: argparse.Namespace, settings: Sequence[str]) -> None:
             raise ValueError(f"--ways (={name}) must be among {', '.join(WAYS)}; correct the command line")
     import torch
 
-    from pipeline.files import write_json
     from tools.bench.report import hardware
     from train.recipe import parse
 
-    config = parse(["--config", str(args.config), *SETTINGS, f"--train.batch={args.batch}", *settings]).config
+    config = parse([args.recipe, *SETTINGS, f"--train.batch={args.batch}", *settings]).config
     if config.machine.precision == "fp64":
         raise ValueError("machine.precision (=fp64) is for comparing results; measure fp32 or bf16")
     if config.train.batch % 4:
@@ -179,26 +178,26 @@ def run(args: argparse.Namespace, settings: Sequence[str]) -> None:
              "input_px": config.model.input_px, "device": config.machine.device, "torch": torch.__version__, **hardware(),
              "load_before": os.getloadavg()[0], "rounds": args.rounds, "seconds_a_turn": args.seconds}
     entries = measure(config, args.ways, args.rounds, args.seconds)
-    show(entries)
-    if args.json is not None:
-        write_json(args.json, {"about": about, "ways": entries})
+    if not put_json(args.json, {"about": about, "ways": entries}):
+        show(entries)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit code: 0, or 2 with a message on stderr."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bench.parallel", description="Time ways to share a network between processes against one process.",
-        epilog="Other words (--machine.precision=bf16) are settings of the recipe. Exit codes: 0 done, 2 a mistake or a "
-        "failure, 130 Ctrl-C.")
-    parser.add_argument("--config", type=Path, default=RECIPE, metavar="RECIPE", help="network and settings (alexnet_ilsvrc2012)")
-    parser.add_argument("--batch", type=int, default=64, metavar="N", help="images of a step, of all processes together (64)")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each (5)")
-    parser.add_argument("--seconds", type=float, default=4.0, metavar="S", help="length of a turn (4)")
+    parser = Parser(
+        prog="python -m tools.bench.parallel", former={"--config": ""},
+        usage="python -m tools.bench.parallel [RECIPE] [--group.key=value …] [options]",
+        description="Time ways to share a network between processes against one process.",
+        example="python -m tools.bench.parallel demo --batch 64 --machine.precision=bf16")
+    parser.add_argument("recipe", nargs="?", default=RECIPE, metavar="RECIPE",
+                        help="network and settings; --group.key=value sets one")
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="images of a step, of all processes together")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each")
+    parser.add_argument("--seconds", type=float, default=4.0, metavar="S", help="length of a turn")
     parser.add_argument("--ways", type=lambda text: text.split(","), metavar="NAMES", default=list(WAYS),
-                        help=f"these, divided by commas, and `one` ({','.join(WAYS)})")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
-    args, settings = parser.parse_known_args(arguments)
-    return guarded(lambda: run(args, settings))
+                        help=f"these, divided by commas, and `one` (default: {','.join(WAYS)})")
+    parser.add_json()
+    return guarded(lambda: run(*parser.parse_settings(arguments)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Times the training step of a recipe's network against plain eager PyTorch: `python -m tools.bench.step [--config RECIPE]`.
+"""Times the training step of a recipe's network against plain eager PyTorch: `python -m tools.bench.step [RECIPE]`.
 
 The same layers, batch and device, on noise. Plain: nn.Conv2d, nn.LocalResponseNorm, nn.Dropout, torch.optim.SGD, as one writes
 them; once as PyTorch does by default (float32, NCHW), once with the precision and the memory format of the recipe. Ours: the
@@ -6,16 +6,18 @@ training loop's own step, likewise. They take turns in one process; ratios are o
 threads. Further words (--machine.precision=fp32) are settings of the recipe. Exit code 0, or 2 with a message."""
 from __future__ import annotations
 
-import train  # noqa: F401 (before torch: it says how idle threads wait)
+from train.exit_codes import run_command, start_command
+
+if __name__ == "__main__":
+    start_command()
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tools.cli import guarded
+from train.cli import Parser
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from train.config import Config
     from train.parallel.topology import Topology
 
-RECIPE = Path(__file__).resolve().parents[2] / "train" / "recipes" / "alexnet_ilsvrc2012.yaml"
+RECIPE = "alexnet_ilsvrc2012"
 DEFAULT: dict[str, Any] = {"precision": "fp32", "channels_last": False}  # PyTorch's
 
 
@@ -95,7 +97,7 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> None:
     from train.parallel.topology import process_group
     from train.recipe import parse
 
-    recipe = parse(["--config", str(args.config), *words]).config
+    recipe = parse([args.recipe, *words]).config
     ways: dict[str, tuple[Callable[[Config, Topology], Iterator[int]], Config]] = {}
     stated = replace(recipe.machine, **DEFAULT)
     for title, machine in (("PyTorch's defaults", stated), ("as the recipe says", recipe.machine)):
@@ -117,14 +119,14 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.bench.step", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=RECIPE, metavar="RECIPE", help="(default: alexnet_ilsvrc2012.yaml)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of a turn, at least two steps (default 5)")
-    args, words = parser.parse_known_args(arguments)
-    return guarded(lambda: run(args, words))
+    parser = Parser(prog="python -m tools.bench.step", former={"--config": ""}, description=__doc__,
+                    usage="python -m tools.bench.step [RECIPE] [--group.key=value …] [options]",
+                    example="python -m tools.bench.step demo --rounds 3 --train.batch=64")
+    parser.add_argument("recipe", nargs="?", default=RECIPE, metavar="RECIPE", help="network and settings")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each")
+    parser.add_argument("--seconds", type=float, default=5.0, metavar="S", help="of a turn, at least two steps")
+    return guarded(lambda: run(*parser.parse_settings(arguments)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

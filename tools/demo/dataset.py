@@ -10,7 +10,6 @@ from train.exit_codes import run_command, start_command
 if __name__ == "__main__":
     start_command()
 
-import argparse
 import gzip
 import io
 import sys
@@ -25,6 +24,7 @@ from rich.progress import track
 
 from pipeline.files import atomic_write
 from tools.cli import guarded
+from train.cli import Parser
 from tools.demo.images import classes, encode, render
 
 TRAIN = "ILSVRC2012_img_train.tar"
@@ -132,16 +132,17 @@ def make(out: Path, seed: int, class_count: int, per_class: int, val_per_class: 
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit code: 0, or 2 with a message on stderr."""
-    parser = argparse.ArgumentParser(description="Write a small synthetic data set shaped as ILSVRC2012: train tar, val tar, devkit.")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the three archives")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = Parser(prog="python -m tools.demo.dataset", example="python -m tools.demo.dataset -o demo --classes 4 --per-class 20",
+                    description="Write a small synthetic data set shaped as ILSVRC2012: train tar, val tar, devkit.")
+    parser.add_out("folder for the three archives", required=True)
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the pictures")
     parser.add_argument("--classes", type=int, default=10, metavar="N", help="4 to 36")
     parser.add_argument("--per-class", type=int, default=200, metavar="N", help="training pictures of a class")
     parser.add_argument("--val-per-class", type=int, default=30, metavar="N", help="validation pictures of a class")
     parser.add_argument("--sides", type=int, nargs=2, default=(90, 160), metavar=("LO", "HI"), help="range of the short side")
-    args = parser.parse_args(argv)
 
     def work() -> None:
+        args = parser.parse_args(argv)
         counts = make(args.out, args.seed, args.classes, args.per_class, args.val_per_class, tuple(args.sides))
         print(f"{counts['train']} training and {counts['val']} validation pictures of {counts['classes']} classes in {args.out}")
     return guarded(work, "interrupted; no archive was left half-written")

@@ -217,7 +217,7 @@ def _settings(measured: Measured, setup: Setup, name: str) -> list[Setting]:
     if "packed" in chosen:
         found.append(Setting(machine.machine, (
             f"tier: packed    # {setup.square_px}-px JPEGs: fewer bytes to read and to decode, nothing to resize",
-            "packed: FOLDER    # python tools/pack_shards.py INDEX FOLDER"), _rate(measured, setup, threads, "packed")))
+            "packed: FOLDER    # alexnet pack INDEX -o FOLDER"), _rate(measured, setup, threads, "packed")))
     if setup.tier == "resident":
         if name == "copy" and setup.settings.resident_memory == "ram" and setup.resident_fit(("rgb",)) == ("rgb", "gpu"):
             found.append(Setting(("resident_memory: gpu    # then nothing is copied to the device",)))
@@ -242,7 +242,7 @@ def _machine(measured: Measured, setup: Setup, name: str, cause: str) -> Setting
     if cause == "read" and more > settings.read_threads and (name == "read" or settings.read_threads < setup.cores):
         lines.append(f"read_threads: {more}    # now {settings.read_threads}; storage answers many requests at once")
     if name == "crc":
-        lines.append("check_crc: false    # flipped bits pass unnoticed; `build_index.py verify` finds them beforehand")
+        lines.append("check_crc: false    # flipped bits pass unnoticed; `alexnet index verify` finds them beforehand")
         rate *= loader.cpu / max(1e-9, loader.cpu - measured.cpu("crc"))
     return Setting(tuple(lines), (), None if setup.gpu else rate)
 

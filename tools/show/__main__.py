@@ -1,13 +1,6 @@
 """Pictures of what a network sees and has learned: `python -m tools.show VERB --help`.
 
-    python -m tools.show batch --config train/recipes/X.yaml --out sheet.png
-    python -m tools.show kernels --run runs/NAME --out kernels.png
-    python -m tools.show top5 --run runs/NAME --out top5.png
-    python -m tools.show similar build --run runs/NAME --split train --out features/NAME
-    python -m tools.show similar query --features features/NAME --count 5 --out similar.png
-    python -m tools.show similar query --features features/NAME --count 1000
-
-Exit code 0, or 2 with a message on stderr.
+Exit code 0 done, 2 a mistake, 4 the machine failed, 130 interrupted.
 """
 import sys
 from pathlib import Path
@@ -20,71 +13,81 @@ from train.exit_codes import run_command, start_command  # noqa: E402
 if __name__ == "__main__":
     start_command(decodes=True)
 
-import argparse
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 from tools.cli import guarded  # noqa: E402
+from train.cli import Parser, at_least  # noqa: E402
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="python -m tools.show", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    batch = verbs.add_parser("batch", help="training crops with labels and augmentation")
-    _path(batch, "--config", "RECIPE", "for sizes, mean, lighting, seed", required=True)
-    batch.add_argument("--count", type=int, default=32, metavar="B", help="crops on the sheet (default %(default)s)")
-    batch.add_argument("--step", type=int, default=0, metavar="N", help="which batch of that many, from 0 (default %(default)s)")
-    kernels = verbs.add_parser("kernels", help="filters of conv1, a tower a block (paper figure 3)")
-    top5 = verbs.add_parser("top5", help="images with their five most probable labels (paper figure 4, left)")
+def parser(prog: str = "python -m tools.show") -> Parser:
+    top = Parser(prog=prog, description="Pictures of what a network sees and has learned.", example=f"""\
+  {prog} batch demo -o sheet.png
+  {prog} kernels runs/demo -o kernels.png
+  {prog} top5 runs/demo -o top5.png
+  {prog} similar build runs/demo --split train -o features/demo
+  {prog} similar query --features features/demo --count 5 -o similar.png""")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    former = dict.fromkeys(("--run", "--checkpoint", "--config"), "")
+
+    def add(parent: Any, verb: str, help: str, example: str) -> Parser:
+        found: Parser = parent.add_parser(verb, help=help, former=former, example=f"{prog} {example}")
+        return found
+
+    batch = add(verbs, "batch", "training crops with labels and augmentation", "batch demo -o sheet.png")
+    batch.add_argument("recipe", metavar="RECIPE", help="for sizes, mean, lighting, seed: a name or a file")
+    batch.add_argument("--count", type=int, default=32, metavar="B", help="crops on the sheet")
+    batch.add_argument("--step", type=int, default=0, metavar="N", help="which batch of that many, from 0")
+    kernels = add(verbs, "kernels", "filters of conv1, a tower a block (paper figure 3)", "kernels runs/demo -o kernels.png")
+    top5 = add(verbs, "top5", "images with their five most probable labels (paper figure 4, left)", "top5 runs/demo -o top5.png")
     _drawn(top5, 8)
     top5.add_argument("--views", type=int, choices=(1, 10), help="crops per image (default: the recipe's)")
-    similar = verbs.add_parser("similar", help="nearest neighbours at the network's last hidden layer (paper figure 4, right)")
-    steps = similar.add_subparsers(dest="step", required=True)
-    build = steps.add_parser("build", help="write the features of a split's images")
+    similar = verbs.add_parser("similar", help="nearest neighbours at the network's last hidden layer (paper figure 4, right)",
+                               example=f"{prog} similar build runs/demo -o features/demo")
+    steps = similar.add_subparsers(dest="step", required=True, metavar="VERB")
+    build = add(steps, "build", "write the features of a split's images", "similar build runs/demo -o features/demo")
     build.add_argument("--split", help="images to search (default: the recipe's training split)")
-    _path(build, "--out", "DIR", "new folder", required=True)
-    query = steps.add_parser("query", help="find the images nearest to others; without --out, count how many are of their class")
-    _path(query, "--features", "DIR", "folder that build wrote", required=True)
+    build.add_out("new folder", required=True)
+    query = add(steps, "query", "find the images nearest to others; without --out, count how many are of their class",
+                "similar query --features features/demo --count 5 -o similar.png")
+    query.add_argument("--features", type=Path, metavar="FOLDER", required=True, help="folder that build wrote")
     _drawn(query, 5)
-    query.add_argument("--neighbours", type=int, default=6, metavar="K", help="of each query (default %(default)s)")
+    query.add_argument("--neighbours", type=int, default=6, metavar="K", help="of each query")
     query.add_argument("--no-pixels", action="store_true", help="leave out the search by pixels, which decodes every image")
     query.add_argument("--json", nargs="?", const=Path("-"), type=Path, metavar="FILE",
                        help="ids and classes of queries and neighbours as JSON, to FILE or, without it, to stdout")
     for one in (batch, kernels, top5, query):
-        _path(one, "--out", "PNG", "the sheet", required=one is not query)
+        one.add_out("the sheet", "PNG", required=one is not query)
     for one in (kernels, top5, build, query):
-        group = one.add_mutually_exclusive_group(required=one is not query)
-        _path(group, "--run", "DIR", "run folder" + " (default: the checkpoint that the features are of)" * (one is query))
-        _path(group, "--checkpoint", "DIR", "checkpoint folder")
-        one.add_argument("--which", choices=("best", "last"), help="of the run's checkpoints (default last)")
+        one.add_argument("run", type=Path, metavar="RUN", nargs="?" if one is query else None,
+                         help="run folder, checkpoint, or folder of "
+                         "export" + " (default: the one that the features are of)" * (one is query))
+        one.add_which()
     for one in (batch, top5, build, query):
-        _path(one, "--index", "DIR", "index (default: that of the recipe or features)")
-        _path(one, "--archives", "DIR", "folder of the archives when they have moved")
+        one.add_argument("--index", type=Path, metavar="INDEX", help="index (default: that of the recipe or features)")
+        one.add_archives()
     for one in (top5, build, query):
-        one.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to compute (default: the run's)")
-        one.add_argument("--batch", type=int, metavar="B", help="images at once (default: the run's)")
-    return parser.parse_args(argv)
+        one.add_device()
+        one.add_argument("--batch", type=at_least(1), metavar="N", help="images at once (default: the run's)")
+    return top
 
 
-def _path(parser: Any, name: str, metavar: str, help: str, **options: Any) -> None:
-    parser.add_argument(name, type=Path, metavar=metavar, help=help, **options)
-
-
-def _drawn(parser: argparse.ArgumentParser, count: int) -> None:
+def _drawn(parser: Parser, count: int) -> None:
     """Options that choose images."""
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--count", type=int, default=count, metavar="N", help="so many, at random (default %(default)s)")
+    group.add_argument("--count", type=int, default=count, metavar="N", help="so many, at random")
     group.add_argument("--ids", type=int, nargs="+", metavar="ID", help="these samples of the index instead")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawing (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the drawing")
     parser.add_argument("--split", help="to draw from (default: the recipe's test split)")
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m tools.show") -> int:
     """Run the command; returns its exit code."""
-    args = parse(argv)
-    return guarded(lambda: importlib.import_module(f"tools.show.{args.verb}").run(args))
+    def work() -> None:
+        args = parser(prog).parse_args(argv)
+        importlib.import_module(f"tools.show.{args.verb}").run(args)
+    return guarded(work)
 
 
 if __name__ == "__main__":

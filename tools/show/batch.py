@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--count (={args.count}) must lie in 1..200; larger sheets cannot be read")
     if args.step < 0:
         raise ValueError(f"--step (={args.step}) must be at least 0; batches are counted from 0")
-    config = load(args.config)
+    config = load(args.recipe)
     data = replace(config.data, index=str(args.index or config.data.images), packed="")
     archives = str(args.archives or config.machine.archives)
     store = archives if archives.startswith("s3://") else ""

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextCo
 from pipeline.files import write_json
 from pipeline.index.sample_index import SampleIndex
 from tools.show import check_png
-from train.checkpoint.resolve import TrainedNetwork, class_name, load_trained, resolve
+from train.checkpoint.resolve import NETWORKS, TrainedNetwork, class_name, load_trained, resolve
 from train.figures import features as feature_folder
 from train.figures.features import Features, Progress
 from train.figures.kernels import need_matplotlib
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
 
 def build(args: argparse.Namespace) -> None:
     """Write the features of a split."""
-    with load_trained(resolve(args.run or args.checkpoint, args.which), index=args.index, archives=args.archives,
+    with load_trained(resolve(args.run, args.which, kinds=NETWORKS, name="RUN"), index=args.index, archives=args.archives,
                       device=args.device, batch=args.batch) as trained, _bar("features") as progress:
         features = feature_folder.build(trained, args.split or trained.config.data.train_split, args.out, progress)
     count, width = features.rows.shape
@@ -60,7 +60,7 @@ def query(args: argparse.Namespace) -> None:
             raise ValueError(f"queries (={count}) must lie in 1..{MOST}, as larger sheets cannot be read; without --out "
                              "neighbours are only counted")
     features = Features.load(args.features)
-    with load_trained(resolve(args.run or args.checkpoint or Path(features.source.checkpoint), args.which),
+    with load_trained(resolve(args.run or Path(features.source.checkpoint), args.which, kinds=NETWORKS, name="RUN"),
                       index=args.index or features.source.index, archives=args.archives, device=args.device,
                       batch=args.batch) as trained:
         features.check(trained)

@@ -13,7 +13,7 @@ import torch
 from tools.show import check_png
 from tools.show.sheet import Sheet, fitting
 from train.build import autocast
-from train.checkpoint.resolve import TrainedNetwork, class_name, load_trained, resolve
+from train.checkpoint.resolve import NETWORKS, TrainedNetwork, class_name, load_trained, resolve
 from train.evaluate.metrics import label_ranks
 from train.evaluate.predict import average_softmax
 from train.figures.neighbours import centre_crops, chosen_ids
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     count = len(args.ids or ()) or args.count
     if not 1 <= count <= MOST:
         raise ValueError(f"images (={count}) must lie in 1..{MOST}; larger sheets cannot be read")
-    with load_trained(resolve(args.run or args.checkpoint, args.which), index=args.index, archives=args.archives,
+    with load_trained(resolve(args.run, args.which, kinds=NETWORKS, name="RUN"), index=args.index, archives=args.archives,
                       device=args.device, batch=args.batch) as trained:
         index, crops = trained.index, args.views or trained.config.train.test_views
         ids, splits = chosen_ids(index, args.split or trained.config.data.test_split, args.count, args.seed, args.ids)

@@ -31,6 +31,7 @@ from train.recipe import load
 from train.run_folder import CHECKPOINTS, METRICS, check_never_saved
 
 Kind = Literal["checkpoint", "exported", "evaluation"]
+NETWORKS: tuple[Kind, ...] = ("checkpoint", "exported")
 NAMES: dict[Kind, str] = {"checkpoint": "a checkpoint", "exported": "a network that train.export wrote",
                           "evaluation": "a saved evaluation"}
 
@@ -160,7 +161,7 @@ def find_pretrained(config: Config, resume: bool, warn: Callable[[str], None]) -
     if not config.init_from.checkpoint:
         return None
     try:
-        return resolve(Path(config.init_from.checkpoint), default="best", kinds=("checkpoint", "exported"),
+        return resolve(Path(config.init_from.checkpoint), default="best", kinds=NETWORKS,
                        name="init_from.checkpoint", warn=warn)
     except (ValueError, OSError, RuntimeError):  # DamagedCheckpoint is one
         if not resume:

@@ -16,7 +16,7 @@ import torch
 from pipeline.index.ilsvrc import read_devkit
 from pipeline.index.sample_index import SampleIndex
 from train import build
-from train.checkpoint.resolve import Resolved, resolve, warn_on_stderr
+from train.checkpoint.resolve import NETWORKS, Resolved, resolve, warn_on_stderr
 from train.config import Config
 from train.console import Console
 from train.evaluate import predictions
@@ -52,8 +52,8 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"submission (={args.submission}) cannot be written, its folder does not exist; give another "
                              "--submission")
         read_devkit(args.devkit)
-    found = [resolve(path, args.which, kinds=("checkpoint", "exported", "evaluation"),
-                     name="--run" if args.run else "--checkpoint") for path in args.run or args.checkpoint]
+    found = [resolve(path, args.which, kinds=(*NETWORKS, "evaluation"),
+                     name="RUN") for path in args.runs]
     members = [predictions.load(entry.path) if entry.kind == "evaluation" else _plan(entry, args) for entry in found]
     check_compatible(members)
     evaluations: list[Optional[Evaluation]] = [member if isinstance(member, Evaluation) else None for member in members]
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         config = plans[0].config
         with process_group(towers=config.model.towers, parallel=config.parallel, device=config.machine.device,
                            timeout_s=config.machine.timeout_s, silence_s=config.machine.silence_s) as topology:
-            evaluations = [_evaluation(member, args.save, topology) if isinstance(member, Plan) else member for member in members]
+            evaluations = [_evaluation(member, args.out, topology) if isinstance(member, Plan) else member for member in members]
     if is_main_process():
         print_results([evaluation for evaluation in evaluations if evaluation is not None], args)
 

@@ -1,11 +1,11 @@
 """Print the results of a test as text or JSON: counts, errors, loss, 95% intervals; an ensemble beside its members."""
 
 import argparse
-import json
 from typing import Any, Optional, Sequence
 
 from pipeline.index.sample_index import SampleIndex
 from train.checkpoint.resolve import warn_on_stderr
+from train.cli import put_json
 from train.evaluate import submission
 from train.evaluate.ensemble import Result, ensemble_result, five_best, member_result
 from train.evaluate.metrics import CHANCE
@@ -30,7 +30,8 @@ def print_results(members: Sequence[Evaluation], args: argparse.Namespace) -> No
     if args.submission is not None:
         _submit(members, args)
         report["submission"] = str(args.submission)
-    print(json.dumps(report) if args.json else "\n".join(_lines(members, results, together, args)))
+    if not put_json(args.json, report):
+        print("\n".join(_lines(members, results, together, args)))
     for name, entry in zip([*(member.name for member in members), "ensemble"], [*report["members"], report["ensemble"]]):
         if entry and entry.get("at_chance"):
             warn_on_stderr(f"{name}: {CHANCE}")

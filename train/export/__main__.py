@@ -16,19 +16,19 @@ import argparse
 from pathlib import Path
 from typing import Sequence
 
+from train.cli import Parser
 from train.exit_codes import exit_code
 
 
-def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.export", description="Write a trained network as safetensors with a model card, and as ONNX. Exit "
-        "codes: 0 done, 2 a mistake in what was asked, 4 the machine failed or the check did.")
-    parser.add_argument("checkpoint", type=Path, help="a run folder, or a checkpoint folder")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write, not there yet")
-    parser.add_argument("--which", choices=("best", "last"), help="of a run's checkpoints (default best, else last)")
-    parser.add_argument("--index", help="index whose class names are written (default: the recipe's)")
-    parser.add_argument("--onnx", action="store_true", help="write model.onnx too")
-    return parser.parse_args(argv)
+def parser(prog: str = "python -m train.export") -> Parser:
+    top = Parser(prog=prog, description="Write a trained network as safetensors with a model card, and as ONNX.",
+                 example=f"{prog} runs/demo -o weights/demo --which best --onnx")
+    top.add_argument("run", type=Path, metavar="RUN", help="run folder or checkpoint")
+    top.add_out("folder to write, not there yet", required=True)
+    top.add_which()
+    top.add_argument("--index", type=Path, metavar="INDEX", help="index whose class names are written (default: the recipe's)")
+    top.add_argument("--onnx", action="store_true", help="write model.onnx too")
+    return top
 
 
 def export(args: argparse.Namespace) -> None:
@@ -39,7 +39,7 @@ def export(args: argparse.Namespace) -> None:
     from train.export.folder import NOISE_IMAGES, describe, write_folder
     from train.parallel.topology import Topology
 
-    source = resolve(args.checkpoint, args.which, default="best")
+    source = resolve(args.run, args.which)
     config, problem = source.config(), ""
     try:
         index = SampleIndex.load(args.index or config.data.images)
@@ -62,9 +62,8 @@ def export(args: argparse.Namespace) -> None:
         print(f"classes.txt was not written: {problem}")
 
 
-def main(argv: Sequence[str]) -> int:
-    args = arguments(argv)
-    return exit_code(lambda: export(args), "use a machine with more")
+def main(argv: Sequence[str], prog: str = "python -m train.export") -> int:
+    return exit_code(lambda: export(parser(prog).parse_args(argv)), "use a machine with more")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 from scipy.stats import mannwhitneyu
 
 from train.checkpoint import checkpoint as checkpoints
+from train.export import safetensors_io
 from train.parallel.topology import Topology
 from train.recipe.strict_yaml import load_yaml
 
@@ -31,18 +32,26 @@ def need_matplotlib() -> None:
 
 
 def conv1(checkpoint: Path) -> tuple[np.ndarray, int]:
-    """Read conv1's weights (N, 3, H, W), of the shape that is stored, and the number of towers from a checkpoint folder.
+    """Read conv1's weights (N, 3, H, W), of the shape that is stored, and the number of towers from a checkpoint folder, or one
+    that train.export wrote.
 
     Raises DamagedCheckpoint, and ValueError when it has no conv1 that sees three colours.
     """
-    checkpoints.verify(checkpoint)
-    shape = checkpoints.stored_shapes(checkpoint).get(WEIGHT, ())
+    exported = (checkpoint / safetensors_io.WEIGHTS).is_file()
+    if exported:
+        config, tensors = safetensors_io.load_safetensors(checkpoint)
+        weights, towers = {f"weight.{name}": tensor for name, tensor in tensors.items()}, config.towers
+        shape = tuple(weights[WEIGHT].shape) if WEIGHT in weights else ()
+    else:
+        checkpoints.verify(checkpoint)
+        shape = checkpoints.stored_shapes(checkpoint).get(WEIGHT, ())
     if len(shape) != 4 or shape[1] != 3:
         raise ValueError(f"conv1 (={shape or 'none'} in {checkpoint}) must have the shape (kernels, 3, rows, columns); give a "
                          "checkpoint of a network that sees three colours")
-    towers = int(load_yaml((checkpoint / checkpoints.CONFIG).read_text(encoding="utf-8"))["model"]["towers"])
-    weights = {WEIGHT: torch.empty(shape)}
-    checkpoints.load(checkpoint, weights, {WEIGHT: shape}, Topology.single(), partial=True)
+    if not exported:
+        towers = int(load_yaml((checkpoint / checkpoints.CONFIG).read_text(encoding="utf-8"))["model"]["towers"])
+        weights = {WEIGHT: torch.empty(shape)}
+        checkpoints.load(checkpoint, weights, {WEIGHT: shape}, Topology.single(), partial=True)
     return weights[WEIGHT].numpy(), towers
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from train.cli import visible_gpus
 from train.config import ParallelConfig
 from train.parallel import failure
 
@@ -114,7 +115,7 @@ def process_group(*, towers: int, device: str, timeout_s: float, silence_s: floa
     there is no GPU for this process or torchrun's variables are incomplete."""
     rank, world_size, local_rank, local_ranks = _variables(*VARIABLES) if "WORLD_SIZE" in os.environ else (0, 1, 0, 1)
     coordinates = _coordinates(world_size, rank, local_ranks, towers, parallel)
-    chosen = _device(device, local_rank)
+    chosen = _device(device, local_rank, local_ranks)
     if chosen.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts; deterministic cuBLAS asks for it
         torch.cuda.set_device(chosen)
@@ -157,15 +158,21 @@ def _coordinates(world_size: int, rank: int, local_ranks: int, towers: int,
     return rank // together, world_size // together, rank % together, together
 
 
-def _device(wanted: str, local_rank: int) -> torch.device:
+def _device(wanted: str, local_rank: int, local_ranks: int) -> torch.device:
     """The device of this process; `auto` takes a GPU of its own when there is one for it."""
     if wanted == "cpu":
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if local_rank < count:
-        return torch.device("cuda", local_rank)
-    if wanted == "cuda" or count:
-        raise RuntimeError(f"machine.device (={wanted}) needs a GPU for local process {local_rank}, but there are "
+    name, _, number = wanted.partition(":")
+    if number and local_ranks > 1:
+        raise ValueError(f"machine.device (={wanted}) is one GPU for {local_ranks} processes; write cuda: each takes its own")
+    chosen = int(number or local_rank)
+    if chosen < count:
+        return torch.device("cuda", chosen)
+    if name == "cuda" and not count:
+        raise ValueError(f"machine.device (={wanted}) cannot be used: {visible_gpus()}; use --machine.device=cpu")
+    if name == "cuda" or count:
+        raise RuntimeError(f"machine.device (={wanted}) needs GPU {chosen} for local process {local_rank}, but there are "
                            f"{count}; start fewer processes or use --machine.device=cpu")
     return torch.device("cpu")
 

@@ -1,14 +1,12 @@
 """Recipes (YAML files) and command lines: parsed strictly into a `Config`, and written back.
 
 A recipe has the groups of train/config.py; `--group.key=value` overrides a value, and `extends: OTHER.yaml` (relative to the
-file) inherits all that a recipe does not state. A value that changes results must be stated, null included, and a key that
-nothing reads is an error.
+file, or one that comes with this program) inherits all that a recipe does not state. A value that changes results must be
+stated, null included, and a key that nothing reads is an error.
 """
-import argparse
 import dataclasses
 import functools
 import math
-import re
 import textwrap
 import types
 import typing
@@ -16,18 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
-import jsonargparse
 import yaml
 
 from model.config import LAYER_NAME, Conv, Full
-from pipeline.index.header import read_header
 from pipeline.config import STATED
+from pipeline.index.header import read_header
+from train.cli import nearest
 from train.config import Config
-from train.recipe.strict_yaml import MOST_BYTES, Dumper, load_yaml, nearest, read_yaml
+from train.recipe.strict_yaml import MOST_BYTES, Dumper, load_yaml, read_yaml
 
 GROUPS: dict[str, type] = typing.get_type_hints(Config)
-MODE = "strict_yaml"
 AUTO = "auto"  # as model.classes: the number of classes of the index
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+FLAGS = ("--resume", "--print-config", "--print_config", "--help", "-h", "--help-config", "--list")
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text, in quotes"}
 
 
@@ -36,24 +35,34 @@ class CommandLine:
     """A parsed command line."""
     config: Config
     resume: bool
-    recipe: Path | None  # the last one named
+    recipe: Path  # the last one named
+
+
+def find_recipe(name: str | Path, folder: Path = Path(), shipped: Path = RECIPES, what: str = "recipe", blame: str = "") -> Path:
+    """The file that `name` means: a path, relative to `folder`, or the name of one that comes with this program. Raises
+    ValueError, with `blame`, when there is none."""
+    path, ours = folder / name, shipped / f"{str(name).removesuffix('.yaml')}.yaml"
+    if path.is_file():
+        return path
+    if Path(name).name == str(name) and ours.is_file():
+        return ours
+    names = sorted(file.stem for file in shipped.glob("*.yaml"))
+    instead = nearest(path.stem, names) or f"give a YAML file, or one of {textwrap.shorten(', '.join(names), 80)}"
+    raise ValueError(f"{what} (={path}) {'is no file' if path.exists() else 'does not exist'}; {instead}{blame}")
 
 
 def read_recipe(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The values of a recipe over those of the one it extends: mappings are merged, all else is replaced. `children` are the
-    recipes that extend this one. Raises ValueError when there is no such file, or it is no mapping, has an unknown key, or
-    extends itself."""
-    if not path.is_file():
-        raise ValueError(f"recipe (={path}) {'is no file' if path.exists() else 'does not exist'}; give one of train/recipes" + (
-            f", or correct extends in {children[-1]}" if children else ""))
+    recipes that extend this one. Raises ValueError when it is no mapping, has an unknown key, or extends itself."""
     if path.resolve() in (other.resolve() for other in children):
         raise ValueError(f"extends (={path.name} in {children[-1]}) leads back to itself; take one of the lines away")
     try:
         with path.open(encoding="utf-8") as file:
             values, lines = read_yaml(file.read(MOST_BYTES + 1))
     except ValueError as error:  # UnicodeDecodeError is one
-        raise ValueError(f"recipe (={path}) is no YAML: {_one_line(str(error))}") from None
-    values = {} if values is None else values
+        raise ValueError(f"recipe (={path}) is no YAML: {error}; correct it there") from None
+    if values is None:
+        raise ValueError(f"recipe (={path}) is empty; begin with a line such as extends: demo, then what differs")
     if not isinstance(values, dict):
         raise ValueError(f"recipe (={path}) must be groups of keys, not a {type(values).__name__}; see train/recipes/demo.yaml")
     model = values.get("model")
@@ -65,7 +74,8 @@ def read_recipe(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
         return values
     if not isinstance(parent, str):
         raise ValueError(f"extends (={parent} in {path}) must be the name of a recipe beside it; correct it")
-    return dict(_merge(read_recipe(path.parent / parent, (*children, path)), values))
+    found = find_recipe(parent, path.parent, blame=f", or correct extends in {path}")
+    return dict(_merge(read_recipe(found, (*children, path)), values))
 
 
 def _known(kind: Any) -> dict[str, Any] | None:
@@ -104,7 +114,8 @@ def _check(value: Any, kind: Any, keys: tuple[str, ...], place: Callable[[tuple[
         need(isinstance(value, dict), "must map names to layers; write conv1: {kernels: 96, px: 11, …}")
         known = dict.fromkeys(map(str, value))
     elif (known := _known(kind)) is not None:
-        need(isinstance(value, (dict, type(None))), "must be a group of keys; write {key: value, …}")
+        optional = len(keys) < 2 or type(None) in typing.get_args(kind)  # a group without a value is as if it were not there
+        need(isinstance(value, dict) or value is None and optional, "must be a group of keys; write {key: value, …}")
     if known is not None:
         for key, inner in (value or {}).items():
             inside = *keys, str(key)
@@ -140,71 +151,72 @@ def _merge(base: Any, values: Any) -> Any:
     return base | {key: _merge(base.get(key), value) for key, value in values.items()}
 
 
-@functools.cache
-def build_parser() -> jsonargparse.ArgumentParser:
-    """The parser of `python -m train.main`."""
-    jsonargparse.set_loader(MODE, load_yaml, exceptions=(ValueError,))
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m train.main", exit_on_error=False, allow_abbrev=False, parser_mode=MODE, default_env=False,
-        description="Train the two-tower AlexNet as a recipe says; exit codes: 0 done, 2 a mistake in recipe or command line, "
-                    "3 the loss or a gradient was not finite, 4 the machine failed, 75 stopped and saved (resume with --resume).")
-    parser.add_argument("--config", action="config", help="a recipe, train/recipes/*.yaml")
-    parser.add_argument("--resume", action="store_true", help="resume from the newest good checkpoint of the run folder")
-    for name, group in GROUPS.items():
-        parser.add_class_arguments(group, name)
-    return parser
+def _build(value: Any, kind: Any, key: str = "") -> Any:
+    """Checked values as what they configure: groups as dataclasses, lists as tuples. Raises ValueError for a missing field."""
+    known = _known(kind)
+    if known is not None and value is not None:
+        configures = next(inner for inner in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(inner))
+        for item in dataclasses.fields(configures):
+            has_none = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+            if (has_none or item.metadata == STATED) and item.name not in value:
+                name = f"{key}.{item.name}".lstrip(".")
+                raise ValueError(f"{name} is missing; a field that changes results has no default: state it in the recipe or "
+                                 f"with --{name}=VALUE")
+        return configures(**{name: _build(inner, known[name], f"{key}.{name}".lstrip(".")) for name, inner in value.items()})
+    if isinstance(value, list) and kind is not Any:
+        inner_kind = next(inner for inner in (kind, *typing.get_args(kind)) if typing.get_origin(inner) is tuple)
+        return tuple(_build(inner, typing.get_args(inner_kind)[0], key) for inner in value)
+    return float(value) if kind is float else value
 
 
 def parse(argv: Sequence[str]) -> CommandLine:
-    """Parse a command line; `--help` and `--print_config` print and exit 0. Raises ValueError for an unknown or missing key, a
-    value of the wrong type or out of range."""
-    if not any(word.startswith(("--config", "--help", "-h", "--print_config")) for word in argv):
-        raise ValueError("--config (=none) must name a recipe; give one of train/recipes, such as --config "
-                         "train/recipes/demo.yaml")
-    paths, settings, words = _split(argv)
-    try:
-        values: dict[str, Any] = {}
-        for path in paths:
-            values = _merge(values, read_recipe(path))
-        values = {name: group for name, group in _merge(values, settings).items() if group is not None or name not in GROUPS}
-        _check_finite(values)
-        if paths:
-            _check_all_stated(values)
-            values = _with_classes(values)
-        parser = build_parser()
-        parsed = parser.parse_args(["--config", _text(values), *words] if paths else words)
-        built = parser.instantiate(parsed)
-    except (argparse.ArgumentError, ValueError) as error:
-        raise ValueError(_one_line(str(error))) from None
-    config = Config(**{name: built[name] for name in GROUPS})
-    return CommandLine(config, bool(parsed.resume), paths[-1] if paths else None)
+    """Parse a command line: a recipe, values that it sets, --resume; --print-config prints the whole recipe and exits 0. Several
+    --config are laid over each other. Raises ValueError for an unknown or missing key, or a value of the wrong type or range."""
+    paths, settings, flags = _split(argv)
+    if not paths:
+        raise ValueError("RECIPE (=none) must be given, such as demo; `alexnet train --list` lists what comes with this program")
+    values: dict[str, Any] = {}
+    for path in paths:
+        values = _merge(values, read_recipe(path))
+    values = {name: group for name, group in _merge(values, settings).items() if group is not None}
+    _check_finite(values)
+    config = _build(_with_classes({name: {} for name in GROUPS} | values), Config)
+    if {"--print-config", "--print_config"} & flags:
+        print(dump(config), end="")
+        raise SystemExit(0)
+    return CommandLine(config, "--resume" in flags, paths[-1])
 
 
-def _split(argv: Sequence[str]) -> tuple[list[Path], dict[str, Any], list[str]]:
-    """The recipes named on a command line; the values that it sets; the other words."""
+def _split(argv: Sequence[str]) -> tuple[list[Path], dict[str, Any], set[str]]:
+    """The recipes named on a command line; the values that it sets; its flags."""
     paths: list[Path] = []
     settings: dict[str, Any] = {}
-    words, rest = [], list(argv)
+    positional, rest = "", list(argv)
     while rest:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
         key = name.removeprefix("--")
-        if not word.startswith("--") or key in ("resume", "help", "print_config"):
-            words.append(word)
+        if word in FLAGS:
+            continue
+        if not word.startswith("-"):
+            if positional:
+                raise ValueError(f"recipe (={word}) is a second one beside {positional}; to lay it over that, write --config "
+                                 f"{word}")
+            positional = word
+            paths.append(find_recipe(word))
             continue
         if key != "config" and key not in _all_keys() and not key.startswith("model.layers."):
-            near = nearest(key, [*_all_keys(), "config", "resume", "help", "print_config"])
-            raise ValueError(f"{name} (={value if equals else 'none'}) is no option; "
-                             + (near.replace("did you mean ", "did you mean --") or "see --help"))
+            near = nearest(name, [f"--{key}" for key in _all_keys()] + ["--config", *FLAGS])
+            raise ValueError(f"{name} (={value if equals else 'none'}) is no option; {near or 'see --help'}")
         if not equals:
             if not rest:
                 raise ValueError(f"{name} (=none) must have a value; write {name}=VALUE")
             value = rest.pop(0)
         if key == "config":
-            paths.append(Path(value))
+            paths.append(find_recipe(value))
             continue
         settings = _merge(settings, _setting(key, value))
-    return paths, settings, words
+    return paths, settings, set(argv).intersection(FLAGS)
 
 
 def _setting(key: str, text: str) -> dict[str, Any]:
@@ -224,24 +236,14 @@ def _setting(key: str, text: str) -> dict[str, Any]:
     return dict(nested)
 
 
-def _check_all_stated(values: dict[str, Any]) -> None:
-    """Raise ValueError for a field without default that is not stated: the parser would take null for an Optional."""
-    for name, group in GROUPS.items():
-        for item in dataclasses.fields(group):
-            required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-            if (required or item.metadata == STATED) and item.name not in (values.get(name) or {}):
-                raise ValueError(f"{name}.{item.name} is missing; a field that changes results has no default: state it in the "
-                                 f"recipe or with --{name}.{item.name}=VALUE")
-
-
 def _with_classes(values: dict[str, Any]) -> dict[str, Any]:
     """The values with the number of classes of their index in place of `model.classes: auto`."""
-    if values["model"]["classes"] != AUTO:
+    if values["model"].get("classes") != AUTO:
         return values
     data = values["data"]
     packed = data.get("packed") if data.get("tier") in ("packed", "streamed") else None
     try:
-        _, header = read_header(Path(packed or data["index"]))
+        _, header = read_header(Path(packed or data.get("index", "")))
     except ValueError as error:
         raise ValueError(f"model.classes (=auto) is that of the index: {error}") from None
     return dict(_merge(values, {"model": {"classes": len(header.classes)}}))
@@ -259,24 +261,11 @@ def _check_finite(values: Any, key: str = "") -> None:
         raise ValueError(f"{key} (={values}) must be a finite number; correct the recipe or the command line")
 
 
-def _one_line(message: str) -> str:
-    """A parser's message on one line, without its remarks on the null that an Optional could also be."""
-    line = re.sub(r"\s+", " ", message).strip()
-    line = re.sub(r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - (.*?) - Expected a "
-                  r"<class 'NoneType'>.*", r"\1", line)
-    line = re.sub(r"Problem with given class_path '\S*?(\w+)': ", r"\1: ", line)
-    return line if "; " in line else f"{line}; correct the recipe or the command line (--print_config shows the whole)"
-
-
 def dump(config: Config) -> str:
     """The resolved recipe as YAML; `load` gives the same config back."""
-    return _text(config.as_dict())
+    return str(yaml.dump(config.as_dict(), Dumper=Dumper, sort_keys=False))
 
 
-def _text(values: dict[str, Any]) -> str:
-    return str(yaml.dump(values, Dumper=Dumper, sort_keys=False))
-
-
-def load(path: Path) -> Config:
+def load(path: str | Path) -> Config:
     """The config of a recipe, or of a run's config.yaml. Raises ValueError as `parse`."""
-    return parse(["--config", str(path)]).config
+    return parse([f"--config={path}"]).config

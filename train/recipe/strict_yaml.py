@@ -4,9 +4,7 @@ line of each key.
 PyYAML reads YAML 1.1: there 010 is 8, 1:30 is 90, `no` is false, 5e-4 is a string, of two equal keys the last one counts, and a
 few lines of aliases stand for billions of values.
 """
-import difflib
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import yaml
@@ -45,6 +43,9 @@ def read_yaml(text: str) -> tuple[Any, Lines]:
     try:
         reader = _Reader(text, _PARSER)
         return reader.document(), reader.lines
+    except yaml.MarkedYAMLError as error:
+        reason = " ".join(f"{problem} (line {mark.line + 1})" for problem, mark in (
+            (error.context, error.context_mark), (error.problem, error.problem_mark)) if problem and mark)
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
     try:  # libyaml does not take the escapes of undecodable bytes, as a path may have them
@@ -140,11 +141,3 @@ def _scalar(event: Any, line: int) -> Any:
             raise ValueError(f"the number in line {line} has more than {MOST_DIGITS} digits")
         return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
     return float(re.sub(r"\.(inf|nan)$", r"\1", text, flags=re.IGNORECASE))
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """` did you mean …?` with the known name (keys with dots) most like `name`; empty when none is."""
-    known = list(known)
-    same = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]  # of another group
-    found = same[:1] or difflib.get_close_matches(name, known, 1, cutoff=0.5)
-    return f"did you mean {found[0]}?" if found else ""

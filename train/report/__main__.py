@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Sequence
 
 from pipeline.files import atomic_write
+from train.cli import Parser
 from train.exit_codes import exit_code
 
 
@@ -46,16 +47,18 @@ def run(args: argparse.Namespace) -> None:
     print(f"{len(runs)} run{'s' * (len(runs) > 1)} in {args.out} ({args.out.stat().st_size / 1e6:.1f} MB)")
 
 
-def main(argv: Sequence[str]) -> int:
+def parser(prog: str = "python -m train.report") -> Parser:
+    top = Parser(prog=prog, description="Write one self-contained HTML page about runs, with the paper's results beside theirs.",
+                 example=f"{prog} runs/a runs/b -o report.html")
+    top.add_argument("runs", nargs="+", type=Path, metavar="RUN",
+                     help="run folder; runs that differ only in the seed become one result")
+    top.add_out("the page", "HTML", default=Path("report.html"))
+    return top
+
+
+def main(argv: Sequence[str], prog: str = "python -m train.report") -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.report", description="Write one self-contained HTML page about runs, with the paper's results "
-        "beside theirs. Exit codes: 0 done, 2 a mistake in what was asked, 4 the machine failed.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
-                        help="run folder; runs that differ only in the seed become one result")
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="HTML", help="the page")
-    args = parser.parse_args(argv)
-    return exit_code(lambda: run(args), "name fewer runs")
+    return exit_code(lambda: run(parser(prog).parse_args(argv)), "name fewer runs")
 
 
 if __name__ == "__main__":
