@@ -55,8 +55,7 @@ def parser(prog: str = "python -m tools.show") -> Parser:
     _drawn(query, 5)
     query.add_argument("--neighbours", type=int, default=6, metavar="K", help="of each query")
     query.add_argument("--no-pixels", action="store_true", help="leave out the search by pixels, which decodes every image")
-    query.add_argument("--json", nargs="?", const=Path("-"), type=Path, metavar="FILE",
-                       help="ids and classes of queries and neighbours as JSON, to FILE or, without it, to stdout")
+    query.add_json("ids and classes of queries and neighbours as JSON, to FILE.json or, without it, to stdout")
     for one in (batch, kernels, top5, query):
         one.add_out("the sheet", "PNG", required=one is not query)
     for one in (kernels, top5, build, query):
