@@ -48,6 +48,7 @@ lint: $(STAMP)
 	$(BIN)/python -m mypy
 
 docs: $(STAMP)
+	$(BIN)/python -m tools.docs.reference
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 bench: $(STAMP)

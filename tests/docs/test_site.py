@@ -37,6 +37,12 @@ def test_the_site_builds_strictly_and_fetches_nothing(tmp_path: Path) -> None:
     assert "machine.prefetch" in pages["configuration.html"] and "state_dict" in pages["loader.html"]
 
 
+def test_the_generated_pages_are_what_the_program_says() -> None:
+    """Else: python -m tools.docs.reference."""
+    assert [path.name for path, text in reference.pages().items() if path.read_text(encoding="utf-8") != text] == []
+    assert "## alexnet train\n" in reference.commands() and "#### alexnet index build classes\n" in reference.commands()
+
+
 def test_the_configuration_reference_has_every_key_and_no_other() -> None:
     keys = reference.keys()
     assert {key for key in keys if "…" not in key} == set(below("", Config))

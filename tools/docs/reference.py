@@ -1,26 +1,38 @@
-"""Pages of the documentation made from the program itself whenever the site is built: `configuration.md` from the dataclasses.
-
-A hook of MkDocs (mkdocs.yml): the pages are not kept in the repository, so they cannot be out of date.
+"""The reference pages, made from the program itself: `python -m tools.docs.reference` writes docs/configuration.md, from the
+dataclasses of a recipe, docs/commands.md, from the parsers, and docs/errors.md. A test finds them out of date.
 """
+import argparse
+import contextlib
 import dataclasses
+import io
 import json
+import os
 import re
 import types
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import docstring_parser
 
 from model.config import Conv, Full
+from tools import alexnet, errors
 from train.config import Config
 
 CONFIGURATION = """# Configuration reference
 
 Every key of a recipe, made from the classes that read it. `--group.key=VALUE` on the command line overrides a recipe, and
 `--print-config` prints the whole. A key marked *required* must be in the recipe, or in the one it `extends`. Keys of `machine`
-and `parallel` change no result, up to rounding.
+and `parallel` change no result, up to rounding. (Made by `python -m tools.docs.reference`.)
 """
+COMMANDS = """# Command reference
+
+The `--help` of every command. `alexnet VERB` runs from any folder. Exit codes: [Troubleshooting](errors.md). (Made by `python -m
+tools.docs.reference`.)
+"""
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def configuration() -> str:
@@ -77,3 +89,45 @@ def _type(hint: Any) -> str:
     if dataclasses.is_dataclass(hint):
         return "group"
     return {str: "text", int: "integer", float: "number", bool: "`true`, `false`"}.get(hint, "mapping")
+
+
+def commands() -> str:
+    """The help of each command and of the commands below it."""
+    parts = [COMMANDS]
+    with patch.dict(os.environ, {"COLUMNS": "110", "NO_COLOR": "1"}):
+        for verb in alexnet.VERBS:
+            parts += _command([verb])
+    return "\n".join(parts)
+
+
+def _command(words: list[str]) -> Iterator[str]:
+    text = help_text(words)
+    yield f"{'#' * (1 + min(len(words), 3))} alexnet {' '.join(words)}\n\n```text\n{text.rstrip()}\n```\n"
+    for name in re.findall(r"^    ([a-z][\w-]*)(?=  |$)", text.partition("positional arguments:\n")[2].partition("\n\n")[0],
+                           re.MULTILINE):  # verbs; options and arguments begin at the second column
+        yield from _command([*words, name])
+
+
+def help_text(words: list[str]) -> str:
+    """What `alexnet WORDS --help` prints. Raises ValueError when there is no such command."""
+    printed, errors = io.StringIO(), io.StringIO()
+    code: Any = 0
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
+        try:
+            code = alexnet.main([*words, "--help"])
+        except SystemExit as done:
+            code = done.code
+    if code:
+        raise ValueError(f"command (=alexnet {' '.join(words)}) has no help: {errors.getvalue().strip()}; see alexnet --help")
+    return printed.getvalue()
+
+
+def pages() -> dict[Path, str]:
+    """The text of each page."""
+    return {DOCS / "configuration.md": configuration(), DOCS / "commands.md": commands(), DOCS / "errors.md": errors.page()}
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
