@@ -3,7 +3,7 @@
 
 Every stage alone and the loader cut off after each, the loader whole (warm; `--cold`: dropped from the page cache), and with
 `--model` or `--need N` the loader feeding its consumer; all in turns, several times. Nothing is written but what is asked
-for (and the images of tier resident, which stay for training).
+for (and what training stores too: missing statistics, the images of tier resident).
 
 Exit codes: 0 done; 1 `--fail-below X` and the rate together ÷ need is below X; 2 a mistake in what was asked, or the
 machine failed; 130 interrupted.

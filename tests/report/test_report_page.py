@@ -122,11 +122,9 @@ def test_help_imports_neither_torch_nor_matplotlib() -> None:
     assert not imported & {"torch", "nvidia.dali", "scipy", "matplotlib", "yaml"}
 
 
-def test_without_matplotlib_it_says_how_to_install_it(tmp_path: Path, base: dict[str, Any],
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_needs_no_matplotlib(tmp_path: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    said = report(tmp_path / "r.html", write_run(tmp_path / "run", base), code=4)[1]
-    assert "matplotlib is not installed, and this command draws with it; pip install -e '.[plots]'" in said
+    assert "<svg" in report(tmp_path / "r.html", write_run(tmp_path / "run", base))[0]
 
 
 # --- the page
@@ -189,7 +187,8 @@ def test_real_runs_with_kernels_and_their_average(tmp_path: Path, tiny_set: Tiny
     assert page.count('alt="8 kernels of conv1" src="data:image/png;base64,iVBORw0KGgo') == 1
     assert f"tiny, seed {1 if 'tiny, seed 1, step' in found.text else 2}, step-" in found.text and "tower a above" in found.text
     plain, averaged = found.rows(f"Results on index (6 classes, {tiny_set.train} training images)")
-    assert plain["recipe"] == "tiny" and averaged["recipe"] == "tiny, 2 networks averaged" and averaged["test"] == "10 crops"
+    assert plain["recipe"] == "tiny at chance" and averaged["recipe"] == "tiny, 2 networks averaged"
+    assert averaged["test"] == "10 crops"
     one, problems = ensembles(group([read_run(run) for run in trained]))
     assert not problems and one[0].members == 2 and averaged["test err@1, %"] == f"{100 * one[0].top1:.2f}"
     rows = {row["change"]: row for row in found.rows("Changes to the network")}
