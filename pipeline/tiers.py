@@ -87,7 +87,12 @@ def _context(index: str | Path | SampleIndex, split: str, data: DataConfig | str
              device: torch.device | str | int | None, monitor: Monitor | None) -> LoaderContext:
     index = index if isinstance(index, SampleIndex) else SampleIndex.load(index)
     data = DataConfig.preset(data) if isinstance(data, str) else data
-    where = torch.device("cpu" if device is None else device)
+    if not isinstance(data, DataConfig):
+        raise TypeError(f"data (={data}) must be a DataConfig or the name of a preset; write data=DataConfig(crop_px=…)")
+    try:
+        where = torch.device("cpu" if device is None else device)
+    except RuntimeError:  # no name of a device
+        where = torch.device("meta")
     if where.type not in ("cpu", "cuda"):
         raise ValueError(f"device (={device}) must be cpu or cuda; make the batches with device=\"cpu\" and move them")
     if where.type == "cuda" and not (0 if where.index is None else where.index) < torch.cuda.device_count():
