@@ -28,8 +28,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> SampleIndex:
 def test_a_path_is_enough_and_statistics_are_computed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     index = write_set(tmp_path, photographs(13), photographs(16)[13:])
     with make_train_loader(str(index.path), batch_size=4, data=SMALL) as loader:
+        assert len(loader) == 4
         pairs = list(loader)
-        assert len(pairs) == len(loader) == 4 and loader.epoch == 1
+        assert len(pairs) == 4 and loader.epoch == 1 and len(loader) == 3  # the fourth batch held three images of this epoch
         images, labels = pairs[0]
         assert images.shape == (4, 3, 67, 67) and images.dtype == torch.float32 and labels.dtype == torch.int64
     assert "statistics: 100%, 13 images" in capsys.readouterr().err
@@ -96,7 +97,7 @@ def test_the_state_of_one_loader_goes_on_in_another(photos: SampleIndex) -> None
 
 
 def test_the_shard_is_that_of_torch_distributed(photos: SampleIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())  # type: ignore[no-untyped-call]
     try:
         with make_train_loader(photos, batch_size=6, data=SMALL, return_batch=True) as loader:
             assert loader.sampler.shard == (1, 2) and len(next(loader).ids) == 3
