@@ -49,7 +49,7 @@ def _names_arguments(function: Callable[P, R]) -> Callable[P, R]:
     def checked(*args: P.args, **given: P.kwargs) -> R:
         for name in given:
             if name not in known:
-                near = _ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, known, 1, 0.5)), None)
+                near = _ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, known, 1, 0.6)), None)
                 raise TypeError(f"argument {name} of {function.__name__} is not known; "
                                 + (f"use {near}" if near else f"it has {', '.join(known)}"))
         return function(*args, **given)

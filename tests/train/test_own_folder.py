@@ -1,4 +1,5 @@
 """A folder of class folders trained on in one command: classes from the index, a tenth held out, statistics when missing."""
+import re
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ def test_one_command_trains_and_the_run_is_found_again(index: Path, recipe: Path
     out, err = here(recipe, tmp_path / "runs", *SHORT, f"--data.index={index}")
     assert (f"{index} has no images for validation: 3 of 26 training images, 10% of each class, are held out as val and not "
             f"trained on; 1 classes have none there; index: {index / 'hold-out'}") in out
-    assert "23 images of 4 classes" in out and "statistics: 100%, 23 images" in err
+    assert "23 images of 4 classes" in out and re.search("statistics: 100%.* 23 images", err)
     held = SampleIndex.load(index / "hold-out")
     train, val = held.ids("train"), held.ids("val")
     names = {held.name(id) for id in train.tolist()}, {held.name(id) for id in val.tolist()}
@@ -69,7 +70,7 @@ def test_a_rebuilt_index_is_divided_anew(tmp_path: Path, recipe: Path) -> None:
     build(tmp_path, {**COUNTS, "dog": 10}, "--force")
     out, err = here(recipe, tmp_path / "more", *SHORT, f"--data.index={index}")
     assert "4 of 35 training images, 10% of each class, are held out as val and not trained on; index" in out
-    assert "statistics: 100%, 31 images" in err
+    assert re.search("statistics: 100%.* 31 images", err)
 
 
 @pytest.mark.parametrize("counts, options, message", [
