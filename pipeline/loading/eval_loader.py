@@ -38,9 +38,9 @@ class Evaluation:
         self.raw, skip, data = stats is None, Skip(), context.data
         self.skipped = skip.skipped
         self.policy: Policy = skip if skip_corrupt else refuse
-        stats = stats and stats.expect(data.square_px)
-        self.mean_image = stats and mean_image(data, stats)
-        self.channel_mean = stats and channel_mean(data, stats)
+        stats = None if stats is None else stats.expect(data.square_px)
+        self.mean_image = None if stats is None else mean_image(data, stats)
+        self.channel_mean = None if stats is None else channel_mean(data, stats)
         self.central_mean: npt.NDArray[np.float32] | None = None
         if self.mean_image is not None and data.mean == "image_center":
             low = (data.square_px - data.crop_px) // 2
