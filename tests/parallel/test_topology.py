@@ -17,7 +17,7 @@ from train.parallel.topology import _coordinates, process_group
     ({"WORLD_SIZE": "2"}, 1, {"towers": 2}, "cpu", r"model.towers \(=1\) must be 2 for two processes to hold a tower each"),
     ({"WORLD_SIZE": "2"}, 1, {"scheme": "weird"}, "cpu",
      r"model.towers \(=1\) must be 2 .*; use --parallel.towers=1 --parallel.scheme=towers"),
-    ({"WORLD_SIZE": "1"}, 2, {}, "cuda", r"machine.device \(=cuda\) needs a GPU for local process 0, but there are 0"),
+    ({"WORLD_SIZE": "1"}, 2, {}, "cuda", r"machine.device \(=cuda\) cannot be used: no CUDA GPU is visible"),
 ])
 def test_topologies_that_make_no_sense(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], towers: int,
                                        parallel: dict[str, Any], device: str, message: str) -> None:

@@ -89,7 +89,7 @@ def prepare(args: argparse.Namespace, packs: bool, scratch: Path) -> Task:
     return Task(path, packed if packs else None, scratch / "stats.npz", scratch, args.batch, args.jobs, args.work)
 
 
-def run(args: argparse.Namespace, command: list[str]) -> None:
+def run(args: argparse.Namespace, command: Sequence[str]) -> None:
     """Measure, print, write. Raises ValueError or RuntimeError."""
     for name in ("rounds", "seconds"):
         if not getattr(args, name) > 0:
