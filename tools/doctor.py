@@ -85,20 +85,20 @@ def software() -> Iterator[Finding]:
     missing: dict[str, list[str]] = {}
     for line in required:
         name, extra = re.split(r"[^\w.-]", line)[0], re.search(r'extra == "(\w+)"', line)
-        least, there = re.search(r">=([\d.]+)", line), version(name)
+        least, found = re.search(r">=([\d.]+)", line), version(name)
         names = missing.setdefault(extra[1] if extra else "", [])
-        if name in (*DALI, "torch") and not there:
+        if name in (*DALI, "torch") and not found:
             continue  # the lines about them say so
-        if not there or least and _numbers(there) < _numbers(least[1]):
+        if not found or least and _numbers(found) < _numbers(least[1]):
             names.append(f"{name}{least[0] if least else ''}")
-    for extra, names in missing.items():
-        if extra in ("dev", "cuda13"):
+    for group, names in missing.items():
+        if group in ("dev", "cuda13"):
             continue
-        title = f"extra {extra}" if extra else "requirements"
+        title = f"extra {group}" if group else "requirements"
         if not names:
             yield Finding(title, "installed")
-        elif extra:
-            yield Finding(title, f"missing: {', '.join(names)}", "note", f"pip install '{PACKAGE}[{extra}]', if you want it")
+        elif group:
+            yield Finding(title, f"missing: {', '.join(names)}", "note", f"pip install '{PACKAGE}[{group}]', if you want it")
         else:
             yield Finding(title, f"missing: {', '.join(names)}", "error", f"pip install {shlex.join(names)}")
 
@@ -145,7 +145,7 @@ def gpus(proc: Path = Path("/proc")) -> Iterator[Finding]:
                           "end what uses it, or install a torch built for it; --machine.device=cpu trains without it")
     if count:
         engines = decoder_engines()
-        yield Finding("JPEG engines", {None: "unknown"}.get(engines, f"{engines} for each GPU") if engines != 0
+        yield Finding("JPEG engines", "unknown" if engines is None else f"{engines} for each GPU" if engines
                       else "none: CUDA cores decode (nvJPEG)", "ok" if engines else "note")
         triton = version("triton")
         yield Finding("triton", triton or "not installed", "ok" if triton else "warning",

@@ -155,7 +155,7 @@ def _build(value: Any, kind: Any, key: str = "") -> Any:
     """Checked values as what they configure: groups as dataclasses, lists as tuples. Raises ValueError for a missing field."""
     known = _known(kind)
     if known is not None and value is not None:
-        configures = next(inner for inner in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(inner))
+        configures: Any = next(inner for inner in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(inner))
         for item in dataclasses.fields(configures):
             has_none = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
             if (has_none or item.metadata == STATED) and item.name not in value:
