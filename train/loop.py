@@ -21,7 +21,7 @@ from train import build
 from train.checkpoint import checkpoint
 from train.checkpoint.async_saver import AsyncSaver
 from train.config import Config
-from train.console import Console, DataWait, ThroughputMeter
+from train.logs.console import Console, DataWait, ThroughputMeter
 from train.evaluate.metrics import Score
 from train.evaluate.predict import evaluate
 from train.parallel.failure import enter_phase

@@ -6,10 +6,10 @@ from typing import ContextManager
 from train import build, run_folder
 from train.checkpoint.resolve import find_pretrained, load_pretrained
 from train.config import Config
-from train.console import Console
+from train.logs.console import Console
 from train.evaluate.metrics import CHANCE
 from train.exit_codes import DONE, MISTAKE, STOPPED
-from train.loggers import check_installed
+from train.logs.loggers import check_installed
 from train.loop import StopRequest, Trainer
 from train.parallel.failure import reported
 from train.parallel.topology import Topology

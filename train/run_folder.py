@@ -21,7 +21,7 @@ from pipeline.files import LockHeld, atomic_write, lock
 from pipeline.io_errors import explain, writing
 from pipeline.schema import is_file_name
 from train.config import Config, changes, changes_results
-from train.loggers import Loggers
+from train.logs.loggers import Loggers
 from train.recipe import dump, load
 
 CONFIG, HISTORY, VERSIONS = "config.yaml", "history.jsonl", "versions.jsonl"

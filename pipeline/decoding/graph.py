@@ -132,7 +132,7 @@ def define(backend: str, settings: DecodeSettings, given: dict[str, Any]) -> Any
         table = types.Constant(_table(finish, side), device=backend, layout="HWC")
         pixels = pixels - fn.slice(table, start=given["place"], shape=[side, side], axis_names="HW")
     # The flip comes last, of pixels and mean together: it costs nothing here, and flipped crops are the same pixels exactly.
-    scaling = {} if finish.factor is None else {"std": (1 / finish.factors()).ravel().tolist()}
+    scaling: dict[str, Any] = {} if finish.factor is None else {"std": (1 / finish.factors()).ravel().tolist()}
     return fn.crop_mirror_normalize(pixels, mirror=given["mirror"], mean=given["minus_shift"], dtype=_TYPES[finish.output],
                                     output_layout="HWC" if finish.channels_last else "CHW", **scaling)
 

@@ -151,8 +151,9 @@ class TrainChain(ResidentChain):
                                                                  int(epochs[row]), step)
         if attempts.any():
             chosen = self._planner.augmentation(ids, epochs)
-        places = (chosen.top, chosen.left) if chosen.box is None else (np.zeros_like(chosen.top),) * 2  # of the store's crops
-        crops = [(rows[part], *(place[part] for place in places)) for part in self._parts]
+        corner = np.zeros_like(chosen.top)  # of the store's crops: a box is resized from the whole square
+        top, left = (chosen.top, chosen.left) if chosen.box is None else (corner, corner)
+        crops = [(rows[part], top[part], left[part]) for part in self._parts]
         return StoreRequest(ids[own], epochs[own], chosen.rows(own), crops)
 
 

@@ -64,8 +64,8 @@ class DeviceNormalizer:
         pixels = self._layout.rgb(crops.planes, which, top, left)
         if self._box_px is not None:
             assert augmentation.box is not None
-            place = to_device(self._device, augmentation.top, augmentation.left, augmentation.box)
-            pixels = resize_boxes(pixels, *place, self._box_px)
+            top, left, sizes = to_device(self._device, augmentation.top, augmentation.left, augmentation.box)
+            pixels = resize_boxes(pixels, top, left, sizes, self._box_px)
         return out.copy_(self._plain.whole(pixels, top, left, mirror == 1, table[4:].view(torch.float32).T))
 
     def close(self) -> None:

@@ -128,7 +128,7 @@ class RamStore(Store):
                 _write(self._file, data, self._offset(row))
                 if self.sealed:  # the mark may reach the disk before the row
                     os.fsync(self._file)
-                self._set_mark(row, _checksum(data))
+                self._set_mark(row, _checksum(data.data))
                 self._unchecked[row] = False
         except OSError as error:
             raise RuntimeError(f"resident store (={self.path}) cannot be written ({error.strerror}); make room, or give another "
@@ -211,7 +211,7 @@ def _boot_id() -> str:
     return _BOOT.read_text().strip()
 
 
-def _checksum(row: npt.NDArray[np.uint8] | bytearray) -> int:
+def _checksum(row: memoryview | bytearray) -> int:
     return xxhash.xxh3_64_intdigest(row) & 0xffffffff or 1  # 0 is the mark of what is not filled
 
 

@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import pytest
 
 from pipeline.monitor import Monitor, Waits
-from train.console import Console, Throughput, ThroughputMeter, duration
+from train.logs.console import Console, Throughput, ThroughputMeter, duration
 from train.evaluate.metrics import Score
 
 VALIDATION = Score(images=1000, top1_errors=456, top5_errors=200, loss=1.0, classes=10)
@@ -82,7 +82,7 @@ def test_plain_lines_come_every_so_often_and_rows_under_one_header() -> None:
 
 def test_tests_tell_their_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("train.console.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("train.logs.console.time.monotonic", lambda: now[0])
     stream = io.StringIO()
     console = Console(True, 10, stream)
     told = console.testing("validation")

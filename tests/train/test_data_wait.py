@@ -12,7 +12,7 @@ from tests.helpers.small_set import photographs, write_set
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.monitor import Headroom, Usage, Waits, headroom
 from pipeline.compute_stats import compute
-from train.console import DataWait
+from train.logs.console import DataWait
 
 MACHINE = LoaderConfig(read_threads=2)
 

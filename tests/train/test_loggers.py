@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.runs import here, lines
-from train import loggers
+from train.logs import loggers
 from train.run_folder import Metrics
 
 LINES = [("step", {"step": 3, "epoch": 0, "loss": 2.0, "error": 0.5, "waited": 0.1, "waited_for": {"read": 0.1}}),

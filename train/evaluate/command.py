@@ -18,7 +18,7 @@ from pipeline.index.sample_index import SampleIndex
 from train import build
 from train.checkpoint.resolve import NETWORKS, Resolved, resolve, warn_on_stderr
 from train.config import Config
-from train.console import Console
+from train.logs.console import Console
 from train.evaluate import predictions
 from train.evaluate.ensemble import check_compatible
 from train.evaluate.predict import check_complete, predict

@@ -1,0 +1,1 @@
+"""What a training says of itself: on the terminal, and to TensorBoard or Weights & Biases."""
