@@ -111,7 +111,7 @@ def test_saved_evaluations_are_on_the_card_of_their_checkpoint(tiny_set: TinySet
         text = (tmp_path / path.name / "README.md").read_text(encoding="utf-8")
         assert text.count("a saved evaluation |") == count
         shown = re.search(r"\| val \| 24 \| 10 \| (\S+%) \| (\S+%) \| a saved evaluation", text)
-        assert (shown is not None) == bool(count) and all(error in printed for error in (shown.groups() if shown else ()))
+        assert (shown is not None) == bool(count) and (shown is None or shown[1] in printed)  # err@5 of 6 classes is not printed
     (run / "evaluations" / "odd").mkdir()
     _, warned = exported(first, tmp_path / "again")
     assert warned.startswith("warning: ") and warned.count("\n") == 1

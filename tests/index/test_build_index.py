@@ -34,7 +34,7 @@ def test_ilsvrc2012(tmp_path: Path, kit: str, capsys: pytest.CaptureFixture[str]
     assert index.split_names == ["train", "val", "test"] and index.header["oddities"] == []
     said = capsys.readouterr()
     assert "train   20 images, 0 excluded" in said.out and "test    5 images, 0 excluded, 5 without label" in said.out
-    assert "train t.tar: 100%, 20 images" in said.err and "\x1b" not in said.err  # plain lines: no terminal
+    assert "train t.tar: 100% of 0.1 MB, 20 images" in said.err and "\x1b" not in said.err  # plain lines: no terminal
 
 
 def test_a_val_tar_in_class_folders_is_in_the_order_of_base_names(tmp_path: Path) -> None:
