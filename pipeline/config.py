@@ -1,5 +1,7 @@
 """Settings of the pipeline: `DataConfig` changes results, `LoaderConfig` never does. Imports nothing heavy."""
-from dataclasses import dataclass, field
+import hashlib
+import json
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 REGIONS = ("square", "full")
@@ -109,6 +111,14 @@ class DataConfig:
         _check("data.mean", self.mean, self.mean != "image" or not self.resized_boxes,
                "not be image where data.crop is random_resized: a resized box has no place in the mean image; use mean: channel, "
                "or three numbers with std")
+
+    def digest(self) -> str:
+        """16 hex digits of SHA-256 over all values; those added later count only where they differ from their defaults."""
+        values = {item.name: getattr(self, item.name) for item in fields(DataConfig)}
+        values["lighting"] = float(self.lighting)  # 0 is 0.0
+        kept = {item.name: values[item.name] for item in fields(DataConfig)
+                if item.metadata != ADDED or values[item.name] != item.default}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def resized_boxes(self) -> bool:

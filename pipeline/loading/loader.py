@@ -1,6 +1,7 @@
 """`Loader`, base class of the loaders, and `Chain`, its stages, each an iterator over the one before."""
 import itertools
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, suppress
@@ -216,8 +217,9 @@ class Loader(ABC):
     def __del__(self) -> None:
         # The garbage collector may run anywhere, also in a thread that closing would wait for, or with a lock that it needs.
         prefetcher = self._prefetcher
-        if prefetcher is not None and os.getpid() == self._process:
-            with suppress(RuntimeError):  # the interpreter ends, and closes it
+        # Where the interpreter ends, threads are closed already, and a new one would be waited for without end.
+        if prefetcher is not None and os.getpid() == self._process and not sys.is_finalizing():
+            with suppress(RuntimeError):
                 Thread(target=_free, args=(prefetcher, self.chain), name="closer", daemon=True).start()
 
     def __enter__(self) -> Self:

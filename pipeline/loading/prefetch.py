@@ -62,6 +62,7 @@ class Prefetcher(Iterator[T]):
         self._ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
         self._stop, self._process = threading.Event(), os.getpid()
         self._thread: threading.Thread | None = None
+        self._closing = threading.Lock()
         if depth:
             # A daemon, so that a loader nobody closed does not keep the interpreter alive; it ends before the interpreter does.
             self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
@@ -105,15 +106,17 @@ class Prefetcher(Iterator[T]):
         thread = self._thread
         if thread is threading.current_thread():
             return  # the garbage collector ran in it; it ends after this item
-        if thread is not None:
-            while thread.is_alive():
+        with self._closing:  # the thread that closes what was dropped, and the interpreter's end, may come at once
+            thread = self._thread
+            if thread is not None:
+                while thread.is_alive():
+                    self._drain()
+                    thread.join(timeout=0.01)
                 self._drain()
-                thread.join(timeout=0.01)
-            self._drain()
-            self._ready.put((None, RuntimeError(_CLOSED)))
-            self._thread = None
-            atexit.unregister(self.close)
-        self._produce.close()
+                self._ready.put((None, RuntimeError(_CLOSED)))
+                self._thread = None
+                atexit.unregister(self.close)
+            self._produce.close()
 
     def _drain(self) -> None:
         with suppress(queue.Empty):

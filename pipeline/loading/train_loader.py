@@ -57,13 +57,16 @@ class TrainLoader(Loader, Iterator[Any]):
         """Cursor of the batches *consumed*, however many were prefetched, and what it is valid for."""
         sampler = self.sampler
         return {"step": self.step, "seed": sampler.seed, "batch": sampler.batch, "samples": len(sampler.ids),
-                "images": self.index.split_sha256(self.split), "split": self.split, **sampler.settings}
+                "images": self.index.split_sha256(self.split), "split": self.split, "data": self.data.digest(),
+                **sampler.settings}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume after the batches that `state` has seen, on any number of ranks. Raises ValueError when it belongs to another
         seed, batch, split or index, or to an order with other settings, or is no such state."""
         self.check_process()
         expected = self.state_dict()
+        if "data" not in state:  # written by an earlier version
+            del expected["data"]
         if missing := sorted(expected.keys() - state.keys()):
             raise ValueError(f"loader state (={', '.join(sorted(state)) or 'empty'}) must have {', '.join(missing)}; give what "
                              "state_dict returned")

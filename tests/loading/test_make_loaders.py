@@ -1,4 +1,6 @@
 """`make_train_loader` and `make_eval_loader` as a library's users call them."""
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from pipeline.compute_stats import compute, find_or_compute
 from pipeline.index.writer import mark_excluded
 from pipeline.process_pool import Progress
 from pipeline.stats import Stats, stats_path
+from tests.helpers.runs import ROOT
 from tests.helpers.small_set import photographs, write_set
 
 SMALL = DataConfig(square_px=76, crop_px=67)
@@ -142,3 +145,28 @@ def test_an_index_that_is_none_is_said(tmp_path: Path) -> None:
         make_eval_loader(tmp_path / "nothing")
     with pytest.raises(TypeError, match="argument batch of make_eval_loader is not known; use batch_size"):
         make_eval_loader(tmp_path / "nothing", batch=3)  # type: ignore[call-arg]
+
+
+def test_a_state_belongs_to_its_data_settings(photos: SampleIndex) -> None:
+    with make_train_loader(photos, batch_size=4, data=SMALL) as loader:
+        state = {**loader.state_dict(), "step": 3}
+    for other in (DataConfig(square_px=76, crop_px=66), DataConfig(square_px=76, crop_px=67, lighting=0.0)):
+        with make_train_loader(photos, batch_size=4, data=other) as loader, \
+                pytest.raises(ValueError, match=r"loader state data \(=[0-9a-f]{16}\) must equal this loader's"):
+            loader.load_state_dict(state)
+    del state["data"]  # of an earlier version
+    with make_train_loader(photos, batch_size=4, data=SMALL) as loader:
+        loader.load_state_dict(state)
+        assert loader.step == 3
+    assert DataConfig(lighting=0).digest() == DataConfig(lighting=0.0).digest() != DataConfig().digest()
+    assert DataConfig(crop="random").digest() == DataConfig().digest()
+
+
+@pytest.mark.parametrize("rest", ["for images, labels in loader: pass",
+                                  "next(loader); other = make_train_loader(path, batch_size=3, data='imagenet'); next(other)",
+                                  "loader = make_eval_loader(path, split='train', data='imagenet'); next(iter(loader))"])
+def test_a_script_that_closes_nothing_ends(photos: SampleIndex, rest: str) -> None:
+    text = ("import sys; from pipeline import make_train_loader, make_eval_loader; path = sys.argv[1]; "
+            f"loader = make_train_loader(path, batch_size=4, data='imagenet')\n{rest}\nprint('end')")
+    done = subprocess.run([sys.executable, "-c", text, str(photos.path)], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
