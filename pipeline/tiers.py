@@ -19,6 +19,7 @@ import torch.distributed as dist
 from pipeline.compute_stats import find_or_compute
 from pipeline.config import LANES, WINDOW, DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex
+from pipeline.index.subset import division_command, division_folder
 from pipeline.loading.batch import LoaderContext
 from pipeline.loading.loader import Chain, DecodingChain
 from pipeline.loading.eval_loader import EvalLoader, Evaluation
@@ -81,6 +82,18 @@ def _shard(given: tuple[int, int] | None) -> tuple[int, int]:
         raise ValueError(f"shard (=None) is not known: a launcher has started {processes} processes (WORLD_SIZE), but "
                          "torch.distributed is not initialized; call init_process_group before, or give shard=(rank, ranks)")
     return 0, 1
+
+
+def _check_split(index: SampleIndex, split: str) -> None:
+    """Raises ValueError when there is no such split, with where its images are, or how to hold some out."""
+    if split != "val" or split in index.split_names or "train" not in index.split_names or index.packed is not None:
+        index.split_rows(split)
+        return
+    divided = division_folder(index.path, index.sha256)
+    remedy = f"use {divided}, which has" if (divided / "index.json").is_file() else \
+        f"hold images out with `{division_command(index.path, divided)}`, and use {divided}"
+    raise ValueError(f"split (=val) is not in the index {index.path}; it has {', '.join(index.split_names)}; {remedy}, for "
+                     "training as well")
 
 
 def _context(index: str | Path | SampleIndex, split: str, data: DataConfig | str, machine: LoaderConfig,
@@ -207,8 +220,10 @@ def make_eval_loader(index: str | Path | SampleIndex, split: str = "val", batch_
     or ids do not fit.
     """
     check(tier)
-    context = _context(index, split, data, machine, device, monitor)
+    index = index if isinstance(index, SampleIndex) else SampleIndex.load(index)
+    _check_split(index, split)
+    context, shard = _context(index, split, data, machine, device, monitor), _shard(shard)
     stats = stats or _stats(context, stats_split)
-    evaluation = Evaluation(context, batch_size, stats, shard=_shard(shard), skip_corrupt=skip_corrupt, first=first, ids=ids)
+    evaluation = Evaluation(context, batch_size, stats, shard=shard, skip_corrupt=skip_corrupt, first=first, ids=ids)
     chain = eval_chain(evaluation, resident, keep) if tier == "resident" else evaluation.decoding_chain()
     return EvalLoader(evaluation, chain, return_batch)

@@ -14,9 +14,9 @@ from model.towers import BOTH, Tower
 from pipeline.compute_stats import find_or_compute
 from pipeline.config import LoaderConfig
 from pipeline.files import locked_folder
+from pipeline.index import subset
 from pipeline.index.header import read_header
 from pipeline.index.sample_index import SampleIndex
-from pipeline.index.subset import Choices, derive
 from pipeline.loading.eval_loader import EvalLoader
 from pipeline.loading.train_loader import TrainLoader
 from pipeline.process_pool import cores
@@ -29,9 +29,6 @@ from train.config import Config
 from train.optimizer import PaperSGD
 from train.parallel.pair_loader import PairLoader, loader_shard, pair_loader
 from train.parallel.topology import Topology
-
-
-HELD_OUT = 0.1  # share of the training images that `hold_out` holds out
 
 
 def configure_torch(config: Config, topology: Topology) -> None:
@@ -79,31 +76,54 @@ def index(config: Config, *splits: str) -> SampleIndex:
 
 def hold_out(config: Config, say: Callable[[str], None]) -> Config:
     """The recipe itself; or, where its index has training images but no split `val` to validate on, with one derived from that
-    index, in the folder hold-out within it: HELD_OUT of each class's training images are `val` there. It is written once, by
-    one process while others wait, and anew when the index has changed. Raises ValueError when it cannot be."""
-    if config.data.validation_split != "val" or config.data.images != config.data.index:
+    index, in a folder within it, as `DIVISION` says: a share of each class's training images are `val` there. It is written
+    once, by one process while others wait, and once more, beside the old one, when the index has changed. Raises ValueError
+    when it cannot be, or when the index is a packed one."""
+    if config.data.validation_split != "val":
         return config
-    path = Path(config.data.index)
+    config.data.check_index()
+    path = Path(config.data.images)
     _, header = read_header(path)
     splits = [split.name for split in header.splits]
-    if "val" in splits or "train" not in splits or header.packed is not None:
+    if "val" in splits or "train" not in splits:
         return config
-    original, out = SampleIndex.load(path, config.machine.archives or None), path / "hold-out"
-    choices = Choices(hold_out=HELD_OUT, hold_out_as="val", hold_out_min=1)
+    if header.packed is not None:
+        raise ValueError(_packed_undivided(config))
+    if config.data.images != config.data.index:  # the loader says that data.packed is no packed one
+        return config
+    original = SampleIndex.load(path, config.machine.archives or None)
     try:
         with locked_folder(path):
-            derived = read_header(out)[1].derived[-1:] if (out / "index.json").is_file() else []
-            if [(step.index, step.chosen) for step in derived] != [(original.sha256, str(choices))]:
-                derive(original, out, choices, force=out.exists())
+            out = subset.division_folder(path, original.sha256)
+            if not subset.is_division(out, original.sha256):
+                subset.derive(original, out, subset.DIVISION)
     except ValueError as error:
-        raise ValueError(f"split (=val) is not in the index {path}, and {HELD_OUT:.0%} of its training images cannot be held "
-                         f"out: {error}") from None
+        raise ValueError(f"split (=val) is not in the index {path}, and {subset.DIVISION.hold_out:.0%} of its training images "
+                         f"cannot be held out: {error}") from None
     found = SampleIndex.load(out, config.machine.archives or None)
     counts = np.bincount(found.samples["label"][found.ids("val")], minlength=len(found.classes))
     lacking = f"; {np.count_nonzero(counts == 0)} classes have none there" if (counts == 0).any() else ""
     say(f"{path} has no images for validation: {counts.sum():,} of {len(original.ids('train')):,} training images, "
-        f"{HELD_OUT:.0%} of each class, are held out as val and not trained on{lacking}; index: {out}")
+        f"{subset.DIVISION.hold_out:.0%} of each class, are held out as val and not trained on{lacking}; index: {out}")
+    if out != path / "hold-out":
+        say(f"{path / 'hold-out'} is a division of {path} as it was before, or another one, and stays as it is: runs on it go on "
+            f"with --data.index={path / 'hold-out'}")
     return replace(config, data=replace(config.data, index=str(out)))
+
+
+def _packed_undivided(config: Config) -> str:
+    """What is wrong with packed images without a split to validate on, and what to do."""
+    data, first = config.data, ""
+    index, out = Path(data.index if data.images != data.index else "INDEX"), f"{data.images}-divided"
+    if (index / "index.json").is_file():
+        content, header = read_header(index)
+        if "val" not in [split.name for split in header.splits]:
+            index, undivided = subset.division_folder(index, content["sha256"]), index
+            if not (index / "index.json").is_file():
+                first = f"`{subset.division_command(undivided, index)}`, "
+    name = "data.index" if data.images == data.index else "data.packed"
+    return (f"{name} (={data.images}) has no validation images (split val); pack an index that has them: {first}`alexnet "
+            f"pack {index} -o {out} --square-px {data.square_px}`, then train with --data.index={index} --data.packed={out}")
 
 
 def statistics(config: Config, found: SampleIndex) -> Stats:

@@ -3,6 +3,7 @@
 It holds counts, classes, archives, oddities and SHA-256 hashes: of each array file (compared when an index is loaded), and of its
 own content without the archives' paths (`read_header` compares that: it is the identity of the data set, `SampleIndex.sha256`).
 """
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -146,11 +147,20 @@ def content_sha256(header: dict[str, Any]) -> str:
     return json_sha256(content)
 
 
+def _holds_images(path: Path) -> bool:
+    """Whether a folder has class folders, or splits of class folders: as far as a quick look tells."""
+    files = itertools.islice(itertools.chain(path.glob("*/*"), path.glob("*/*/*")), 1000)
+    return any(file.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp") for file in files)
+
+
 def read_header(path: Path) -> tuple[dict[str, Any], Header]:
     """The checked header of the index folder `path`, as JSON and by its schema. Raises ValueError when it is no index, of another
     version, or altered."""
     file = path / "index.json"
     if not file.is_file():
+        if path.name and _holds_images(path):
+            raise ValueError(f"index (={path}) is a folder of images, which an index is made of; make it with `alexnet index "
+                             f"build classes {path} -o {path}.index`, and give {path}.index")
         problem = "has no index.json" if path.is_dir() else "does not exist" if not path.exists() else "is not a folder"
         raise ValueError(f"index (={path}) {problem}; make one with `alexnet index build`")
     try:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.index.header import label_of
+from pipeline.index.header import label_of, read_header
 from pipeline.index.sample_index import SAMPLE, SPLITS, SampleIndex
 from pipeline.index.writer import check_output, write_index
 from pipeline.rng import Purpose, bits
@@ -62,6 +62,30 @@ class Choices:
                    "--hold-out": holds_out and f"{self.hold_out} --hold-out-as {self.hold_out_as} --seed {self.seed}",
                    "--hold-out-min": self.hold_out_min}
         return " ".join(f"{name} {value}" for name, value in options.items() if value)
+
+
+DIVISION = Choices(hold_out=0.1, hold_out_as="val", hold_out_min=1)  # of an index without validation images, to train on it
+
+
+def division_folder(path: Path, sha256: str) -> Path:
+    """Where the index at `path` lies divided as `DIVISION` says, or would: in its folder hold-out; in hold-out-<hash> where that
+    holds another index, such as one of `path` as it was before, on which runs may have been trained."""
+    out = path / "hold-out"
+    if not (out / "index.json").is_file() or is_division(out, sha256):
+        return out
+    return path / f"hold-out-{sha256[:8]}"
+
+
+def is_division(folder: Path, sha256: str) -> bool:
+    """Whether `folder` holds the index of that hash, divided as `DIVISION` says."""
+    if not (folder / "index.json").is_file():
+        return False
+    return [(step.index, step.chosen) for step in read_header(folder)[1].derived[-1:]] == [(sha256, str(DIVISION))]
+
+
+def division_command(path: Path, out: Path) -> str:
+    """The command that writes it."""
+    return f"alexnet index subset {path} -o {out} {DIVISION}"
 
 
 def read_names(path: Path) -> list[str]:

@@ -113,6 +113,9 @@ def test_the_shard_is_that_of_torch_distributed(photos: SampleIndex, monkeypatch
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"shard \(=None\) is not known: a launcher has started 2 processes \(WORLD_SIZE\)"):
         make_train_loader(photos, batch_size=6, data=SMALL)
+    with pytest.raises(ValueError, match=r"shard \(=None\) is not known"):
+        make_eval_loader(photos, data=DataConfig(square_px=80, crop_px=67))
+    assert not stats_path(photos.path, 80).exists()  # refused before anything is computed
 
 
 @pytest.mark.parametrize("options, kind, message", [

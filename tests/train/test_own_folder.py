@@ -5,13 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline import DataConfig, make_eval_loader
 from pipeline.index.sample_index import SampleIndex
 from pipeline.index.subset import quotas
 from pipeline.stats import Stats
 from tests.helpers.recipes import write_recipe
 from tests.helpers.runs import here, same
 from tests.helpers.small_set import encode, picture
-from tools import build_index
+from tools import build_index, pack_shards
 from train.evaluate.__main__ import main as evaluate_main
 from train.recipe import load, parse
 
@@ -68,9 +69,43 @@ def test_a_rebuilt_index_is_divided_anew(tmp_path: Path, recipe: Path) -> None:
     index = build(tmp_path, COUNTS)
     here(recipe, tmp_path / "runs", *SHORT, f"--data.index={index}")
     build(tmp_path, {**COUNTS, "dog": 10}, "--force")
+    before = (index / "hold-out/index.json").read_bytes()
     out, err = here(recipe, tmp_path / "more", *SHORT, f"--data.index={index}")
-    assert "4 of 35 training images, 10% of each class, are held out as val and not trained on; index" in out
-    assert re.search("statistics: 100%.* 31 images", err)
+    divided = index / f"hold-out-{SampleIndex.load(index).sha256[:8]}"
+    assert f"4 of 35 training images, 10% of each class, are held out as val and not trained on; index: {divided}" in out
+    assert f"stays as it is: runs on it go on with --data.index={index}/hold-out\n" in out
+    assert re.search("statistics: 100%.* 31 images", err) and (index / "hold-out/index.json").read_bytes() == before
+    assert load(tmp_path / "more/small/config.yaml").data.index == str(divided)
+
+
+def test_packed_images_without_any_to_validate_on_name_the_remedy(index: Path, recipe: Path, tmp_path: Path) -> None:
+    def pack(source: Path, out: Path) -> list[str]:
+        assert pack_shards.main([str(source), "-o", str(out), "--square-px", "76"]) == 0
+        return ["--data.tier=packed", f"--data.packed={out}"]
+
+    words = pack(index, tmp_path / "packed")
+    _, err = here(recipe, tmp_path / "runs", *SHORT, f"--data.index={index}", *words, code=2)
+    held, out = index / "hold-out", tmp_path / "packed-divided"
+    first = f"`alexnet index subset {index} -o {held} --hold-out 0.1 --hold-out-as val --seed 0 --hold-out-min 1`"
+    assert err == (f"error: data.packed (={tmp_path}/packed) has no validation images (split val); pack an index that has them: "
+                   f"{first}, `alexnet pack {held} -o {out} --square-px 76`, then train with --data.index={held} "
+                   f"--data.packed={out}\n")
+    assert build_index.main(first.strip("`").split()[2:]) == 0
+    _, err = here(recipe, tmp_path / "runs", *SHORT, f"--data.index={index}", *words, code=2)
+    assert f"that has them: `alexnet pack {held} " in err
+    here(recipe, tmp_path / "runs", "--train.epochs=1", "--schedule.plateau=null", f"--data.index={held}", *pack(held, out))
+
+
+def test_a_loader_for_a_split_that_is_not_there_says_where_it_is(index: Path) -> None:
+    data = DataConfig(square_px=76, crop_px=67)
+    with pytest.raises(ValueError, match=rf"has train; hold images out with `(.*)`, and use {index}/hold-out, for") as told:
+        make_eval_loader(index, data=data)
+    assert build_index.main(str(told.value).split("`")[1].split()[2:]) == 0
+    with pytest.raises(ValueError, match=rf"it has train; use {index}/hold-out, which has, for training as well"):
+        make_eval_loader(index, data=data)
+    with make_eval_loader(index / "hold-out", data=data) as loader:
+        assert len(loader) == 1
+    assert not list(index.glob("stats*"))
 
 
 @pytest.mark.parametrize("counts, options, message", [
@@ -79,13 +114,18 @@ def test_a_rebuilt_index_is_divided_anew(tmp_path: Path, recipe: Path) -> None:
      "(=val) would be empty"),
     ({"a": 9}, [], "model.classes (=1) must be 2 to 1048576; count the classes of the index"),
     (COUNTS, ["--data.validation_split=test"], "split (=test) is not in the index INDEX; it has train"),
-    (COUNTS, ["--data.index=nowhere"], "model.classes (=auto) is that of the index: index (=nowhere) does not exist; make one"),
+    (COUNTS, ["--data.index=nowhere"], "data.index (=nowhere) does not exist; give --data.index=FOLDER, made with `alexnet index "
+     "build`"),
+    (COUNTS, ["--data.index=IMAGES"], "index (=IMAGES) is a folder of images, which an index is made of; make it with `alexnet "
+     "index build classes IMAGES -o IMAGES.index`, and give IMAGES.index"),
 ])
 def test_what_cannot_be_trained_on_is_said_in_a_line(tmp_path: Path, recipe: Path, counts: dict[str, int], options: list[str],
                                                      message: str) -> None:
     index = build(tmp_path, counts)
+    options = [word.replace("IMAGES", str(tmp_path / "images")) for word in options]
     _, err = here(recipe, tmp_path / "runs", *SHORT, f"--data.index={index}", *options, code=2)
-    assert message.replace("INDEX", str(index)) in err and "Traceback" not in err and err.count("error:") == 1
+    message = message.replace("INDEX", str(index)).replace("IMAGES", str(tmp_path / "images"))
+    assert message in err and "Traceback" not in err and err.count("error:") == 1
 
 
 def test_the_shipped_recipe_takes_its_classes_from_the_index(index: Path) -> None:

@@ -242,10 +242,10 @@ def _with_classes(values: dict[str, Any]) -> dict[str, Any]:
         return values
     data = values["data"]
     packed = data.get("packed") if data.get("tier") in ("packed", "streamed") else None
-    try:
-        _, header = read_header(Path(packed or data.get("index", "")))
-    except ValueError as error:
-        raise ValueError(f"model.classes (=auto) is that of the index: {error}") from None
+    key, path, maker = ("packed", packed, "pack") if packed else ("index", data.get("index", ""), "index build")
+    if not Path(path).exists():
+        raise ValueError(f"data.{key} (={path}) does not exist; give --data.{key}=FOLDER, made with `alexnet {maker}`")
+    _, header = read_header(Path(path))
     return dict(_merge(values, {"model": {"classes": len(header.classes)}}))
 
 
