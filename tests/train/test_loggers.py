@@ -118,6 +118,14 @@ def test_a_logger_that_cannot_be_opened_or_fails_later_is_said_once(tmp_path: Pa
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 6
 
 
+def test_a_line_without_a_step_is_a_failure_of_the_logger(tmp_path: Path) -> None:
+    config: Any = SimpleNamespace(machine=SimpleNamespace(log_to=("tensorboard",)))
+    warnings: list[str] = []
+    opened = loggers.Loggers(tmp_path, config, 0, warnings.append)
+    opened.write("step", {"loss": 1.0})
+    assert len(warnings) == 1 and warnings[0].startswith("machine.log_to (=tensorboard) failed ('step')")
+
+
 def test_other_processes_log_nothing(tmp_path: Path) -> None:
     config: Any = SimpleNamespace(machine=SimpleNamespace(log_to=("tensorboard",)))
     metrics = Metrics(tmp_path / "metrics.jsonl", False)

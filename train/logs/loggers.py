@@ -81,9 +81,8 @@ class Loggers:
 
     def write(self, kind: str, values: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl. An epoch is drawn at its last step."""
-        step = values["step"] - (kind == "epoch")
         for name, logger in list(self._open.items()):
-            self._attempt(name, lambda: logger.write(scalars(kind, values), step))
+            self._attempt(name, lambda: logger.write(scalars(kind, values), values["step"] - (kind == "epoch")))
 
     def close(self) -> None:
         for name, logger in list(self._open.items()):
