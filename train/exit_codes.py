@@ -5,6 +5,7 @@ Imports nothing heavy, and reads torchrun's variables by itself: a command line 
 """
 import contextlib
 import faulthandler
+import fcntl
 import io
 import os
 import select
@@ -62,8 +63,11 @@ def _hide_decoder_errors() -> None:
     tells of such an image in our own line. A process of its own reads the descriptor, since a thread of this one could wait for
     Python's lock while a library that holds it waits for room in the pipe; it ends when the last writer has."""
     try:
-        terminal = os.dup(2)
-        reading, writing = os.pipe()
+        terminal = _above_standard(2)
+        ends = os.pipe()
+        reading, writing = map(_above_standard, ends)
+        for end in ends:
+            os.close(end)
         number = os.posix_spawnp("sed", ["sed", "-u", _DECODER_ERROR], os.environ, setsid=True, file_actions=[
             (os.POSIX_SPAWN_DUP2, reading, 0), (os.POSIX_SPAWN_DUP2, terminal, 1),
             (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0)])
@@ -74,6 +78,11 @@ def _hide_decoder_errors() -> None:
     os.close(writing)
     sys.stderr = open(terminal, "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
     _filter[:] = [terminal, number]
+
+
+def _above_standard(descriptor: int) -> int:
+    """A copy of it above 2: one that takes the number of a closed standard stream would be taken for that stream."""
+    return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
 
 
 def _end_filter() -> None:

@@ -121,8 +121,10 @@ def test_what_a_decoder_writes_of_a_corrupt_image_does_not_reach_the_terminal() 
     text = ("import os, sys; from train.exit_codes import start_command, run_command; start_command(decodes=True); "
             "os.write(2, b'\\x1b[0;31m[ERROR] \\x1b[0m[libjpeg_turbo_decoder] Could not decode\\nother\\nno end'); "
             "run_command(lambda argv: print('own', file=sys.stderr) or 3)")
-    done = command("-c", text)
-    assert done.returncode == 3 and sorted(done.stderr.split("\n")) == ["no end", "other", "own"]
+    closed = "import os, sys; os.close(0); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"  # as <&- in a shell
+    for words in ["-c", text], ["-c", closed, "-c", text]:
+        done = command(*words)
+        assert done.returncode == 3 and sorted(done.stderr.split("\n")) == ["no end", "other", "own"]
 
 
 def test_much_text_for_a_reader_that_has_gone_is_no_error() -> None:
