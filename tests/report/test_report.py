@@ -12,7 +12,7 @@ import pytest
 from tests.helpers.reports import Page, checked, recipe, report, small, write_run
 from train.report import paper, plots
 from train.report.compare import Difference, Ensemble, ablations, averages, difference, epochs_to_error, relu_and_tanh
-from train.report.groups import group, stat
+from train.report.groups import group, index_name, stat
 from train.report.runs import Run, read_run
 
 
@@ -251,3 +251,9 @@ def test_figure_1_compares_the_quickest_of_each_activation(tmp_path: Path, base:
     runs.append(write_run(tmp_path / "relu-2", stuck, 2, errors=(0.9,) * 3, test=None, **cifar))
     row, = checked(report(tmp_path / "r.html", runs[0], runs[2], runs[4])[0]).rows("ReLU against tanh")
     assert (row["ours"], row["ReLU, epochs"]) == ("–", "2.5 (1 of 2 runs)"), "a mean over those that got there is too small"
+
+
+@pytest.mark.parametrize(("path", "name"), [("a/photos.index/hold-out", "photos.index (held out)"), ("hold-out", "hold-out"),
+                                            ("/b/x.index/hold-out-0a1b2c3d/", "x.index (held out)"), ("idx/", "idx"), ("", "")])
+def test_name_of_a_divided_index(path: str, name: str) -> None:
+    assert index_name(path) == name

@@ -77,7 +77,7 @@ class Group:
         bounds = min((run.train_images for run in self.runs if run.train_images), key=lambda two: two[1] - two[0], default=None)
         count = "" if bounds is None else f"{bounds[0]:,}" if bounds[0] == bounds[1] else f"about {sum(bounds) // 2:,}"
         name = paper.DATA_SETS[self.data_set].title if self.data_set else \
-            os.path.basename(str(self.config["data"].get("index", "")).rstrip("/"))
+            index_name(str(self.config["data"].get("index", "")))
         return f"{name} ({self.config['model'].get('classes')} classes{count and f', {count} training images'})"
 
     @property
@@ -165,6 +165,12 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
 def precision(config: Mapping[str, Any]) -> str:
     """Of a recipe (plain values): fp32, bf16 …"""
     return str((config.get("machine") or {}).get("precision", "fp32"))
+
+
+def index_name(path: str) -> str:
+    """Name of an index's folder; of one that was divided to validate on a part of it (see train.build), the whole's."""
+    folder, name = os.path.split(path.rstrip("/"))
+    return f"{os.path.basename(folder)} (held out)" if folder and re.fullmatch("hold-out(-[0-9a-f]{8})?", name) else name
 
 
 def _images(run: Run) -> str:
