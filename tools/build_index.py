@@ -37,7 +37,8 @@ def parser(prog: str = "build_index.py") -> Parser:
   {prog} subset photos.index -o halves.index --hold-out 0.5 --hold-out-as test
   {prog} info photos.index""")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-    presets = verbs.add_parser("build", help="index a data set", example=f"{prog} build classes photos -o photos.index")
+    presets = verbs.add_parser("build", help="index a data set", example=f"{prog} build classes photos -o photos.index",
+                               hint=f"; for a folder of classes: `{prog} build classes FOLDER -o INDEX`")
     build = presets.add_subparsers(dest="preset", required=True, metavar="PRESET")
     output = Parser(add_help=False)
     output.add_out("folder to write the index to", required=True)

@@ -40,13 +40,15 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose --help ends with an example, and that raises ValueError for a mistake: parse within `exit_code`.
 
     `former`: options that were renamed, with their names now, or "" for those that have become positional; still taken.
+    `hint`: what is said besides of a choice that is none.
     """
 
-    def __init__(self, *, example: str = "", former: Mapping[str, str] | None = None, **options: Any) -> None:
+    def __init__(self, *, example: str = "", former: Mapping[str, str] | None = None, hint: str = "", **options: Any) -> None:
         if example:
             options["epilog"] = f"examples:\n{example}" if "\n" in example else f"example:\n  {example}"
         super().__init__(**{"formatter_class": _Formatter, "allow_abbrev": False, **options})
         self._former = former or {}
+        self._hint = hint
 
     def parse_known_args(self, args: Sequence[str] | None = None,  # type: ignore[override]
                          namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
@@ -102,7 +104,7 @@ class Parser(argparse.ArgumentParser):
             name, kind, value, choices = found.groups()
             known = (choices or "").replace("'", "").split(", ")
             rule = f"must be one of {', '.join(known)}" if choices else f"must be {_KINDS.get(kind, kind)}"
-            return f"{name} (={value}) {rule}; {choices and nearest(value, known) or 'correct it'}"
+            return f"{name} (={value}) {rule}; {choices and nearest(value, known) or 'correct it'}{choices and self._hint}"
         if found := re.fullmatch(r"argument (.*?): (expected .*)", message):
             return f"{found[1]} (=none) must have a value ({found[2]}); {see}"
         message = message.removeprefix("argument ").replace(": (=", " (=")
@@ -184,7 +186,8 @@ def share(text: str) -> float:
 def nearest(name: str, known: Iterable[str]) -> str:
     """`did you mean …?` with the known name (keys with dots) most like `name`; empty when none is."""
     known = list(known)
-    same = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]  # of another group
+    last = name.rpartition(".")[2].lstrip("-")
+    same = [key for key in known if key.rpartition(".")[2].lstrip("-") == last]  # of another group, or without its group
     found = difflib.get_close_matches(name, known, 1, cutoff=0.9) or same or difflib.get_close_matches(name, known, 1, cutoff=0.5)
     return f"did you mean {found[0]}?" if found else ""
 

@@ -88,6 +88,7 @@ def test_recipes_are_listed_and_found_by_name(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize(("words", "message"), [
     ("demo --train.epoch=3", "--train.epoch (=3) is no option; did you mean --train.epochs?"),
+    ("demo --lr=3", "--lr (=3) is no option; did you mean --optimizer.lr?"),
     ("demo --train.epochs=many", "train.epochs (=many on the command line) must be a whole number; correct it"),
     ("demo --optimizer.lr=fast", "optimizer.lr (=fast on the command line) must be a number; correct it"),
     ("demo --machine.device=gpu", "machine.device (=gpu) must be auto, cpu, cuda or cuda:N; correct it"),
@@ -117,6 +118,8 @@ def test_mistakes_of_train_are_one_line(words: str, message: str, tmp_path: Path
 @pytest.mark.parametrize(("words", "message"), [
     ("trian", "verb (=trian) is none; did you mean train?"),
     ("index inf x", "VERB (=inf) must be one of build, subset, info, verify, ls, cat; did you mean info?"),
+    ("index build photos -o x", "PRESET (=photos) must be one of ilsvrc2012, ilsvrc2010, fall2011, classes, webdataset; correct "
+     "it; for a folder of classes: `alexnet index build classes FOLDER -o INDEX`"),
     ("eval", "RUN (=none) must be given; see alexnet eval --help"),
     ("eval x --vews 10", "--vews (=none) is no option; did you mean --views?"),
     ("eval x --views 5", "--views (=5) must be one of 1, 10; correct it"),
