@@ -241,7 +241,7 @@ def test_wrong_use_is_explained(packed: SampleIndex, stats: Stats, tmp_path: Pat
         with pytest.raises(ValueError, match=rf"{name} \(=0\) must be at least 1; raise it"):
             loader(packed, stats, **{name: 0})
     for store in ("s3:/bucket", "s3://", "/folder"):
-        with pytest.raises(ValueError, match=rf"machine.archives \(={store}\) must be s3://bucket/prefix to be streamed from"):
+        with pytest.raises(ValueError, match=rf"store \(={store}; of a recipe: machine.archives\) must be s3://bucket/prefix;"):
             loader(packed, stats, store=store)
 
 

@@ -91,9 +91,9 @@ else:
 
 
 @pytest.mark.parametrize("missing", ["nvidia", "torch"])
-def test_a_library_that_is_missing_is_one_line(missing: str, tmp_path: Path) -> None:
+def test_a_library_that_is_missing_is_one_line(missing: str, recipe: Path, tmp_path: Path) -> None:
     (tmp_path / f"{missing}.py").write_text("raise ModuleNotFoundError(f'No module named {__name__!r}', name=__name__)\n")
-    done = command("-m", "train.main", "--config", "train/recipes/demo.yaml", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    done = command("-m", "train.main", "--config", str(recipe), PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert done.returncode == 4 and done.stderr == (
         f"error: module (={missing}) cannot be imported (No module named '{missing}'); install what is missing with "
         "pip install -e .\n")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.conftest import TinySet
 from tests.helpers.recipes import write_recipe
 from tests.helpers.runs import here, inside
 from train import build
@@ -66,7 +67,7 @@ def load_with(recipe: Path, folder: Path, old: str, new: str) -> Any:
 
 def test_cublas_is_told_before_cuda_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Any] = []
-    monkeypatch.setattr(distributed, "_device", lambda wanted, local_rank: torch.device("cuda", 0))
+    monkeypatch.setattr(distributed, "_device", lambda *_: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: told.append(os.environ["CUBLAS_WORKSPACE_CONFIG"]))
     for mine, expected in ((None, ":4096:8"), (":16:8", ":16:8")):
         with monkeypatch.context() as patch:
@@ -78,12 +79,12 @@ def test_cublas_is_told_before_cuda_starts(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("text", ["", "Unable to allocate 3 GiB"])
-def test_too_little_memory_is_a_failure_of_the_machine(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+def test_too_little_memory_is_a_failure_of_the_machine(tiny_set: TinySet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                        text: str) -> None:
     def fail(*args: Any) -> None:
         raise MemoryError(*([text] if text else []))
     monkeypatch.setattr(build, "configure_torch", fail)
-    _, err = here(recipe, tmp_path, code=4)
+    _, err = here(write_recipe(tmp_path, tiny_set.index), tmp_path, code=4)
     assert err == (f"error: memory (={text or 'used up'}) does not suffice; lower train.batch, machine.test_batch or "
                    "machine.prefetch\n")
     monkeypatch.setattr(command, "run", fail)

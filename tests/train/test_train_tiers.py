@@ -83,7 +83,7 @@ def test_two_processes_with_resident_images_train_as_one(recipe: Path, whole: Ca
     (["--data.tier=streamed", "--data.packed="], "tier (=streamed) needs packed images"),
     (["--data.index=PACKED"], "tier (=archives) must name what the index is: PACKED holds packed images"),
     (["--data.tier=tape"], "data.tier"),
-    (["--data.tier=packed", "--data.packed=nowhere"], "data.packed (=nowhere) is no packed folder yet; write it with `python"),
+    (["--data.tier=packed", "--data.packed=nowhere"], "data.packed (=nowhere) is no packed folder yet; write it with `alexnet"),
     (["--data.tier=packed", "--data.square_px=80"],
      "data.square_px (=80) must be the 76 of the packed images in PACKED; correct"),
     (["--data.tier=streamed", "--data.window=0"], "data.window (=0) must be at least 1"),

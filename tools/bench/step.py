@@ -12,6 +12,7 @@ if __name__ == "__main__":
     start_command()
 
 import argparse
+from pathlib import Path
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -109,7 +110,7 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> None:
         found = measure([Workload(name, steps(config, topology)) for name, (steps, config) in ways.items()],
                         args.seconds, args.rounds)
     machine = recipe.machine
-    print(f"{args.config.stem}, batch {recipe.train.batch}, on {topology.device}; the recipe says {machine.precision}, "
+    print(f"{Path(args.recipe).stem}, batch {recipe.train.batch}, on {topology.device}; the recipe says {machine.precision}, "
           f"channels_last {str(machine.channels_last).lower()}; n = {args.rounds}, median (least–most)")
     first = next(iter(found.values()))
     for name, figures in found.items():
