@@ -187,7 +187,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """`did you mean …?` with the known name (keys with dots) most like `name`; empty when none is."""
     known = list(known)
     last = name.rpartition(".")[2].lstrip("-")
-    same = [key for key in known if key.rpartition(".")[2].lstrip("-") == last]  # of another group, or without its group
+    alike = {key: difflib.SequenceMatcher(None, key.rpartition(".")[2].lstrip("-"), last).ratio() for key in known}
+    same = sorted((key for key in known if alike[key] >= 0.8), key=lambda key: (key.count("."), -alike[key]))  # of another group
     found = difflib.get_close_matches(name, known, 1, cutoff=0.9) or same or difflib.get_close_matches(name, known, 1, cutoff=0.5)
     return f"did you mean {found[0]}?" if found else ""
 

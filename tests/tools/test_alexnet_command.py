@@ -88,6 +88,7 @@ def test_recipes_are_listed_and_found_by_name(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize(("words", "message"), [
     ("demo --train.epoch=3", "--train.epoch (=3) is no option; did you mean --train.epochs?"),
+    ("demo --epoch=3", "--epoch (=3) is no option; did you mean --train.epochs?"),
     ("demo --lr=3", "--lr (=3) is no option; did you mean --optimizer.lr?"),
     ("demo --train.epochs=many", "train.epochs (=many on the command line) must be a whole number; correct it"),
     ("demo --optimizer.lr=fast", "optimizer.lr (=fast on the command line) must be a number; correct it"),
