@@ -112,13 +112,12 @@ class DataConfig:
                "not be image where data.crop is random_resized: a resized box has no place in the mean image; use mean: channel, "
                "or three numbers with std")
 
-    def digest(self) -> str:
-        """16 hex digits of SHA-256 over all values; those added later count only where they differ from their defaults."""
+    def added_digest(self) -> dict[str, str]:
+        """{"data": 16 hex digits of SHA-256 over all values}; empty where keys added later are all at their defaults."""
         values = {item.name: getattr(self, item.name) for item in fields(DataConfig)}
-        values["lighting"] = float(self.lighting)  # 0 is 0.0
-        kept = {item.name: values[item.name] for item in fields(DataConfig)
-                if item.metadata != ADDED or values[item.name] != item.default}
-        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+        if all(values[item.name] == item.default for item in fields(DataConfig) if item.metadata == ADDED):
+            return {}
+        return {"data": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]}
 
     @property
     def resized_boxes(self) -> bool:

@@ -57,25 +57,23 @@ class TrainLoader(Loader, Iterator[Any]):
         """Cursor of the batches *consumed*, however many were prefetched, and what it is valid for."""
         sampler = self.sampler
         return {"step": self.step, "seed": sampler.seed, "batch": sampler.batch, "samples": len(sampler.ids),
-                "images": self.index.split_sha256(self.split), "split": self.split, "data": self.data.digest(),
-                **sampler.settings}
+                "images": self.index.split_sha256(self.split), "split": self.split,
+                **self.data.added_digest(), **sampler.settings}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume after the batches that `state` has seen, on any number of ranks. Raises ValueError when it belongs to another
         seed, batch, split or index, or to an order with other settings, or is no such state."""
         self.check_process()
         expected = self.state_dict()
-        if "data" not in state:  # written by an earlier version
-            del expected["data"]
-        if missing := sorted(expected.keys() - state.keys()):
+        if missing := sorted(expected.keys() - state.keys() - {"data"}):
             raise ValueError(f"loader state (={', '.join(sorted(state)) or 'empty'}) must have {', '.join(missing)}; give what "
                              "state_dict returned")
         step = state["step"]
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise ValueError(f"loader state step (={step!r}) must be a whole number, at least 0; give what state_dict returned")
-        for key, own in expected.items():
-            if key != "step" and state.get(key) != own:
-                raise ValueError(f"loader state {key} (={state.get(key)}) must equal this loader's (={own}); make the "
+        for key, own in {"data": "", **expected}.items():
+            if key != "step" and state.get(key, "") != own:
+                raise ValueError(f"loader state {key} (={state.get(key, '')}) must equal this loader's (={own}); make the "
                                  "loader with the index and arguments (in training: the recipe) of the one that was saved")
         self.close()
         self.step = step

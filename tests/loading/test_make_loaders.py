@@ -151,18 +151,15 @@ def test_an_index_that_is_none_is_said(tmp_path: Path) -> None:
 
 
 def test_a_state_belongs_to_its_data_settings(photos: SampleIndex) -> None:
-    with make_train_loader(photos, batch_size=4, data=SMALL) as loader:
-        state = {**loader.state_dict(), "step": 3}
-    for other in (DataConfig(square_px=76, crop_px=66), DataConfig(square_px=76, crop_px=67, lighting=0.0)):
-        with make_train_loader(photos, batch_size=4, data=other) as loader, \
-                pytest.raises(ValueError, match=r"loader state data \(=[0-9a-f]{16}\) must equal this loader's"):
+    boxes = DataConfig.preset("imagenet", region="square", square_px=76, crop_px=67)
+    wider = DataConfig.preset("imagenet", region="square", square_px=76, crop_px=67, scale=(0.5, 1.0))
+    for saved, other in ((boxes, wider), (boxes, SMALL), (SMALL, boxes)):
+        with make_train_loader(photos, batch_size=4, data=saved) as loader:
+            state = {**loader.state_dict(), "step": 3}
             loader.load_state_dict(state)
-    del state["data"]  # of an earlier version
-    with make_train_loader(photos, batch_size=4, data=SMALL) as loader:
-        loader.load_state_dict(state)
-        assert loader.step == 3
-    assert DataConfig(lighting=0).digest() == DataConfig(lighting=0.0).digest() != DataConfig().digest()
-    assert DataConfig(crop="random").digest() == DataConfig().digest()
+        with make_train_loader(photos, batch_size=4, data=other) as loader, \
+                pytest.raises(ValueError, match=r"loader state data \(=[0-9a-f]*\) must equal this loader's"):
+            loader.load_state_dict(state)
 
 
 @pytest.mark.parametrize("rest", ["for images, labels in loader: pass",
