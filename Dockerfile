@@ -1,5 +1,5 @@
 # docker build -t alexnet .
-# docker run --rm --gpus all --ipc host -v /data:/data:ro -v "$PWD/work:/work" alexnet train alexnet_ilsvrc2012 --data.index=/work/index
+# docker run --rm --gpus all --ipc host -v /data:/data:ro -v "$PWD:/workspace" alexnet train alexnet_ilsvrc2012 --data.index=/workspace/index
 #
 # torch's wheel brings its own CUDA libraries (of CUDA 13 with the version in constraints.txt: driver 580 or newer); DALI's CUDA 12 build
 # uses those of the base. Not built or run yet.
@@ -11,7 +11,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 alexnet \
     && python3 -m venv /opt/alexnet \
-    && install -d -o alexnet -g alexnet /work
+    && install -d -o alexnet -g alexnet /workspace
 
 COPY setup.cfg pyproject.toml constraints.txt README.md LICENSE /source/
 COPY pipeline /source/pipeline
@@ -23,6 +23,6 @@ RUN /opt/alexnet/bin/pip install --no-cache-dir -c /source/constraints.txt '/sou
 
 ENV PATH=/opt/alexnet/bin:$PATH PYTHONUNBUFFERED=1
 USER alexnet
-WORKDIR /work
+WORKDIR /workspace
 ENTRYPOINT ["alexnet"]
 CMD ["--help"]

@@ -1,5 +1,6 @@
 """Every key of a recipe with its type, default and meaning, from the configuration classes and their docstrings."""
 import dataclasses
+import json
 import textwrap
 import types
 import typing
@@ -23,20 +24,29 @@ class Key:
     about: str
 
 
-def keys(kind: type = Config, group: str = "") -> Iterator[Key]:
-    """The keys of a group, those of the groups in it after each."""
+def groups(kind: type = Config, name: str = "") -> Iterator[tuple[str, type, list[Key]]]:
+    """A group of keys with its name and class, then the groups in it."""
     about: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         for item in docstring_parser.parse(base.__doc__ or "", docstring_parser.DocstringStyle.GOOGLE).params:
             about[item.arg_name] = " ".join((item.description or "").split())
-    hints = typing.get_type_hints(kind)
+    hints, found, inner = typing.get_type_hints(kind), list[Key](), list[tuple[str, type]]()
     for field in dataclasses.fields(kind):
-        name, hint = f"{group}{field.name}", hints[field.name]
+        key, hint = f"{name}.{field.name}".lstrip("."), hints[field.name]
         nested = next((one for one in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(one)), None)
-        if hint is not nested:
-            yield Key(name, _type(hint), _default(field), about.get(field.name, ""))
+        if name or hint is not nested:  # of the whole, its groups are no keys
+            found.append(Key(key, _type(hint), _default(field), about.get(field.name, "")))
         if nested is not None:
-            yield from keys(typing.cast(type, nested), f"{name}.")
+            inner.append((key, typing.cast(type, nested)))
+    yield name, kind, found
+    for key, one in inner:
+        yield from groups(one, key)
+
+
+def keys() -> Iterator[Key]:
+    """The keys of a recipe, group by group."""
+    for _, _, found in groups():
+        yield from found
 
 
 def _type(hint: Any) -> str:
@@ -44,7 +54,7 @@ def _type(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return ", ".join(map(str, args))
     if typing.get_origin(hint) is tuple:
-        return f"list of {_type(args[0])}"
+        return f"list of {_type(args[0])}s"
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join("null" if one is type(None) else _type(one) for one in args)
     return "group" if dataclasses.is_dataclass(hint) else _TYPES.get(hint, "mapping")
@@ -56,8 +66,9 @@ def _default(field: "dataclasses.Field[Any]") -> str | None:
     value = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
     if value is dataclasses.MISSING:
         return None
-    return {None: "null", True: "true", False: "false", "": "empty", (): "[]"}.get(value, str(value)) \
-        if isinstance(value, (str, bool, tuple, type(None))) else str(value)
+    if isinstance(value, tuple):
+        return str([float(f"{number:.4g}") for number in value])
+    return "empty" if value == "" else str(value) if isinstance(value, str) else json.dumps(value)
 
 
 def as_text(width: int) -> str:
