@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from dataclasses import replace
 from unittest.mock import Mock
@@ -50,7 +51,8 @@ def test_recent_throughput_forgets_the_start() -> None:
 
 
 def steps(console: Console, count: int) -> None:
-    throughput = ThroughputMeter(Monitor())
+    clock = itertools.count()
+    throughput = ThroughputMeter(Monitor(), now=lambda: float(next(clock)))
     for step in range(count):
         throughput.add(8)
         console.step("3/90", 700 + step, step + 1, count, 3.2, 0.5, throughput.recent(), 3723)
