@@ -2,7 +2,9 @@
 import hashlib
 import json
 from dataclasses import dataclass, field, fields
-from typing import Any, Self
+from typing import Any, Self, get_type_hints
+
+from pipeline.schema import check_types
 
 REGIONS = ("square", "full")
 CROPS = ("random", "random_resized")
@@ -50,7 +52,7 @@ class DataConfig:
         output: type of the images: float32, float16, bfloat16; or uint8, the pixels, of which no mean is subtracted.
 
     Raises:
-        ValueError: a value outside its range, naming the key.
+        ValueError: a value outside its range, naming the key; TypeError: one of another type.
     """
     region: str = field(default="square", metadata=STATED)
     square_px: int = field(default=256, metadata=STATED)
@@ -74,6 +76,7 @@ class DataConfig:
         return cls(**{**PRESETS[name], **changes})
 
     def __post_init__(self) -> None:
+        check_types(vars(self), get_type_hints(DataConfig), "data.")
         for name in ("scale", "ratio", "std", *(["mean"] if not isinstance(self.mean, str) else [])):  # recipes have lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, allowed in (("region", REGIONS), ("crop", CROPS), ("output", OUTPUTS)):
@@ -168,7 +171,7 @@ class LoaderConfig:
         resident_folder: folder of that file; empty means `resident` in the index folder.
 
     Raises:
-        ValueError: a value outside its range, naming the key.
+        ValueError: a value outside its range, naming the key; TypeError: one of another type.
     """
     threads: int = 0
     prefetch: int = 2
@@ -186,6 +189,7 @@ class LoaderConfig:
     resident_folder: str = ""
 
     def __post_init__(self) -> None:
+        check_types(vars(self), get_type_hints(LoaderConfig), "machine.")
         for name, low, high in (("threads", 0, 1024), ("prefetch", 1, 1024), ("queue", 1, 1024), ("read_threads", 0, 1024),
                                 ("preallocate_px", 0, 1 << 16)):  # more threads than a machine starts abort the process
             _check(f"machine.{name}", value := getattr(self, name), low <= value <= high,

@@ -5,6 +5,7 @@ of these with rules: `Annotated[T, rule]`, where `rule(value)` gives the rule br
 """
 import dataclasses
 import functools
+import numbers
 import re
 import types
 from collections.abc import Mapping
@@ -22,6 +23,39 @@ def _rule(holds: Any, broken: str) -> Any:
 def is_file_name(name: str) -> bool:
     """Whether a name is that of a file in the folder itself: not empty, no path, not `.` or `..`."""
     return name not in ("", ".", "..") and not set(name) & {"/", "\0"}
+
+
+# What a caller may give where these are asked for: NumPy's numbers too, but no bool as a number.
+_GIVEN: dict[Any, tuple[Any, str]] = {int: (numbers.Integral, "a whole number"), float: (numbers.Real, "a number"),
+                                      bool: (bool, "True or False"), str: (str, "a text")}
+
+
+def check_types(values: Mapping[str, Any], hints: Mapping[str, Any], prefix: str = "") -> None:
+    """Raise TypeError `<prefix><name> (=value) must be …` for an argument that is not of its type. Only classes, tuples
+    of numbers and unions of both are checked."""
+    for name, value in values.items():
+        if not _is_a(hints.get(name, Any), value):
+            raise TypeError(f"{prefix}{name} (={value!r}) must be {_words(hints[name])}")
+
+
+def _is_a(kind: Any, value: Any) -> bool:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return any(_is_a(each, value) for each in arguments)
+    if origin is tuple:
+        return isinstance(value, (tuple, list)) and all(_is_a(arguments[0], each) for each in value)
+    if kind is Any or origin is not None or not isinstance(kind, type):
+        return True
+    return isinstance(value, _GIVEN.get(kind, (kind,))[0]) and (kind is bool or not isinstance(value, bool))
+
+
+def _words(kind: Any) -> str:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_words, arguments))
+    if origin is tuple:
+        return "a tuple of numbers"
+    return _GIVEN[kind][1] if kind in _GIVEN else "None" if kind is types.NoneType else f"a {kind.__name__}"
 
 
 Count = Annotated[int, _rule(lambda value: 0 <= value < 1 << 63, "must be a number from 0 up")]

@@ -11,7 +11,7 @@ import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,7 @@ from pipeline.reading.quarantine import Quarantine, StandIns, quarantine_budget
 from pipeline.reading.shard_source import ShardSource
 from pipeline.reading.source import ArchiveSource, Source
 from pipeline.resident.chain import eval_chain, train_chain
+from pipeline.schema import check_types
 from pipeline.sampling.batch_plan import BlockPlanner, CropPlanner
 from pipeline.sampling.sampler import Ids, Sampler, WindowSampler
 from pipeline.stats import Stats, channel_mean, mean_image
@@ -43,8 +44,9 @@ _ELSEWHERE = {"num_workers": "machine=LoaderConfig(threads=N)", "workers": "mach
 
 
 def _names_arguments(function: Callable[P, R]) -> Callable[P, R]:
-    """Refuse an argument that a function does not have by a TypeError that names the one that was meant."""
-    known = list(inspect.signature(function).parameters)
+    """Refuse by a TypeError an argument that a function does not have, with the one that was meant, or one of another type."""
+    signature, hints = inspect.signature(function), get_type_hints(function)
+    known = list(signature.parameters)
 
     @functools.wraps(function)
     def checked(*args: P.args, **given: P.kwargs) -> R:
@@ -53,6 +55,7 @@ def _names_arguments(function: Callable[P, R]) -> Callable[P, R]:
                 near = _ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, known, 1, 0.6)), None)
                 raise TypeError(f"argument {name} of {function.__name__} is not known; "
                                 + (f"use {near}" if near else f"it has {', '.join(known)}"))
+        check_types(signature.bind(*args, **given).arguments, hints)
         return function(*args, **given)
     return checked
 
@@ -100,8 +103,6 @@ def _context(index: str | Path | SampleIndex, split: str, data: DataConfig | str
              device: torch.device | str | int | None, monitor: Monitor | None) -> LoaderContext:
     index = index if isinstance(index, SampleIndex) else SampleIndex.load(index)
     data = DataConfig.preset(data) if isinstance(data, str) else data
-    if not isinstance(data, DataConfig):
-        raise TypeError(f"data (={data}) must be a DataConfig or the name of a preset; write data=DataConfig(crop_px=…)")
     try:
         where = torch.device("cpu" if device is None else device)
     except RuntimeError:  # no name of a device
@@ -160,9 +161,9 @@ def make_train_loader(index: str | Path | SampleIndex, split: str = "train", bat
         quarantine: where unreadable samples are recorded, by default bounded by `machine.quarantine_budget`, without a file.
         monitor: counts waits; by default one of its own, `loader.monitor`.
 
-    Raises TypeError for an unknown argument; ValueError when the index is not of the kind the tier reads, or split, batch_size,
-    shard, device or statistics do not fit; RuntimeError when an archive is missing, too many samples are unreadable, or squares
-    do not fit into memory.
+    Raises TypeError for an unknown argument, or one of another type; ValueError when the index is not of the kind the tier reads,
+    or split, batch_size, shard, device or statistics do not fit; RuntimeError when an archive is missing, too many samples are
+    unreadable, or squares do not fit into memory.
     """
     context = _context(index, split, data, machine, device, monitor)
     index, data, shard = context.index, context.data, _shard(shard)
@@ -216,8 +217,8 @@ def make_eval_loader(index: str | Path | SampleIndex, split: str = "val", batch_
         first: number of the batch to begin with.
         ids: (N,) only these samples, in this order.
 
-    Raises TypeError for an unknown argument; ValueError when there is no such tier, split or device, or batch_size, statistics
-    or ids do not fit.
+    Raises TypeError for an unknown argument, or one of another type; ValueError when there is no such tier, split or device, or
+    batch_size, statistics or ids do not fit.
     """
     check(tier)
     index = index if isinstance(index, SampleIndex) else SampleIndex.load(index)

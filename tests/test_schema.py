@@ -1,10 +1,12 @@
 """Schemas: what fits comes out typed, what does not is one line that names the key, the value and the rule."""
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from pipeline.schema import Count, FileName, Sha256, read_as
+from pipeline.schema import Count, FileName, Sha256, check_types, read_as
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,17 @@ class Header:
 
 
 GOOD: dict[str, Any] = {"name": "x", "share": 1, "whole": True, "entries": {"a": {"file": "b.npy", "size": 3}}, "later": 1}
+
+
+def test_arguments_of_another_type_are_named() -> None:
+    hints = {"count": int, "share": float, "name": str | Path, "flag": bool, "pair": tuple[int, int] | None, "other": Any}
+    check_types({"count": np.int64(3), "share": 1, "name": Path(), "flag": False, "pair": None, "other": 3, "more": 4}, hints)
+    for values, words in (({"count": True}, "count (=True) must be a whole number"), ({"share": "1"}, "share (='1') must be a number"),
+                          ({"name": 3}, "name (=3) must be a text or a Path"), ({"flag": 1}, "flag (=1) must be True or False"),
+                          ({"pair": (1, "2")}, "pair (=(1, '2')) must be a tuple of numbers or None")):
+        with pytest.raises(TypeError) as caught:
+            check_types(values, hints, "")
+        assert str(caught.value) == words
 
 
 def test_what_fits_is_typed() -> None:

@@ -69,8 +69,8 @@ def top() -> Parser:
                    description=f"Train AlexNet (2012), from the archives to a report.\n\n{verbs}",
                    example="  alexnet demo\n  alexnet index build classes photos -o photos.index\n"
                    "  alexnet train demo --train.epochs=3\n  alexnet eval runs/demo\n\n"
-                   "alexnet VERB --help says more. Exit codes: 0 done, 1 a check failed, 2 a mistake, 3 diverged, 4 the machine\n"
-                   "failed, 75 stopped and saved, 130 interrupted.")
+                   "alexnet VERB --help says more. Exit codes: 0 done, 1 a check failed,\n"
+                   "2 a mistake, 3 diverged, 4 the machine failed, 75 stopped and saved,\n130 interrupted.")
     found.add_argument("--version", action="store_true", help="the version of this program")
     return found
 

@@ -8,6 +8,7 @@ if __name__ == "__main__":
     start_command(decodes=True)
 
 import shutil
+import textwrap
 from typing import Sequence
 
 from train.cli import Parser
@@ -23,8 +24,9 @@ def parser(prog: str = "python -m train.main") -> Parser:
   {prog} mine.yaml --machine.name=first --resume
   torchrun --nproc-per-node 2 --no-python alexnet train demo        (a tower each)
 
-exit codes: 0 trained and tested, 2 a mistake, 3 the loss or a gradient was not finite, 4 the machine failed,
-75 stopped (SIGTERM, Ctrl-C, machine.stop_after) and saved: --resume continues, 130 interrupted before training.
+exit codes: 0 trained and tested, 2 a mistake, 3 the loss or a gradient was not
+finite, 4 the machine failed, 75 stopped (SIGTERM, Ctrl-C, machine.stop_after)
+and saved: --resume continues, 130 interrupted before training.
 All keys of a recipe: --help-config, or docs/configuration.md""")
     top.add_argument("recipe", metavar="RECIPE", nargs="?", help="name of a recipe that comes with this program, or a YAML file")
     top.add_argument("--group.key", metavar="VALUE", help="set a value of the recipe, such as --optimizer.lr=0.02")
@@ -41,8 +43,9 @@ def recipes() -> str:
     from train.recipe import RECIPES
     lines = [(path.stem, path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ").rstrip(".,"))
              for path in sorted(RECIPES.glob("*.yaml"))]
-    width, columns = max(len(name) for name, _ in lines), shutil.get_terminal_size().columns
-    return "\n".join(f"{name:{width}}  {about}"[:max(columns, 60)] for name, about in lines)
+    width = max(len(name) for name, _ in lines)
+    left = max(shutil.get_terminal_size().columns, 60) - width - 2
+    return "\n".join(f"{name:{width}}  {textwrap.shorten(about, left, placeholder=' …')}" for name, about in lines)
 
 
 def main(argv: Sequence[str], prog: str = "python -m train.main") -> int:

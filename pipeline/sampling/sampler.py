@@ -41,6 +41,8 @@ class Sampler:
         rank, world = self.shard
         if not 0 <= rank < world:
             raise ValueError(f"shard (={self.shard}) must be (k, n) with 0 <= k < n; pass the rank and the number of ranks")
+        if not 0 <= self.seed < 2 ** 63:
+            raise ValueError(f"seed (={self.seed}) must be in [0, 2**63); choose another")
         if self.batch < 1:
             raise ValueError(f"batch_size (={self.batch}) must be at least 1; raise it")
         if len(self.ids) == 0:

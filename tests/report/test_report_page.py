@@ -103,13 +103,15 @@ def test_what_is_no_run_is_left_out_by_name(tmp_path: Path, base: dict[str, Any]
 def test_mistakes_are_one_line_and_leave_the_old_page(tmp_path: Path, base: dict[str, Any]) -> None:
     run, out = write_run(tmp_path / "run", base), tmp_path / "r.html"
     out.write_text("old", encoding="utf-8")
+    (tmp_path / "empty").mkdir()
     for words, told in (((tmp_path / "none",), "does not exist; name run folders"),
-                        ((tmp_path,), "holds no config.yaml; name run folders"), ((out,), "is not a folder; name run folders")):
+                        ((tmp_path / "empty",), "holds no config.yaml; name run folders"),
+                        ((out,), "is not a folder; name run folders")):
         said = report(out, *words, code=2)[1]
         assert said.startswith("error: ") and told in said and said.count("\n") == 1, said
         assert out.read_text(encoding="utf-8") == "old"
     assert "is a folder; name a file in it" in report(tmp_path, run, code=2)[1]
-    report(out, run, run, tmp_path / "run" / ".." / "run")
+    report(out, run, run, tmp_path / "run" / ".." / "run", tmp_path)  # the last is the folder of this run
     assert out.read_text(encoding="utf-8") != "old" and not list(tmp_path.glob(".*.tmp"))
     assert read_run(run).name == "run" and ">1 run, of 1 recipe; made " in out.read_text(encoding="utf-8"), "each run once"
 

@@ -24,14 +24,13 @@ def run(args: argparse.Namespace) -> None:
     """Read the runs, write the page. Raises ValueError, RuntimeError or OSError."""
     from train.report.groups import group  # here: --help needs none of it
     from train.report.page import render
-    from train.report.runs import NoRun, read_run
+    from train.report.runs import NoRun, read_run, runs_below
 
     if args.out.is_dir():
         raise ValueError(f"output (={args.out}) is a folder; name a file in it")
     runs, left_out = [], []
-    for folder in {folder.resolve(): folder for folder in args.runs}.values():
-        if not folder.exists():
-            raise ValueError(f"run (={folder}) does not exist; name run folders, such as runs/tiny100")
+    folders = [folder for given in args.runs for folder in runs_below(given)]
+    for folder in {folder.resolve(): folder for folder in folders}.values():
         try:
             runs.append(read_run(folder))
         except NoRun as error:
@@ -51,7 +50,7 @@ def parser(prog: str = "python -m train.report") -> Parser:
     top = Parser(prog=prog, description="Write one self-contained HTML page about runs, with the paper's results beside theirs.",
                  example=f"{prog} runs/a runs/b -o report.html")
     top.add_argument("runs", nargs="+", type=Path, metavar="RUN",
-                     help="run folder; runs that differ only in the seed become one result")
+                     help="run folder, or a folder of run folders; runs that differ only in the seed become one result")
     top.add_out("the page", "HTML", default=Path("report.html"))
     return top
 

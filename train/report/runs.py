@@ -18,7 +18,7 @@ from train.evaluate import ensemble, predictions
 from train.evaluate.metrics import Score
 from train.recipe.strict_yaml import load_yaml
 from train.report import paper
-from train.run_folder import CHECKPOINTS, CONFIG, HISTORY, METRICS, VERSIONS
+from train.run_folder import CHECKPOINTS, CONFIG, HISTORY, METRICS, VERSIONS, did_you_mean
 
 EVALUATIONS = "evaluations"  # folder of a run's saved evaluations
 
@@ -140,6 +140,14 @@ class Run:
     def start(self, key: str) -> Any:
         """What its last start recorded under `key`, None where it did not."""
         return self.starts[-1].get(key) if self.starts else None
+
+
+def runs_below(folder: Path) -> list[Path]:
+    """The folder itself, or the run folders in it, when it is none itself. Raises ValueError when it does not exist."""
+    if not folder.exists():
+        raise ValueError(f"run (={folder}) does not exist; {did_you_mean(folder) or 'name run folders, such as runs/tiny100'}")
+    below = [] if (folder / CONFIG).exists() else sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+    return below or [folder]
 
 
 def read_run(folder: Path) -> Run:
