@@ -32,7 +32,8 @@ GOOD: dict[str, Any] = {"name": "x", "share": 1, "whole": True, "entries": {"a":
 def test_arguments_of_another_type_are_named() -> None:
     hints = {"count": int, "share": float, "name": str | Path, "flag": bool, "pair": tuple[int, int] | None, "other": Any}
     check_types({"count": np.int64(3), "share": 1, "name": Path(), "flag": False, "pair": None, "other": 3, "more": 4}, hints)
-    for values, words in (({"count": True}, "count (=True) must be a whole number"), ({"share": "1"}, "share (='1') must be a number"),
+    for values, words in (({"count": True}, "count (=True) must be a whole number"),
+                          ({"share": "1"}, "share (='1') must be a number"),
                           ({"name": 3}, "name (=3) must be a text or a Path"), ({"flag": 1}, "flag (=1) must be True or False"),
                           ({"pair": (1, "2")}, "pair (=(1, '2')) must be a tuple of numbers or None")):
         with pytest.raises(TypeError) as caught:
