@@ -65,15 +65,17 @@ def load_with(recipe: Path, folder: Path, old: str, new: str) -> Any:
     return load(path)
 
 
-def test_cublas_is_told_before_cuda_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("variable, ours, users", [
+    ("CUBLAS_WORKSPACE_CONFIG", ":4096:8", ":16:8"), ("NCCL_LAUNCH_ORDER_IMPLICIT", "1", "0")])
+def test_libraries_are_told_before_cuda_starts(variable: str, ours: str, users: str, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Any] = []
     monkeypatch.setattr(distributed, "_device", lambda *_: torch.device("cuda", 0))
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: told.append(os.environ["CUBLAS_WORKSPACE_CONFIG"]))
-    for mine, expected in ((None, ":4096:8"), (":16:8", ":16:8")):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: told.append(os.environ[variable]))
+    for mine, expected in ((None, ours), (users, users)):
         with monkeypatch.context() as patch:
-            patch.setenv("CUBLAS_WORKSPACE_CONFIG", mine or "x")
+            patch.setenv(variable, mine or "x")
             if mine is None:
-                patch.delenv("CUBLAS_WORKSPACE_CONFIG")
+                patch.delenv(variable)
             with process_group(towers=2, device="cuda", timeout_s=5):
                 assert told.pop() == expected
 

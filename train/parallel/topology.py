@@ -118,6 +118,10 @@ def process_group(*, towers: int, device: str, timeout_s: float, silence_s: floa
     chosen = _device(device, local_rank, local_ranks)
     if chosen.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts; deterministic cuBLAS asks for it
+        # Kernels of several communicators (data, tower, pair, all) must run in one order on all GPUs, or they may wait for each
+        # other without end. NCCL (2.26 on) then takes the order in which the host begins them: one thread does, in all processes
+        # in the same order, since the backward pass begins its own while this thread waits for it.
+        os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
         torch.cuda.set_device(chosen)
     with failure.monitored(rank, world_size, timeout_s, silence_s):
         store, timeout, mesh = _store(rank, world_size, timeout_s), datetime.timedelta(seconds=timeout_s + LATER_S), None
