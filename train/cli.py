@@ -193,6 +193,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {found[0]}?" if found else ""
 
 
+def check_runs(paths: Iterable[Path]) -> None:
+    """Raise ValueError for a RUN of a command line that does not exist, before torch is imported to look into it."""
+    for path in paths:
+        if not path.exists():
+            near = Path("runs") / path.name
+            remedy = f"did you mean {near}?" if near.is_dir() else "give a run folder, such as runs/demo"
+            raise ValueError(f"RUN (={path}) does not exist; {remedy}")
+
+
 def device(text: str) -> str:
     """auto, cpu, cuda or cuda:N, of a command line; a bare number is that GPU's."""
     text = f"cuda:{text}" if text.isdecimal() else text

@@ -102,7 +102,7 @@ def train_and_test(request: CommandLine, topology: Topology) -> int:
         for line in score.lines():
             console.print(f"  {line}")
         if score.at_chance:
-            console.warn(CHANCE)
+            console.warn(f"top-1 error is {CHANCE}")
         return DONE
 
 

@@ -32,12 +32,6 @@ EXTENDABLE = ("train.epochs", "schedule.milestones")  # what a resume may change
 OF_A_START = ("machine.name", "machine.runs", "machine.stop_after")  # settings of one start alone
 
 
-def did_you_mean(path: Path) -> str:
-    """`did you mean runs/NAME?` for a path that does not exist, if that does; else empty."""
-    near = Path("runs") / path.name
-    return f"did you mean {near}?" if not path.exists() and near.is_dir() else ""
-
-
 class Metrics:
     """Writer of metrics.jsonl; not `enabled`, in all processes but the main one, it writes nothing. Raises RuntimeError when the
     file cannot be written, or is no longer the one in the run folder."""

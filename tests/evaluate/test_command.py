@@ -49,7 +49,7 @@ def test_ctrl_c_while_modules_are_imported(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.delattr(sys.modules["train.evaluate"], "command")
     monkeypatch.delitem(sys.modules, "train.evaluate.command")
     monkeypatch.setattr(sys, "meta_path", [SimpleNamespace(find_spec=interrupt)])
-    assert main(["--run", "a"]) == 130 and capsys.readouterr().err == "interrupted\n"
+    assert main(["--run", "."]) == 130 and capsys.readouterr().err == "interrupted\n"
 
 
 def test_saved_equals_live(copy: Path) -> None:

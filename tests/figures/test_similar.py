@@ -238,7 +238,7 @@ def test_features_of_another_checkpoint_or_index_are_refused(run: Path, built: P
     (["--count", "2", "--split", "no"], "split (=no) is not in the index"),
     (["--out", "a.png", "--ids", "5", "5"], "id (=5) is given twice; give it once"),
     (["--out", "a.png", "--ids", "5000"], "id (=5000) is not in the index"),
-    (["--out", "a.png", "--checkpoint", "nowhere"], "RUN (=nowhere) does not exist; give a run folder, a chec"),
+    (["--out", "a.png", "--checkpoint", "nowhere"], "RUN (=nowhere) does not exist; give a run folder, such as"),
     (["--out", "a.png", "--which", "best"], "--which (=best) chooses among a run's checkpoints, and")])
 def test_bad_arguments_are_one_line_and_exit_2(built: Path, words: list[str], message: str, tmp_path: Path,
                                                monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

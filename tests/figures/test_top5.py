@@ -118,4 +118,4 @@ def test_bad_arguments_are_one_line_and_exit_2(run: Path, words: list[str], mess
 
 def test_a_missing_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert show("top5", "--run", tmp_path / "no", "--out", tmp_path / "a.png") == 2
-    assert "no) does not exist; give a run folder, a checkpoint or a network that train.export wrote" in capsys.readouterr().err
+    assert "no) does not exist; give a run folder, such as" in capsys.readouterr().err

@@ -104,7 +104,7 @@ def test_mistakes_are_one_line_and_leave_the_old_page(tmp_path: Path, base: dict
     run, out = write_run(tmp_path / "run", base), tmp_path / "r.html"
     out.write_text("old", encoding="utf-8")
     (tmp_path / "empty").mkdir()
-    for words, told in (((tmp_path / "none",), "does not exist; name run folders"),
+    for words, told in (((tmp_path / "none",), "does not exist; give a run folder, such as runs/demo"),
                         ((tmp_path / "empty",), "holds no config.yaml; name run folders"),
                         ((out,), "is not a folder; name run folders")):
         said = report(out, *words, code=2)[1]

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tools.cli import guarded  # noqa: E402
-from train.cli import Parser, at_least  # noqa: E402
+from train.cli import Parser, at_least, check_runs  # noqa: E402
 
 
 def parser(prog: str = "python -m tools.show") -> Parser:
@@ -85,6 +85,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m tools.show") 
     """Run the command; returns its exit code."""
     def work() -> None:
         args = parser(prog).parse_args(argv)
+        check_runs([args.run] if getattr(args, "run", None) else [])
         importlib.import_module(f"tools.show.{args.verb}").run(args)
     return guarded(work)
 

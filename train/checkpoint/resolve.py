@@ -28,7 +28,7 @@ from train.evaluate import predictions
 from train.export import safetensors_io
 from train.parallel.topology import Topology, process_group
 from train.recipe import load
-from train.run_folder import CHECKPOINTS, METRICS, check_never_saved, did_you_mean
+from train.run_folder import CHECKPOINTS, METRICS, check_never_saved
 
 Kind = Literal["checkpoint", "exported", "evaluation"]
 NETWORKS: tuple[Kind, ...] = ("checkpoint", "exported")
@@ -151,8 +151,7 @@ def _kind(path: Path, kinds: Sequence[Kind], name: str) -> Kind:
     if kind is None or kind not in kinds:
         problem = "does not exist" if not path.exists() else f"is {NAMES[kind]}" if kind else "is not recognised"
         choices = ["a run folder", *(NAMES[accepted] for accepted in kinds)]
-        raise ValueError(f"{name} (={path}) {problem}; "
-                         + (did_you_mean(path) or f"give {', '.join(choices[:-1])} or {choices[-1]}"))
+        raise ValueError(f"{name} (={path}) {problem}; give {', '.join(choices[:-1])} or {choices[-1]}")
     return kind
 
 

@@ -15,7 +15,7 @@ if __name__ == "__main__":
 from pathlib import Path
 from typing import Sequence
 
-from train.cli import Parser, at_least
+from train.cli import Parser, at_least, check_runs
 from train.exit_codes import exit_code
 
 
@@ -48,6 +48,7 @@ def main(argv: Sequence[str], prog: str = "python -m train.evaluate") -> int:
     """The command; returns its exit code."""
     def work() -> None:
         args = parser(prog).parse_args(argv)
+        check_runs(args.runs)
         from train.evaluate import command  # here, because --help needs neither torch nor DALI
 
         command.run(args)

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-CHANCE = ("top-1 error is at chance; if this network was trained, the labels are in another order than in its "
-          "training: check the devkit and the class list with alexnet index info")
+CHANCE = ("at chance: no better than guessing; train longer, on more images, or with another learning rate; if it did learn in "
+          "training, compare classes and labels of the index with `alexnet index info`")
 FEW_CLASSES = 10  # with fewer, the error of the five best says little, and is not shown
 _NORMAL = 1.959963984540054  # 97.5% of a normal distribution lie below so many standard deviations
 

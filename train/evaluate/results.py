@@ -34,7 +34,7 @@ def print_results(members: Sequence[Evaluation], args: argparse.Namespace) -> No
         print("\n".join(_lines(members, results, together, args)))
     for name, entry in zip([*(member.name for member in members), "ensemble"], [*report["members"], report["ensemble"]]):
         if entry and entry.get("at_chance"):
-            warn_on_stderr(f"{name}: {CHANCE}")
+            warn_on_stderr(f"{name}: top-1 error is {CHANCE}")
 
 
 def _numbers(result: Result) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import argparse
 from pathlib import Path
 from typing import Sequence
 
-from train.cli import Parser
+from train.cli import Parser, check_runs
 from train.exit_codes import exit_code
 
 
@@ -33,6 +33,7 @@ def parser(prog: str = "python -m train.export") -> Parser:
 
 def export(args: argparse.Namespace) -> None:
     """Find the checkpoint, write the folder, print what was written."""
+    check_runs([args.run])
     from model.alexnet import AlexNet, parameter_count  # --help needs none of this
     from pipeline.index.sample_index import SampleIndex
     from train.checkpoint.resolve import resolve

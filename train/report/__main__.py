@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Sequence
 
 from pipeline.files import atomic_write
-from train.cli import Parser
+from train.cli import Parser, check_runs
 from train.exit_codes import exit_code
 
 
@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> None:
     from train.report.page import render
     from train.report.runs import NoRun, read_run, runs_below
 
+    check_runs(args.runs)
     if args.out.is_dir():
         raise ValueError(f"output (={args.out}) is a folder; name a file in it")
     runs, left_out = [], []

@@ -11,7 +11,7 @@ import jinja2
 import yaml
 from markupsafe import Markup, escape
 
-from train.evaluate.metrics import share_text
+from train.evaluate.metrics import CHANCE, share_text
 from train.figures import kernels
 from train.report import compare, paper, plots
 from train.report.compare import Ablation, Difference, Ensemble
@@ -21,8 +21,6 @@ from train.run_folder import CHECKPOINTS
 
 NONE = "–"  # a figure that is not there
 MOST_SHEETS = 12  # of kernels
-CHANCE = ("at chance: no better than guessing; its learning rate or initial values may be unfit, or labels in another order than "
-          "images")
 Cells = tuple[str | None, ...]
 
 

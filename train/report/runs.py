@@ -18,7 +18,7 @@ from train.evaluate import ensemble, predictions
 from train.evaluate.metrics import Score
 from train.recipe.strict_yaml import load_yaml
 from train.report import paper
-from train.run_folder import CHECKPOINTS, CONFIG, HISTORY, METRICS, VERSIONS, did_you_mean
+from train.run_folder import CHECKPOINTS, CONFIG, HISTORY, METRICS, VERSIONS
 
 EVALUATIONS = "evaluations"  # folder of a run's saved evaluations
 
@@ -143,9 +143,7 @@ class Run:
 
 
 def runs_below(folder: Path) -> list[Path]:
-    """The folder itself, or the run folders in it, when it is none itself. Raises ValueError when it does not exist."""
-    if not folder.exists():
-        raise ValueError(f"run (={folder}) does not exist; {did_you_mean(folder) or 'name run folders, such as runs/tiny100'}")
+    """The folder itself, or the run folders in it, when it is none itself."""
     below = [] if (folder / CONFIG).exists() else sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
     return below or [folder]
 
