@@ -1,4 +1,4 @@
-"""Processes of real runs that are killed, stopped or end with an error; all cases are in tests/slow/test_every_fault.py."""
+"""Processes of real runs that are killed, stopped or end with an error; all cases are in tests/slow/faults/test_ranks.py."""
 
 from __future__ import annotations
 

@@ -108,9 +108,10 @@ def test_signals(tiny_set: TinySet, tmp_path: Path, count: int, record_property:
     trials, draw = Row("signals: train, evaluate, export, report"), random.Random(1)
     run, recipe = write_run(tmp_path, tiny_set), write_recipe(tmp_path, tiny_set.index)
     for number in range(count):
-        for words, codes in ((["-m", "train.main", "--config", str(recipe), f"--machine.runs={tmp_path}/{number}"], (75, 130)),
-                             (["-m", "train.evaluate", "--run", str(run), "--save", str(tmp_path / "saved")], (130,)),
-                             (["-m", "train.export", str(run), "--out", str(tmp_path / f"out{number}")], (130,))):
+        training = ["-m", "train.main", "--config", str(recipe), f"--machine.runs={tmp_path}/{number}"]
+        for words, codes in ((training, (75, 130, -2)),
+                             (["-m", "train.evaluate", "--run", str(run), "--save", f"{tmp_path}/saved"], (130, -2)),
+                             (["-m", "train.export", str(run), "--out", str(tmp_path / f"out{number}")], (130, -2))):
             trial(trials, " ".join(words), words, codes, after_s=0.1 + 5 * draw.random())
         folder = tmp_path / str(number)
         if (folder / "small/config.yaml").exists():
@@ -131,3 +132,19 @@ def test_two_at_once(tiny_set: TinySet, tmp_path: Path, count: int, record_prope
         trial(trials, "--resume meanwhile", [*words, "--resume"], (2,), needed="is in use by pid")
         assert first.wait(timeout=120) == 0
     trials.check(record_property)
+
+
+@pytest.mark.parametrize("words", [["-m", "train.main"], ["-m", "tools.alexnet"], ["tools/build_index.py"]])
+def test_ctrl_c_before_a_command_has_handlers(words: list[str], tmp_path: Path) -> None:
+    """While its first modules are imported: no traceback."""
+    (tmp_path / "sitecustomize.py").write_text("""\
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "train.exit_codes":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+""")
+    done = subprocess.run([sys.executable, *words, "--help"], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")

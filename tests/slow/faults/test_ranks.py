@@ -1,4 +1,4 @@
-"""Every fault in every process, for 2 and 4 processes: `pytest -m slow tests/slow/test_every_fault.py --junitxml FILE`.
+"""Every fault in every process, for 2 and 4 processes: `pytest -m slow tests/slow/faults/test_ranks.py --junitxml FILE`.
 
 The file has the seconds from each fault to the end of all processes (property `seconds`).
 """
