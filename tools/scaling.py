@@ -1,4 +1,4 @@
-"""Performance model of data-parallel and tower training, projected to 1 to 1,024 H200s: `python tools/scaling.py --project`.
+"""Performance model of data-parallel and tower training, projected to 1 to 1,024 H200s: `python tools/scaling.py`.
 
 step = arithmetic + update + exposed exchange of activations + exposed all-reduces of gradients. *Exposed* is what computing does
 not hide: activations travel behind the product of a tower's own half (model/tower_exchange.py), the gradient of a layer from the
@@ -23,7 +23,7 @@ if __name__ == "__main__":
     start_command()
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -144,13 +144,6 @@ class Machine:
 
 H200 = Machine(flop_s=SHARE * PEAK, update_bytes_s=4.3e12, launch_s=1e-3, pair=Link(360e9, 10e-6), inside=Link(360e9, 3e-6),
                between=Link(45e9, 10e-6))  # as ASSUMED
-VARIANTS = {  # what the conclusions depend on
-    "as assumed": H200,
-    "layers at half the speed": replace(H200, flop_s=H200.flop_s / 2),
-    "layers at twice the speed": replace(H200, flop_s=H200.flop_s * 2),
-    "launches in 0.2 ms (a CUDA graph)": replace(H200, launch_s=2e-4),
-    "one card of 400 Gb/s a node": replace(H200, between=Link(45e9 / NODE, 10e-6)),
-    "levels of 30 µs between nodes": replace(H200, between=Link(45e9, 30e-6))}
 
 
 @dataclass(frozen=True)
@@ -210,51 +203,33 @@ def knees(config: ModelConfig, machine: Machine, batch: int, weak: bool) -> dict
             for scheme in SCHEMES}
 
 
-def show() -> None:
-    """Print what is assumed, a table for each set and batch, and what each assumption changes."""
-    from rich.console import Console
-    from rich.table import Table
-
+def tables() -> Iterator[str]:
+    """Lines of Markdown: what is assumed, then the steps of each set and batch, and the knees."""
     from model.alexnet import paper
 
-    console = Console(width=None if sys.stdout.isatty() else 130)
-
-    def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-        made = Table(title=title, title_justify="left")
-        for column in columns:
-            made.add_column(column, justify="left" if column in ("scheme", "instead") else "right", no_wrap=True)
-        for row in rows:
-            made.add_row(*map(str, row))
-        console.print(made)
-
-    console.print(ASSUMED, highlight=False)
+    yield ASSUMED
     for name, (images, classes) in SETS.items():
         for batch in (*FIXED, WEAK):
             weak = batch == WEAK
-            table(f"{name}: {images:,} images, {classes:,} classes; {batch} images a {'GPU' if weak else 'step'}",
-                  ("GPUs", "scheme", "step ms", "img/s", "epoch s", "exposed", "efficiency"),
-                  ((step.gpus, step.scheme, f"{1e3 * step.batch / step.images_per_s:.2f}", f"{step.images_per_s:,.0f}",
-                    f"{images / step.images_per_s:,.3g}", f"{step.exposed_s * step.images_per_s / step.batch:.0%}",
-                    f"{step.efficiency:.0%}") for step in project(paper(classes), H200, batch, weak)))
-            console.print(f"knee (most GPUs at {KNEE:.0%} of the ideal speed):",
-                          ", ".join(f"{scheme} {count}" for scheme, count in knees(paper(classes), H200, batch, weak).items()),
-                          highlight=False)
-    table(f"What it depends on (ImageNet-1k; {', '.join(SCHEMES)})",
-          ("instead", f"knee, {FIXED[1]} images a step", f"efficiency, {GPUS[-1]} GPUs, {WEAK} images each"),
-          ((name, ", ".join(map(str, knees(paper(), changed, FIXED[1], False).values())),
-            ", ".join(f"{step.efficiency:.0%}" for step in project(paper(), changed, WEAK, True, GPUS[-1:])))
-           for name, changed in VARIANTS.items()))
+            yield f"\n{name}: {images:,} images, {classes:,} classes; {batch} images a {'GPU' if weak else 'step'}\n"
+            yield "| GPUs | scheme | step ms | img/s | epoch s | exposed | efficiency |\n|---|---|---|---|---|---|---|"
+            for step in project(paper(classes), H200, batch, weak):
+                rate = step.images_per_s
+                yield (f"| {step.gpus} | {step.scheme} | {1e3 * step.batch / rate:.2f} | {rate:,.0f} | {images / rate:,.3g} | "
+                       f"{step.exposed_s * rate / step.batch:.0%} | {step.efficiency:.0%} |")
+            found = knees(paper(classes), H200, batch, weak)
+            yield (f"\nknee (most GPUs at {KNEE:.0%} of the ideal speed): "
+                   + ", ".join(f"{scheme} {count}" for scheme, count in found.items()))
 
 
 def main(argv: Sequence[str]) -> int:
     """The command. Returns its exit code."""
-    parser = Parser(description="Training steps on 1 to 1,024 H200s, computed from assumed speeds.",
-                    example="python tools/scaling.py --project")
-    parser.add_argument("--project", action="store_true", help="print the tables (what it does in any case)")
+    parser = Parser(description="Training steps on 1 to 1,024 H200s, computed from assumed speeds.", former={"--project": ""},
+                    example="python tools/scaling.py")
 
     def work() -> None:
         parser.parse_args(argv)
-        show()
+        print("\n".join(tables()))
     return guarded(work)
 
 
