@@ -56,7 +56,7 @@ bench: $(STAMP)
 	$(BIN)/python -m tools.bench $(INDEX) --out docs/results/bench $(if $(PACKED),--packed '$(PACKED)') $(ARGS)
 
 bench-parallel: $(STAMP)
-	$(BIN)/python -m tools.bench.parallel $(ARGS)
+	$(BIN)/python -m tools.bench.step --ways one,towers,data,weird,towers-x-data --train.batch=64 --machine.device=cpu --machine.torch_threads=1 $(ARGS)
 
 bench-gpu: $(STAMP)
 	mkdir -p build/gpu

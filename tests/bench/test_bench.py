@@ -17,7 +17,7 @@ from pipeline.index.sample_index import SampleIndex
 from pipeline.config import LoaderConfig
 from pipeline.compute_stats import compute
 from tests.helpers.small_set import photographs, write_set
-from tools.bench import __main__ as bench, crops, report as bench_report, rounds
+from tools.bench import __main__ as bench, chart, crops, report as bench_report, rounds
 from tools.bench.contenders import CONTENDERS, KINDS, Contender
 from tools.bench.crops import CROP_PX, Cropper, Normalize
 from tools.bench.rounds import Result
@@ -64,29 +64,25 @@ def test_the_check_passes_what_is_right_and_fails_what_is_not(work: Task) -> Non
             difference(material, replace(batch, images=wrong))
 
 
-@pytest.mark.parametrize("name", ["pil", "torch", "opencv"])
+@pytest.mark.parametrize("name", ["pil", "torch"])
 def test_crop_functions_give_the_exact_pixels(work: Task, name: str) -> None:
-    for module in {"pil": [], "torch": ["simplejpeg"], "opencv": ["simplejpeg", "cv2"]}[name]:
-        pytest.importorskip(module)
     material, crop_of = Photographs(work, "original"), getattr(crops, f"crop_{name}")
     for id in (3, 6, 9):        # 333×250, 600×401, 96×500
         crop = crop_of(material.read(id), (5, 17))
         assert crop.shape == (CROP_PX, CROP_PX, 3) and crop.dtype == np.uint8
         apart = np.abs(crop.astype(int) - material.resized(id)[5:5 + CROP_PX, 17:17 + CROP_PX]).mean()
-        assert apart < CONTENDERS[name].tolerance
+        assert apart < rounds.TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["pil", "torch", "opencv"])
+@pytest.mark.parametrize("name", ["pil", "torch"])
 def test_boxes_of_the_peers_are_resized_exactly(work: Task, name: str) -> None:
     """Those that parameters name and those drawn from a seed; the check of the batch sees another box."""
-    for module in {"pil": [], "torch": ["simplejpeg"], "opencv": ["simplejpeg", "cv2"]}[name]:
-        pytest.importorskip(module)
     material = Photographs(replace(work, work="random_resized"), "original")
     parameters = np.array([[5, 9, 1, 40, 30, 0], [0, 0, 0, 0, 0, 8], [0, 0, 1, 0, 0, 9], [1, 2, 0, 200, 190, 0]], np.float32)
     cropper, ids = Cropper(material, name), np.array([3, 6, 9, 7])
     crops_ = np.stack([cropper(id, numbers) for id, numbers in zip(ids.tolist(), parameters.tolist())])
     batch = Normalize(material).batch(crops_, ids, parameters)
-    assert batch.images.shape == (4, 3, 224, 224) and difference(material, batch) < CONTENDERS[name].tolerance
+    assert batch.images.shape == (4, 3, 224, 224) and difference(material, batch) < rounds.TOLERANCE
     assert difference(material, replace(batch, parameters=parameters[:, [1, 0, 2, 3, 4, 5]] + 2)) > 3
 
 
@@ -190,7 +186,8 @@ def test_json_table_and_plot_tell_the_same(tmp_path: Path) -> None:
     for words in ("1,000", "(900–1,200)", "spdl is not installed", "files of 256 px",
                   "ours, tier archives: 0.50 (0.45–0.80) of libjpeg-turbo, whole decode"):
         assert words in table
-    bench_report.plot(FOUND, "title", tmp_path / "plot.png")
+    work = {"work": {"workers": 2, "rounds": 3}}
+    chart.draw(found | work, "source", tmp_path / "plot.png")
     from PIL import Image
     with Image.open(tmp_path / "plot.png") as image:
         assert image.size[0] > 800

@@ -98,6 +98,6 @@ def test_projections_are_those_of_docs_scaling() -> None:
 
 
 def test_help_needs_no_torch() -> None:
-    done = subprocess.run([sys.executable, "-X", "importtime", "tools/scaling.py", "--project", "--help"], cwd=ROOT, capture_output=True,
-                          text=True)
+    done = subprocess.run([sys.executable, "-X", "importtime", "tools/scaling.py", "--project", "--help"], cwd=ROOT,
+                          capture_output=True, text=True)
     assert done.returncode == 0 and "computed from assumed speeds" in done.stdout and "torch" not in done.stderr

@@ -104,7 +104,7 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> None:
 
     from pipeline.files import write_json
     from pipeline.index.sample_index import SampleIndex
-    from tools.bench import report, rounds
+    from tools.bench import chart, report, rounds
     from tools.bench.contenders import CONTENDERS
 
     names = args.only or list(CONTENDERS)
@@ -126,10 +126,7 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> None:
     plain = report.as_json(results, about)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out.with_name(args.out.name + ".json"), plain)
-    cpu = plain["hardware"]
-    title = (f"{args.work}: {images} photographs, {args.jobs} workers each, {args.rounds} rounds; {cpu['cores']} cores of "
-             f"{cpu['cpu']}")
-    report.plot(results, title, args.out.with_name(args.out.name + ".png"))
+    chart.draw(plain, about["what"], args.out.with_name(args.out.name + ".png"))
     print(f"{args.out}.json, {args.out}.png")
 
 

@@ -24,7 +24,6 @@ from pipeline.loading.batch import Batch
 from pipeline.sampling.augment import lighting_shift
 from pipeline.tiers import make_train_loader
 from tools.bench.crops import CROPS, Cropper, Normalize, decode
-from tools.bench.workers import NotAvailable
 from tools.bench.workload import Augmented, Ids, Parameters, Photographs, Pixels, Running, Task, need
 
 
@@ -57,12 +56,8 @@ def ours(tier: str, task: Task) -> Running:
 # --- engines
 
 def one_thread(worker: int = 0) -> None:
-    """Let the libraries' own threads be: there are as many workers as cores are meant to be used."""
+    """Let torch's own threads be: there are as many workers as cores are meant to be used."""
     torch.set_num_threads(1)
-    try:
-        need("cv2").setNumThreads(1)
-    except NotAvailable:
-        pass
 
 
 def unchanged(batch: Any) -> Any:
@@ -177,8 +172,6 @@ class Contender:
     data: str  # what it reads: a key of KINDS
     role: str  # ours, peer or limit
     start: Callable[[Task], Running]  # raises NotAvailable
-    # Largest mean difference, in grey levels, of its first batch from the exact pixels. A wrong offset, flip or mean is tens.
-    tolerance: float = 1.0
 
 
 KINDS = {"original": "the original files", "packed": "files of 256 px", "decoded": "resized images"}
@@ -186,7 +179,6 @@ _DECODE = "libjpeg-turbo, whole decode and nothing else"
 CONTENDERS = {contender.name: contender for contender in (
     Contender("archives", "ours, tier archives", "original", "ours", partial(ours, "archives")),
     Contender("pil", "DataLoader + PIL", "original", "peer", partial(dataloader, "original", "pil")),
-    Contender("opencv", "DataLoader + simplejpeg, OpenCV", "original", "peer", partial(dataloader, "original", "opencv"), 3.0),
     Contender("torch", "DataLoader + simplejpeg, torch's resize", "original", "peer",
               partial(dataloader, "original", "torch")),
     Contender("webdataset", "webdataset + simplejpeg, torch's resize", "original", "peer",

@@ -1,4 +1,4 @@
-"""Decode and crop with other people's libraries (PIL, OpenCV, simplejpeg with torch): JPEG bytes to a crop, then to floats.
+"""Decode and crop with other people's libraries (PIL, simplejpeg with torch): JPEG bytes to a crop, then to floats.
 
 Nothing is decoded less exactly than ours decodes it. What a crop and its parameters are: `tools.bench.workload`.
 """
@@ -44,14 +44,6 @@ def crop_pil(data: Any, numbers: Sequence[float]) -> Pixels:
     return np.asarray(image.resize((CROP_PX, CROP_PX), Image.Resampling.BILINEAR, box=box))
 
 
-def crop_opencv(data: Any, numbers: Sequence[float]) -> Pixels:
-    """simplejpeg and OpenCV, whose antialiased resize is the mean over areas."""
-    cv2, pixels = need("cv2"), decode(data)
-    size = resized_size((pixels.shape[1], pixels.shape[0]))
-    resized: Pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
-    return resized[_slices(*size, numbers)]
-
-
 def crop_torch(data: Any, numbers: Sequence[float]) -> Pixels:
     """simplejpeg and torch's antialiased resize of uint8: the fastest of those tried, and exact. Of 256-px data, no resize."""
     pixels = decode(data)
@@ -66,14 +58,6 @@ def box_pil(data: Any, numbers: Sequence[float]) -> Pixels:
     top, left, height, width = box_of(image.size[1], image.size[0], numbers)
     box = image.crop((left, top, left + width, top + height))
     return np.asarray(box.resize((BOX_PX, BOX_PX), Image.Resampling.BILINEAR))
-
-
-def box_opencv(data: Any, numbers: Sequence[float]) -> Pixels:
-    """simplejpeg and OpenCV: the mean over areas, or linear where a box is enlarged."""
-    cv2, box = need("cv2"), _box(decode(data), numbers)
-    filter_ = cv2.INTER_AREA if min(box.shape[:2]) > BOX_PX else cv2.INTER_LINEAR
-    resized: Pixels = cv2.resize(box, (BOX_PX, BOX_PX), interpolation=filter_)
-    return resized
 
 
 def box_torch(data: Any, numbers: Sequence[float]) -> Pixels:
@@ -94,8 +78,8 @@ def _resized(pixels: Pixels, height: int, width: int) -> Pixels:
     return np.asarray(found[0].permute(1, 2, 0).numpy())
 
 
-CROPS: dict[str, dict[str, Crop]] = {"alexnet": {"pil": crop_pil, "opencv": crop_opencv, "torch": crop_torch},
-                                     "random_resized": {"pil": box_pil, "opencv": box_opencv, "torch": box_torch}}
+CROPS: dict[str, dict[str, Crop]] = {"alexnet": {"pil": crop_pil, "torch": crop_torch},
+                                     "random_resized": {"pil": box_pil, "torch": box_torch}}
 
 
 class Cropper:

@@ -12,7 +12,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,8 +23,8 @@ import torch
 from model.alexnet import canonical_shapes, shapes
 from model.config import ModelConfig
 from tools.bench.gpu_data import Job
-from tools.bench.report import hardware
 from tools.bench.step import plain_steps
+from tools.cli import hardware, versions
 from tools.profile.measure import interleave, ratio, spread
 from tools.profile.network import NetworkStep
 from train import build
@@ -33,8 +32,6 @@ from train.config import Config
 from train.parallel.topology import Topology, process_group
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("torch", "triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13",
-            "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "numpy")
 SMI = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit", "temperature.gpu",
        "memory.total", "memory.used", "utilization.gpu", "mig.mode.current", "ecc.mode.current", "persistence_mode")
 SWITCHES = {"step": ("captured", "eager"), "kernels": ("triton", "torch")}  # of `machine`: how a step is computed
@@ -55,8 +52,7 @@ def synchronize(device: torch.device) -> None:
 
 def environment(job: Job) -> Iterator[tuple[str, Any]]:
     """Versions, machine, card; and what large products and copies reach, for the limits of docs/performance.md."""
-    yield "versions", {"python": sys.version.split()[0], "cuda": torch.version.cuda,
-                       **{name: metadata.version(name) for name in PACKAGES if any(metadata.distributions(name=name))}}
+    yield "versions", {"cuda": torch.version.cuda, **versions()}
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     yield "commit", commit.stdout.strip()
     yield "machine", hardware()

@@ -1,26 +1,19 @@
-"""Shows what `make bench` measured: a table, JSON, a plot.
+"""Shows what `make bench` measured: a table and JSON; tools/bench/chart.py draws it.
 
 Of a contender its median over the rounds counts, with the smallest and largest beside it; a ratio is taken within each round,
 whose turns were a minute apart, and its median counts.
 """
-import os
-import platform
 from collections.abc import Sequence
-from importlib import metadata
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tools.bench.contenders import CONTENDERS, KINDS
 from tools.bench.rounds import Result
+from tools.cli import hardware, versions
 from tools.profile.measure import Spread, ratio, spread
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-_PACKAGES = ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "torch", "numpy", "pillow", "simplejpeg", "opencv-python-headless",
-             "webdataset", "spdl")
-_COLOURS = {"ours": "#c2571a", "peer": "#8296a8"}
 
 
 class Ratio(NamedTuple):
@@ -45,15 +38,6 @@ def ratios(results: Sequence[Result]) -> list[Ratio]:
     return made
 
 
-def hardware() -> dict[str, Any]:
-    """CPU model, cores this process may use, memory in GiB."""
-    cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    models = [line.partition(":")[2].strip() for line in cpuinfo if line.startswith("model name")]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {"cpu": [*models, platform.processor() or platform.machine()][0], "cores": len(os.sched_getaffinity(0)),
-            "memory_gib": round(memory, 1)}
-
-
 def as_json(results: Sequence[Result], about: dict[str, Any]) -> dict[str, Any]:
     """Everything, for a file. `about`: date, command, work."""
     def of(result: Result) -> dict[str, Any]:
@@ -66,11 +50,9 @@ def as_json(results: Sequence[Result], about: dict[str, Any]) -> dict[str, Any]:
             entry |= {"images_per_s": {"median": middle, "min": least, "max": most}, "cpu_ms_per_image": median(result.cpu_ms)}
         return entry
 
-    installed = {name: metadata.version(name) for name in _PACKAGES if any(metadata.distributions(name=name))}
     plain = [{"over": one.over, "under": one.under, "value": one.value.median, "min": one.value.least, "max": one.value.most,
               "by_cpu": one.by_cpu} for one in ratios(results)]
-    return {**about, "hardware": hardware(), "versions": {"python": platform.python_version(), **installed},
-            "sides": list(map(of, results)), "ratios": plain}
+    return {**about, "hardware": hardware(), "versions": versions(), "sides": list(map(of, results)), "ratios": plain}
 
 
 def show(results: Sequence[Result], console: "Console") -> None:
@@ -95,31 +77,3 @@ def show(results: Sequence[Result], console: "Console") -> None:
     for one in ratios(results):
         console.print(f"{CONTENDERS[one.over].label}: {one.value.median:.2f} ({one.value.least:.2f}–{one.value.most:.2f}) of "
                       f"{CONTENDERS[one.under].label}, by CPU time {one.by_cpu:.2f}", highlight=False)
-
-
-def plot(results: Sequence[Result], title: str, path: Path) -> None:
-    """A bar a contender with whiskers from smallest to largest, a panel a kind of data, a line at the limit."""
-    from matplotlib.figure import Figure
-
-    ran = sorted([(spread(result.rates), result.contender) for result in results if result.turns], key=lambda pair: pair[0])
-    kinds = [kind for kind in KINDS if any(contender.data == kind for _, contender in ran)]
-    bars = [[pair for pair in ran if pair[1].data == kind and pair[1].role != "limit"] for kind in kinds]
-    heights = [len(group) + 0.8 for group in bars]
-    figure = Figure(figsize=(9, 0.42 * sum(heights) + 1), layout="constrained")
-    axes = figure.subplots(len(kinds), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
-    for panel, kind, group in zip(axes, kinds, bars):
-        panel.barh([contender.label for _, contender in group], [rates.median for rates, _ in group], capsize=3, height=0.7,
-                   xerr=[[rates.median - rates.least for rates, _ in group], [rates.most - rates.median for rates, _ in group]],
-                   color=[_COLOURS[contender.role] for _, contender in group], error_kw={"lw": 1})
-        for row, (rates, _) in enumerate(group):
-            panel.text(rates.most * 1.01, row, f"{rates.median:,.0f}", va="center", fontsize=8)
-        for rates, contender in ran:
-            if (contender.data, contender.role) == (kind, "limit"):
-                panel.axvline(rates.median, color="black", ls="--", lw=1, label=f"{contender.label}: {rates.median:,.0f}")
-                panel.legend(loc="lower right", fontsize=8, framealpha=0.9)
-        panel.set_xlim(0, 1.14 * max(rates.most for rates, contender in ran if contender.data == kind))
-        panel.set_title(KINDS[kind], loc="left", fontsize=10)
-        panel.spines[["top", "right"]].set_visible(False)
-    axes[-1].set_xlabel("images per second")
-    figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=120)

@@ -1,1 +1,1 @@
-"""The documentation's generated parts: references of configuration and commands, the README's chart."""
+"""The documentation's generated parts: references of configuration and commands."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import IO, TYPE_CHECKING, Any
 
+from tools.cli import versions
 from tools.profile.host import Host
 from tools.profile.measure import Figures
 from tools.profile.verdict import Measured, Setup, Verdict
@@ -29,7 +30,6 @@ class Profile:
     cold: Figures | None = None  # the loader after the page cache was emptied
     cold_note: str = ""
     need_from: str = ""  # where the need comes from
-    versions: dict[str, str] | None = None
     host: Host | None = None  # None where squares lie in GPU memory
 
 
@@ -39,7 +39,7 @@ def as_json(profile: Profile) -> dict[str, Any]:
         return None if figures is None else asdict(figures) | {"rate": figures.rate, "cpu": figures.cpu}
 
     measured = profile.measured
-    return {"title": profile.title, "batch": profile.batch, "facts": asdict(profile.setup), "versions": profile.versions,
+    return {"title": profile.title, "batch": profile.batch, "facts": asdict(profile.setup), "versions": versions(),
             "stages": list(map(plain, measured.stages)), "cumulative": list(map(plain, profile.cumulative)),
             "loader": plain(measured.loader), "cold": plain(profile.cold), "cold_note": profile.cold_note,
             "cpu_ms": {"stages": measured.stages_cpu, "loader": measured.loader.cpu,

@@ -1,6 +1,6 @@
-"""The README's chart, of a file that `alexnet bench` wrote:
+"""The chart of `alexnet bench`, and of a file that it wrote (the README's):
 
-    python -m tools.docs.chart docs/results/bench.json -o docs/assets/loaders.svg
+    python -m tools.bench.chart docs/results/bench.json -o docs/assets/loaders.svg
 """
 import argparse
 import json
@@ -48,7 +48,7 @@ def draw(measured: dict[str, Any], source: str, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.docs.chart", description=(__doc__ or "").split(":")[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.bench.chart", description=(__doc__ or "").split(":")[0])
     parser.add_argument("json", type=Path, metavar="JSON", help="what alexnet bench wrote")
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="the chart, .svg or .png")
     args = parser.parse_args(argv)
