@@ -9,7 +9,6 @@ import os
 import statistics
 import time
 import zlib
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import cast
@@ -19,7 +18,7 @@ import numpy as np
 from pipeline.loading.loader import DecodingChain
 from pipeline.loading.train_loader import TrainLoader
 from pipeline.monitor import usage
-from tools.profile.measure import Figures, Workload
+from tools.profile.measure import Figures
 
 _IMAGES, _TIMES = 256, 9  # samples whose bytes are read to see what that takes, and how often
 
@@ -49,22 +48,9 @@ def without_pixels(loader: TrainLoader, closers: ExitStack) -> TrainLoader:
     return TrainLoader(loader.context, bare, loader.sampler, loader.planner, loader.quarantine)
 
 
-def workload(loader: TrainLoader, closers: ExitStack) -> Workload:
-    """`loader`, which costs no pixels and is closed by this, from end to end."""
-    closers.enter_context(loader)
-
-    def batches() -> Iterator[int]:
-        while True:
-            for batch in loader:
-                yield len(batch.ids)
-
-    machine = loader.machine
-    return Workload("host", batches(), machine.queue + machine.prefetch + machine.read_threads + 2, loader.monitor)
-
-
 def host(figures: Figures, loader: TrainLoader) -> Host:
-    """`figures` of the `workload` of `loader`. The bytes' part is the difference between reading and checking samples whole, and
-    the first byte of each, in the same calls."""
+    """`figures` of `loader`, which costs no pixels, from end to end. The bytes' part is the difference between reading and
+    checking samples whole, and the first byte of each, in the same calls."""
     if not isinstance(loader.chain, DecodingChain):
         return Host(figures.cpu * 1e3, 0.0, 0.0)
     dali_us = usage(loader.monitor).decode / max(1, loader.step * loader.sampler.share) * 1e6

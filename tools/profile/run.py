@@ -1,12 +1,10 @@
 """Runs a profile: opens the recipe's loader, measures everything interleaved, then cold files, and judges."""
 import argparse
-import platform
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from importlib import metadata
 
 import torch
 
@@ -25,7 +23,6 @@ from train.config import Config
 from train.parallel.topology import process_group
 
 _LENIENT = 0.05  # share of unreadable samples a profile passes over: it trains nothing
-_PACKAGES = ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "torch", "numpy")
 
 
 def profile(args: argparse.Namespace, config: Config) -> tuple[Profile, Sequence[Event]]:
@@ -59,7 +56,7 @@ def profile(args: argparse.Namespace, config: Config) -> tuple[Profile, Sequence
             elif machine.resident_memory == "ram":  # squares in GPU memory are not there twice
                 bare = open_loader(machine=machine, data=replace(data, crop_px=1, crop="random"))
             if bare is not None:
-                workloads.append(host.workload(bare, closers))
+                workloads.append(stages.end_to_end(closers.enter_context(bare), name="host"))
             if network is not None:
                 workloads += [Workload("network", network.synthetic(), 2), stages.end_to_end(loader, network, "together")]
             elif args.need:
@@ -74,11 +71,10 @@ def profile(args: argparse.Namespace, config: Config) -> tuple[Profile, Sequence
     measured = Measured(tuple(figures[stage.name] for stage in alone), figures["loader"],
                         figures["network"].rate if args.model else args.need, figures.get("together"), not args.model)
     cumulative = [replace(figures[stage.name], name=stage.name.removeprefix("up to ")) for stage in cut]
-    versions = {name: metadata.version(name) for name in _PACKAGES if any(metadata.distributions(name=name))}
     return Profile(title, config.train.batch, measured, setup, verdict(measured, setup),
                    tuple([figures["read"], *cumulative] if cut else []), cold, note,
                    "the network's own step, measured" if args.model else "stated with --need; no network was measured",
-                   {**versions, "python": platform.python_version()}, ceiling), events
+                   ceiling), events
 
 
 class _Pace:
