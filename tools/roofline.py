@@ -1,5 +1,5 @@
 """What a training step costs at least on one GPU: operations and bytes of each layer, and the images/s that follow from them:
-`python -m tools.roofline [--config RECIPE]` prints the tables of docs/performance.md. Computed, not measured.
+`python -m tools.roofline` prints the tables of docs/performance.md. Computed, not measured.
 
 limit = batch ÷ (operations ÷ rate of the tensor cores + bytes ÷ rate of the memory): no kernel overlaps another. Activations and
 gradients are bfloat16, accumulated in the multiply units; master weights and velocity are float32. *Fused*: bias, activation,
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tools.cli import guarded
+from tools.scaling import layers
 from train.cli import Parser
 
 if TYPE_CHECKING:
@@ -62,7 +63,6 @@ class Work:
 def work(config: ModelConfig) -> list[Work]:
     """conv1 … fc8 of the whole network."""
     from model.alexnet import shapes
-    from tools.scaling import layers
 
     sizes = {name: math.prod(shape) for name, shape in shapes(config)}
     inputs, found = 3 * config.input_px ** 2, []
@@ -130,19 +130,14 @@ def tables(config: ModelConfig) -> Iterator[str]:
                    f"{best.images_s:,.0f} | {plain.images_s:,.0f} |")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns its exit code: 0, or 2 with a message on stderr."""
-    parser = Parser(prog="python -m tools.roofline", former={"--config": ""}, description=__doc__,
-                    example="python -m tools.roofline tiny100")
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="its network (default: the paper's)")
-
-    def run() -> None:
-        args = parser.parse_args(arguments)
+def main(words: Sequence[str]) -> int:
+    """The command; returns its exit code."""
+    def work() -> None:
+        Parser(prog="python -m tools.roofline", description=__doc__, example="python -m tools.roofline").parse_args(words)
         from model.alexnet import paper
-        from train.recipe import parse
 
-        print("\n".join(tables(parse([args.recipe]).config.model if args.recipe else paper())))
-    return guarded(run)
+        print("\n".join(tables(paper())))
+    return guarded(work)
 
 
 if __name__ == "__main__":

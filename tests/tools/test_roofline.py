@@ -48,8 +48,3 @@ def test_the_page_has_these_tables() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs/performance.md").read_text(encoding="utf-8").splitlines()
     missing = [line for line in roofline.tables(paper()) if line not in page]
     assert not missing, "run python -m tools.roofline and put this into docs/performance.md:\n" + "\n".join(missing)
-
-
-def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert roofline.main(["--config", str(RECIPE)]) == 0 and "| conv1 | " in capsys.readouterr().out
-    assert roofline.main(["--config", str(tmp_path / "none.yaml")]) == 2
