@@ -24,17 +24,16 @@ import argparse
 import datetime
 import importlib
 import json
+import multiprocessing
 import os
 import shlex
 import signal
-import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-ROOT = Path(__file__).resolve().parent.parent
 from tools.cli import guarded  # noqa: E402
 from train.cli import Parser  # noqa: E402
 
@@ -51,36 +50,42 @@ TAIL = 2000  # characters of a failed stage's output that are kept
 
 def run_stage(name: str, job: Job, limit_s: float) -> dict[str, Any]:
     """Run a stage in a process of its own: its results, seconds, and error or None."""
-    found, log, start = job.scratch / f"{name}.json", job.scratch / f"{name}.log", time.monotonic()
-    command = [sys.executable, "-m", "tools.gpu_report", "--stage", name, "--job", str(job.save()), "--json", str(found)]
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-                                   env={**os.environ, "PYTHONPATH": str(ROOT)})
-        try:
-            code: int | None = process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:  # with all that it started
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    text = log.read_text(errors="replace").strip()
+    out, log, start = job.scratch / f"{name}.json", job.scratch / f"{name}.log", time.monotonic()
+    process = multiprocessing.get_context("spawn").Process(target=stage, args=(name, job, out, log))
+    process.start()
+    assert process.pid is not None  # it has been started
+    try:
+        process.join(limit_s)
+        code = process.exitcode
+    finally:  # with all that it started
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.join()
+    text = log.read_text(errors="replace").strip() if log.exists() else ""
     error = f"not done after {limit_s:.0f} s" if code is None else f"exit code {code}: {text.splitlines()[-1] if text else ''}"
-    results = json.loads(found.read_text()) if found.exists() else {}
+    results = json.loads(out.read_text()) if out.exists() else {}
     return {"seconds": round(time.monotonic() - start, 1), "error": error if code != 0 else None,
             **({"output": text[-TAIL:]} if code != 0 else {}), "results": results}
 
 
-def stage(name: str, job_path: Path, out: Path) -> None:
+def stage(name: str, job: Job, out: Path, log: Path) -> None:
     """In a stage's process: write each figure as soon as it is known."""
-    from pipeline.files import write_json
-    from tools.bench.gpu_data import Job
+    os.setsid()
+    with log.open("wb") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
 
-    results: dict[str, Any] = {}
-    function = getattr(importlib.import_module(f"tools.bench.{STAGES[name][0]}"), name)
-    for key, value in function(Job.load(job_path)):
-        results[key] = value
-        write_json(out, results)
+    def work() -> None:
+        from pipeline.files import write_json
+
+        results: dict[str, Any] = {}
+        function = getattr(importlib.import_module(f"tools.bench.{STAGES[name][0]}"), name)
+        for key, value in function(job):
+            results[key] = value
+            write_json(out, results)
+
+    sys.exit(guarded(work))
 
 
 def measure(args: argparse.Namespace, command: Sequence[str]) -> dict[str, Any]:
@@ -113,8 +118,6 @@ def measure(args: argparse.Namespace, command: Sequence[str]) -> dict[str, Any]:
 
 def run(args: argparse.Namespace, command: Sequence[str]) -> None:
     """Measure, write, draw. Raises ValueError or RuntimeError."""
-    if args.stage:
-        return stage(args.stage, args.job, args.json)
     if not args.seconds > 0:
         raise ValueError(f"--seconds (={args.seconds}) must be positive; a report takes about 560")
     if args.render and not args.page:
@@ -143,8 +146,6 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto",
                         help="cpu: toy sizes; auto: a GPU if there is one")
     parser.add_argument("--only", nargs="+", choices=STAGES, metavar="STAGE", help=f"of {', '.join(STAGES)}; most need data")
-    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
-    parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
     return guarded(lambda: run(parser.parse_args(arguments), arguments))
 
 

@@ -5,11 +5,8 @@ often than those of ImageNet.
 """
 from __future__ import annotations
 
-import io
-import json
-import tarfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,7 @@ from pipeline.index.writer import write_index
 from pipeline.process_pool import cores, in_processes
 from pipeline.stats import stats_path
 from tools import build_index, pack_shards
-from tools.demo import images
+from tools.demo import dataset, images
 from train.config import Config
 from train.recipe import parse
 
@@ -33,21 +30,11 @@ MOST = 65536  # images of an index that is given: they are packed, and kept in m
 
 @dataclass(frozen=True)
 class Job:
-    """What the stages are given; it travels to their processes as a JSON file."""
+    """What the stages are given."""
     scratch: Path  # folder for all that is made
     device: str  # cuda or cpu
     small: bool  # toy sizes, which show that it runs
     index: Path | None = None  # instead of synthetic photographs
-
-    def save(self) -> Path:
-        path = self.scratch / "job.json"
-        path.write_text(json.dumps(asdict(self), default=str))
-        return path
-
-    @classmethod
-    def load(cls, path: Path) -> Job:
-        found = json.loads(path.read_text())
-        return cls(Path(found["scratch"]), found["device"], found["small"], Path(found["index"]) if found["index"] else None)
 
     @property
     def batches(self) -> tuple[int, ...]:
@@ -122,11 +109,8 @@ def _photograph(count: int, number: int, sides: tuple[int, int]) -> tuple[str, b
 def _index(folder: Path, files: list[tuple[str, bytes]], repeats: int) -> None:
     """Write a tar of the files beside `folder`, and in this an index in which each training image comes `repeats` times."""
     path = folder.with_suffix(".tar")
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, content in files:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
+    with path.open("wb") as file:
+        dataset.write_tar(file, files)
     once = folder.with_suffix(".once")
     if build_index.main(["build", "classes", str(path), "--out", str(once), "--jobs", "1"]):
         raise RuntimeError(f"building the index of {path} failed; its message is above")

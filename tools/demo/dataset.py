@@ -39,7 +39,8 @@ def wnids(count: int, seed: int) -> list[str]:
     return [f"n9{number * 7 % 10 ** 7:07d}" for number in map(int, numbers)]
 
 
-def _write_tar(file: BinaryIO, members: Iterable[tuple[str, bytes]]) -> None:
+def write_tar(file: BinaryIO, members: Iterable[tuple[str, bytes]]) -> None:
+    """An uncompressed tar of (name, content)."""
     with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive:
         for name, content in members:
             member = tarfile.TarInfo(name)
@@ -49,7 +50,7 @@ def _write_tar(file: BinaryIO, members: Iterable[tuple[str, bytes]]) -> None:
 
 def _tar(members: Iterable[tuple[str, bytes]]) -> bytes:
     target = io.BytesIO()
-    _write_tar(target, members)
+    write_tar(target, members)
     return target.getvalue()
 
 
@@ -107,7 +108,7 @@ def make(out: Path, seed: int, class_count: int, per_class: int, val_per_class: 
     bar = track(sorted(range(class_count), key=names.__getitem__), "generating", console=Console(stderr=True), transient=True,
                 disable=not sys.stderr.isatty())
     with atomic_write(out / TRAIN) as file:
-        _write_tar(file, ((f"{names[k]}.tar", _tar(train_members(k))) for k in bar))
+        write_tar(file, ((f"{names[k]}.tar", _tar(train_members(k))) for k in bar))
 
     truth = random.permutation(np.repeat(np.arange(class_count), val_per_class))  # class of the i-th *name*
     seen = [0] * class_count
@@ -117,7 +118,7 @@ def make(out: Path, seed: int, class_count: int, per_class: int, val_per_class: 
         pictures.append((f"ILSVRC2012_val_{i + 1:08d}.JPEG", picture(k, 10 ** 6 + seen[k])))
         seen[k] += 1
     with atomic_write(out / VAL) as file:
-        _write_tar(file, (pictures[i] for i in random.permutation(len(pictures))))
+        write_tar(file, (pictures[i] for i in random.permutation(len(pictures))))
 
     folder = DEVKIT.removesuffix(".tar.gz")
     leaves = [(names[k], f"{colour} {shape}, toy", per_class + (k in odd)) for k, (colour, shape) in enumerate(kinds)]
