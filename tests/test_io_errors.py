@@ -13,7 +13,7 @@ import torch
 from pipeline.files import atomic_folder, atomic_write
 from pipeline.io_errors import explain, is_full
 from tools.cli import guarded
-from tools.errors import page
+from tools.docs.reference import errors
 
 
 def test_each_cause_is_one_line_with_thing_and_remedy(tmp_path: Path) -> None:
@@ -73,6 +73,6 @@ def test_a_file_that_grows_too_large_is_named(tmp_path: Path) -> None:
 
 
 def test_the_page_of_errors_is_what_the_program_says() -> None:
-    """Else: python -m tools.errors > docs/errors.md."""
+    """Else: python -m tools.docs.reference."""
     written = (Path(__file__).resolve().parents[1] / "docs/errors.md").read_text(encoding="utf-8")
-    assert written == page()
+    assert written == errors()

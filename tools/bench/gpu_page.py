@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from matplotlib import rc_context
+from matplotlib import style
 from matplotlib.figure import Figure
 
 from model.alexnet import paper
@@ -19,11 +19,9 @@ HERE = Path(__file__).resolve().parent
 Found = dict[str, Any]
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # heads, rows
 
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5c2e", "#6b6b6c")  # Okabe and Ito's
 STYLE: Any = {  # matplotlib's type lists all its settings
-    "svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9, "font.family": "sans-serif", "axes.spines.top": False,
-    "axes.spines.right": False, "grid.color": "#d8d9da", "axes.grid": True, "axes.axisbelow": True, "legend.frameon": False,
-    "legend.fontsize": 8}
+    "svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9, "axes.grid": True, "axes.axisbelow": True,
+    "axes.spines.top": False, "axes.spines.right": False, "grid.color": "#d8d9da", "legend.frameon": False}
 
 
 @dataclass
@@ -41,21 +39,20 @@ def dots(values: Mapping[str, Mapping[str, float]], unit: str, lines: Mapping[st
     """A row for each label with a dot for each of its series, on a logarithmic axis, its figure at the right end of the row;
     vertical lines. As SVG."""
     series = list(dict.fromkeys(name for one in values.values() for name in one))
-    places = [(row + (number + 0.5) / len(series) - 0.5, number, name, one[name]) for row, one in enumerate(values.values())
-              for number, name in enumerate(series) if one.get(name)]
-    with rc_context(STYLE):
-        size = 6.4, 1.1 + 0.2 * len(values) * max(1.5, len(series))
-        figure = Figure(figsize=size, dpi=72, layout="constrained", facecolor="white")
-        axes = figure.add_subplot()
+    with style.context(["tableau-colorblind10", STYLE]):
+        figure = Figure(figsize=(6.4, 1.1 + 0.2 * len(values) * max(1.5, len(series))), dpi=72, layout="constrained")
+        axes = figure.add_subplot(xscale="log", xlabel=unit, ylim=(len(values) - 0.5, -0.5), yticks=range(len(values)),
+                                  yticklabels=list(values))
         for number, name in enumerate(series):
-            found = {at: value for at, of, _, value in places if of == number}
-            axes.plot(list(found.values()), list(found), "o", markersize=5, color=PALETTE[number % len(PALETTE)], label=name)
-        for at, number, _, value in places:  # in a column of their own, so that they meet neither dots nor lines
-            axes.annotate(f"{value:,.0f}", (1, at), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
-                          va="center", fontsize=7, color=PALETTE[number % len(PALETTE)])
+            rows = [row for row, one in enumerate(values.values()) if one.get(name)]
+            places = [row + (number + 0.5) / len(series) - 0.5 for row in rows]
+            found = [list(values.values())[row][name] for row in rows]
+            axes.plot(found, places, "o", color=f"C{number}", markersize=5, label=name)
+            for at, value in zip(places, found):  # in a column of their own, so that they meet neither dots nor lines
+                axes.annotate(f"{value:,.0f}", (1, at), xycoords=("axes fraction", "data"), xytext=(4, 0), fontsize=7,
+                              textcoords="offset points", va="center", color=f"C{number}")
         for dashes, (name, value) in zip(("--", ":", "-."), lines.items()):
             axes.axvline(value, color="black", linewidth=1, linestyle=dashes, label=f"{name}: {value:,.0f}")
-        axes.set(xscale="log", xlabel=unit, ylim=(len(values) - 0.5, -0.5), yticks=range(len(values)), yticklabels=list(values))
         axes.margins(x=0.08)
         if len(series) + len(lines) > 1:
             figure.legend(loc="outside upper left", ncols=3)

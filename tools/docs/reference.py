@@ -3,6 +3,7 @@ dataclasses of a recipe, docs/commands.md, from the parsers, and docs/errors.md.
 """
 import argparse
 import contextlib
+import errno
 import io
 import os
 import re
@@ -12,9 +13,12 @@ from typing import Any
 from unittest.mock import patch
 
 import docstring_parser
+import jinja2
 
 from model.config import Conv, Full
-from tools import alexnet, errors
+from pipeline.io_errors import CAUSES
+from tools import alexnet
+from train.exit_codes import EXIT_CODES
 from train.recipe import keys as recipe
 
 CONFIGURATION = """# Configuration reference
@@ -74,21 +78,29 @@ def _command(words: list[str]) -> Iterator[str]:
 
 def help_text(words: list[str]) -> str:
     """What `alexnet WORDS --help` prints. Raises ValueError when there is no such command."""
-    printed, errors = io.StringIO(), io.StringIO()
+    printed, mistakes = io.StringIO(), io.StringIO()
     code: Any = 0
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(mistakes):
         try:
             code = alexnet.main([*words, "--help"])
         except SystemExit as done:
             code = done.code
     if code:
-        raise ValueError(f"command (=alexnet {' '.join(words)}) has no help: {errors.getvalue().strip()}; see alexnet --help")
+        raise ValueError(f"command (=alexnet {' '.join(words)}) has no help: {mistakes.getvalue().strip()}; see alexnet --help")
     return printed.getvalue()
+
+
+def errors() -> str:
+    """Exit codes and causes, of the program's own lists."""
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+                                     keep_trailing_newline=True)
+    template = (DOCS / "errors.md.jinja").read_text(encoding="utf-8")
+    return environment.from_string(template).render(codes=EXIT_CODES, causes=CAUSES, names=errno.errorcode)
 
 
 def pages() -> dict[Path, str]:
     """The text of each page."""
-    return {DOCS / "configuration.md": configuration(), DOCS / "commands.md": commands(), DOCS / "errors.md": errors.page()}
+    return {DOCS / "configuration.md": configuration(), DOCS / "commands.md": commands(), DOCS / "errors.md": errors()}
 
 
 if __name__ == "__main__":
