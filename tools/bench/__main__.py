@@ -126,7 +126,7 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> None:
     plain = report.as_json(results, about)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out.with_name(args.out.name + ".json"), plain)
-    chart.draw(plain, about["what"], args.out.with_name(args.out.name + ".png"))
+    chart.draw(plain, f"{args.work}, {args.out.name}.json", args.out.with_name(args.out.name + ".png"))
     print(f"{args.out}.json, {args.out}.png")
 
 
