@@ -7,7 +7,7 @@ import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,6 @@ from pipeline.files import atomic_write
 from pipeline.index.sample_index import SampleIndex
 from pipeline.schema import Count, read_as
 
-T = TypeVar("T")
 IdText = Annotated[str, lambda text: "" if text.isdecimal() and text.isascii() else "must be the id of a sample"]
 
 
@@ -82,20 +81,31 @@ class Stats:
 
     def save(self, path: str | Path) -> None:
         """Write one .npz, atomically."""
-        save_arrays(Path(path), self._arrays(), {"count": self.count, "skipped": self.skipped, "index": self.index,
-                                                 "split": self.split, "sha256": self.sha256})
+        about = {name: getattr(self, name) for name in ("count", "skipped", "index", "split", "sha256")}
+        with atomic_write(Path(path)) as file:
+            # NumPy's stubs take **arrays for its keyword allow_pickle
+            np.savez(file, about=np.frombuffer(json.dumps(about).encode(), np.uint8),
+                     **self._arrays())  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: str | Path) -> "Stats":
-        """Read what `save` wrote. Raises ValueError: not such a file, or its hash does not fit its numbers."""
-        arrays, about = load_arrays(Path(path), _About)
+        """Read what `save` wrote. Raises OSError; ValueError: not such a file, or its hash does not fit its numbers."""
+        content = io.BytesIO(Path(path).read_bytes())
+        try:
+            with np.load(content, allow_pickle=False) as file:
+                arrays = dict(file)
+            about = read_as(_About, json.loads(arrays.pop("about").tobytes()), "about")
+        except Exception as error:  # zipfile, NumPy and json each have errors of their own for a damaged file
+            raise ValueError(f"stats file {path} ({type(error).__name__}) must be one that tools/compute_stats.py wrote; "
+                             "delete it and compute it again") from error
         kinds = {name: (array.shape, array.dtype) for name, array in arrays.items()}
         side = max(arrays.get("mean_image", np.empty(0)).shape, default=0)
         if kinds != {"mean_image": ((side, side, 3), np.float32), "channel_mean": ((3,), np.float32),
                      "eigenvalues": ((3,), np.float64), "eigenvectors": ((3, 3), np.float64)}:
             raise ValueError(f"stats file {path} (={', '.join(kinds)}) must hold the arrays that tools/compute_stats.py writes; "
                              "delete it and compute it again")
-        stats = cls(**arrays, count=about.count, skipped=skipped_ids(about.skipped), index=about.index, split=about.split)
+        stats = cls(**arrays, count=about.count, skipped={int(id): why for id, why in about.skipped.items()},
+                    index=about.index, split=about.split)
         if stats.sha256 != about.sha256:
             raise ValueError(f"stats file {path} (SHA-256 {stats.sha256[:12]}) must have the recorded hash "
                              f"{about.sha256[:12]}; it is damaged, compute it again")
@@ -132,27 +142,3 @@ def channel_mean(data: DataConfig, stats: Stats) -> npt.NDArray[np.float32] | No
 def stats_path(index: str | Path, square_px: int, split: str = "train") -> Path:
     """Where the stats of a split lie: beside the index."""
     return Path(index) / f"stats-{split}-{square_px}.npz"
-
-
-def save_arrays(path: Path, arrays: dict[str, npt.NDArray[Any]], about: dict[str, Any]) -> None:
-    """Write arrays and, as JSON, values to one .npz, atomically."""
-    with atomic_write(path) as file:
-        # NumPy's stubs take **arrays for its keyword allow_pickle
-        np.savez(file, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **arrays)  # type: ignore[arg-type]
-
-
-def skipped_ids(skipped: dict[str, str]) -> dict[int, str]:
-    """Id → reason, of JSON's keys."""
-    return {int(id): why for id, why in skipped.items()}
-
-
-def load_arrays(path: Path, schema: type[T]) -> tuple[dict[str, npt.NDArray[Any]], T]:
-    """Read what `save_arrays` wrote, the values by their schema. Raises OSError, and ValueError when it is damaged."""
-    content = io.BytesIO(path.read_bytes())
-    try:
-        with np.load(content, allow_pickle=False) as file:
-            arrays = dict(file)
-        return arrays, read_as(schema, json.loads(arrays.pop("about").tobytes()), "about")
-    except Exception as error:  # zipfile, NumPy and json each have errors of their own for a damaged file
-        raise ValueError(f"stats file {path} ({type(error).__name__}) must be one that tools/compute_stats.py wrote; "
-                         "delete it and compute it again") from error

@@ -197,8 +197,7 @@ def make_eval_loader(index: str | Path | SampleIndex, split: str = "val", batch_
                      stats_split: str = "train", shard: tuple[int, int] | None = None,
                      device: torch.device | str | int | None = None, return_batch: bool = False,
                      machine: LoaderConfig = LoaderConfig(), resident: str = "rgb", keep: bool = True,
-                     skip_corrupt: bool = False, first: int = 0, ids: Ids | None = None,
-                     monitor: Monitor | None = None) -> EvalLoader:
+                     skip_corrupt: bool = False, ids: Ids | None = None, monitor: Monitor | None = None) -> EvalLoader:
     """The evaluation loader: every image of a split exactly once, in id order; each `for` gives all of them again.
 
         for images, labels in make_eval_loader("index", "val", data="imagenet"):    # central crops
@@ -214,7 +213,6 @@ def make_eval_loader(index: str | Path | SampleIndex, split: str = "val", batch_
         shard: (k, n), this process gets every n-th batch, beginning with the k-th. By default as in `make_train_loader`.
         resident, keep: tier resident, see `pipeline.resident.chain.eval_chain`.
         skip_corrupt: leave unreadable samples out, listed in `loader.skipped` (id → reason), instead of raising SampleError.
-        first: number of the batch to begin with.
         ids: (N,) only these samples, in this order.
 
     Raises TypeError for an unknown argument, or one of another type; ValueError when there is no such tier, split or device, or
@@ -225,6 +223,6 @@ def make_eval_loader(index: str | Path | SampleIndex, split: str = "val", batch_
     _check_split(index, split)
     context, shard = _context(index, split, data, machine, device, monitor), _shard(shard)
     stats = stats or _stats(context, stats_split)
-    evaluation = Evaluation(context, batch_size, stats, shard=shard, skip_corrupt=skip_corrupt, first=first, ids=ids)
+    evaluation = Evaluation(context, batch_size, stats, shard=shard, skip_corrupt=skip_corrupt, ids=ids)
     chain = eval_chain(evaluation, resident, keep) if tier == "resident" else evaluation.decoding_chain()
     return EvalLoader(evaluation, chain, return_batch)

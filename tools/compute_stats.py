@@ -2,7 +2,7 @@
 
     python tools/compute_stats.py INDEX [--square-px 256]
 
-Interrupted, the same command resumes where it last saved. Exit codes: 0 done, 2 an error, 130 interrupted.
+Exit codes: 0 done, 2 an error, 130 interrupted.
 """
 import sys
 from pathlib import Path
@@ -39,7 +39,7 @@ def parser(prog: str = "compute_stats.py") -> Parser:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "compute_stats.py") -> int:
-    return guarded(lambda: _compute(parser(prog).parse_args(argv)), "interrupted; the same command resumes where it last saved")
+    return guarded(lambda: _compute(parser(prog).parse_args(argv)))
 
 
 def _compute(args: argparse.Namespace) -> None:

@@ -26,15 +26,15 @@ class Evaluation:
 
     `batch`: global, over all ranks. `stats`: what to subtract; None gives the pixels as they are, (B, S, S, 3) uint8. `shard`
     (k, n): this rank gets every n-th batch, beginning with the k-th. `skip_corrupt`: leave unreadable samples out, listed in
-    `skipped` (id → reason), instead of raising. `first`: number of the batch to begin with. `ids` (N,): only these samples, in
-    this order, instead of the whole split in id order."""
+    `skipped` (id → reason), instead of raising. `ids` (N,): only these samples, in this order, instead of the whole split in id
+    order."""
 
     def __init__(self, context: LoaderContext, batch: int, stats: Stats | None, *, shard: tuple[int, int] = (0, 1),
-                 skip_corrupt: bool = False, first: int = 0, ids: Ids | None = None) -> None:
+                 skip_corrupt: bool = False, ids: Ids | None = None) -> None:
         if batch < 1:
             raise ValueError(f"batch_size (={batch}) must be at least 1; raise it")
         self.context, self.batch, self.ids = context, batch, context.ids if ids is None else ids
-        self.steps = range(first + shard[0], -(-len(self.ids) // batch), shard[1])
+        self.steps = range(shard[0], -(-len(self.ids) // batch), shard[1])
         self.raw, skip, data = stats is None, Skip(), context.data
         self.skipped = skip.skipped
         self.policy: Policy = skip if skip_corrupt else refuse
@@ -112,10 +112,9 @@ def crops(images: torch.Tensor, crop_px: int, count: int) -> Iterator[torch.Tens
 
 def square_loader(index: SampleIndex, split: str, data: DataConfig, batch: int, stats: Stats | None, *,
                   machine: LoaderConfig = LoaderConfig(), device_id: int | None = None, monitor: Monitor | None = None,
-                  shard: tuple[int, int] = (0, 1), skip_corrupt: bool = False, first: int = 0,
-                  ids: Ids | None = None) -> EvalLoader:
+                  shard: tuple[int, int] = (0, 1), skip_corrupt: bool = False, ids: Ids | None = None) -> EvalLoader:
     """An `EvalLoader` that reads the index and decodes, whatever the tier of the training. For the arguments see `LoaderContext`
     and `Evaluation`."""
     context = LoaderContext(index, split, data, machine, device_id, monitor or Monitor())
-    evaluation = Evaluation(context, batch, stats, shard=shard, skip_corrupt=skip_corrupt, first=first, ids=ids)
+    evaluation = Evaluation(context, batch, stats, shard=shard, skip_corrupt=skip_corrupt, ids=ids)
     return EvalLoader(evaluation, evaluation.decoding_chain())

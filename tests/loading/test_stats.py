@@ -12,7 +12,6 @@ from PIL import Image
 from pipeline.config import LoaderConfig
 from pipeline.index.sample_index import SampleIndex
 from pipeline.compute_stats import compute
-from pipeline.process_pool import Progress
 from pipeline.stats import Stats, stats_path
 from tests.helpers.tars import save
 from tools import build_index, compute_stats, pack_shards
@@ -41,35 +40,6 @@ def test_the_sums_do_not_depend_on_batch_or_threads(photos: SampleIndex) -> None
     hashes = {compute(photos, "train", 76, batch=batch, machine=LoaderConfig(threads=threads)).sha256
               for batch, threads in ((1, 1), (5, 2), (13, 1), (64, 2))}
     assert len(hashes) == 1
-
-
-class Recorded(Progress):
-    """A Progress that counts; raises KeyboardInterrupt after so many batches."""
-
-    def __init__(self, interrupt_after: int = 0) -> None:
-        self.images = self.bytes = self.expected = self._batches = 0
-        self._interrupt_after = interrupt_after
-
-    def expect(self, stage: str, total: int) -> None:
-        self.expected = total
-
-    def advance(self, images: int, bytes: int) -> None:
-        self.images, self.bytes, self._batches = self.images + images, self.bytes + bytes, self._batches + 1
-        if self._batches == self._interrupt_after:
-            raise KeyboardInterrupt
-
-
-def test_an_interrupted_pass_resumes_and_gives_the_same_bits(tmp_path: Path) -> None:
-    index = write_set(tmp_path, photographs(13))
-    whole = compute(index, "train", 76, batch=2)
-    with pytest.raises(KeyboardInterrupt):
-        compute(index, "train", 76, batch=2, progress=Recorded(interrupt_after=3), save_s=0)
-    rest = Recorded()
-    again = compute(index, "train", 76, batch=2, progress=rest)
-    assert rest.images == 13 - 4  # two batches were saved before the third was interrupted
-    assert rest.expected == rest.bytes == index.samples["size"][4:].sum()
-    assert again.sha256 == whole.sha256 and again.count == 13
-    assert not list(index.path.glob("*partial*"))
 
 
 def test_unreadable_images_are_skipped_named_and_bounded(tmp_path: Path) -> None:
@@ -144,7 +114,7 @@ def test_a_file_that_is_away_is_not_skipped(tmp_path: Path, capsys: pytest.Captu
     assert "2.jpg) is not there; correct" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_a_full_disk_costs_neither_the_pass_nor_the_folder(small_disk: Path, capsys: pytest.CaptureFixture[str],
+def test_a_full_disk_leaves_nothing(small_disk: Path, capsys: pytest.CaptureFixture[str],
                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     index = write_set(small_disk, photographs(6))
     fill = small_disk / "fill"
