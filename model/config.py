@@ -4,7 +4,6 @@ Imports nothing heavy, so that a command line can be parsed without torch. The l
 so that a recipe which extends another changes, adds or removes (null) single ones. They are sorted by name: convolutions by
 number, then fully connected layers."""
 import dataclasses
-import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, Mapping, Optional, Union, get_args
@@ -137,11 +136,16 @@ class ModelConfig:
         _need(self.activation in get_args(Activation), "model.activation", self.activation,
               "must be relu or tanh; the paper has relu")
         _need(0.0 <= self.dropout <= 0.95, "model.dropout", self.dropout, "must be in [0, 0.95]; the paper uses 0.5")
-        object.__setattr__(self, "layers", _parse_layers(self.layers))
+        _need(isinstance(self.layers, Mapping), "model.layers", self.layers, "must map names to layers; give a dict")
+        object.__setattr__(self, "layers", _in_order(self.layers))
         fulls = [name for name in self.layers if name.startswith("fc")]
         _need(bool(fulls), "model.layers", list(self.layers), "must end with a fully connected layer, the softmax's; add fc8")
         _need(len(fulls) < len(self.layers), "model.layers", list(self.layers), "must have a convolution; add conv1")
         for name, layer in self.layers.items():
+            for key, low in (("kernels", 1), ("px", 1), ("stride", 1), ("pad", 0), ("neurons", 0)):
+                value = getattr(layer, key, low)
+                _need(low <= value <= MOST, f"model.layers.{name}.{key}", value, f"must be {low} to {MOST}; correct it")
+            _need(layer.std >= 0, f"model.layers.{name}.std", layer.std, "must be no negative deviation; the paper has 0.01")
             if name == fulls[-1]:
                 _need(layer.neurons == 0, f"model.layers.{name}.neurons", layer.neurons, "must be left out of the last layer, "
                       "which has one for each class; or add the layer that follows")
@@ -172,49 +176,15 @@ class ModelConfig:
         return self.towers == 2 and self.layers[name].sees == "both" and name != next(iter(self.layers))
 
 
-def _parse_layers(layers: Mapping[str, Any]) -> dict[str, Layer]:
-    """The layers in order, from the recipe's mappings; those that are null are left out."""
-    if not isinstance(layers, Mapping):
-        raise ValueError(f"model.layers (={layers}) must map names to layers; write conv1: {{kernels: 96, px: 11, …}}")
-    for name in layers:
-        ok = bool(LAYER_NAME.fullmatch(str(name)))
-        _need(ok, "model.layers", name, "must have names conv1 … conv99 and fc1 … fc99; rename it")
+def layer_kind(name: str) -> type[Conv] | type[Full]:
+    """What a layer of this name is. Raises ValueError for a name that no layer has."""
+    _need(bool(LAYER_NAME.fullmatch(name)), "model.layers", name, "must have names conv1 … conv99 and fc1 … fc99; rename it")
+    return Conv if name.startswith("conv") else Full
+
+
+def _in_order(layers: Mapping[str, Any]) -> dict[str, Layer]:
+    """The layers by number, convolutions first, without those that are null; a mapping is one's fields."""
+    kinds = {name: layer_kind(name) for name in layers}
     ordered = sorted(layers, key=lambda name: (name.startswith("fc"), int(name.lstrip("convf"))))
-    return {name: _parse_layer(name, layers[name]) for name in ordered if layers[name] is not None}
-
-
-def _parse_layer(name: str, given: Any) -> Layer:
-    """One layer; ValueError names the key that is missing, unknown, or out of range."""
-    kind = Conv if name.startswith("conv") else Full
-    key, known = f"model.layers.{name}", {f.name: f for f in dataclasses.fields(kind)}
-    if not isinstance(given, (Mapping, kind)):
-        raise ValueError(f"{key} (={given}) must say what the layer is; write {{{', '.join(known)}}}")
-    values = dict(given) if isinstance(given, Mapping) else {name: getattr(given, name) for name in known}
-    for unknown in sorted(values.keys() - known.keys()):
-        raise ValueError(f"{key}.{unknown} (={values[unknown]}) is not known; a "
-                         f"{'convolution' if kind is Conv else 'fully connected layer'} has {', '.join(known)}")
-    for item in known.values():
-        if item.name not in values:
-            _need(item.default is not dataclasses.MISSING, f"{key}.{item.name}", "none", "is missing; say it")
-            continue
-        values[item.name] = _check_value(f"{key}.{item.name}", item.name, values[item.name])
-    return kind(**values)
-
-
-def _check_value(key: str, name: str, value: Any) -> Any:
-    """A layer's value, checked and converted: int where a recipe may say 1.0, float where it may say 0."""
-    if name in ("pool", "dropout", "linear"):
-        _need(isinstance(value, bool), key, value, "must be true or false; correct it")
-        return value
-    if name in ("sees", "lrn"):
-        allowed = get_args(Sees if name == "sees" else Norm)
-        _need(value in allowed, key, value, f"must be one of {', '.join(allowed)}; correct it")
-        return value
-    _need(isinstance(value, (int, float)) and not isinstance(value, bool), key, value, "must be a number; correct it")
-    if name in ("std", "bias"):
-        _need(math.isfinite(value) and (name == "bias" or value >= 0), key, value, "must be finite, and no negative deviation")
-        return float(value)
-    low = {"kernels": 1, "px": 1, "stride": 1, "pad": 0, "neurons": 0}[name]
-    _need(math.isfinite(value) and value == int(value) and low <= value <= MOST, key, value,
-          f"must be a whole number of at least {low} and at most {MOST}; correct it")
-    return int(value)
+    return {name: kinds[name](**layers[name]) if isinstance(layers[name], Mapping) else layers[name]
+            for name in ordered if layers[name] is not None}

@@ -67,7 +67,7 @@ def test_null_takes_a_layer_away_and_a_grandchild_gives_another(small: Path, tmp
                   "grand.yaml")
     assert list(read(grand).model.layers) == LAYERS and read(grand).model.layers["conv3"].kernels == 4
     half = child(tmp_path, "extends: child.yaml\nmodel: {layers: {conv3: {kernels: 4}}}\n", "half.yaml")
-    assert "model.layers.conv3.px (=none) is missing; say it" in error("--config", str(half))
+    assert "model.layers.conv3.px is missing; a field that changes results has no" in error("--config", str(half))
 
 
 def test_a_layer_is_added_in_its_place(small: Path, tmp_path: Path) -> None:
@@ -174,12 +174,12 @@ def test_single_layers(small: Path, tmp_path: Path) -> None:
     (["--model.layers.conv3=["], "--model.layers.conv3 (=[) is no YAML (while parsing a flow node"),
     (["--model.layers.conv3={px: 3, px: 3}"], "key 'px' (line 1) is given twice; keep one"),
     (["--model.layers.conv3.kernel=32"], "kernel (=32 on the command line) is no key that is known; did you mean model.lay"),
-    (["--model.layers.conv3.kernels=many"], "model.layers.conv3.kernels (=many) must be a number"),
-    (["--model.layers.conv3.kernels=.nan"], "model.layers.conv3.kernels (=nan) must be a finite number; "),
-    (["--model.layers.conv3.kernels=1e999"], "model.layers.conv3.kernels (=inf) must be a finite number; "),
-    (["--model.layers.conv3.kernels="], "model.layers.conv3.kernels (=None) must be a number"),
-    (["--model.layers.conv3.sees=all"], "model.layers.conv3.sees (=all) must be one of own, both"),
-    (["--model.layers.conv9.kernels=4"], "model.layers.conv9.px (=none) is missing; say it"),
+    (["--model.layers.conv3.kernels=many"], "model.layers.conv3.kernels (=many on the command line) must be a whole number"),
+    (["--model.layers.conv3.std=.nan"], "model.layers.conv3.std (=nan) must be a finite number; "),
+    (["--model.layers.conv3.std=1e999"], "model.layers.conv3.std (=inf) must be a finite number; "),
+    (["--model.layers.conv3.kernels="], "model.layers.conv3.kernels (=None on the command line) must be a whole number"),
+    (["--model.layers.conv3.sees=all"], "model.layers.conv3.sees (=all on the command line) must be one of own, both"),
+    (["--model.layers.conv9.kernels=4"], "model.layers.conv9.px is missing; a field that changes results has no default"),
     (["--model.layers.fc8=null"], "model.layers.fc7.neurons (=16) must be left out of the last layer"),
     (["--model.layers.=3"], "model.layers. (=3 on the command line) must have names conv1"),
     (["--config"], "--config (=none) must have a value; write --config=VALUE"),

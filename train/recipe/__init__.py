@@ -16,7 +16,7 @@ from typing import Any, Callable, Sequence
 
 import yaml
 
-from model.config import LAYER_NAME, Conv, Full
+from model.config import LAYER_NAME, layer_kind
 from pipeline.config import STATED
 from pipeline.index.header import read_header
 from train.cli import nearest
@@ -102,18 +102,15 @@ def _check(value: Any, kind: Any, keys: tuple[str, ...], place: Callable[[tuple[
         if not ok:
             raise ValueError(f"{'.'.join(keys)} (={textwrap.shorten(str(value), 60)}{place(keys)}) {rule}")
 
-    if keys[:2] == ("model", "layers") and len(keys) > 2:  # ModelConfig checks their values
+    known = _known(kind)
+    if keys[:-1] == ("model", "layers"):
         need(bool(LAYER_NAME.fullmatch(keys[2])), "must have names conv1 … conv99 and fc1 … fc99; rename it")
-        kind = dict.fromkeys(field.name for field in dataclasses.fields(Conv if keys[2].startswith("conv") else Full))
-        if len(keys) == 3:
-            need(isinstance(value, (dict, type(None))), f"must say what the layer is; write {{{', '.join(kind)}}}")
-        known = kind if len(keys) == 3 and isinstance(value, dict) else None
-        if known is None:
-            return
+        known = _known(layer_kind(keys[2])) or {}
+        need(isinstance(value, (dict, type(None))), f"must say what the layer is; write {{{', '.join(known)}}}")
     elif keys == ("model", "layers"):
         need(isinstance(value, dict), "must map names to layers; write conv1: {kernels: 96, px: 11, …}")
         known = dict.fromkeys(map(str, value))
-    elif (known := _known(kind)) is not None:
+    elif known is not None:
         optional = len(keys) < 2 or type(None) in typing.get_args(kind)  # a group without a value is as if it were not there
         need(isinstance(value, dict) or value is None and optional, "must be a group of keys; write {key: value, …}")
     if known is not None:
@@ -163,6 +160,8 @@ def _build(value: Any, kind: Any, key: str = "") -> Any:
                 raise ValueError(f"{name} is missing; a field that changes results has no default: state it in the recipe or "
                                  f"with --{name}=VALUE")
         return configures(**{name: _build(inner, known[name], f"{key}.{name}".lstrip(".")) for name, inner in value.items()})
+    if key == "model.layers":
+        return {name: _build(layer, layer_kind(name), f"{key}.{name}") for name, layer in value.items()}
     if isinstance(value, list) and kind is not Any:
         inner_kind = next(inner for inner in (kind, *typing.get_args(kind)) if typing.get_origin(inner) is tuple)
         return tuple(_build(inner, typing.get_args(inner_kind)[0], key) for inner in value)
