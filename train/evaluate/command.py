@@ -13,7 +13,6 @@ from typing import Optional
 import numpy as np
 import torch
 
-from pipeline.index.ilsvrc import read_devkit
 from pipeline.index.sample_index import SampleIndex
 from train import build
 from train.checkpoint.resolve import NETWORKS, Resolved, resolve, warn_on_stderr
@@ -44,16 +43,7 @@ class Plan:
 
 def run(args: argparse.Namespace) -> None:
     """Test the networks, or find them tested; print the results. Raises ValueError, RuntimeError, OSError."""
-    if bool(args.submission) != bool(args.devkit):
-        raise ValueError(f"--submission (={args.submission}) and --devkit (={args.devkit}) go together: the devkit has the "
-                         "classes' IDs; give both or neither")
-    if args.submission:  # mistakes that should not wait for the end of the test
-        if not args.submission.absolute().parent.is_dir():
-            raise ValueError(f"submission (={args.submission}) cannot be written, its folder does not exist; give another "
-                             "--submission")
-        read_devkit(args.devkit)
-    found = [resolve(path, args.which, kinds=(*NETWORKS, "evaluation"),
-                     name="RUN") for path in args.runs]
+    found = [resolve(path, args.which, kinds=(*NETWORKS, "evaluation"), name="RUN") for path in args.runs]
     members = [predictions.load(entry.path) if entry.kind == "evaluation" else _plan(entry, args) for entry in found]
     check_compatible(members)
     evaluations: list[Optional[Evaluation]] = [member if isinstance(member, Evaluation) else None for member in members]
@@ -70,11 +60,7 @@ def _plan(weights: Resolved, args: argparse.Namespace) -> Plan:
     """The recipe of a checkpoint or exported network as the command line changes it, and the images to test on."""
     config = weights.inference_config(args.index, args.archives, args.device, args.batch)
     split = args.split or config.data.test_split
-    index = build.index(config, *([] if args.submission else [split]))  # the other splits need not be there
-    if args.submission:  # this one may lack labels
-        if not len(index.ids(split)):
-            raise ValueError(f"split (={split}) of {index.path} has no images; name another with --split")
-        index.check_archives(split)
+    index = build.index(config, split)  # the other splits need not be there
     weights.check_classes(index)
     return Plan(predictions.short_name(weights.path), weights, config, split, index, Key(
         weights.sha256, index.split_sha256(split), build.classes_sha256(index), len(index.ids(split)), config.model.classes,
