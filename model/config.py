@@ -16,7 +16,7 @@ Activation = Literal["relu", "tanh"]
 Kernels = Literal["auto", "torch", "triton"]  # model/kernels
 
 
-def _need(ok: bool, key: str, value: object, rule: str) -> None:
+def require(ok: bool, key: str, value: object, rule: str) -> None:
     """Raise ValueError `<key> (=value) <rule>` unless ok."""
     if not ok:
         raise ValueError(f"{key} (={value}) {rule}")
@@ -37,9 +37,9 @@ class LrnConfig:
     beta: float
 
     def __post_init__(self) -> None:
-        _need(self.n >= 1 and self.n % 2 == 1, "model.lrn.n", self.n, "must be odd and positive; the paper uses 5")
-        _need(self.k > 0, "model.lrn.k", self.k, "must be positive; the paper uses 2")
-        _need(self.alpha >= 0, "model.lrn.alpha", self.alpha, "must not be negative; the paper uses 1e-4")
+        require(self.n >= 1 and self.n % 2 == 1, "model.lrn.n", self.n, "must be odd and positive; the paper uses 5")
+        require(self.k > 0, "model.lrn.k", self.k, "must be positive; the paper uses 2")
+        require(self.alpha >= 0, "model.lrn.alpha", self.alpha, "must not be negative; the paper uses 1e-4")
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class PoolConfig:
     stride: int
 
     def __post_init__(self) -> None:
-        _need(self.px >= 1, "model.pool.px", self.px, "must be at least 1; the paper uses 3")
-        _need(self.stride >= 1, "model.pool.stride", self.stride, "must be at least 1; the paper uses 2")
+        require(self.px >= 1, "model.pool.px", self.px, "must be at least 1; the paper uses 3")
+        require(self.stride >= 1, "model.pool.stride", self.stride, "must be at least 1; the paper uses 2")
 
 
 @dataclass(frozen=True)
@@ -130,31 +130,31 @@ class ModelConfig:
     layers: dict[str, Any] = field(hash=False)
 
     def __post_init__(self) -> None:
-        _need(self.towers in (1, 2), "model.towers", self.towers, "must be 1 or 2; the paper has 2")
-        _need(2 <= self.classes <= MOST, "model.classes", self.classes, f"must be 2 to {MOST}; count the classes of the index")
-        _need(1 <= self.input_px <= MOST, "model.input_px", self.input_px, "must be positive; the paper's network takes 227")
-        _need(self.activation in get_args(Activation), "model.activation", self.activation,
-              "must be relu or tanh; the paper has relu")
-        _need(0.0 <= self.dropout <= 0.95, "model.dropout", self.dropout, "must be in [0, 0.95]; the paper uses 0.5")
-        _need(isinstance(self.layers, Mapping), "model.layers", self.layers, "must map names to layers; give a dict")
+        require(self.towers in (1, 2), "model.towers", self.towers, "must be 1 or 2; the paper has 2")
+        require(2 <= self.classes <= MOST, "model.classes", self.classes, f"must be 2 to {MOST}; count the classes of the index")
+        require(1 <= self.input_px <= MOST, "model.input_px", self.input_px, "must be positive; the paper's network takes 227")
+        require(self.activation in get_args(Activation), "model.activation", self.activation,
+                "must be relu or tanh; the paper has relu")
+        require(0.0 <= self.dropout <= 0.95, "model.dropout", self.dropout, "must be in [0, 0.95]; the paper uses 0.5")
+        require(isinstance(self.layers, Mapping), "model.layers", self.layers, "must map names to layers; give a dict")
         object.__setattr__(self, "layers", _in_order(self.layers))
         fulls = [name for name in self.layers if name.startswith("fc")]
-        _need(bool(fulls), "model.layers", list(self.layers), "must end with a fully connected layer, the softmax's; add fc8")
-        _need(len(fulls) < len(self.layers), "model.layers", list(self.layers), "must have a convolution; add conv1")
+        require(bool(fulls), "model.layers", list(self.layers), "must end with a fully connected layer, the softmax's; add fc8")
+        require(len(fulls) < len(self.layers), "model.layers", list(self.layers), "must have a convolution; add conv1")
         for name, layer in self.layers.items():
             for key, low in (("kernels", 1), ("px", 1), ("stride", 1), ("pad", 0), ("neurons", 0)):
                 value = getattr(layer, key, low)
-                _need(low <= value <= MOST, f"model.layers.{name}.{key}", value, f"must be {low} to {MOST}; correct it")
-            _need(layer.std >= 0, f"model.layers.{name}.std", layer.std, "must be no negative deviation; the paper has 0.01")
+                require(low <= value <= MOST, f"model.layers.{name}.{key}", value, f"must be {low} to {MOST}; correct it")
+            require(layer.std >= 0, f"model.layers.{name}.std", layer.std, "must be no negative deviation; the paper has 0.01")
             if name == fulls[-1]:
-                _need(layer.neurons == 0, f"model.layers.{name}.neurons", layer.neurons, "must be left out of the last layer, "
-                      "which has one for each class; or add the layer that follows")
+                require(layer.neurons == 0, f"model.layers.{name}.neurons", layer.neurons, "must be left out of the last layer, "
+                        "which has one for each class; or add the layer that follows")
                 continue
             key, size = ("kernels", layer.kernels) if isinstance(layer, Conv) else ("neurons", layer.neurons)
-            _need(size >= 1 and size % self.towers == 0, f"model.layers.{name}.{key}", size,
-                  f"must be a positive multiple of the {self.towers} towers; round it")
-            _need(layer.std > 0, f"model.layers.{name}.std", layer.std, "must be positive in all layers but the last: neurons "
-                  "that begin alike stay alike; the paper has 0.01")
+            require(size >= 1 and size % self.towers == 0, f"model.layers.{name}.{key}", size,
+                    f"must be a positive multiple of the {self.towers} towers; round it")
+            require(layer.std > 0, f"model.layers.{name}.std", layer.std, "must be positive in all layers but the last: neurons "
+                    "that begin alike stay alike; the paper has 0.01")
 
     @property
     def convs(self) -> dict[str, Conv]:
@@ -178,7 +178,7 @@ class ModelConfig:
 
 def layer_kind(name: str) -> type[Conv] | type[Full]:
     """What a layer of this name is. Raises ValueError for a name that no layer has."""
-    _need(bool(LAYER_NAME.fullmatch(name)), "model.layers", name, "must have names conv1 … conv99 and fc1 … fc99; rename it")
+    require(bool(LAYER_NAME.fullmatch(name)), "model.layers", name, "must have names conv1 … conv99 and fc1 … fc99; rename it")
     return Conv if name.startswith("conv") else Full
 
 

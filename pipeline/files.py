@@ -33,10 +33,10 @@ def is_temporary(path: Path, name: str = "") -> bool:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path, *, keep: bool = False) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A binary file to write that becomes `path` in one rename, on disk, at the end; on an exception nothing remains.
 
-    Any number of processes on any number of hosts may write the same path at once: the last one wins, with `keep` the first.
+    Any number of processes on any number of hosts may write the same path at once: the last one wins.
     """
     temporary, descriptor = _create_temporary(path, is_folder=False)
     try:
@@ -44,24 +44,11 @@ def atomic_write(path: Path, *, keep: bool = False) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            if keep:
-                _rename_unless_there(temporary, path)
-            else:
-                os.replace(temporary, path)
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
-
-
-def _rename_unless_there(temporary: Path, path: Path) -> None:
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without hard links
-        os.replace(temporary, path)
-    temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -26,12 +26,7 @@ def test_whole_or_not_at_all(tmp_path: Path) -> None:
     assert path.read_bytes() == b"one" and os.listdir(tmp_path) == ["file"]
     with atomic_write(path) as file:
         file.write(b"three")
-    with atomic_write(path, keep=True) as file:
-        file.write(b"four")
     assert path.read_bytes() == b"three" and os.listdir(tmp_path) == ["file"]
-    with atomic_write(tmp_path / "new", keep=True) as file:
-        file.write(b"five")
-    assert (tmp_path / "new").read_bytes() == b"five" and len(os.listdir(tmp_path)) == 2
 
 
 def test_folder_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from pipeline.loading.train_loader import TrainLoader
 from pipeline.process_pool import cores
 from pipeline.progress import ProgressBar
 from pipeline.reading.quarantine import Quarantine, quarantine_budget
-from pipeline.sampling.sampler import Ids
 from pipeline.stats import Stats
 from pipeline.tiers import make_eval_loader, make_train_loader
 from train.config import Config
@@ -172,12 +171,12 @@ def train_loader(config: Config, topology: Topology, found: SampleIndex, stats: 
 
 
 def eval_loader(config: Config, topology: Topology, found: SampleIndex, stats: Stats, split: str, *,
-                keep: bool = False, ids: Optional[Ids] = None) -> EvalLoader:
-    """Every image of a split once, or of `ids` in their order, divided among the data ranks; both towers of a pair get the same.
-    With `keep` tier resident keeps the images in memory, for repeated tests; else it decodes them each time."""
+                keep: bool = False) -> EvalLoader:
+    """Every image of a split once, divided among the data ranks; both towers of a pair get the same. With `keep`
+    tier resident keeps the images in memory, for repeated tests; else it decodes them each time."""
     return make_eval_loader(found, split, config.machine.test_batch, data=config.data, tier=config.data.tier, stats=stats,
                             shard=(topology.data_rank, topology.data_ranks), device=topology.device, return_batch=True,
-                            machine=loader_config(config, topology), resident=config.data.resident, keep=keep, ids=ids)
+                            machine=loader_config(config, topology), resident=config.data.resident, keep=keep)
 
 
 def network(config: Config, topology: Topology) -> AlexNet:

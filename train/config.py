@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from model.config import Kernels, ModelConfig
+from model.config import Kernels, ModelConfig, require
 from pipeline.config import ADDED, LANES, WINDOW, DataConfig, LoaderConfig
 from pipeline.index.header import read_header
 from train.cli import DEVICES, is_device
-from train.optimizer_config import OptimizerConfig, ScheduleConfig, check, require
+from train.optimizer_config import OptimizerConfig, ScheduleConfig, check
 
 # Not in the fingerprint: an index, a packed folder and a checkpoint are compared by their hashes.
 PATHS = (("data", "index"), ("data", "packed"), ("init_from", "checkpoint"))

@@ -6,13 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from model.config import LAYER_NAME
-
-
-def require(ok: bool, key: str, value: object, rule: str) -> None:
-    """Raise ValueError `<key> (=value) <rule>` unless ok."""
-    if not ok:
-        raise ValueError(f"{key} (={value}) {rule}")
+from model.config import LAYER_NAME, require
 
 
 def check(config: object, key: str, ok: bool, rule: str) -> None:

@@ -111,10 +111,10 @@ def crops(images: torch.Tensor, crop_px: int, count: int) -> Iterator[torch.Tens
 
 
 def square_loader(index: SampleIndex, split: str, data: DataConfig, batch: int, stats: Stats | None, *,
-                  machine: LoaderConfig = LoaderConfig(), device_id: int | None = None, monitor: Monitor | None = None,
-                  shard: tuple[int, int] = (0, 1), skip_corrupt: bool = False, ids: Ids | None = None) -> EvalLoader:
+                  machine: LoaderConfig = LoaderConfig(), device_id: int | None = None, skip_corrupt: bool = False,
+                  ids: Ids | None = None) -> EvalLoader:
     """An `EvalLoader` that reads the index and decodes, whatever the tier of the training. For the arguments see `LoaderContext`
     and `Evaluation`."""
-    context = LoaderContext(index, split, data, machine, device_id, monitor or Monitor())
-    evaluation = Evaluation(context, batch, stats, shard=shard, skip_corrupt=skip_corrupt, ids=ids)
+    context = LoaderContext(index, split, data, machine, device_id, Monitor())
+    evaluation = Evaluation(context, batch, stats, skip_corrupt=skip_corrupt, ids=ids)
     return EvalLoader(evaluation, evaluation.decoding_chain())

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.files import atomic_write, is_temporary, remove_dead
+from pipeline.files import atomic_write, is_temporary, locked_folder, remove_dead
 from pipeline.index.header import Archive
 from pipeline.index.sample_index import FORMATS, REASONS, SampleIndex
 from pipeline.index.tar import BLOCK, fingerprint
@@ -56,7 +56,9 @@ def prepare(index: SampleIndex, out: Path, options: PackOptions, *, splits: Sequ
         plan = replace(wanted, shard_images=shard_images or max(1, shard_bytes // image_bytes), image_bytes=image_bytes)
         _check_space(index, out, plan)
         out.mkdir(parents=True, exist_ok=True)
-        plan.save(path)
+        with locked_folder(out):
+            if not path.exists():  # else another rank has been quicker
+                plan.save(path)
     plan = Plan.load(path)
     if differences := plan.differences(replace(wanted, shard_images=shard_images or plan.shard_images)):
         raise ValueError(f"packing plan (={path}) was made with {differences}; give the same options and index to resume it, or "

@@ -3,7 +3,6 @@
 It lies in `plan.json` of the output folder and is a function of index and options; a later call, or another rank, must agree
 with it.
 """
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config import REGIONS
-from pipeline.files import atomic_write, json_sha256, read_manifest, with_own_hash
+from pipeline.files import json_sha256, read_manifest, with_own_hash, write_json
 from pipeline.index.sample_index import SampleIndex
 from pipeline.rng import Purpose, bits
 from pipeline.schema import Count, read_as
@@ -67,9 +66,8 @@ class Plan:
                              "another OUT") from None
 
     def save(self, path: Path) -> None:
-        """Write plan.json, unless another rank has been quicker."""
-        with atomic_write(path, keep=True) as file:
-            file.write(json.dumps(with_own_hash(asdict(self), OWN_HASH), indent=1).encode() + b"\n")
+        """Write plan.json."""
+        write_json(path, with_own_hash(asdict(self), OWN_HASH))
 
     def differences(self, other: "Plan") -> str:
         """What differs between two plans, for the user; "" when nothing does."""
