@@ -18,8 +18,7 @@ from pipeline.decoding.graph import DecodeSettings
 from pipeline.decoding.decoder import Decoder, Pixels
 from pipeline.decoding.normalize import Normalizer
 from pipeline.loading.batch import Batch, LoaderContext
-from pipeline.loading.device import SideStream
-from pipeline.loading.prefetch import Prefetcher, ahead_in_threads, one_ahead
+from pipeline.loading.prefetch import Prefetcher, SideStream, ahead_in_threads, one_ahead
 from pipeline.reading.quarantine import Policy, SampleError
 from pipeline.reading.source import Source
 from pipeline.sampling.batch_plan import BatchPlan

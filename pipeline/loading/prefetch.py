@@ -1,4 +1,7 @@
-"""Work done ahead of need, in order: in a pool of threads (`ahead_in_threads`), or by one thread (`Prefetcher`)."""
+"""Work done ahead of need, in order: in a pool of threads (`ahead_in_threads`), or by one thread (`Prefetcher`).
+
+On a GPU that thread works on a CUDA stream of its own (`SideStream`), from which batches are handed over by event: nothing there
+waits for a device."""
 import atexit
 import os
 import queue
@@ -6,13 +9,17 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from typing import TypeVar
+from contextlib import closing, suppress
+from typing import Any, TypeVar
 
+import torch
+
+from pipeline.loading.batch import Batch
 from pipeline.monitor import Monitor
 
 S = TypeVar("S")
 T = TypeVar("T")
+Made = tuple[Batch, Any]  # and the event after which its tensors are there
 _CLOSED = "this loader was closed, or iterated anew, while its batches were being taken; take them from one iterator at a time"
 
 
@@ -122,3 +129,41 @@ class Prefetcher(Iterator[T]):
         with suppress(queue.Empty):
             while True:
                 self._ready.get_nowait()
+
+
+class SideStream:
+    """A stream of a device on which one thread makes batches while others, on theirs, take them. (On a CPU, streams and events do
+    nothing.)"""
+
+    def __init__(self, device: torch.device) -> None:
+        self._module: Any = torch.get_device_module(device)
+        self._device = device
+        self._stream = self._module.Stream(device)
+
+    def made(self, batches: Generator[Batch, None, None]) -> Generator[Made, None, None]:
+        """The batches, made on this stream by whatever thread asks for them, each after what the thread that calls this has
+        begun on its own stream. Closes them."""
+        self._stream.wait_stream(self._module.current_stream(self._device))
+        return self._made(batches)
+
+    def _made(self, batches: Generator[Batch, None, None]) -> Generator[Made, None, None]:
+        with closing(batches):
+            while True:
+                with self._module.stream(self._stream):  # not across the yield: another thread may be the one that closes this
+                    batch = next(batches, None)
+                    event = self._stream.record_event()
+                if batch is None:
+                    return
+                yield batch, event
+                del batch
+
+    def take(self, made: Made) -> Batch:
+        """The batch, for use on this thread's current stream, which waits for it."""
+        batch, event = made
+        stream = self._module.current_stream(self._device)
+        stream.wait_event(event)
+        for tensor in (batch.images, batch.labels):
+            if tensor.is_cuda:
+                # torch gives their memory to nobody else before this stream is done with it. (DALI's own waits for the device.)
+                tensor.record_stream(stream)
+        return batch

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from pipeline.loading.batch import Batch, sent, to_device
-from pipeline.loading.device import SideStream
-from pipeline.loading.prefetch import Prefetcher
+from pipeline.loading.prefetch import Prefetcher, SideStream
 from pipeline.monitor import Monitor
 
 CPU = torch.device("cpu")

@@ -114,8 +114,7 @@ def test_a_file_that_is_away_is_not_skipped(tmp_path: Path, capsys: pytest.Captu
     assert "2.jpg) is not there; correct" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_a_full_disk_leaves_nothing(small_disk: Path, capsys: pytest.CaptureFixture[str],
-                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_nothing(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     index = write_set(small_disk, photographs(6))
     fill = small_disk / "fill"
     fill.write_bytes(bytes(shutil.disk_usage(small_disk).free - 20_000))
