@@ -1,8 +1,8 @@
 """YAML as recipes and studies are written: what YAML 1.2 says a text means, read strictly and at once whatever it holds, with the
 line of each key.
 
-PyYAML reads YAML 1.1: there 010 is 8, 1:30 is 90, `no` is false, 5e-4 is a string, of two equal keys the last one counts, and a
-few lines of aliases stand for billions of values.
+PyYAML reads YAML 1.1: there 010 is 8, 1:30 is 90, `no` is false, 5e-4 is a string, and of two equal keys the last one counts.
+Aliases are refused: a few lines of them stand for billions of values, and a recipe extends another.
 """
 import re
 from typing import Any
@@ -63,7 +63,6 @@ class _Reader:
     def __init__(self, text: str, parser: Any) -> None:
         self.lines: Lines = {}
         self._events: Any = yaml.parse(text, Loader=parser)
-        self._anchors: dict[str, tuple[Any, int] | None] = {}  # name → value, how many it is made of; None: not whole yet
         self._values = 0
 
     def document(self) -> Any:
@@ -77,37 +76,23 @@ class _Reader:
         return value
 
     def _value(self, event: Any, keys: tuple[str, ...], depth: int = 0) -> Any:
-        line, before, anchor = event.start_mark.line + 1, self._values, event.anchor
+        line = event.start_mark.line + 1
         self._values += 1
-        value: Any = None
         if isinstance(event, yaml.AliasEvent):
-            if anchor not in self._anchors:
-                raise ValueError(f"the alias *{anchor} (line {line}) names nothing")
-            known = self._anchors[anchor]
-            if known is None:
-                raise ValueError(f"the value of &{anchor} holds itself, by the alias in line {line}")
-            self._values += known[1]
-            value = known[0]
+            raise ValueError(f"the alias *{event.anchor} (line {line}) is not read; write its value out, or use extends")
         if self._values > MOST_VALUES:
-            raise ValueError(f"line {line} makes it more than {MOST_VALUES:,} values, those of aliases (*name) included")
-        if isinstance(event, yaml.AliasEvent):
-            return value
+            raise ValueError(f"line {line} makes it more than {MOST_VALUES:,} values")
         if depth > MOST_DEPTH:
             raise ValueError(f"line {line} is nested more than {MOST_DEPTH} deep")
         if event.tag is not None and event.tag not in _TAGS:
             raise ValueError(f"line {line} has a tag, {event.tag}, which is not read")
-        if anchor:
-            self._anchors[anchor] = None
         if isinstance(event, yaml.ScalarEvent):
-            value = _scalar(event, line)
-        elif isinstance(event, yaml.SequenceStartEvent):
-            value = []
-            while not isinstance(event := next(self._events), yaml.SequenceEndEvent):
-                value.append(self._value(event, keys, depth + 1))
-        else:
-            value = self._mapping(keys, depth)
-        if anchor:
-            self._anchors[anchor] = value, self._values - before
+            return _scalar(event, line)
+        if isinstance(event, yaml.MappingStartEvent):
+            return self._mapping(keys, depth)
+        value = []
+        while not isinstance(event := next(self._events), yaml.SequenceEndEvent):
+            value.append(self._value(event, keys, depth + 1))
         return value
 
     def _mapping(self, keys: tuple[str, ...], depth: int) -> dict[Any, Any]:
