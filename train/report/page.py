@@ -29,7 +29,7 @@ def render(groups: Sequence[Group], problems: Sequence[str]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, finalize=lambda value: NONE if value is None else value)
-    functions = (averaged, breakable, commit, crops, facts, hashes, lines, number, percent, points, when)
+    functions = (averaged, breakable, crops, lines, number, percent, points, when)
     environment.filters |= {"base64": lambda data: base64.b64encode(data).decode(), "yaml": to_yaml,
                             **{function.__name__: function for function in functions}}
     ensembles, not_averaged = compare.ensembles(groups)
@@ -88,12 +88,6 @@ def when(time: object) -> str | None:
             "%Y-%m-%d %H:%M UTC")
     except (TypeError, OverflowError, OSError, ValueError):
         return None
-
-
-def commit(start: Mapping[str, Any]) -> str | None:
-    """The commit of a start, and whether the source had changes."""
-    git = start.get("git")
-    return f"{git.get('commit')}{' with changes' * bool(git.get('changed'))}" if isinstance(git, dict) else None
 
 
 def crops(test: Test) -> str:
@@ -203,18 +197,3 @@ def sheet(group: Group) -> dict[str, Any]:
     below = ", tower a above, tower b below" if towers == 2 else ""
     return {"png": kernels.png(kernels.sheet(weights, towers)), "alt": f"{len(weights)} kernels of conv1",
             "caption": [f"{group.name}, seed {run.seed}, {best.name}{below}", *chroma]}
-
-
-def facts(run: Run) -> list[tuple[str, object]]:
-    """What a run is, and its problems."""
-    command = run.start("command")
-    return [("folder", run.folder), ("state", run.state), ("seed", run.seed),
-            ("command", " ".join(map(str, command)) if isinstance(command, list) else None),
-            *((f"problem {number}", problem) for number, problem in enumerate(run.problems, start=1))]
-
-
-def hashes(run: Run) -> list[tuple[str, object]]:
-    """What identifies its data, recipe and checkpoints."""
-    return [("index", run.start("index")), ("training images", run.images_sha256 or None), ("statistics", run.start("stats")),
-            ("fingerprint of the recipe", run.start("fingerprint")),
-            *((f"manifest of {saved.name}", saved.manifest) for saved in run.checkpoints)]
