@@ -18,10 +18,11 @@ from typing import Any, Iterator, Mapping
 import torch
 
 from model.alexnet import AlexNet, canonical_shapes
-from model.config import LrnConfig, ModelConfig, PoolConfig
+from model.config import ModelConfig
 from train.checkpoint import checkpoint
 from train.checkpoint.checkpoint import MANIFEST
 from train.config import Config
+from train.recipe import model_config
 
 FORMAT = 1
 WEIGHTS, CLASSES, ONNX, CARD = "model.safetensors", "classes.txt", "model.onnx", "README.md"
@@ -58,8 +59,8 @@ def load_safetensors(path: str | Path) -> tuple[ModelConfig, dict[str, torch.Ten
         raise ValueError(f"weights (={file}) have format {metadata.get('alexnet_dali_format', 'none')}, not {FORMAT}; give a "
                          "file that train.export of this version wrote")
     try:
-        config = _model_config(json.loads(metadata["config"])["model"])
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        config = model_config(json.loads(metadata["config"])["model"])
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"weights (={file}) have a config that this version does not read ({error}); use the version that "
                          "wrote them") from None
     tensors = read_weights(file)
@@ -108,13 +109,6 @@ def library(name: str, purpose: str = "read and write model.safetensors") -> Any
         package = name.partition(".")[0]
         raise RuntimeError(f"{package} (=not installed) is needed to {purpose}; pip install {package}, or this package with its "
                            "extra export") from None
-
-
-def _model_config(values: Mapping[str, Any]) -> ModelConfig:
-    lrn = values["lrn"]
-    if lrn is not None:  # files of version 0.1 say across: false; windows never cross towers now
-        lrn = LrnConfig(**{key: value for key, value in lrn.items() if (key, value) != ("across", False)})
-    return ModelConfig(**{**values, "lrn": lrn, "pool": PoolConfig(**values["pool"])})
 
 
 def _file(path: str | Path) -> Path:

@@ -16,7 +16,7 @@ from typing import Any, Callable, Sequence
 
 import yaml
 
-from model.config import LAYER_NAME, layer_kind
+from model.config import LAYER_NAME, ModelConfig, layer_kind
 from pipeline.config import STATED
 from pipeline.index.header import read_header
 from train.cli import nearest
@@ -65,9 +65,7 @@ def read_recipe(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ValueError(f"recipe (={path}) is empty; begin with a line such as extends: demo, then what differs")
     if not isinstance(values, dict):
         raise ValueError(f"recipe (={path}) must be groups of keys, not a {type(values).__name__}; see train/recipes/demo.yaml")
-    model = values.get("model")
-    if isinstance(model, dict) and isinstance(model.get("lrn"), dict) and model["lrn"].get("across") is False:
-        del model["lrn"]["across"]  # runs of version 0.1 say so; windows never cross towers now
+    _without_across(values.get("model"))
     parent = values.pop("extends", None)
     _check(values, Config, (), lambda keys: f" in {path}" + (f", line {lines[keys]}" if keys in lines else ""))
     if parent is None:
@@ -76,6 +74,21 @@ def read_recipe(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ValueError(f"extends (={parent} in {path}) must be the name of a recipe beside it; correct it")
     found = find_recipe(parent, path.parent, blame=f", or correct extends in {path}")
     return dict(_merge(read_recipe(found, (*children, path)), values))
+
+
+def _without_across(model: Any) -> None:
+    """Runs of version 0.1 say model.lrn.across: false; windows never cross towers now."""
+    if isinstance(model, dict) and isinstance(model.get("lrn"), dict) and model["lrn"].get("across") is False:
+        del model["lrn"]["across"]
+
+
+def model_config(values: Any) -> ModelConfig:
+    """The network of plain values, as a recipe's `model` has them. Raises ValueError; TypeError for `classes: auto`."""
+    _without_across(values)
+    _check(values, ModelConfig, ("model",), lambda keys: "")
+    _check_finite(values, "model")
+    built: ModelConfig = _build(values, ModelConfig, "model")
+    return built
 
 
 def _known(kind: Any) -> dict[str, Any] | None:
