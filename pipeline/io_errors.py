@@ -25,6 +25,7 @@ CAUSES = {
     errno.EISDIR: ("is a folder, not a file", "give a file"),
     errno.EEXIST: ("is there already", "give another name"),
     errno.ENAMETOOLONG: ("has too long a name", "give a shorter one"),
+    errno.ELOOP: ("is a link that leads to itself", "correct the link"),
     errno.EMFILE: ("cannot be opened: this process has as many files open as it may", "raise the limit (ulimit -n 65536)"),
     errno.ENFILE: ("cannot be opened: this machine has as many files open as it may", "end other programs, or raise fs.file-max"),
     errno.ENOMEM: ("cannot be opened or read: memory is used up", "end other programs"),

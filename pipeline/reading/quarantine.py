@@ -106,8 +106,10 @@ class Quarantine:
                     lines, _, _ = file.read().rpartition(b"\n")  # the last one may be half written
                 self._read[path] += len(lines) + 1 if lines else 0
                 for line in lines.splitlines():
-                    with contextlib.suppress(ValueError, KeyError):  # one cut off; the sample will be found again
-                        self.ids.add(int(json.loads(line)["id"]))
+                    with contextlib.suppress(ValueError, RecursionError):  # cut off, damaged: will be found again
+                        found = json.loads(line)
+                        if isinstance(found, dict) and type(found.get("id")) is int:
+                            self.ids.add(found["id"])
 
     def take_notice(self) -> str:
         """What to tell of the first sample that this process has added: once, else ""."""

@@ -53,6 +53,9 @@ class Command:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
+    def runs(self) -> bool:
+        return self.server.code(self.pid, 0) is None
+
     def wait(self, limit_s: float) -> Ended:
         """Its end; after `limit_s`, or when what it started lives for 10 s more, all are killed and there is no code."""
         code = self.server.code(self.pid, time.monotonic() + limit_s)
@@ -86,6 +89,8 @@ class Server:
         self._count += 1
         folder = self.folder / str(self._count)
         folder.mkdir()
+        for name in ("out", "err"):  # here: the child may be killed before it could
+            (folder / name).touch()
         text = json.dumps({"words": list(map(str, words)), "folder": str(folder), **request})
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(text.encode() + b"\n")

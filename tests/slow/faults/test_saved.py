@@ -18,6 +18,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from model.alexnet import AlexNet
 from pipeline.files import file_entries, with_own_hash
 from pipeline.index.sample_index import SampleIndex
+from pipeline.reading.quarantine import Quarantine
 from pipeline.stats import Stats
 from tests.conftest import TinySet
 from tests.helpers.checkpoints import ALONE, SHAPES, save, tensors
@@ -30,7 +31,7 @@ from train.export import safetensors_io
 from train.export.folder import About, write_folder
 from train.recipe import load
 
-TIERS = pytest.mark.parametrize("count", [40, pytest.param(1500, marks=pytest.mark.slow)])
+TIERS = pytest.mark.parametrize("count", [24, pytest.param(1500, marks=pytest.mark.slow)])
 Record = Callable[[str, object], None]
 FORGED: list[Any] = [None, True, -5, 0, 3, 1e300, float("nan"), "", "x", "../x", "/etc/passwd", [], [1], {}, {"a": 1}, 10 ** 30]
 
@@ -108,7 +109,7 @@ def test_flips_in_an_evaluation(evaluation: Path, tmp_path: Path, count: int, re
 @TIERS
 def test_flips_in_an_exported_network(export: Path, tmp_path: Path, count: int, record_property: Record) -> None:
     expected, trials = read_export(export), Row("export: flips")
-    for draw in trials.draws(count // 5 or 1):
+    for draw in trials.draws(count):
         fault = flip(export, tmp_path / "copy", draw, leave_out=("README.md",))  # the card is its owner's to edit
         trials.trial(fault, lambda: read_export(tmp_path / "copy") == expected)
     trials.check(record_property)
@@ -222,7 +223,7 @@ def test_forged_exports(export: Path, tmp_path: Path, count: int, record_propert
         safetensors_io.from_pretrained(copy)
         return True
 
-    for draw in trials.draws(count // 5 or 1):
+    for draw in trials.draws(count):
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(export, copy)
         kind = draw.choice(("header", "config", "manifest"))
@@ -239,6 +240,22 @@ def test_forged_exports(export: Path, tmp_path: Path, count: int, record_propert
             (copy / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + packed[end:])
             safetensors_io.write_manifest(copy)
         trials.trial(f"{kind}: {fault}", use)
+    trials.check(record_property)
+
+
+@TIERS
+def test_damaged_quarantines(tmp_path: Path, count: int, record_property: Record) -> None:
+    """Lines that are none are passed over, whatever they are; those that are whole count."""
+    trials, path = Row("quarantine.jsonl: flips, forged"), tmp_path / "quarantine.jsonl"
+    lines = [{"id": id, "reason": "cannot be decoded"} for id in (3, 5, 8)]
+    for draw in trials.draws(count):
+        forged, fault = forge(draw.choice(lines), draw) if draw.random() < 0.5 else ([draw.choice(FORGED)], "a list")
+        text = b"".join(dump(line) + b"\n" for line in (lines[0], draw.choice((forged, draw.choice(FORGED))), lines[2]))
+        path.write_bytes(text)
+        trials.trial(fault, lambda: Quarantine(9, path).ids >= {3, 8})
+        damaged, fault = flipped(text, draw)
+        path.write_bytes(damaged)
+        trials.trial(fault, lambda: len(Quarantine(9, path).ids) < 6)
     trials.check(record_property)
 
 
