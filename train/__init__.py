@@ -1,5 +1,5 @@
 """Training: the loop that joins pipeline and model, checkpoints, evaluation, reports, export."""
-import _signal  # the built-in part of signal, which takes no time to import
+import _signal  # type: ignore[import-not-found]  # the built-in part of signal, which takes no time to import
 import os
 import sys
 
