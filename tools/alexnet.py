@@ -16,7 +16,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from train.cli import Parser, nearest  # noqa: E402
 
@@ -35,16 +35,6 @@ VERBS = {  # verb → its module, what it does
     "bench": ("tools.bench.__main__", "the loader beside other people's, on the same work"),
     "study": ("tools.run_study", "the runs of a study, several at once"),
 }
-
-
-def parser(verb: str) -> Parser:
-    """The command line of a verb, as `alexnet VERB --help` shows it."""
-    found: Parser = _module(verb).parser(f"alexnet {verb}")
-    return found
-
-
-def _module(verb: str) -> Any:
-    return importlib.import_module(VERBS[verb][0])
 
 
 def command(verb: str, *words: str | Path) -> list[str]:
@@ -81,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     if verb == "help":
         verb, rest = (rest[0], ["--help"]) if rest else ("--help", [])
     if verb in VERBS:
-        return int(_module(verb).main(rest, f"alexnet {verb}") or 0)
+        return int(importlib.import_module(VERBS[verb][0]).main(rest, f"alexnet {verb}") or 0)
 
     def work() -> None:
         if not verb.startswith("-"):

@@ -35,7 +35,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from tools.cli import guarded  # noqa: E402
-from train.cli import Parser  # noqa: E402
+from train.cli import Parser, positive  # noqa: E402
 
 if TYPE_CHECKING:
     from tools.bench.gpu_data import Job
@@ -118,8 +118,6 @@ def measure(args: argparse.Namespace, command: Sequence[str]) -> dict[str, Any]:
 
 def run(args: argparse.Namespace, command: Sequence[str]) -> None:
     """Measure, write, draw. Raises ValueError or RuntimeError."""
-    if not args.seconds > 0:
-        raise ValueError(f"--seconds (={args.seconds}) must be positive; a report takes about 560")
     if args.render and not args.page:
         raise ValueError("--render needs --page; name the file to write")
     from pipeline.files import atomic_write, read_manifest
@@ -141,7 +139,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="the report, written after each stage")
     parser.add_argument("--page", type=Path, metavar="HTML", help="a page with plots, and its tables as Markdown beside it")
     parser.add_argument("--render", action="store_true", help="measure nothing: the page of the JSON that is there")
-    parser.add_argument("--seconds", type=float, default=560.0, metavar="S", help="for all of it")
+    parser.add_argument("--seconds", type=positive, default=560.0, metavar="S", help="for all of it")
     parser.add_argument("--index", type=Path, metavar="DIR", help="index of photographs (default: synthetic ones, made now)")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto",
                         help="cpu: toy sizes; auto: a GPU if there is one")

@@ -25,7 +25,7 @@ import argparse
 from collections.abc import Sequence
 
 from tools.cli import guarded  # noqa: E402
-from train.cli import Parser, at_least, put_json  # noqa: E402
+from train.cli import Parser, at_least, positive, put_json  # noqa: E402
 
 PAPER = "alexnet_ilsvrc2012"
 
@@ -45,11 +45,11 @@ def parser(prog: str = "profile_pipeline.py") -> Parser:
     top.add_argument("--batch", type=at_least(1), metavar="N", help="images of a batch, instead of the recipe's")
     need = top.add_mutually_exclusive_group()
     need.add_argument("--model", action="store_true", help="measure the recipe's network on batches of noise, and feed it")
-    need.add_argument("--need", type=float, metavar="N", help="images/s that training takes; a consumer of that rate is fed")
+    need.add_argument("--need", type=positive, metavar="N", help="images/s that training takes; a consumer of that rate is fed")
     top.add_argument("--cold", action="store_true", help="also with the page cache emptied of the archives")
-    top.add_argument("--seconds", type=float, default=1.0, metavar="S", help="of each turn")
-    top.add_argument("--repeats", type=int, default=5, metavar="N", help="turns of each")
-    top.add_argument("--fail-below", type=float, metavar="X", help="exit 1 when rate together ÷ need is below X, such as 0.99")
+    top.add_argument("--seconds", type=positive, default=1.0, metavar="S", help="of each turn")
+    top.add_argument("--repeats", type=at_least(1), default=5, metavar="N", help="turns of each")
+    top.add_argument("--fail-below", type=positive, metavar="X", help="exit 1 when rate together ÷ need is below X, such as 0.99")
     top.add_json()
     top.add_argument("--trace", type=Path, metavar="FILE", help="write the stages of batches, for chrome://tracing, Perfetto")
     top.add_argument("--nvtx", action="store_true", help="NVTX ranges, for Nsight Systems")
@@ -62,10 +62,6 @@ def run(args: argparse.Namespace, settings: Sequence[str]) -> int:
         raise ValueError("RECIPE (=none) must be given, or --index INDEX; give one of them")
     if args.fail_below is not None and not (args.model or args.need):
         raise ValueError(f"--fail-below (={args.fail_below}) needs a need to compare with; add --model or --need N")
-    for name in ("seconds", "repeats", "need", "fail_below"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"--{name.replace('_', '-')} (={value}) must be positive; correct the command line")
     from pipeline.process_pool import cores
     from tools.profile import report
     from tools.profile.run import profile

@@ -183,6 +183,17 @@ def share(text: str) -> float:
     return value
 
 
+def positive(text: str) -> float:
+    """The type of an option that is a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"(={text}) must be a number above 0; correct it")
+    return value
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`did you mean …?` with the known name (keys with dots) most like `name`; empty when none is."""
     known = list(known)

@@ -201,8 +201,8 @@ def test_contenders_are_of_known_kinds() -> None:
 # --- the command
 
 @pytest.mark.parametrize("words, message", [
-    (["--rounds", "0"], "--rounds (=0) must be positive; leave it out for the default"),
-    (["--seconds", "0"], "--seconds (=0.0) must be positive; "),
+    (["--rounds", "0"], "--rounds (=0) must be at least 1; "),
+    (["--seconds", "0"], "--seconds (=0) must be a number above 0; "),
     (["--only", "archives,torchdata"], "contender (=torchdata) is unknown; contenders are archives, pil, "),
     (["MISSING", "--only", "pil"], "index (=MISSING) does not exist; ")])
 def test_nonsense_is_refused(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

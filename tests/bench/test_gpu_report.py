@@ -104,7 +104,8 @@ def test_a_stage_that_fails_or_takes_too_long_leaves_what_it_had(tmp_path: Path,
     assert gpu_report.main(["--device", "cpu", "--json", str(out), "--only", "data", "--seconds", "1"]) == 0
     assert json.loads(out.read_text())["stages"]["data"]["error"].startswith("not begun: ")
     capsys.readouterr()
-    for words, message in ((["--seconds", "0"], "--seconds (=0.0) must be positive"), (["--render"], "--render needs --page")):
+    for words, message in ((["--seconds", "0"], "--seconds (=0) must be a number above 0"),
+                           (["--render"], "--render needs --page")):
         assert gpu_report.main(["--json", str(out), *words]) == 2
         assert f"error: {message}" in capsys.readouterr().err
 

@@ -72,8 +72,8 @@ def test_exit_code_1_when_the_loader_cannot_feed_the_need(tiny_set: TinySet, tmp
     (["--index", "x", "--fail-below", "0.9"], "--fail-below (=0.9) needs a need to compare with"),
     (["--index", "x", "--machine.prefetch=0"], "machine.prefetch (=0) must be at least 1"),
     (["--index", "x", "--threads", "2"], "--threads"),
-    (["--index", "x", "--need", "-5"], "--need (=-5.0) must be positive"),
-    (["--index", "x", "--seconds", "nan"], "--seconds (=nan) must be positive"),
+    (["--index", "x", "--need", "-5"], "--need (=-5) must be a number above 0"),
+    (["--index", "x", "--seconds", "nan"], "--seconds (=nan) must be a number above 0"),
     (["--index", "nowhere"], "does not exist; make one with `alexnet index build`"),
     (["--config", "nowhere.yaml"], "nowhere.yaml"),
 ])

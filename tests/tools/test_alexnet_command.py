@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import shutil
@@ -22,6 +23,12 @@ from train.recipe import keys
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def parser_of(verb: str) -> Parser:
+    """The command line of a verb, as `alexnet VERB --help` shows it."""
+    found: Parser = importlib.import_module(alexnet.VERBS[verb][0]).parser(f"alexnet {verb}")
+    return found
+
+
 def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
     """A parser and those of its verbs."""
     yield parser
@@ -35,7 +42,7 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
 def test_every_help_has_the_same_shape(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its name, an example, every default; --out, --json, --device, --which and --jobs look alike."""
     monkeypatch.setenv("COLUMNS", "80")
-    for parser in parsers(alexnet.parser(verb)):
+    for parser in parsers(parser_of(verb)):
         text = parser.format_help()
         assert text.startswith(f"usage: alexnet {verb}") and f"alexnet {verb}" in text.partition("\nexample")[2], text
         for action in parser._actions:
@@ -143,7 +150,7 @@ def test_mistakes_of_other_verbs_are_one_line(words: str, message: str, tmp_path
 
 def test_what_was_typed_before_is_still_taken() -> None:
     def parsed(verb: str, words: str) -> argparse.Namespace:
-        return alexnet.parser(verb).parse_args(words.split())
+        return parser_of(verb).parse_args(words.split())
 
     assert parsed("eval", "--run a b --save c --views 10") == parsed("eval", "a b -o c --views 10")
     assert parsed("eval", "--checkpoint=a --json") == parsed("eval", "--json a")
@@ -152,7 +159,7 @@ def test_what_was_typed_before_is_still_taken() -> None:
     assert parsed("show", "kernels --run a --out b.png") == parsed("show", "kernels a -o b.png")
     assert parsed("study", "s.yaml --runs there") == parsed("study", "s.yaml -o there")
     assert parsed("index", "info --json x") == parsed("index", "info x --json")
-    settings = alexnet.parser("profile").parse_settings("--config demo --machine.threads 4 --model --data.tier=packed".split())
+    settings = parser_of("profile").parse_settings("--config demo --machine.threads 4 --model --data.tier=packed".split())
     assert settings[0].recipe == "demo" and settings[1] == ["--machine.threads=4", "--data.tier=packed"]
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tools.cli import guarded
-from train.cli import Parser, at_least
+from train.cli import Parser, at_least, positive, put_json
 
 if TYPE_CHECKING:
     from tools.bench.workload import Task
@@ -91,9 +91,6 @@ def prepare(args: argparse.Namespace, packs: bool, scratch: Path) -> Task:
 
 def run(args: argparse.Namespace, command: Sequence[str]) -> None:
     """Measure, print, write. Raises ValueError or RuntimeError."""
-    for name in ("rounds", "seconds"):
-        if not getattr(args, name) > 0:
-            raise ValueError(f"--{name} (={getattr(args, name)}) must be positive; leave it out for the default")
     for module, extra in (("PIL", "demo"), ("matplotlib", "plots")):
         try:
             importlib.import_module(module)
@@ -102,7 +99,6 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> None:
                                f"'.[{extra}]'") from None
     from rich.console import Console
 
-    from pipeline.files import write_json
     from pipeline.index.sample_index import SampleIndex
     from tools.bench import chart, report, rounds
     from tools.bench.contenders import CONTENDERS
@@ -124,8 +120,7 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> None:
              "work": {"photographs": images, "batch": args.batch, "workers": args.jobs, "rounds": args.rounds,
                       "seconds_a_turn": args.seconds, "drawn": args.index is None}}
     plain = report.as_json(results, about)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(args.out.with_name(args.out.name + ".json"), plain)
+    put_json(args.out.with_name(args.out.name + ".json"), plain)
     chart.draw(plain, f"{args.work}, {args.out.name}.json", args.out.with_name(args.out.name + ".png"))
     print(f"{args.out}.json, {args.out}.png")
 
@@ -137,8 +132,8 @@ def parser(prog: str = "python -m tools.bench") -> Parser:
     top.add_argument("--packed", type=Path, metavar="FOLDER", help="what pack made of it (default: made now)")
     top.add_argument("--work", choices=("alexnet", "random_resized"), default="alexnet",
                      help="crops and colour jitter of the paper, or RandomResizedCrop, flip, mean and std")
-    top.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each contender")
-    top.add_argument("--seconds", type=float, default=3.0, metavar="S", help="length of a turn")
+    top.add_argument("--rounds", type=at_least(1), default=5, metavar="N", help="turns of each contender")
+    top.add_argument("--seconds", type=positive, default=3.0, metavar="S", help="length of a turn")
     top.add_argument("--batch", type=at_least(1), default=64, metavar="N", help="images of a batch")
     top.add_argument("--jobs", type=at_least(1), default=2, metavar="N", help="threads or processes of each contender")
     top.add_argument("--only", type=lambda names: names.split(","), metavar="NAMES",

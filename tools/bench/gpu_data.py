@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import simplejpeg
 
-from pipeline.compute_stats import compute
+from pipeline.compute_stats import find_or_compute
 from pipeline.config import LoaderConfig
 from pipeline.index.sample_index import SampleIndex
 from pipeline.index.writer import write_index
 from pipeline.process_pool import cores, in_processes
-from pipeline.stats import stats_path
 from tools import build_index, pack_shards
 from tools.demo import dataset, images
 from train.config import Config
@@ -85,9 +84,7 @@ def data(job: Job) -> Iterator[tuple[str, Any]]:
         if count > MOST:
             raise ValueError(f"--index (={path}) has {count:,} training images, more than {MOST:,}; give one of fewer, which "
                              "`alexnet index subset` derives")
-        if not stats_path(index.path, square_px).exists():
-            stats = compute(index, "train", square_px, machine=LoaderConfig(quarantine_budget=0.05))
-            stats.save(stats_path(index.path, square_px))
+        find_or_compute(index, square_px, machine=LoaderConfig(quarantine_budget=0.05))
         sizes = index.samples["size"][index.ids("train")]
         yield kind, {"images": count, "mean_bytes": float(sizes.mean()), "folder": str(path)}
     if pack_shards.main([str(next(iter(job.kinds.values()))), str(job.packed), "--square-px", str(square_px), "--budget", "0.05",

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 import subprocess
@@ -25,12 +24,12 @@ from tools.bench.gpu_data import Job
 from tools.profile.measure import interleave, ratio, spread
 from tools.profile.network import NetworkStep
 from tools.profile.stages import arrived
+from tools.study import lines
 from train import build
 from train.config import Config
 from train.exit_codes import STOPPED
 from train.parallel.topology import Topology, process_group
 from train.recipe import dump
-from train.run_folder import METRICS
 
 LOADS = (0.65, 0.0, 0.3, 1.0)
 DECODED = re.compile(r"^(?!.*(?:create|regist)).*?(\w+_decoder)\b")  # neither made nor registered: at work
@@ -195,7 +194,6 @@ def trainings(job: Job) -> Iterator[tuple[str, Any]]:
         if code != STOPPED:
             yield name, {"error": f"exit code {code}: {says}"}
             continue
-        lines = map(json.loads, (job.scratch / "runs" / str(number) / METRICS).read_text().splitlines())
-        half = [line for line in lines if line["kind"] == "step"][-steps // 2:]
+        half = lines(job.scratch / "runs" / str(number), "step")[-steps // 2:]
         yield name, {"steps": len(half), "images_s": spread([line["images_per_s"] for line in half])._asdict(),
                      "waited": half[-1].get("waited")}

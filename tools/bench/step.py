@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from tools.bench.workers import Workers
 from tools.cli import guarded, hardware, versions
-from train.cli import Parser, put_json
+from train.cli import Parser, at_least, positive, put_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -174,9 +174,6 @@ def measure(config: Config, names: Sequence[str], rounds: int, seconds: float) -
 
 def run(args: argparse.Namespace, settings: Sequence[str]) -> None:
     """Measure, print, write. Raises ValueError or RuntimeError."""
-    for name in ("rounds", "seconds"):
-        if not getattr(args, name) > 0:
-            raise ValueError(f"--{name} (={getattr(args, name)}) must be positive; leave it out for the default")
     for name in args.ways:
         if name not in WAYS:
             raise ValueError(f"--ways (={name}) must be among {', '.join(WAYS)}; correct the command line")
@@ -210,8 +207,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("recipe", nargs="?", default=RECIPE, metavar="RECIPE", help="network and settings")
     parser.add_argument("--ways", type=lambda text: text.split(","), metavar="NAMES", default="plain,plain-recipe,one",
                         help=f"some of {', '.join(WAYS)}, divided by commas; × is over the first")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each")
-    parser.add_argument("--seconds", type=float, default=4.0, metavar="S", help="length of a turn")
+    parser.add_argument("--rounds", type=at_least(1), default=5, metavar="N", help="turns of each")
+    parser.add_argument("--seconds", type=positive, default=4.0, metavar="S", help="length of a turn")
     parser.add_json()
     return guarded(lambda: run(*parser.parse_settings(arguments)))
 

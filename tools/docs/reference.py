@@ -54,11 +54,6 @@ def configuration() -> str:
     return "\n".join(parts)
 
 
-def keys() -> set[str]:
-    """Every key that the page has, with its group."""
-    return set(re.findall(r'^\| `([\w.…]+)` \|', configuration(), re.MULTILINE))
-
-
 def commands() -> str:
     """The help of each command and of the commands below it."""
     parts = [COMMANDS]

@@ -85,6 +85,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m tools.show") 
     """Run the command; returns its exit code."""
     def work() -> None:
         args = parser(prog).parse_args(argv)
+        if vars(args).get("step") != "build" and args.out is not None and args.out.suffix.lower() != ".png":
+            raise ValueError(f"--out (={args.out}) must end in .png, which is what is written; correct the name")
         check_runs([args.run] if getattr(args, "run", None) else [])
         importlib.import_module(f"tools.show.{args.verb}").run(args)
     return guarded(work)

@@ -17,7 +17,6 @@ from pipeline.sampling.augment import Augmentation, lighting_shift
 from pipeline.stats import Stats, channel_mean, mean_image
 from pipeline.tiers import make_train_loader
 from tools.cli import ProgressBar
-from tools.show import check_png
 from tools.show.sheet import Sheet
 from train.recipe import load
 
@@ -71,7 +70,6 @@ def draw(crops: np.ndarray, texts: list[str], title: str) -> Sheet:
 
 def run(args: argparse.Namespace) -> None:
     """Load one batch and draw it. Raises ValueError or RuntimeError."""
-    check_png(args.out)
     if not 1 <= args.count <= 200:
         raise ValueError(f"--count (={args.count}) must lie in 1..200; larger sheets cannot be read")
     if args.step < 0:

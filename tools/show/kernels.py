@@ -3,14 +3,12 @@
 import argparse
 
 from pipeline.files import atomic_write
-from tools.show import check_png
 from train.checkpoint.resolve import NETWORKS, resolve
 from train.figures.kernels import chroma_lines, conv1, png, sheet
 
 
 def run(args: argparse.Namespace) -> None:
     """Draw the kernels of a checkpoint. Raises ValueError or RuntimeError."""
-    check_png(args.out)
     path = resolve(args.run, args.which, kinds=NETWORKS, name="RUN").path
     kernels, towers = conv1(path)
     lines = chroma_lines(kernels, towers)

@@ -6,7 +6,6 @@ the sheet a neighbour of the query's class has a green frame, another a red, bro
 """
 import argparse
 import contextlib
-import json
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,11 @@ from typing import TYPE_CHECKING, Any, Iterator, Sequence
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
-from pipeline.files import write_json
 from pipeline.index.sample_index import SampleIndex
-from tools.show import check_png
 from train.checkpoint.resolve import NETWORKS, TrainedNetwork, class_name, load_trained, resolve
+from train.cli import put_json
 from train.figures import features as feature_folder
 from train.figures.features import Features, Progress
 from train.figures.kernels import need_matplotlib
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
     from tools.show.sheet import Sheet
 
 MOST = 40  # queries of a sheet
-STDOUT = Path("-")  # of --json without a file
 SAME, OTHER, NEUTRAL = "#1a7f37", "#c0261c", "#8a8f94"  # frames: of the query's class, of another, unknown
 _SIDE, _LINE = 1.16, 0.125  # inches: a picture, a line of text
 _LETTERS = 20  # of a line under a picture
@@ -54,7 +51,6 @@ def query(args: argparse.Namespace) -> None:
     """Find neighbours, draw them, count them."""
     count = len(args.ids or ()) or args.count
     if args.out is not None:
-        check_png(args.out)
         need_matplotlib()
         if not 1 <= count <= MOST:
             raise ValueError(f"queries (={count}) must lie in 1..{MOST}, as larger sheets cannot be read; without --out "
@@ -78,11 +74,7 @@ def query(args: argparse.Namespace) -> None:
             draw(rows, f"queries, {chosen}, and the nearest of {len(features.ids)} images of split {features.source.split}, "
                  f"by {' and by '.join(found)}; {trained.source.path}").save(args.out)
         answer = _answer(trained.index, queries, found)
-    if args.json is not None and args.json != STDOUT:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.json, answer)
-    if args.json == STDOUT:
-        print(json.dumps(answer))
+    if put_json(args.json, answer):
         return
     print(f"{count} queries, {args.neighbours} nearest of {len(features.ids)} images of split {features.source.split}"
           + (f", in {args.out}" if args.out else ""))
@@ -109,10 +101,8 @@ def _answer(index: SampleIndex, queries: Queries, found: dict[str, np.ndarray]) 
 @contextlib.contextmanager
 def _bar(what: str) -> Iterator[Progress]:
     """A bar on stderr: a function to be called with images done, and in all."""
-    console = Console(stderr=True)
-    with Bar(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True,
-             disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
+    with Bar(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 

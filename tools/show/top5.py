@@ -10,7 +10,6 @@ from typing import Sequence
 import numpy as np
 import torch
 
-from tools.show import check_png
 from tools.show.sheet import Sheet, fitting
 from train.build import autocast
 from train.checkpoint.resolve import NETWORKS, TrainedNetwork, class_name, load_trained, resolve
@@ -59,7 +58,6 @@ def draw(pixels: np.ndarray, found: np.ndarray, labels: np.ndarray, words: Seque
 
 def run(args: argparse.Namespace) -> None:
     """Choose images, show them to the network, draw. Raises ValueError or RuntimeError."""
-    check_png(args.out)
     count = len(args.ids or ()) or args.count
     if not 1 <= count <= MOST:
         raise ValueError(f"images (={count}) must lie in 1..{MOST}; larger sheets cannot be read")
