@@ -120,15 +120,12 @@ class Normalize:
         """A batch of crops (B, crop, crop, 3), or an iterable of them. Safe to call from any thread."""
         out = next(self._buffers)
         for row, crop, numbers in zip(out, crops, parameters.tolist()):
-            self._image(row, np.asarray(crop), numbers)
+            top, left, flip = (int(number) for number in numbers[:3])
+            pixels = torch.from_numpy(np.asarray(crop)).permute(2, 0, 1)
+            row.copy_(pixels.flip(-1) if flip else pixels)
+            if self._mean_std is not None:
+                row.sub_(self._mean_std[0]).div_(self._mean_std[1])
+            else:
+                mean = self._mean[:, top:top + self._size, left:left + self._size]
+                row.sub_(mean.flip(-1) if flip else mean).add_(out.new_tensor(numbers[3:])[:, None, None])
         return Augmented(out, ids, parameters)
-
-    def _image(self, out: torch.Tensor, crop: Pixels, parameters: Sequence[float]) -> None:
-        top, left, flip = (int(number) for number in parameters[:3])
-        pixels = torch.from_numpy(crop).permute(2, 0, 1)
-        out.copy_(pixels.flip(-1) if flip else pixels)
-        if self._mean_std is not None:
-            out.sub_(self._mean_std[0]).div_(self._mean_std[1])
-            return
-        mean = self._mean[:, top:top + self._size, left:left + self._size]
-        out.sub_(mean.flip(-1) if flip else mean).add_(out.new_tensor(parameters[3:])[:, None, None])
