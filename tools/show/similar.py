@@ -101,7 +101,8 @@ def _answer(index: SampleIndex, queries: Queries, found: dict[str, np.ndarray]) 
 @contextlib.contextmanager
 def _bar(what: str) -> Iterator[Progress]:
     """A bar on stderr: a function to be called with images done, and in all."""
-    with Bar(console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
