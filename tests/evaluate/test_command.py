@@ -178,3 +178,6 @@ def test_mistakes_are_said(copy: Path, tmp_path: Path) -> None:
     assert "probabilities.npy) has SHA-256 " in evaluate("--checkpoints", folder, code=4)[1]
     again = evaluate_json("--run", copy / "a", "--batch", 4)
     assert again["tested"] == 24 and again["evaluation"] == f"{folder}-2"
+    for words in ("--submission", tmp_path / "x"), ("--devkit", tmp_path / "x"):
+        _, err = evaluate("--run", copy / "a", *words, code=2)
+        assert "go together: the devkit has the classes' IDs; give both or neither" in err

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from train.evaluate.ensemble import check_compatible, ensemble_result, member_result
+from train.evaluate.ensemble import check_compatible, ensemble_result, five_best, member_result
 from train.evaluate.predict import image_rows
 from train.evaluate.predictions import Evaluation, Key
 
@@ -37,10 +37,11 @@ def drawn(count: int = 3000, classes: int = 12, members: int = 3) -> tuple[list[
 def test_an_ensemble_against_a_plain_loop() -> None:
     members, labels, tables = drawn()
     found = ensemble_result(members)
+    best = five_best(members, 12)
     for row in range(len(labels)):
         total = [sum(int(float(member.probabilities[row, k]) * 2 ** 24) for member in members) for k in range(12)]  # exact
         order = sorted(range(12), key=lambda k: (-total[k], k))
-        assert found.ranks[row] == order.index(labels[row]), row
+        assert found.ranks[row] == order.index(labels[row]) and best[row].tolist() == order[:5], row
         assert found.probabilities[row] == pytest.approx(np.mean([table[row, labels[row]] for table in tables]), rel=1e-15)
     score = found.score
     assert 0 < score.top5_errors < score.top1_errors < min(member_result(member).score.top1_errors for member in members)

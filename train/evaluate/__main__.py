@@ -24,7 +24,8 @@ def parser(prog: str = "python -m train.evaluate") -> Parser:
                  description="Test trained networks, alone and as an ensemble: exact counts with 95% intervals. All "
                  "probabilities are saved, so that the same command then answers without reading an image.", example=f"""\
   {prog} runs/demo --views 10
-  {prog} runs/a runs/b weights/c --json scores.json      (three networks, and their ensemble)""")
+  {prog} runs/a runs/b weights/c --json scores.json      (three networks, and their ensemble)
+  {prog} runs/a --split test --submission predictions.txt --devkit ILSVRC2012_devkit_t12.tar.gz""")
     top.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder, checkpoint, folder written by export, or "
                      "saved evaluation; several are an ensemble")
     top.add_which()
@@ -35,6 +36,10 @@ def parser(prog: str = "python -m train.evaluate") -> Parser:
     top.add_argument("--batch", type=at_least(1), metavar="N", help="images of a batch (default: the recipe's)")
     top.add_device()
     top.add_out("folder for folders of saved probabilities (default: evaluations in the run's)")
+    top.add_argument("--submission", type=Path, metavar="FILE", help="write the five best classes of each image, as the ILSVRC "
+                     "challenges want them; the split need not have labels then")
+    top.add_argument("--devkit", type=Path, metavar="FILE", help="the challenge's devkit, which has the classes' IDs, for "
+                     "--submission")
     top.add_json("the results as JSON, to FILE.json or, without it, to stdout")
     return top
 

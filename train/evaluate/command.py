@@ -8,22 +8,22 @@ import contextlib
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Optional
 
 import numpy as np
 import torch
 
+from pipeline.index.ilsvrc import read_devkit
 from pipeline.index.sample_index import SampleIndex
 from train import build
 from train.checkpoint.resolve import NETWORKS, Resolved, resolve, warn_on_stderr
-from train.cli import put_json
 from train.config import Config
 from train.logs.console import Console
 from train.evaluate import predictions
-from train.evaluate.ensemble import Result, check_compatible, ensemble_result, member_result
-from train.evaluate.metrics import CHANCE
+from train.evaluate.ensemble import check_compatible
 from train.evaluate.predict import check_complete, predict
 from train.evaluate.predictions import Evaluation, Key
+from train.evaluate.results import print_results
 from train.exit_codes import is_main_process
 from train.parallel.topology import Topology, process_group
 
@@ -44,6 +44,14 @@ class Plan:
 
 def run(args: argparse.Namespace) -> None:
     """Test the networks, or find them tested; print the results. Raises ValueError, RuntimeError, OSError."""
+    if bool(args.submission) != bool(args.devkit):
+        raise ValueError(f"--submission (={args.submission}) and --devkit (={args.devkit}) go together: the devkit has the "
+                         "classes' IDs; give both or neither")
+    if args.submission:  # mistakes that should not wait for the end of the test
+        if not args.submission.absolute().parent.is_dir():
+            raise ValueError(f"submission (={args.submission}) cannot be written, its folder does not exist; give another "
+                             "--submission")
+        read_devkit(args.devkit)
     found = [resolve(path, args.which, kinds=(*NETWORKS, "evaluation"), name="RUN") for path in args.runs]
     members = [predictions.load(entry.path) if entry.kind == "evaluation" else _plan(entry, args) for entry in found]
     check_compatible(members)
@@ -61,7 +69,11 @@ def _plan(weights: Resolved, args: argparse.Namespace) -> Plan:
     """The recipe of a checkpoint or exported network as the command line changes it, and the images to test on."""
     config = weights.inference_config(args.index, args.archives, args.device, args.batch)
     split = args.split or config.data.test_split
-    index = build.index(config, split)  # the other splits need not be there
+    index = build.index(config, *([] if args.submission else [split]))  # the other splits need not be there
+    if args.submission:  # this one may lack labels
+        if not len(index.ids(split)):
+            raise ValueError(f"split (={split}) of {index.path} has no images; name another with --split")
+        index.check_archives(split)
     weights.check_classes(index)
     return Plan(predictions.short_name(weights.path), weights, config, split, index, Key(
         weights.sha256, index.split_sha256(split), build.classes_sha256(index), len(index.ids(split)), config.model.classes,
@@ -103,41 +115,3 @@ def _evaluation(plan: Plan, save: Optional[Path], topology: Topology) -> Optiona
             return None
         check_complete(tested, plan.index, plan.split)
     return replace(predictions.load(path), tested=plan.key.images)
-
-
-def print_results(members: Sequence[Evaluation], args: argparse.Namespace) -> None:
-    """Print the results of the members, and of their mean when there are several. Raises ValueError when they have no labels."""
-    first = members[0]
-    if not first.labelled:
-        raise ValueError(f"split (={first.split}) of {first.index} has images without a label, so there is nothing to count; "
-                         "choose a split with ground truth")
-    results = [member_result(member) for member in members]
-    together = ensemble_result(members) if len(members) > 1 else None
-    report: dict[str, Any] = {"split": first.split, "images": first.key.images, "members": [
-        {"checkpoint": member.checkpoint, "split": member.split, "views": member.key.views, "evaluation": str(member.folder),
-         "tested": member.tested, **_numbers(result)} for member, result in zip(members, results)],
-        "ensemble": _numbers(together) if together else None}
-    if len(members) == 1:
-        report = {**report["members"][0], **report}
-    if not put_json(args.json, report):
-        print(f"split {first.split}: {first.key.images} images")
-        for member, result in zip(members, results):
-            print(f"{member.checkpoint}, {member.key.views} crop{'s' if member.key.views > 1 else ''}")
-            _print(result)
-            print(f"{'saved in' if member.tested else 'no image was read: as saved in'} {member.folder}")
-        if together:
-            print(f"ensemble of {len(members)}, probabilities averaged")
-            _print(together)
-    for name, entry in zip([*(member.name for member in members), "ensemble"], [*report["members"], report["ensemble"]]):
-        if entry and entry["at_chance"]:
-            warn_on_stderr(f"{name}: top-1 error is {CHANCE}")
-
-
-def _numbers(result: Result) -> dict[str, Any]:
-    return {**result.score.as_dict(), "intervals": result.intervals(), "at_chance": result.score.at_chance}
-
-
-def _print(result: Result) -> None:
-    """Errors and loss, with their 95% intervals."""
-    low, high = result.intervals()["loss"]
-    print(*result.score.lines(), f"loss {result.score.loss:.4f}, 95% interval {low:.4f} to {high:.4f}", sep="\n")
