@@ -1,4 +1,7 @@
-"""Commands in bad company: full disks, small limits, signals, a second of themselves; each ends in a line or does its work."""
+"""Commands in processes of their own, whose imports count too: small limits, a bare environment, signals from the first moment.
+
+Of all commands, in forked processes: test_every_command.py.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +13,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable
 
 import pytest
 
 from tests.conftest import TinySet
-from tests.helpers.disks import mounted_disk
 from tests.helpers.recipes import write_recipe
 from tests.helpers.runs import ROOT
 from tests.helpers.trained_run import write_run
 from tests.helpers.trials import Row
 
 Record = Callable[[str, object], None]
-SEVERAL = pytest.mark.parametrize("count", [2, pytest.param(40, marks=pytest.mark.slow)])
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 600 kB, which the run of a small network fills soon."""
-    with mounted_disk(tmp_path / "disk", "600k") as disk:
-        yield disk
 
 
 def trial(trials: Row, fault: str, words: list[str], codes: tuple[int, ...], before: Callable[[], None] | None = None,
@@ -61,25 +55,7 @@ def trial(trials: Row, fault: str, words: list[str], codes: tuple[int, ...], bef
     trials.trial(fault, outcome)
 
 
-@SEVERAL
-def test_a_full_disk(tiny_set: TinySet, small_disk: Path, tmp_path: Path, count: int, record_property: Record) -> None:
-    """The disk is filled to a size that is drawn; then each command writes there."""
-    trials = Row("disk full: train, evaluate, export, report")
-    run, recipe = write_run(tmp_path, tiny_set), write_recipe(tmp_path, tiny_set.index, epochs="  epochs: 1")
-    checkpoint = next((run / "checkpoints").iterdir())
-    for draw in trials.draws(count):
-        filled = draw.choice((0, 300_000, 500_000, 560_000, 590_000, 600_000 - 8192))
-        (small_disk / "fill").write_bytes(bytes(filled))
-        out = str(small_disk / "out")
-        for words in (["-m", "train.main", "--config", str(recipe), f"--machine.runs={small_disk}"],
-                      ["-m", "train.evaluate", "--checkpoint", str(checkpoint), "--save", out, "--views", "1"],
-                      ["-m", "train.export", str(checkpoint), "--out", out]):
-            trial(trials, f"{filled} bytes used, {words[1]}", words, (4,), needed="full")
-            subprocess.run(["bash", "-c", f"rm -rf {small_disk}/*/ {small_disk}/.[a-z]*"], check=True)
-    trials.check(record_property)
-
-
-@SEVERAL
+@pytest.mark.parametrize("count", [1, pytest.param(40, marks=pytest.mark.slow)])
 def test_small_limits_and_a_bare_environment(tiny_set: TinySet, tmp_path: Path, count: int, record_property: Record) -> None:
     trials = Row("environment: limits, locale, no HOME")
     recipe = write_recipe(tmp_path, tiny_set.index, epochs="  epochs: 1")
@@ -102,7 +78,8 @@ def test_small_limits_and_a_bare_environment(tiny_set: TinySet, tmp_path: Path, 
     trials.check(record_property)
 
 
-@SEVERAL
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [40])
 def test_signals(tiny_set: TinySet, tmp_path: Path, count: int, record_property: Record) -> None:
     """SIGINT or SIGTERM at a moment that is drawn; what comes after resumes."""
     trials, draw = Row("signals: train, evaluate, export, report"), random.Random(1)
@@ -116,21 +93,6 @@ def test_signals(tiny_set: TinySet, tmp_path: Path, count: int, record_property:
         folder = tmp_path / str(number)
         if (folder / "small/config.yaml").exists():
             trial(trials, "resume", ["-m", "train.main", "--config", str(recipe), f"--machine.runs={folder}", "--resume"], ())
-    trials.check(record_property)
-
-
-@SEVERAL
-def test_two_at_once(tiny_set: TinySet, tmp_path: Path, count: int, record_property: Record) -> None:
-    """Two trainers on one run folder: one trains, the other is refused by name; a test reads meanwhile."""
-    trials, recipe = Row("two at once"), write_recipe(tmp_path, tiny_set.index)
-    for number in range(count):
-        words = ["-m", "train.main", "--config", str(recipe), f"--machine.runs={tmp_path}/{number}"]
-        first = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                 env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
-        while not (tmp_path / str(number) / "small/metrics.jsonl").exists():
-            time.sleep(0.02)
-        trial(trials, "--resume meanwhile", [*words, "--resume"], (2,), needed="is in use by pid")
-        assert first.wait(timeout=120) == 0
     trials.check(record_property)
 
 
