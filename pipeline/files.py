@@ -38,6 +38,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
     Any number of processes on any number of hosts may write the same path at once: the last one wins.
     """
+    with contextlib.suppress(OSError):
+        remove_dead(path.parent, path.name)  # of a writer that was killed
     temporary, descriptor = _create_temporary(path, is_folder=False)
     try:
         with writing(path, temporary), open(descriptor, "wb") as file:
