@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +18,6 @@ from model.alexnet import AlexNet
 from model.config import ModelConfig
 from model.tower_exchange import CROSSINGS
 from model.towers import BOTH, Tower
-from tests.helpers import forked
 from train.parallel.gradients import GradientReducer
 from train.parallel.topology import Topology
 
@@ -54,7 +54,7 @@ class Hook(TorchDispatchMode):
 
 def exchanged(networks: Mapping[str, ModelConfig], cases: Sequence[Case], folder: Path) -> list[dict[Case, Sent]]:
     """What each of two processes sends in a step of each case. `folder`: for their rendezvous and answers."""
-    forked.spawn(_process, (networks, cases, folder), 2, folder)
+    multiprocessing.spawn(_process, (networks, cases, folder), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

@@ -36,10 +36,16 @@ ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = "torch.distributed.run"
 OURS = ("train.", "tools", "tests.")
 # What an interpreter or a library reads while it starts: where one of these differs from the server's, an interpreter starts.
-READ_AT_START = ("PYTHON", "LD_", "LC_", "LANG", "DALI_", "TRITON_", "MKL_", "OMP_WAIT")
+READ_AT_START = ("PYTHON", "LD_", "LC_", "LANG", "DALI_", "TRITON_", "MKL_")
 THREADS = "OMP_NUM_THREADS"
 _SIGNATURE = inspect.signature(subprocess.Popen._execute_child)  # type: ignore[attr-defined]
 _address = ""  # of the server, in a process that may ask it
+
+
+@functools.cache
+def at_start() -> dict[str, str]:
+    """The environment in which the server starts: that of the first call."""
+    return dict(os.environ)
 
 
 @functools.cache
@@ -52,7 +58,7 @@ def _server() -> str:
     process = subprocess.Popen(
         [sys.executable, "-W", "error", "-c", "from tests.helpers import forked; forked.serve()", f"{folder.name}/socket"],
         cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(ROOT), THREADS: "1", "OPENBLAS_NUM_THREADS": "1"})
+        env={**at_start(), "PYTHONPATH": str(ROOT), THREADS: "1", "OPENBLAS_NUM_THREADS": "1"})
     assert process.stdout is not None and process.stdout.read(1) == b"x", "the server did not start"
     atexit.register(process.communicate)  # its standard input closed, it ends
     return f"{folder.name}/socket"
@@ -82,7 +88,7 @@ def _command(args: Any, options: Mapping[str, Any]) -> dict[str, Any] | None:
 
     def read_at_start(of: Mapping[str, str]) -> dict[str, str]:
         return {name: value for name, value in of.items() if name.startswith(READ_AT_START) and name != "PYTHONPATH"}
-    if read_at_start(environment) != read_at_start(os.environ):
+    if read_at_start(environment) != read_at_start(at_start()):
         return None
     if folder.resolve() != ROOT and str(ROOT) not in environment.get("PYTHONPATH", "").split(os.pathsep) and not (
             not how and (folder / rest[0]).resolve().is_relative_to(ROOT)):
@@ -180,6 +186,7 @@ def serve() -> None:
     """The server: import what commands import, then fork for each connection until standard input is closed."""
     global _address
     _address = sys.argv[1]
+    at_start()
     import train.run  # noqa: F401
     import train.evaluate.predict  # noqa: F401
     import pipeline.packing.pack  # noqa: F401

@@ -21,7 +21,6 @@ from pipeline.loading.train_loader import TrainLoader
 from pipeline.reading.quarantine import Quarantine
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats, stats_path
-from tests.helpers import forked
 from tests.helpers.digests import digest
 from tests.helpers.loaders import train_loader
 from tests.helpers.packed_set import write_packed
@@ -130,7 +129,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_pairs_are_fed_what_two_processes_make(folder: Path) -> None:
-    forked.spawn(process, (folder,), 4, folder)
+    torch.multiprocessing.spawn(process, (folder,), nprocs=4)
     kept = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(4)]
     for tier in tiers.TIERS:
         for data_rank in range(2):

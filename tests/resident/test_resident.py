@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.helpers import forked
 from tests.helpers.digests import digest, take
 from tests.helpers.loaders import eval_loader, train_loader
 from tests.helpers.resident_loader import SMALL, filled, loader, yuv_decoded
@@ -232,8 +231,8 @@ def test_a_process_killed_while_filling_leaves_what_can_be_gone_on_with(photos: 
 
     stats.save(stats_path(photos.path, 76))
     squares = squares_of(photos)
-    process = forked.Popen([sys.executable, "-m", "tests.helpers.resident_loader", str(photos.path), str(tmp_path)],
-                           stdout=subprocess.PIPE, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen([sys.executable, "-m", "tests.helpers.resident_loader", str(photos.path), str(tmp_path)],
+                               stdout=subprocess.PIPE, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert process.stdout is not None
     for _ in range(20):
         assert process.stdout.readline() == b"row\n"
@@ -283,7 +282,7 @@ def test_two_processes_share_one_file_or_their_memories(stats: Stats, tmp_path: 
     index = write_set(tmp_path, [*blobs[:13], blobs[13][:len(blobs[13]) // 3], *blobs[14:]])
     s = compute(index, "train", 76, machine=LoaderConfig(quarantine_budget=0.1))
     s.save(stats_path(index.path, 76))
-    forked.spawn(rank_process, (tmp_path, index.path), 2, tmp_path)
+    torch.multiprocessing.spawn(rank_process, (tmp_path, index.path), nprocs=2)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2))
     for kind in ("rgb", "yuv420"):
         with loader(index, s, tmp_path / kind, kind, quarantine=Quarantine(1)) as train:

@@ -1,9 +1,9 @@
 """Tests of tier resident: the bits of EvalLoader, decoded once; by one process, by two, killed, resumed, refused."""
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from tests.conftest import TinySet
-from tests.helpers import forked
 from tests.helpers.loaders import eval_loader, train_loader
 from tests.helpers.recipes import write_recipe
 from tests.helpers.resident_loader import filled, yuv_decoded
@@ -239,7 +238,8 @@ def test_training_and_tests_share_a_splits_file(photos: SampleIndex, stats: Stat
         assert sum(opened) == COUNT  # the plain one's
 
 
-def fill(rank: int, index: Path, folder: Path) -> None:
+def fill(rank: int, index: Path, folder: Path, gate: "multiprocessing.synchronize.Barrier",
+         dying: "multiprocessing.synchronize.Event") -> None:
     """A process that fills all it can, and keeps what it saw. The first one dies at its fourth batch; till then the other one
     is at its first, lest nothing be left to do."""
     put, done = RamStore.put, itertools.count(1)
@@ -247,23 +247,29 @@ def fill(rank: int, index: Path, folder: Path) -> None:
     def mortal(store: RamStore, places: Any, squares: torch.Tensor) -> None:
         put(store, places, squares)
         if rank == 1:
-            while not (folder / "dying").exists():
-                time.sleep(0.001)
+            dying.wait()
         elif next(done) == 4:
-            (folder / "dying").touch()
+            dying.set()
             os._exit(9)
 
     RamStore.put = mortal  # type: ignore[method-assign]
     photos = SampleIndex.load(index)
     with loader(photos, Stats.for_index(photos, 76), folder) as test:
-        forked.together(folder, rank)
+        gate.wait()
         images = [torch.cat([batch.images for batch in test]) for _ in range(2)]
     torch.save(images, folder / f"rank{rank}.pt")
 
 
 def test_processes_fill_one_file_at_once_though_one_is_killed(photos: SampleIndex, stats: Stats, tmp_path: Path) -> None:
     stats.save(stats_path(photos.path, 76))
-    forked.spawn(fill, (photos.path, tmp_path), 2, tmp_path, [9, 0])
+    spawn = multiprocessing.get_context("spawn")
+    gate, dying = spawn.Barrier(2), spawn.Event()
+    processes = [spawn.Process(target=fill, args=(rank, photos.path, tmp_path, gate, dying)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [9, 0]
     with eval_loader("archives", photos, "val", pixels(), BATCH, stats) as plain:
         expected = torch.cat([batch.images for batch in plain])
     assert all(torch.equal(images, expected) for images in torch.load(tmp_path / "rank1.pt"))

@@ -16,7 +16,6 @@ from rich.console import Console
 from scipy.io import loadmat
 
 from tests.conftest import TinySet
-from tests.helpers import forked
 from tools.demo import __main__ as demo, dataset
 from tools.demo.images import COLOURS, SHAPES, classes, encode, render
 
@@ -275,10 +274,10 @@ def test_the_whole_demo_in_small(tmp_path: Path) -> None:
     """Two epochs on the synthetic archives: every step runs, and the table tells the counts of the saved checkpoint."""
     archives = tmp_path / "archives"
     dataset.make(archives, 0, 4, 10, 3, (80, 100))
-    result = forked.run(
+    result = subprocess.run(
         [sys.executable, "-m", "tools.demo", "--out", str(tmp_path / "out"), "--data", str(archives), "--recipe",
          "train/recipes/demo.yaml", "--", "--train.epochs=2", "--train.batch=16", "--schedule.milestones=[]",
-         "--machine.torch_threads=1"], cwd=ROOT)
+         "--machine.torch_threads=1"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "43 training images, 12 tested, 4 classes" in result.stdout
     assert "guessing" in result.stdout and "75.0%" in result.stdout
