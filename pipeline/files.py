@@ -59,6 +59,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     `path.parent` must exist. Raises OSError, also when by then `path` is there and is no empty folder.
     """
+    with contextlib.suppress(OSError):
+        remove_dead(path.parent, path.name)  # of a writer that was killed
     temporary, descriptor = _create_temporary(path, is_folder=True)
     try:
         with writing(path, temporary):

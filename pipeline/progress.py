@@ -44,19 +44,20 @@ class ProgressBar(Progress):
     def _print(self, end: str) -> None:
         self._printed = time.monotonic()
         seconds = max(self._printed - self._start, 1e-9)
-        figures = f"{100 * self._bytes / self._total if self._total else 100:.0f}% of {_size(self._total)}"
+        figures = f"{100 * self._bytes / self._total if self._total else 100:.0f}% of {size_text(self._total)}"
         if self._images:
             figures += f", {self._images:,} images, {self._images / seconds:,.0f}/s"
         if self._bytes >= self._total:
             figures += f", {seconds:.1f} s"
         elif self._bytes:
             left = datetime.timedelta(seconds=round(seconds * (self._total - self._bytes) / self._bytes))
-            figures += f", {_size(self._bytes / seconds)}/s, {left} left"
+            figures += f", {size_text(self._bytes / seconds)}/s, {left} left"
         room = shutil.get_terminal_size().columns - len(figures) - 3  # the last column is left free
         stage = self._stage if len(self._stage) <= room else self._stage[:max(8, room - 3)] + "..."
         with contextlib.suppress(OSError):  # nobody reads it any more; the work goes on
             print(f"{LINE_START * self._is_terminal}{stage}: {figures}", end=end, file=sys.stderr, flush=True)
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
+    """Bytes for a person: 1.2 MB, 34 MB, 5.6 GB."""
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB" if count >= 1e7 else f"{count / 1e6:,.1f} MB"

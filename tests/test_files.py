@@ -76,13 +76,17 @@ def test_only_the_temporaries_of_the_dead_are_removed(tmp_path: Path) -> None:
     assert (tmp_path / "live-file").read_bytes() == (tmp_path / "live-folder" / "file").read_bytes() == b"half"
 
 
-def test_a_file_written_again_leaves_no_temporary_of_a_dead_writer(tmp_path: Path) -> None:
+def test_what_is_written_again_leaves_no_temporary_of_a_dead_writer(tmp_path: Path) -> None:
     dead, other = tmp_path / ".page.html.host.1.0123abcd.tmp", tmp_path / ".else.html.host.1.0123abcd.tmp"
     dead.write_bytes(b"half")
     other.write_bytes(b"half")
     with atomic_write(tmp_path / "page.html") as file:
         file.write(b"whole")
     assert sorted(tmp_path.iterdir()) == [other, tmp_path / "page.html"]
+    (tmp_path / ".weights.host.1.0123abcd.tmp").mkdir()
+    with atomic_folder(tmp_path / "weights"):
+        pass
+    assert sorted(tmp_path.iterdir()) == [other, tmp_path / "page.html", tmp_path / "weights"]
 
 
 def test_lock_names_its_holder_and_ends_with_it(tmp_path: Path) -> None:

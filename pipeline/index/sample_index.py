@@ -195,7 +195,8 @@ class SampleIndex:
                     if self._is_archive(position, path):
                         return path
                     others.append(path)
-        raise ValueError(f"archive (={archive.path}) is not there"
+        kind, is_other = "folder" if archive.is_folder else "file", os.path.lexists(archive.path)
+        raise ValueError(f"archive (={archive.path}) {f'is no {kind} any more' if is_other else 'is not there'}"
                          f"{''.join(f', nor in {folder}' for folder in self._folders)}"
                          f"{''.join(f' ({path} has another size or content)' for path in others)}; "
                          "name the folder that holds it with --archives (in training: --machine.archives; in Python: "

@@ -27,6 +27,7 @@ from pipeline.packing.plan import PackOptions, Piece, Plan, order, pieces
 from pipeline.packing.shard import (ENCODER, ROW, Shard, add_member, check_budget, check_shard, decoded, encode, finished, key_of,
                                     psnr, write_shard)
 from pipeline.process_pool import Progress, in_processes
+from pipeline.progress import size_text
 from pipeline.stats import Stats, stats_path
 
 PLAN = "plan.json"
@@ -111,7 +112,7 @@ def _check_space(index: SampleIndex, out: Path, plan: Plan) -> None:
             with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
                 free += file.stat().st_size
     if free < need:
-        raise ValueError(f"OUT (={out}) needs about {need / 1e9:,.2f} GB, but {disk} has {free / 1e9:,.2f} GB free; make room, "
+        raise ValueError(f"OUT (={out}) needs about {size_text(need)}, but {disk} has {size_text(free)} free; make room, "
                          "give another OUT, or a lower --quality")
 
 

@@ -279,6 +279,16 @@ def test_written_and_read_by_four_processes_in_every_way(tmp_path: Path) -> None
         assert sum(file.stat().st_size for file in path.glob("*.distcp")) < (parts + 0.5) * size, "each part is written once"
 
 
+def test_ctrl_c_while_one_is_read_is_none_of_its_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path, 1)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+    monkeypatch.setattr(checkpoint.Reader, "read_data", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.load(path, tensors(1), SHAPES, ALONE)
+
+
 @pytest.mark.parametrize("name", ["manifest.json", "state.json"])
 def test_what_cannot_be_read_now_is_not_damaged(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither passed over, which would rename it, nor pruned: an I/O error stops the command with nothing changed."""

@@ -85,6 +85,10 @@ def test_archives_that_moved_or_changed(tmp_path: Path) -> None:
     index = SampleIndex.load(index.path)
     with pytest.raises(ValueError, match=r"archive \(=.*images.tar\) is not there; name the folder that holds it with"):
         index.archive_path(0)
+    (tmp_path / "images.tar").mkdir()
+    with pytest.raises(ValueError, match=r"archive \(=.*images.tar\) is no file any more; name the folder that holds it with"):
+        index.archive_path(0)
+    (tmp_path / "images.tar").rmdir()
     with pytest.raises(ValueError, match=rf"is not there, nor in {tmp_path};"):
         SampleIndex.load(index.path, tmp_path).archive_path(0)
     assert SampleIndex.load(index.path, moved).archive_path(0) == moved / "images.tar"

@@ -292,10 +292,10 @@ def test_a_shard_of_another_plan_stops_it(source: SampleIndex, packed: SampleInd
 def test_an_interrupt_ends_at_once_and_goes_on(source: SampleIndex, packed: SampleIndex, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [*COMMAND, str(source.path), str(out), *OPTIONS, "--jobs", "2"]
-    process = forked.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while process.poll() is None and not (out / "plan.json").exists():
         time.sleep(0.001)
-    time.sleep(0.5)  # its processes are starting
+    time.sleep(0.5)  # its processes, no forks, are starting
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=20)[1]
     assert process.returncode == 130 and "Traceback" not in said
@@ -342,7 +342,7 @@ def test_other_folders_are_refused(source: SampleIndex, packed: SampleIndex, tmp
     (tmp_path / "plan" / "plan.json").write_text("{}")
     refused(source.path, tmp_path / "plan", "must be one that pack_shards.py wrote")
     monkeypatch.setattr(pack, "SPARE", 1e12)
-    refused(source.path, tmp_path / "out", "GB free; make room, give another OUT, or a lower --quality")
+    refused(source.path, tmp_path / "out", "B free; make room, give another OUT, or a lower --quality")
     assert not (tmp_path / "out").exists()
 
 

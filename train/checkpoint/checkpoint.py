@@ -125,10 +125,12 @@ def _in_main_process(work: Callable[[], None], topology: Topology, group: Option
 @contextlib.contextmanager
 def _one_line_error(prefix: str) -> Iterator[None]:
     """Turn torch's CheckpointException, a BaseException with tracebacks as its text, into a RuntimeError of one line: `prefix`,
-    then each failed process's reason."""
+    then each failed process's reason; or back into the Ctrl-C that it was."""
     try:
         yield
     except dcp.CheckpointException as error:
+        if any(isinstance(cause, KeyboardInterrupt) for cause, _ in error.failures.values()):
+            raise KeyboardInterrupt from error
         raise RuntimeError(prefix + "; ".join(f"process {rank}: {(str(cause) or type(cause).__name__).splitlines()[0]}"
                                               for rank, (cause, _) in sorted(error.failures.items()))) from error
 
