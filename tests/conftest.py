@@ -12,14 +12,11 @@ import pytest
 import train  # noqa: F401 (before torch: it says how idle threads wait)
 import torch
 
-from tests.helpers import forked
 from tests.helpers.disks import mounted_disk
 
 # Without a GPU the tests of model/kernels run in Triton's interpreter, on CPU tensors. Triton reads this when it is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-
-forked.at_start()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import forked
 from tests.helpers.checkpoints import ALONE, SHAPES, STATE, attach, check, disk_full, tensors
 from tests.helpers.runs import ROOT, processes
 from train.checkpoint import checkpoint
@@ -92,7 +91,7 @@ raise SystemExit(5)
 
 
 def test_killed_while_writing_leaves_the_one_before(tmp_path: Path) -> None:
-    process = forked.Popen([sys.executable, "-c", DYING, str(tmp_path), "60"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", DYING, str(tmp_path), "60"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert sorted(process.stdout.readline() for _ in range(2)) == ["training\n", "writing\n"]
     process.send_signal(signal.SIGKILL)
@@ -107,7 +106,7 @@ def test_killed_while_writing_leaves_the_one_before(tmp_path: Path) -> None:
 
 
 def test_a_process_that_ends_lets_the_save_end(tmp_path: Path) -> None:
-    done = forked.run([sys.executable, "-c", DYING, str(tmp_path), "1"], cwd=ROOT, timeout=40)
+    done = subprocess.run([sys.executable, "-c", DYING, str(tmp_path), "1"], cwd=ROOT, capture_output=True, text=True, timeout=40)
     assert done.returncode == 5, done.stderr
     assert checkpoint.newest_good(tmp_path, pytest.fail) == tmp_path / "step-000000002"
 

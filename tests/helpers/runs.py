@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from model.alexnet import AlexNet
-from tests.helpers import forked
 from train import build
 from train.checkpoint import checkpoint
 from train.main import main
@@ -40,7 +39,8 @@ def start(launcher: list[str], recipe: Path, runs: Path, *argv: str) -> subproce
 
 def launch(command: list[str]) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return forked.Popen(command, text=True, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    return subprocess.Popen(command, text=True, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env=environment)
 
 
 def here(recipe: Path, runs: Path, *argv: str, code: int = 0) -> tuple[str, str]:
@@ -89,9 +89,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def processes(count: int, *argv: Any) -> None:
     """Run a script in so many processes; each prints "done" at its end."""
-    done = forked.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count),
-                       *map(str, argv)], cwd=ROOT, timeout=120,
-                      env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count),
+                           *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=120,
+                          env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"})
     assert done.returncode == 0 and done.stdout.count("done") == count, done.stdout + done.stderr
 
 

@@ -7,9 +7,9 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
-from tests.helpers import forked
 from tests.helpers.exchanged import crossing
 from tests.helpers.networks import small, with_layers
 
@@ -125,7 +125,7 @@ def tower_process(rank: int, folder: Path) -> None:
 def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What the two processes found, tower a's first."""
     folder = tmp_path_factory.mktemp("towers")
-    forked.spawn(tower_process, (folder,), 2, folder)
+    multiprocessing.spawn(tower_process, (folder,), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

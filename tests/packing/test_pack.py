@@ -27,7 +27,6 @@ from pipeline.packing.plan import PackOptions, order
 from pipeline.packing.shard import decoded, psnr, squared_error
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats, stats_path
-from tests.helpers import forked
 from tests.helpers.indexes import with_rows
 from tests.helpers.loaders import eval_loader
 from tests.helpers.small_set import encode, photographs, picture, write_set
@@ -176,8 +175,8 @@ def test_killed_and_resumed(source: SampleIndex, packed: SampleIndex, tmp_path: 
     chance = random.Random(time.time_ns())
     killed = 0
     for wanted, jobs in zip(sorted(chance.sample(range(6), 3)), chance.sample(["1", "1", "2"], 3)):
-        process = forked.Popen([*command, "--jobs", jobs], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               start_new_session=True)
+        process = subprocess.Popen([*command, "--jobs", jobs], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                   start_new_session=True)
         while process.poll() is None and len(list(out.glob("*.json"))) < wanted + 1:  # plan.json is one
             time.sleep(0.001)
         time.sleep(chance.uniform(0, 0.02))
@@ -195,9 +194,9 @@ def test_killed_and_resumed(source: SampleIndex, packed: SampleIndex, tmp_path: 
 def test_two_ranks_at_once(source: SampleIndex, packed: SampleIndex, tmp_path: Path) -> None:
     out = tmp_path / "out"
     by_option = [*COMMAND, str(source.path), str(out), *OPTIONS, "--jobs", "1"]
-    ranks = [forked.Popen([*by_option, "--rank", "0", "--world", "2"], stdout=subprocess.PIPE, text=True),
-             forked.Popen(by_option, env={**os.environ, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
-                          stdout=subprocess.PIPE, text=True)]
+    ranks = [subprocess.Popen([*by_option, "--rank", "0", "--world", "2"], stdout=subprocess.PIPE, text=True),
+             subprocess.Popen(by_option, env={**os.environ, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+                              stdout=subprocess.PIPE, text=True)]
     said = [rank.communicate()[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
     assert any("verified, SHA-256" in text for text in said)

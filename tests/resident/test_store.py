@@ -1,6 +1,7 @@
 import gc
 import json
 import logging
+import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,6 @@ from pipeline.resident import capacity as room, ram_store as store
 from pipeline.resident.store import Layout
 from pipeline.resident.gpu_store import GpuStore
 from pipeline.resident.ram_store import RamStore
-from tests.helpers import forked
 
 FORM, SHA = Layout("rgb", 10, 7), "ab" * 32
 ROWS = 40
@@ -109,16 +109,22 @@ def test_after_the_machine_stopped_only_a_complete_file_is_used(tmp_path: Path, 
     assert opened(tmp_path).have.all() and holds(last, np.arange(40))
 
 
-def filler(rank: int, folder: Path, calls: Path) -> None:
-    forked.together(calls, rank)
+def filler(folder: Path, rank: int, gate: "multiprocessing.synchronize.Barrier") -> None:
+    gate.wait()
     found = opened(folder)
     for place in np.random.default_rng(rank).permutation(ROWS)[:30]:
         found.put(np.array([place]), squares()[[place]])
 
 
-def test_processes_that_start_together_fill_one_file(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    calls = tmp_path_factory.mktemp("calls")
-    forked.spawn(filler, (tmp_path, calls), 2, calls)
+def test_processes_that_start_together_fill_one_file(tmp_path: Path) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    gate = spawn.Barrier(2)
+    processes = [spawn.Process(target=filler, args=(tmp_path, rank, gate)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 2
     expected = {place for rank in range(2) for place in np.random.default_rng(rank).permutation(ROWS)[:30].tolist()}
     found = opened(tmp_path)
     assert set(np.flatnonzero(found.have).tolist()) == expected and holds(found, np.array(sorted(expected)))

@@ -19,7 +19,6 @@ import pytest
 
 from pipeline.files import lock
 from tests.conftest import TinySet
-from tests.helpers import forked
 from tests.helpers.recipes import write_recipe
 from tests.helpers.runs import inside
 from tools import run_study
@@ -257,8 +256,8 @@ def carried(tiny_set: TinySet, tmp_path_factory: pytest.TempPathFactory) -> Carr
     write_recipe(place, tiny_set.index)
     (place / "studies").mkdir()
     file = write(place, STUDY)
-    done = forked.run([sys.executable, str(ROOT / "tools/run_study.py"), "studies/s.yaml", "--runs", "runs", "--jobs", "2"],
-                      cwd=place, timeout=300)
+    done = subprocess.run([sys.executable, str(ROOT / "tools/run_study.py"), "studies/s.yaml", "--runs", "runs", "--jobs", "2"],
+                          cwd=place, capture_output=True, text=True, timeout=300)
     return Carried(file, place / "runs" / "s", done.returncode, done.stdout, done.stderr)
 
 
@@ -352,8 +351,8 @@ def test_another_recipe_is_not_taken_for_done(carried: Carried) -> None:
 @contextlib.contextmanager
 def launched(*words: object) -> Iterator[subprocess.Popen[str]]:
     """The tool in a process of its own, which is gone in the end, with all that it has begun."""
-    tool = forked.Popen([sys.executable, str(ROOT / "tools/run_study.py"), *map(str, words)], cwd=ROOT, text=True,
-                        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    tool = subprocess.Popen([sys.executable, str(ROOT / "tools/run_study.py"), *map(str, words)], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         yield tool
     finally:

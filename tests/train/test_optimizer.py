@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
 from torch import nn
 from torch.nn import functional
 
-from tests.helpers import forked
 from tests.helpers.kernels import DEVICE, rounding  # noqa: F401 (a fixture)
 from tests.helpers.networks import small
 
@@ -179,7 +179,7 @@ def tower_process(rank: int, folder: Path) -> None:
 
 
 def test_lars_in_two_towers_equals_one(tmp_path: Path) -> None:
-    forked.spawn(tower_process, (tmp_path,), 2, tmp_path)
+    multiprocessing.spawn(tower_process, (tmp_path,), nprocs=2)
     halves = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for half in halves:
         # the whole one is not counted twice: 5 / sqrt(2); the split one is 5 / sqrt(1 + 4)
