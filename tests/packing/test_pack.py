@@ -294,7 +294,7 @@ def test_an_interrupt_ends_at_once_and_goes_on(source: SampleIndex, packed: Samp
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while process.poll() is None and not (out / "plan.json").exists():
         time.sleep(0.001)
-    time.sleep(0.5)  # its processes, no forks, are starting
+    time.sleep(0.5)  # its processes are starting
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=20)[1]
     assert process.returncode == 130 and "Traceback" not in said

@@ -30,7 +30,7 @@ def test_help_imports_neither_torch_nor_dali_nor_scipy(words: list[str]) -> None
 
 
 @pytest.mark.parametrize("tool, module, words", [(bench, bench, []), (demo, demo, []),
-                                                 (show, kernels, ["kernels", "--run", "x", "--out", "y"])])
+                                                 (show, kernels, ["kernels", "--run", ".", "--out", "y.png"])])
 def test_ctrl_c_is_one_line_and_exit_130(tool: object, module: object, words: list[str], monkeypatch: pytest.MonkeyPatch,
                                          capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(*arguments: object) -> None:

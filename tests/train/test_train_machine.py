@@ -90,5 +90,5 @@ def test_too_little_memory_is_a_failure_of_the_machine(tiny_set: TinySet, tmp_pa
     assert err == (f"error: memory (={text or 'used up'}) does not suffice; lower train.batch, machine.test_batch or "
                    "machine.prefetch\n")
     monkeypatch.setattr(command, "run", fail)
-    _, err = inside(evaluate.main, ["--run", "x"], code=4)
+    _, err = inside(evaluate.main, ["--run", str(tmp_path)], code=4)
     assert err == f"error: memory (={text or 'used up'}) does not suffice; give a smaller --batch\n"
