@@ -183,7 +183,7 @@ def layer_kind(name: str) -> type[Conv] | type[Full]:
 
 
 def _in_order(layers: Mapping[str, Any]) -> dict[str, Layer]:
-    """The layers by number, convolutions first, without those that are null; a mapping is one's fields."""
+    """The layers by number, convolutions first, without those that are null; a mapping holds a layer's fields."""
     kinds = {name: layer_kind(name) for name in layers}
     ordered = sorted(layers, key=lambda name: (name.startswith("fc"), int(name.lstrip("convf"))))
     return {name: kinds[name](**layers[name]) if isinstance(layers[name], Mapping) else layers[name]

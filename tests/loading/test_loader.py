@@ -1,3 +1,4 @@
+"""Loaders that decode: pixels against an oracle, the stream, resume; corrupt samples, replaced and named."""
 import gc
 import json
 import os
