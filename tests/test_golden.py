@@ -491,7 +491,7 @@ def test_it_is_what_it_was(found: Callable[[str], dict[str, Entry]], key: str) -
     if isinstance(expected, str):
         assert ours == expected
     else:
-        # bf16 rounds to 2^-8, and processors with AVX512_BF16 multiply in it while others emulate: largest magnitudes move by 0.7%.
+        # bf16 rounds to 2^-8; processors with AVX512_BF16 multiply in it, others emulate that: largest magnitudes move by 0.7%.
         assert ours is not None and ours["numbers"] == pytest.approx(expected["numbers"], rel=0.02 if "/bf16/" in key else 1e-5)
         if this_machine() == RECORD["machine"]:
             assert ours["digest"] == expected["digest"]
