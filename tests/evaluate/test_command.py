@@ -105,7 +105,7 @@ def test_a_test_that_is_cut_off_starts_again(runs: Path, copy: Path, monkeypatch
 
 
 def test_two_processes_give_the_same(runs: Path, copy: Path) -> None:
-    words = [*PAIR, "--", "train.evaluate", "--json", "--checkpoints", str(copy / "a"), str(copy / "b")]
+    words = [*PAIR, "train.evaluate", "--json", "--checkpoints", str(copy / "a"), str(copy / "b")]
     both = json.loads(finish(launch(words))[0])
     expected = evaluate_json("--checkpoints", runs / "a", runs / "b", "--save", copy / "one")
     assert both["ensemble"] == expected["ensemble"] and [entry["tested"] for entry in both["members"]] == [24, 24]

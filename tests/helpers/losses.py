@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.helpers.runs import ALONE, finish, lines, start, torchrun
+from tests.helpers.runs import ALONE, finish, lines, start, ranks
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ SHARINGS = {sharing.name: sharing for sharing in (
 
 def losses(sharing: Sharing, recipe: Path, runs: Path, steps: int, *settings: str) -> list[float]:
     """The loss of each of the first `steps` steps of a recipe, shared in this way."""
-    launcher = ALONE if sharing.processes == 1 else torchrun(sharing.processes)
+    launcher = ALONE if sharing.processes == 1 else [*ranks(sharing.processes), *ALONE]
     out, _ = finish(start(launcher, recipe, runs, f"--machine.name={sharing.name}", f"--machine.stop_after={steps}", *settings,
                           *(f"--parallel.{setting}" for setting in sharing.settings)), code=75 if sharing.processes == 1 else 1)
     assert f"stopped and saved at step {steps}" in out

@@ -25,12 +25,12 @@ ROOT = Path(__file__).resolve().parents[2]
 ALONE = [sys.executable, "-W", "error", "-m"]
 
 
-def torchrun(processes: int) -> list[str]:
-    """The launcher of so many processes. It warns about things of its own, so warnings are errors in the single process only."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+def ranks(count: int) -> list[str]:
+    """The launcher of so many processes."""
+    return [sys.executable, str(ROOT / "tests/helpers/ranks.py"), str(count)]
 
 
-PAIR = torchrun(2)
+PAIR = [*ranks(2), *ALONE]
 
 
 def start(launcher: list[str], recipe: Path, runs: Path, *argv: str) -> subprocess.Popen[str]:
@@ -89,8 +89,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def processes(count: int, *argv: Any) -> None:
     """Run a script in so many processes; each prints "done" at its end."""
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count),
-                           *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=120,
+    done = subprocess.run([*ranks(count), sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=120,
                           env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"})
     assert done.returncode == 0 and done.stdout.count("done") == count, done.stdout + done.stderr
 
