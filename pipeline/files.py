@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline.io_errors import writing
+from pipeline.io_errors import reading, writing
 from pipeline.schema import Count, FileName, Sha256, read_as
 
 
@@ -101,7 +101,12 @@ def _create_temporary(path: Path, is_folder: bool) -> tuple[Path, int]:
         try:
             if is_folder:
                 temporary.mkdir()
-                descriptor = os.open(temporary, os.O_RDONLY)
+                try:
+                    descriptor = os.open(temporary, os.O_RDONLY)
+                except OSError:
+                    with contextlib.suppress(FileNotFoundError):
+                        temporary.rmdir()
+                    raise
             else:
                 descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
@@ -121,7 +126,8 @@ def sync(path: Path) -> None:
     """fsync a file's bytes, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with reading(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -167,7 +173,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 
 def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+    with reading(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -219,8 +225,8 @@ def remember(memory: Path, stamps: Mapping[str, list[Any]]) -> None:
 def recalled(memory: Path) -> dict[str, list[Any]]:
     """The stamps that `remember` kept; {} when there are none."""
     try:
-        return read_as(dict[str, list[Any]], json.loads(memory.read_bytes()), "stamps")
-    except (OSError, ValueError, RecursionError):
+        return read_as(dict[str, list[Any]], read_json(memory), "stamps")
+    except (OSError, ValueError):
         return {}
 
 
@@ -228,6 +234,20 @@ def write_json(path: Path, content: Any, *, newline: bool = True) -> None:
     """Write a value as indented JSON, atomically."""
     with atomic_write(path) as file:
         file.write(json.dumps(content, indent=1).encode() + (b"\n" if newline else b""))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises ValueError, a predicate."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):  # nested too deep
+        raise ValueError("is not JSON") from None
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file. Raises OSError, which names it, and ValueError, a predicate."""
+    with reading(path):
+        return parse_json(path.read_bytes())
 
 
 def with_own_hash(manifest: Mapping[str, Any], key: str = "sha256") -> dict[str, Any]:
@@ -242,10 +262,7 @@ def read_manifest(path: Path, *, own_hash: bool = False, hash_if_any: str = "") 
     Its "files", where it has any, are bare names with a size and a hash. Raises OSError, and ValueError when it is no JSON
     object, breaks that, or was altered: a predicate like that of `difference`.
     """
-    try:
-        manifest = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        raise ValueError("is not JSON") from None
+    manifest = read_json(path)
     if not isinstance(manifest, dict):
         raise ValueError("is not a JSON object")
     key = hash_if_any if hash_if_any in manifest else "sha256" if own_hash else ""

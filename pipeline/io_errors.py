@@ -36,7 +36,6 @@ CAUSES = {
                     ("cannot be reached: the file server does not answer", _NETWORK)),
 }
 CAUSES[errno.ENOTEMPTY], CAUSES[errno.EPERM] = CAUSES[errno.EEXIST], CAUSES[errno.EACCES]
-_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def explain(error: OSError, path: str | Path | None = None) -> str:
@@ -44,9 +43,12 @@ def explain(error: OSError, path: str | Path | None = None) -> str:
     not be read or written, where the error does not name it."""
     named = path if error.filename is None else error.filename
     if error.errno not in CAUSES:
-        where = f"file (={os.fsdecode(named)}) " if error.errno is not None and isinstance(named, (str, bytes, Path)) else ""
-        return where + " ".join((error.strerror if where and error.strerror else str(error)).split())
-    cause, remedy = CAUSES[error.errno]
+        if error.errno is None:  # a library's own text
+            return " ".join(str(error).split())
+        reason = " ".join(str(error.strerror).split())
+        cause, remedy = f"cannot be used ({reason})", "look into dmesg, then run the same command again"
+    else:
+        cause, remedy = CAUSES[error.errno]
     if not isinstance(named, (str, bytes, Path)):
         return f"a file or folder {cause}; {remedy}"
     return f"{'folder' if os.path.isdir(named) else 'file'} (={os.fsdecode(named)}) {cause}; {remedy}"
@@ -62,6 +64,17 @@ def is_full(path: Path) -> bool:
 
 
 @contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Around the use of an open `path`: what fails is an OSError that names it, which read(2), mmap(2) and fsync(2) do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = os.fspath(path)
+        raise
+
+
+@contextlib.contextmanager
 def writing(path: Path, under_way: Path | None = None) -> Iterator[None]:
     """Around the writing of `path` (by way of the temporary `under_way`): what fails is an OSError that names it.
 
@@ -72,7 +85,7 @@ def writing(path: Path, under_way: Path | None = None) -> Iterator[None]:
         yield
     except OSError as error:
         hidden = under_way is not None and os.fsdecode(error.filename or "").startswith(os.fspath(under_way))
-        if hidden or (error.filename is None and error.errno in _OF_WRITING):
+        if hidden or (error.filename is None and error.errno in CAUSES):  # `reading` names what is read meanwhile
             error.filename, error.filename2 = os.fspath(path), None
         raise
     except RuntimeError as error:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from pipeline.config import DataConfig
 from pipeline.files import atomic_write
 from pipeline.index.sample_index import SampleIndex
+from pipeline.io_errors import reading
 from pipeline.schema import Count, read_as
 
 IdText = Annotated[str, lambda text: "" if text.isdecimal() and text.isascii() else "must be the id of a sample"]
@@ -90,7 +91,8 @@ class Stats:
     @classmethod
     def load(cls, path: str | Path) -> "Stats":
         """Read what `save` wrote. Raises OSError; ValueError: not such a file, or its hash does not fit its numbers."""
-        content = io.BytesIO(Path(path).read_bytes())
+        with reading(Path(path)):
+            content = io.BytesIO(Path(path).read_bytes())
         try:
             with np.load(content, allow_pickle=False) as file:
                 arrays = dict(file)
@@ -104,6 +106,9 @@ class Stats:
                      "eigenvalues": ((3,), np.float64), "eigenvectors": ((3, 3), np.float64)}:
             raise ValueError(f"stats file {path} (={', '.join(kinds)}) must hold the arrays that tools/compute_stats.py writes; "
                              "delete it and compute it again")
+        if not all(np.isfinite(array).all() for array in arrays.values()) or (arrays["eigenvalues"] < 0).any():
+            raise ValueError(f"stats file {path} (=NaN, infinite or negative) must hold finite numbers, and eigenvalues from 0 "
+                             "up; delete it and compute it again")
         stats = cls(**arrays, count=about.count, skipped={int(id): why for id, why in about.skipped.items()},
                     index=about.index, split=about.split)
         if stats.sha256 != about.sha256:

@@ -1,4 +1,5 @@
 """Atomic files and folders, temporaries of dead writers, locks, manifests."""
+import errno
 import json
 import os
 import signal
@@ -6,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from pipeline.arrays import read_array
 from pipeline.files import (LockHeld, atomic_folder, atomic_write, difference, file_entries, is_temporary, json_sha256, lock,
-                            read_manifest, remove_dead, with_own_hash, write_json)
+                            read_json, read_manifest, remove_dead, with_own_hash, write_json)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,6 +48,48 @@ def test_folder_whole_or_not_at_all(tmp_path: Path) -> None:
     assert os.listdir(path) == ["below"] and os.listdir(tmp_path) == ["folder"]
     with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "none" / "folder"):
         pass
+
+
+def test_a_folder_that_cannot_be_opened_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *_: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+    monkeypatch.setattr("pipeline.files.os.open", refuse)
+    with pytest.raises(OSError) as error, atomic_folder(tmp_path / "folder"):
+        pass
+    assert error.value.errno == errno.EMFILE and os.listdir(tmp_path) == []
+
+
+def test_json_of_any_content_is_read_or_refused(tmp_path: Path) -> None:
+    for text in (b"[" * 100_000, b'{"a":' * 100_000, b"9" * 5000, b"\xff", b"", b"[1"):
+        (tmp_path / "file").write_bytes(text)
+        with pytest.raises(ValueError, match="^is not JSON$"):
+            read_json(tmp_path / "file")
+
+
+@pytest.mark.parametrize(("header", "shape", "words"), [
+    ("{'descr': '<f4', 'fortran_order': False, 'shape': " + "(" * 300, (3,), "is no array"),
+    ("{'descr': '<f4', 'fortran_order': False, 'shape': (-3,)}", (3,), "is no array"),
+    ("{'descr': '|O', 'fortran_order': False, 'shape': (3,)}", (3,), "is no array"),
+    ("{'descr': '<f4', 'fortran_order': False, 'shape': (9000000000000000000,)}", (3,), "is no array"),
+    ("{'descr': '<f4', 'fortran_order': False, 'shape': (3,)}", (4,), r"holds \(3,\) float32, not \(4,\) float32"),
+    ("{'descr': '<f4', 'fortran_order': False, 'shape': (3,)}", (-1, 1), r"holds \(3,\) float32, not \(-1, 1\) float32"),
+    ("{'descr': '>f4', 'fortran_order': False, 'shape': (3,)}", (3,), r"holds \(3,\) >f4, not \(3,\) float32")])
+def test_arrays_of_any_header_are_read_or_refused(tmp_path: Path, header: str, shape: tuple[int, ...], words: str) -> None:
+    path = tmp_path / "a.npy"
+    path.write_bytes(b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header.encode() + bytes(12))
+    with pytest.raises(ValueError, match=f"^{words}"):
+        read_array(path, np.float32, shape)
+
+
+def test_arrays_that_are_none(tmp_path: Path) -> None:
+    with open(tmp_path / "zip", "wb") as file:
+        np.savez(file, a=np.zeros(3))
+    (tmp_path / "empty").touch()
+    for name, words in (("zip", "holds several arrays"), ("empty", "is no array")):
+        with pytest.raises(ValueError, match=words):
+            read_array(tmp_path / name, np.float32, (3,))
+    np.save(tmp_path / "one.npy", np.ones((3, 2), np.float32))
+    assert read_array(tmp_path / "one.npy", np.float32, (3, -1)).shape == (3, 2)
 
 
 def run_writer(tmp_path: Path, name: str, code: str) -> subprocess.Popen[str]:

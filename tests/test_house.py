@@ -15,8 +15,8 @@ MOST_LINES, MOST_FILES = 350, 14
 PUBLIC = re.compile(r"os\._exit|torch\._foreach_\w+|torch\.ops\.aten\._\w+|.*\._(replace|asdict|fields)")
 
 # What each part may import besides itself and the parts before it in its row.
-LAYERS = [["pipeline.schema", "pipeline.io_errors", "pipeline.files", "pipeline.rng", "pipeline.config", "pipeline.process_pool",
-           "pipeline.progress", "pipeline.monitor"], ["pipeline.index"],
+LAYERS = [["pipeline.schema", "pipeline.io_errors", "pipeline.files", "pipeline.arrays", "pipeline.rng", "pipeline.config",
+           "pipeline.process_pool", "pipeline.progress", "pipeline.monitor"], ["pipeline.index"],
           ["pipeline.sampling", "pipeline.decoding"], ["pipeline.stats"], ["pipeline.reading"], ["pipeline.loading"],
           ["pipeline.resident", "pipeline.packing", "pipeline.compute_stats"], ["pipeline.tiers"], ["pipeline"]]
 

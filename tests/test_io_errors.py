@@ -4,14 +4,17 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from pipeline.files import atomic_folder, atomic_write
+from pipeline.arrays import read_array
+from pipeline.files import atomic_folder, atomic_write, file_sha256, read_json, sync
 from pipeline.io_errors import explain, is_full
+from pipeline.stats import Stats
 from tools.cli import guarded
 from tools.docs.reference import errors
 
@@ -29,9 +32,34 @@ def test_each_cause_is_one_line_with_thing_and_remedy(tmp_path: Path) -> None:
         assert explain(OSError(number, os.strerror(number))).startswith("a file or folder ")
         assert explain(OSError(number, os.strerror(number)), path) == line
     assert explain(OSError(errno.EEXIST, "", str(tmp_path))).startswith(f"folder (={tmp_path}) is there already")
-    assert explain(OSError(errno.EUCLEAN, "Structure needs cleaning", str(path))) == f"file (={path}) Structure needs cleaning"
+    for number in (errno.EUCLEAN, errno.EXDEV, errno.ENODEV, errno.EBADMSG):  # none that is common: the system's words
+        for named in ((), (str(path),)):
+            line = explain(OSError(number, os.strerror(number), *named))
+            assert line.startswith(f"file (={path}) cannot be used" if named else "a file or folder cannot be used")
+            assert f"({os.strerror(number)}); look" in line
     assert explain(OSError("a library's\nown text")) == "a library's own text"
     assert explain(OSError(17, "File exists", 3)).startswith("a file or folder is there already")
+
+
+def test_what_is_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """read(2), mmap(2) and fsync(2) name no file."""
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    path = tmp_path / "file.npy"
+    np.save(path, np.zeros(3))
+    monkeypatch.setattr("hashlib.file_digest", fail)
+    monkeypatch.setattr("numpy.load", fail)
+    monkeypatch.setattr("pathlib.Path.read_bytes", fail)
+    monkeypatch.setattr("os.fsync", fail)
+    calls: list[Callable[[], object]] = [lambda: file_sha256(path), lambda: read_array(path, np.float64, (3,)),
+                                         lambda: read_json(path), lambda: Stats.load(path), lambda: sync(path)]
+    for call in calls:
+        with pytest.raises(OSError) as error:
+            call()
+        assert error.value.filename == str(path)
+    with pytest.raises(OSError) as error, atomic_write(tmp_path / "new") as file:
+        file.write(b"1")
+    assert error.value.filename == str(tmp_path / "new")
 
 
 def test_a_full_disk_is_named_while_the_unfinished_file_is_there(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:

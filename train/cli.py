@@ -91,7 +91,7 @@ class Parser(argparse.ArgumentParser):
         """What argparse says, as this program says it."""
         see = f"see {self.prog} --help"
         if found := re.fullmatch(r"unrecognized arguments: (.*)", message, re.DOTALL):
-            word = found[1].split()[0]
+            word = (found[1].split() or [found[1]])[0]  # of white space alone
             name, _, value = word.partition("=")
             if not word.startswith("-"):
                 return f"argument (={word}) is one too many; {see}"

@@ -4,14 +4,13 @@ It holds counts, classes, archives, oddities and SHA-256 hashes: of each array f
 own content without the archives' paths (`read_header` compares that: it is the identity of the data set, `SampleIndex.sha256`).
 """
 import itertools
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pipeline.files import json_sha256
+from pipeline.files import json_sha256, read_json
 from pipeline.schema import Count, Sha256, read_as
 
 VERSION = 1
@@ -164,9 +163,9 @@ def read_header(path: Path) -> tuple[dict[str, Any], Header]:
         problem = "has no index.json" if path.is_dir() else "does not exist" if not path.exists() else "is not a folder"
         raise ValueError(f"index (={path}) {problem}; make one with `alexnet index build`")
     try:
-        header = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
-        raise ValueError(f"index header (={file}) is not JSON; build the index again") from None
+        header = read_json(file)
+    except ValueError as error:
+        raise ValueError(f"index header (={file}) {error}; build the index again") from None
     if not isinstance(header, dict) or header.get("magic") != MAGIC:
         raise ValueError(f"index header (={file}) is not that of a sample index; build one with `alexnet index build`")
     if header.get("version") != VERSION:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.arrays import read_array
 from pipeline.files import difference, recalled, remember, stamp
 from pipeline.index.header import Header, read_header
 from pipeline.index.tar import BLOCK, ByteWindow, fingerprint, read_member
@@ -256,15 +257,9 @@ class SampleIndex:
 def _mapped(file: Path, about: Header) -> np.ndarray:
     """samples.npy as a read-only memory map. Raises ValueError when it is not that of the header."""
     try:
-        samples: np.ndarray = np.load(file, mmap_mode="r" if about.samples else None, allow_pickle=False)
-    except OSError:
-        raise
-    except Exception as error:  # NumPy evaluates its header as a Python literal
-        raise ValueError(f"samples (={file}) cannot be read ({error}); build the index again") from None
-    if samples.dtype != SAMPLE or samples.shape != (about.samples,):
-        raise ValueError(f"samples (={file}) holds {samples.shape} of {samples.dtype}, not the {about.samples} samples of the "
-                         "header; build the index again")
-    return samples
+        return read_array(file, SAMPLE, (about.samples,))
+    except ValueError as error:
+        raise ValueError(f"samples (={file}) {error}; build the index again") from None
 
 
 def _check_rows(samples: np.ndarray, about: Header, file: Path) -> None:
@@ -272,14 +267,20 @@ def _check_rows(samples: np.ndarray, about: Header, file: Path) -> None:
     stops = {"archive": len(about.archives), "label": len(about.classes), "format": len(FORMATS), "reason": len(REASONS)}
     is_folder = np.array([archive.is_folder for archive in about.archives], bool)
     name_bytes = about.files.names.size if about.files.names else 0
+    sizes = np.array([archive.size for archive in about.archives], np.uint64)
     for code, split in enumerate(about.splits):
         for first in range(split.first, split.first + split.count, _CHECKED):
             rows = samples[first:min(first + _CHECKED, split.first + split.count)]
             wrong = [name for name, stop in stops.items() if rows[name].max() >= stop or int(rows[name].min()) < -1]
             if (rows["split"] != code).any() or int((rows["excluded"] != 0).sum()) > split.excluded:
                 wrong.append("split")
-            if not wrong and is_folder.any() and (rows["offset"][is_folder[rows["archive"]]] >= name_bytes).any():
-                wrong.append("name")
+            if not wrong:
+                in_folder, ends = is_folder[rows["archive"]], sizes[rows["archive"]]
+                if (rows["offset"] >= np.where(in_folder, name_bytes, ends + 1)).any():
+                    wrong.append("name or offset")
+                elif (~in_folder & ((rows["offset"] < BLOCK * rows["header_blocks"].astype(np.uint64))
+                                    | (rows["size"] > ends - rows["offset"]))).any():
+                    wrong.append("range of bytes")
             if wrong:
                 raise ValueError(f"samples (={file}) hold a {wrong[0]} from row {first} on that is not in the index; build the "
                                  "index again")

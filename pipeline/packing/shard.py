@@ -91,7 +91,10 @@ def finished(tar: Path, plan: str) -> Shard | None:
 def key_of(index: SampleIndex, id: int) -> str:
     """The WebDataset key of a sample: nine digits of its id, then the stem of its original base name, in which whatever is no
     ASCII letter, digit, `_` or `-` (a dot would end the key) has become `_`."""
-    base = index.safe_name(id).rpartition("/")[2]
+    try:
+        base = index.name(id).rpartition("/")[2]
+    except ArchiveError:  # what cannot be read now is an error: another key would be another shard
+        base = "?"
     return f"{id:09d}-{re.sub('[^A-Za-z0-9_-]', '_', base.rpartition('.')[0] or base)[:80]}"
 
 

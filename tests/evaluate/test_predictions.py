@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.files import file_entries, with_own_hash, write_json
 from pipeline.index.sample_index import SampleIndex
 from tests.conftest import TinySet
 from tests.helpers.evaluations import Means, val_loader
@@ -132,6 +133,18 @@ def test_a_full_disk_says_so_before_the_test(tmp_path: Path, monkeypatch: pytest
         with writing(tmp_path / "one", KEY, ABOUT):
             raise AssertionError("it has begun")
     assert not list(tmp_path.iterdir())
+
+
+def test_labels_of_no_output_are_refused(copy: Path) -> None:
+    """With right hashes."""
+    images = np.load(copy / IMAGES)
+    images["label"][3] = KEY.outputs
+    np.save(copy / IMAGES, images)
+    manifest = json.loads((copy / MANIFEST).read_text())
+    del manifest["sha256"]
+    write_json(copy / MANIFEST, with_own_hash({**manifest, "files": file_entries(copy, (IMAGES, PROBABILITIES))}))
+    with pytest.raises(DamagedEvaluation, match="images.npy.* holds labels that are none of 6; test again"):
+        load(copy)
 
 
 def test_another_format_is_refused(copy: Path) -> None:

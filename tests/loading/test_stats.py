@@ -1,6 +1,7 @@
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,11 @@ def test_statistics_of_other_shapes_or_types(photos: SampleIndex, tmp_path: Path
                         ("more", np.zeros(1))):
         np.savez(path, **{**whole, name: array})
         with pytest.raises(ValueError, match="must hold the arrays that tools/compute_stats.py writes; delete it"):
+            Stats.load(path)
+    for name, value in (("mean_image", np.nan), ("eigenvalues", np.inf), ("eigenvalues", -1.0)):  # with a right hash
+        forged = replace(stats, **{name: np.full_like(getattr(stats, name), value)})
+        forged.save(path)
+        with pytest.raises(ValueError, match="must hold finite numbers, and eigenvalues from 0 up; delete it"):
             Stats.load(path)
     path.write_bytes(b"")
     path.chmod(0)

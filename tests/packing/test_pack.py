@@ -1,5 +1,6 @@
 """Packing: the images, their order, the tars; killed and resumed, by several ranks, the bytes are the same."""
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -24,7 +25,7 @@ from pipeline.index.header import content_sha256
 from pipeline.index.sample_index import SampleIndex
 from pipeline.index.writer import mark_excluded
 from pipeline.packing.plan import PackOptions, order
-from pipeline.packing.shard import decoded, psnr, squared_error
+from pipeline.packing.shard import decoded, key_of, psnr, squared_error
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats, stats_path
 from tests.helpers.indexes import with_rows
@@ -402,6 +403,18 @@ def test_keys_are_safe(tmp_path: Path) -> None:
     assert main([str(tmp_path / "index"), str(tmp_path / "out"), "--square-px", "32", "--jobs", "1"]) == 0
     packed = SampleIndex.load(tmp_path / "out")
     assert {packed.name(id)[10:] for id in range(2)} == {"a_b_c.jpg", "_" * 60 + "x" * 20 + ".jpg"}
+
+
+def test_a_name_that_cannot_be_read_now_is_no_other_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard is a function of the index: an error of the disk stops it."""
+    index = write_set(tmp_path, photographs(2))
+
+    def read(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    monkeypatch.setattr("pipeline.index.sample_index.read_member", read)
+    assert index.safe_name(0) == "?"
+    with pytest.raises(OSError):
+        key_of(index, 0)
 
 
 def test_who_started_us(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,6 +174,8 @@ def test_json_goes_to_stdout_or_a_file(tmp_path: Path, capsys: pytest.CaptureFix
 def test_nearest() -> None:
     assert nearest("train.epoch", ["schedule.milestones.epoch", "train.epochs"]) == "did you mean train.epochs?"
     assert nearest("optimizer.epochs", ["train.epochs"]) == "did you mean train.epochs?" and nearest("xyz", ["train"]) == ""
+    with pytest.raises(ValueError, match=r"argument \(= \) is one too many; see p --help"):
+        Parser(prog="p").parse_args([" "])
     with pytest.raises(ValueError, match=r"argument \(=b\) is one too many; see p --help"):
         Parser(prog="p").parse_args(["b"])
 

@@ -26,7 +26,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from pipeline.files import difference, file_entries, read_manifest, sync, sync_tree
+from pipeline.files import difference, file_entries, read_json, read_manifest, sync, sync_tree
 from pipeline.io_errors import explain, writing
 from pipeline.schema import Count, read_as
 from train.checkpoint.reader import Reader
@@ -131,8 +131,9 @@ def _one_line_error(prefix: str) -> Iterator[None]:
     except dcp.CheckpointException as error:
         if any(isinstance(cause, KeyboardInterrupt) for cause, _ in error.failures.values()):
             raise KeyboardInterrupt from error
-        raise RuntimeError(prefix + "; ".join(f"process {rank}: {(str(cause) or type(cause).__name__).splitlines()[0]}"
-                                              for rank, (cause, _) in sorted(error.failures.items()))) from error
+        reasons = {rank: explain(cause) if isinstance(cause, OSError) else (str(cause) or type(cause).__name__).splitlines()[0]
+                   for rank, (cause, _) in sorted(error.failures.items())}
+        raise RuntimeError(prefix + "; ".join(f"process {rank}: {reason}" for rank, reason in reasons.items())) from error
 
 
 def write_manifest(folder: Path, names: Collection[str]) -> None:
@@ -259,7 +260,7 @@ def read_state(path: Path, *, whole: bool = False) -> dict[str, Any]:
     another format, or not as it is written."""
     file = path / STATE
     try:
-        given = json.loads(file.read_bytes())
+        given = read_json(file)
         _check_format(given.get("format") if isinstance(given, dict) else FORMAT, file)
         state = dataclasses.asdict(read_as(State, given, "state"))
     except OtherFormat:

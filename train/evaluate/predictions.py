@@ -18,6 +18,7 @@ from typing import Any, Callable, Iterator, Mapping, Optional
 
 import numpy as np
 
+from pipeline.arrays import read_array
 from pipeline.files import (FileEntry, atomic_folder, difference, file_entries, read_manifest, remove_dead, with_own_hash,
                             write_json)
 from pipeline.io_errors import explain
@@ -126,12 +127,12 @@ def load(path: Path) -> Evaluation:
             problem = difference(path / name, asdict(manifest.files[name])) if name in manifest.files else "is not listed"
         if not problem:
             try:
-                arrays[name] = np.load(path / name, mmap_mode="r", allow_pickle=False)
+                arrays[name] = read_array(path / name, dtype, shape)
             except ValueError as error:
-                problem = f"is no array ({' '.join(str(error).split())})"
+                problem = str(error)
             else:
-                if arrays[name].dtype != dtype or arrays[name].shape != shape or not key.images:
-                    problem = f"holds {arrays[name].dtype} {arrays[name].shape}, not the test's"
+                if not key.images or name == IMAGES and (arrays[name]["label"] >= key.outputs).any():
+                    problem = "holds no images" if not key.images else f"holds labels that are none of {key.outputs}"
         if problem:
             raise DamagedEvaluation(f"evaluation file (={path / name}) {problem}; test again, with the command that made it")
     return Evaluation(manifest.checkpoint, manifest.split, manifest.index, key, arrays[IMAGES], arrays[PROBABILITIES], path)

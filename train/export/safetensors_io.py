@@ -19,6 +19,7 @@ import torch
 
 from model.alexnet import AlexNet, canonical_shapes
 from model.config import ModelConfig
+from pipeline.files import parse_json
 from train.checkpoint import checkpoint
 from train.checkpoint.checkpoint import MANIFEST
 from train.config import Config
@@ -59,7 +60,7 @@ def load_safetensors(path: str | Path) -> tuple[ModelConfig, dict[str, torch.Ten
         raise ValueError(f"weights (={file}) have format {metadata.get('alexnet_dali_format', 'none')}, not {FORMAT}; give a "
                          "file that train.export of this version wrote")
     try:
-        config = model_config(json.loads(metadata["config"])["model"])
+        config = model_config(parse_json(metadata["config"])["model"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"weights (={file}) have a config that this version does not read ({error}); use the version that "
                          "wrote them") from None

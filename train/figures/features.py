@@ -13,8 +13,10 @@ from typing import BinaryIO, Callable, Iterator
 
 import numpy as np
 
+from pipeline.arrays import read_array
 from pipeline.files import atomic_folder, difference, file_entries, read_manifest, remove_dead, with_own_hash, write_json
-from pipeline.schema import read_as
+from pipeline.schema import Count, read_as
+from pipeline.stats import IdText
 from train.checkpoint.resolve import TrainedNetwork
 
 FORMAT = 1
@@ -68,16 +70,21 @@ class Features:
                              "build the features again")
         try:
             source = read_as(Source, manifest.get("source"), "source")
-            skipped = read_as(dict[str, str], manifest.get("skipped"), "skipped")
+            skipped = read_as(dict[IdText, str], manifest.get("skipped"), "skipped")
+            images = read_as(Count, manifest.get("images"), "images")
         except ValueError as error:
             raise ValueError(f"features manifest (={file}) is not as it is written ({error}); build the features again") from None
-        for name in (FEATURES, IDS):
-            entry = manifest.get("files", {}).get(name)
-            if problem := difference(path / name, entry) if entry else "is not listed":
+        arrays = {}
+        for name, dtype, shape in ((FEATURES, np.float32, (images, -1)), (IDS, np.int64, (images,))):
+            entry = (manifest.get("files") or {}).get(name)
+            problem = difference(path / name, entry) if entry else "is not listed"
+            try:
+                arrays[name] = np.empty(0) if problem else read_array(path / name, dtype, shape)
+            except ValueError as error:
+                problem = str(error)
+            if problem:
                 raise ValueError(f"features file (={path / name}) {problem}; build the features again")
-        return cls(path, source, np.load(path / IDS, allow_pickle=False),
-                   np.load(path / FEATURES, mmap_mode="r", allow_pickle=False),
-                   {int(id): reason for id, reason in skipped.items()})
+        return cls(path, source, np.array(arrays[IDS]), arrays[FEATURES], {int(id): reason for id, reason in skipped.items()})
 
     def check(self, trained: TrainedNetwork) -> None:
         """Raise ValueError unless queries that this network makes can be compared with these features."""
