@@ -22,7 +22,7 @@ from model.lrn import local_response_norm
 from pipeline.decoding.normalize import Finish, Normalizer
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex
-from pipeline.loading.batch import to_device
+from pipeline.decoding.transfer import to_device
 from pipeline.reading.quarantine import Quarantine
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline.decoding.resize import Buffers
+from pipeline.decoding.transfer import to_device
 from pipeline.sampling.augment import Augmentation
 
 
@@ -54,6 +55,7 @@ class Normalizer:
         # NumPy has no bfloat16; its memory is as good as any of two bytes.
         self._buffers = Buffers({torch.bfloat16: np.uint16}.get(finish.dtype, finish.output))
         self._factor = None if finish.factor is None else finish.factors()
+        self._factors = None if self._factor is None else torch.from_numpy(self._factor).to(device)
         self._mean = None if mean_image is None else np.ascontiguousarray(mean_image)
         self.mean = None if self._mean is None else torch.from_numpy(self._mean).to(device)  # (3, S, S), centered (3, crop, crop)
         self._threads = threads
@@ -63,8 +65,7 @@ class Normalizer:
         """Begin to make (B, 3, crop, crop) images of (B, 3, crop, crop) uint8 crops; gives what waits for them. On a CPU each row
         is asked for by the thread that needs it, so they may be a sequence that makes them then."""
         if self._pool is None:
-            there = [torch.from_numpy(column).to(self._device) for column in
-                     (augmentation.top, augmentation.left, augmentation.mirror, augmentation.shift)]
+            there = to_device(self._device, augmentation.top, augmentation.left, augmentation.mirror, augmentation.shift)
             return lambda: self.whole(pixels, *there)  # type: ignore[arg-type]  # to a GPU it is given whole
         side, last = self._crop, self._finish.channels_last
         out = self._buffers.take(len(pixels), *((side, side, 3) if last else (3, side, side))).view(self._finish.dtype)
@@ -135,8 +136,8 @@ class Normalizer:
             pieces = windows[:, top, left].transpose(0, 1)
             images -= torch.where(flipped, pieces.flip(-1), pieces)
         images += shift[:, :, None, None]
-        if self._factor is not None:
-            images *= torch.from_numpy(self._factor).to(images.device)
+        if self._factors is not None:
+            images *= self._factors
         return images.to(self._finish.dtype, memory_format=self._finish.memory_format)
 
     def close(self) -> None:

@@ -1,9 +1,7 @@
 """`Batch`, what a loader gives (images NCHW), and `LoaderContext`, what its stages share. B samples, S side of a square."""
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +11,11 @@ from pipeline.config import DataConfig, LoaderConfig
 from pipeline.decoding import geometry
 from pipeline.decoding.graph import DecodeSettings
 from pipeline.decoding.normalize import Finish, Normalizer
+from pipeline.decoding.transfer import to_device
 from pipeline.index.sample_index import SampleIndex
 from pipeline.monitor import Monitor
 from pipeline.process_pool import cores
 from pipeline.sampling.sampler import Ids
-
-_ALIGNMENT = 16  # bytes, of each array in a block
 
 
 @dataclass(frozen=True)
@@ -37,24 +34,6 @@ class Batch:
         """(B,) where each image lies: archive and name in it; read from the archives, when asked for."""
         assert self.index is not None
         return [self.index.location(id) for id in self.ids.tolist()]
-
-
-def to_device(device: torch.device, *arrays: npt.NDArray[Any]) -> list[torch.Tensor]:
-    """The arrays as tensors on a device. To a GPU they go together, in one pinned block and one copy on the current stream, for
-    which nobody waits; torch uses the block again only after it. On a CPU they share the arrays' memory."""
-    return [torch.from_numpy(array) for array in arrays] if device.type == "cpu" else sent(device, arrays, pin=True)
-
-
-def sent(device: torch.device, arrays: Sequence[npt.NDArray[Any]], *, pin: bool) -> list[torch.Tensor]:
-    """`to_device` by way of a block, pinned or not."""
-    ends = list(itertools.accumulate(-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays))
-    block = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=pin)
-    bytes_, starts = block.numpy(), [0, *ends[:-1]]
-    for array, start in zip(arrays, starts, strict=True):
-        bytes_[start:start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    there = block.to(device, non_blocking=True)
-    return [there[start:start + array.nbytes].view(torch.from_numpy(array[:0]).dtype).view(array.shape)
-            for array, start in zip(arrays, starts, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 
 from pipeline.decoding.normalize import Finish, Normalizer
 from pipeline.decoding.resize import resize_boxes
-from pipeline.loading.batch import to_device
+from pipeline.decoding.transfer import to_device
 from pipeline.resident.store import Layout, Located
 from pipeline.sampling.augment import Augmentation
 

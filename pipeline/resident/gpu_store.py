@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.loading.batch import to_device
+from pipeline.decoding.transfer import to_device
 from pipeline.resident.capacity import check_device, check_memory
 from pipeline.resident.store import Crops, Layout, Located, Rows, Store
 

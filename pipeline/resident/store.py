@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipeline.loading.batch import to_device
+from pipeline.decoding.transfer import to_device
 from pipeline.resident import yuv420 as yuv
 
 KINDS = ("rgb", "yuv420")

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.loading.batch import Batch, sent, to_device
+from pipeline.decoding.transfer import sent, to_device
+from pipeline.loading.batch import Batch
 from pipeline.loading.prefetch import Prefetcher, SideStream
 from pipeline.monitor import Monitor
 
