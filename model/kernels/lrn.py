@@ -47,13 +47,13 @@ def _place(lanes: tl.tensor, shift: tl.tensor, N: tl.constexpr, C: tl.constexpr,
 
 
 @triton.jit
-def _unzip(tile: tl.tensor, L: tl.constexpr, C: tl.constexpr) -> tl.tuple:
+def _columns(tile: tl.tensor, L: tl.constexpr, C: tl.constexpr) -> tl.tuple:
     """(L, C) → its C columns (L). C is a power of 2; a thread has its whole row, so nothing moves between threads."""
     if C == 1:
         return (tl.reshape(tile, [L]),)
     else:
         even, odd = tl.split(tl.reshape(tile, [L, C // 2, 2]))
-        evens, odds = _unzip(even, L, C // 2), _unzip(odd, L, C // 2)
+        evens, odds = _columns(even, L, C // 2), _columns(odd, L, C // 2)
         columns = ()
         for c in tl.static_range(C // 2):
             columns = columns + (evens[c], odds[c])
@@ -61,8 +61,8 @@ def _unzip(tile: tl.tensor, L: tl.constexpr, C: tl.constexpr) -> tl.tuple:
 
 
 @triton.jit
-def _zip(columns: tl.tuple, L: tl.constexpr, C: tl.constexpr) -> tl.tensor:
-    """C columns (L) → (L, C): the inverse of `_unzip`."""
+def tile_of(columns: tl.tuple, L: tl.constexpr, C: tl.constexpr) -> tl.tensor:
+    """C columns (L) → (L, C): the inverse of `_columns`."""
     if C == 1:
         return tl.reshape(columns[0], [L, 1])
     else:
@@ -70,27 +70,45 @@ def _zip(columns: tl.tuple, L: tl.constexpr, C: tl.constexpr) -> tl.tensor:
         for c in tl.static_range(C // 2):
             evens = evens + (columns[2 * c],)
             odds = odds + (columns[2 * c + 1],)
-        return tl.reshape(tl.join(_zip(evens, L, C // 2), _zip(odds, L, C // 2)), [L, C])
+        return tl.reshape(tl.join(tile_of(evens, L, C // 2), tile_of(odds, L, C // 2)), [L, C])
 
 
 @triton.jit
-def _load(source: tl.tensor, place: tl.tuple, shift: tl.tensor, REACH: tl.constexpr,
-          RELU: tl.constexpr, FLOAT: tl.constexpr, N: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
-          LAST: tl.constexpr) -> tl.tuple:
-    """Channels -REACH .. C + REACH - 1 of each lane: a tuple of C + 2·REACH values (L), 0 where there is no channel."""
+def tiles(source: tl.tensor, place: tl.tuple, REACH: tl.constexpr, N: tl.constexpr, C: tl.constexpr) -> tl.tuple:
+    """Where channels are adjacent: those of each lane, (L, C), between those before and after it, as far as `REACH` goes."""
     offset, channel, there = place
+    sides: tl.constexpr = (REACH + C - 1) // C
+    found = ()
+    for side in tl.static_range(-sides, sides + 1):
+        # N is a multiple of C: a tile is all inside or all outside.
+        inside = there & (channel + side * C >= 0) & (channel + side * C < N)
+        where = (offset + side * C)[:, None] + tl.arange(0, C)[None, :]
+        found = found + (tl.load(source + where, mask=inside[:, None], other=0.0),)
+    return found
+
+
+@triton.jit
+def columns_within(found: tl.tuple, REACH: tl.constexpr, FLOAT: tl.constexpr, C: tl.constexpr, L: tl.constexpr) -> tl.tuple:
+    """Channels -REACH .. C + REACH - 1 of `tiles`."""
+    sides: tl.constexpr = (REACH + C - 1) // C
     values = ()
+    for side in tl.static_range(-sides, sides + 1):
+        columns = _columns(found[side + sides], L, C)
+        for c in tl.static_range(C):
+            if side * C + c >= -REACH and side * C + c < C + REACH:
+                values = values + (columns[c].to(FLOAT),)
+    return values
+
+
+@triton.jit
+def load(source: tl.tensor, place: tl.tuple, shift: tl.tensor, REACH: tl.constexpr, RELU: tl.constexpr, FLOAT: tl.constexpr,
+         N: tl.constexpr, C: tl.constexpr, L: tl.constexpr, LAST: tl.constexpr) -> tl.tuple:
+    """Channels -REACH .. C + REACH - 1 of each lane: a tuple of C + 2·REACH values (L), 0 where there is no channel."""
     if LAST:
-        sides: tl.constexpr = (REACH + C - 1) // C
-        for side in tl.static_range(-sides, sides + 1):
-            # N is a multiple of C: a tile is all inside or all outside.
-            inside = there & (channel + side * C >= 0) & (channel + side * C < N)
-            where = (offset + side * C)[:, None] + tl.arange(0, C)[None, :]
-            columns = _unzip(tl.load(source + where, mask=inside[:, None], other=0.0), L, C)
-            for c in tl.static_range(C):
-                if side * C + c >= -REACH and side * C + c < C + REACH:
-                    values = values + (columns[c].to(FLOAT),)
+        values = columns_within(tiles(source, place, REACH, N, C), REACH, FLOAT, C, L)
     else:
+        offset, channel, there = place
+        values = ()
         for c in tl.static_range(-REACH, C + REACH):
             inside = there & (channel + c >= 0) & (channel + c < N)
             values = values + (tl.load(source + (offset + c * shift.to(tl.int64)), mask=inside, other=0.0).to(FLOAT),)
@@ -104,15 +122,15 @@ def _load(source: tl.tensor, place: tl.tuple, shift: tl.tensor, REACH: tl.conste
 
 
 @triton.jit
-def _store(target: tl.tensor, values: tl.tuple, place: tl.tuple,
-           shift: tl.tensor, N: tl.constexpr, C: tl.constexpr, L: tl.constexpr, LAST: tl.constexpr) -> None:
+def store(target: tl.tensor, values: tl.tuple, place: tl.tuple, shift: tl.tensor,
+          N: tl.constexpr, C: tl.constexpr, L: tl.constexpr, LAST: tl.constexpr) -> None:
     """The C values of each lane."""
     offset, channel, there = place
     if LAST:
         narrow = ()
         for c in tl.static_range(C):
             narrow = narrow + (values[c].to(target.dtype.element_ty),)
-        tl.store(target + (offset[:, None] + tl.arange(0, C)[None, :]), _zip(narrow, L, C), mask=there[:, None])
+        tl.store(target + (offset[:, None] + tl.arange(0, C)[None, :]), tile_of(narrow, L, C), mask=there[:, None])
     else:
         for c in tl.static_range(C):
             tl.store(target + (offset + c * shift.to(tl.int64)), values[c].to(target.dtype.element_ty),
@@ -153,28 +171,23 @@ def _powers(x: tl.tuple, COUNT: tl.constexpr, K: tl.constexpr, ALPHA: tl.constex
 
 
 @triton.jit
-def _forward(x_ptr: tl.tensor, y_ptr: tl.tensor, lanes: tl.tensor, shift: tl.tensor, K: tl.constexpr,
-             ALPHA: tl.constexpr, BETA: tl.constexpr, WINDOW: tl.constexpr, RELU: tl.constexpr, FLOAT: tl.constexpr,
-             N: tl.constexpr, C: tl.constexpr, L: tl.constexpr, LAST: tl.constexpr) -> None:
-    half: tl.constexpr = WINDOW // 2
-    place = _place(lanes, shift, N, C, L, LAST)
-    x = _load(x_ptr, place, shift, half, RELU, FLOAT, N, C, L, LAST)                    # from channel -h
+def normalised(x: tl.tuple, K: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, WINDOW: tl.constexpr,
+               C: tl.constexpr) -> tl.tuple:
+    """C channels of the result, given the (rectified) input from channel -h."""
     powers, _ = _powers(x, C, K, ALPHA, BETA, WINDOW)
     y = ()
     for c in tl.static_range(C):
-        y = y + (x[c + half] * powers[c],)
-    _store(y_ptr, y, place, shift, N, C, L, LAST)
+        y = y + (x[c + WINDOW // 2] * powers[c],)
+    return y
 
 
 @triton.jit
-def _backward(x_ptr: tl.tensor, g_ptr: tl.tensor, dx_ptr: tl.tensor, lanes: tl.tensor, shift: tl.tensor, K: tl.constexpr,
-              ALPHA: tl.constexpr, BETA: tl.constexpr, WINDOW: tl.constexpr, RELU: tl.constexpr, FLOAT: tl.constexpr,
-              N: tl.constexpr, C: tl.constexpr, L: tl.constexpr, LAST: tl.constexpr) -> None:
+def gradient(x: tl.tuple, g: tl.tuple, K: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, WINDOW: tl.constexpr,
+             RELU: tl.constexpr, C: tl.constexpr) -> tl.tuple:
+    """C channels of the gradient by the input, given the (rectified) input from channel -2h, and from -h the gradient by the
+    result, g."""
     half: tl.constexpr = WINDOW // 2
-    place = _place(lanes, shift, N, C, L, LAST)
-    x = _load(x_ptr, place, shift, 2 * half, RELU, FLOAT, N, C, L, LAST)                # from channel -2h
-    g = _load(g_ptr, place, shift, half, False, FLOAT, N, C, L, LAST)                   # from channel -h
-    powers, inverses = _powers(x, C + 2 * half, K, ALPHA, BETA, WINDOW)                 # from channel -h
+    powers, inverses = _powers(x, C + 2 * half, K, ALPHA, BETA, WINDOW)  # from channel -h
     scaled, terms = (), ()
     for c in tl.static_range(C + 2 * half):
         scaled = scaled + (g[c] * powers[c],)
@@ -186,7 +199,26 @@ def _backward(x_ptr: tl.tensor, g_ptr: tl.tensor, dx_ptr: tl.tensor, lanes: tl.t
         if RELU:
             slope = tl.where(x[c + 2 * half] <= 0.0, 0.0, slope)  # NaN passes, as torch's ReLU lets it
         dx = dx + (slope,)
-    _store(dx_ptr, dx, place, shift, N, C, L, LAST)
+    return dx
+
+
+@triton.jit
+def _forward(x_ptr: tl.tensor, y_ptr: tl.tensor, lanes: tl.tensor, shift: tl.tensor, K: tl.constexpr,
+             ALPHA: tl.constexpr, BETA: tl.constexpr, WINDOW: tl.constexpr, RELU: tl.constexpr, FLOAT: tl.constexpr,
+             N: tl.constexpr, C: tl.constexpr, L: tl.constexpr, LAST: tl.constexpr) -> None:
+    place = _place(lanes, shift, N, C, L, LAST)
+    x = load(x_ptr, place, shift, WINDOW // 2, RELU, FLOAT, N, C, L, LAST)
+    store(y_ptr, normalised(x, K, ALPHA, BETA, WINDOW, C), place, shift, N, C, L, LAST)
+
+
+@triton.jit
+def _backward(x_ptr: tl.tensor, g_ptr: tl.tensor, dx_ptr: tl.tensor, lanes: tl.tensor, shift: tl.tensor, K: tl.constexpr,
+              ALPHA: tl.constexpr, BETA: tl.constexpr, WINDOW: tl.constexpr, RELU: tl.constexpr, FLOAT: tl.constexpr,
+              N: tl.constexpr, C: tl.constexpr, L: tl.constexpr, LAST: tl.constexpr) -> None:
+    place = _place(lanes, shift, N, C, L, LAST)
+    x = load(x_ptr, place, shift, 2 * (WINDOW // 2), RELU, FLOAT, N, C, L, LAST)
+    g = load(g_ptr, place, shift, WINDOW // 2, False, FLOAT, N, C, L, LAST)
+    store(dx_ptr, gradient(x, g, K, ALPHA, BETA, WINDOW, RELU, C), place, shift, N, C, L, LAST)
 
 
 def takes(x: torch.Tensor, config: LrnConfig) -> bool:
