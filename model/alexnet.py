@@ -20,7 +20,7 @@ from torch.nn import functional
 from model.init import init_layer
 from model.config import Conv, Full, Kernels, LrnConfig, ModelConfig, PoolConfig
 from model.dropout import dropout, dropout_words
-from model.lrn import local_response_norm
+from model.lrn import local_response_norm, local_response_norm_pool
 from model.tower_exchange import Link, gather_logits, two_tower_layer
 from model.towers import BOTH, Tower, tower_shape
 
@@ -105,17 +105,18 @@ class AlexNet(nn.Module):
     fc8.bias); `tower_of` says which rows of one are here.
 
     `seed`: of initial values and dropout masks. `scheme`: how a pair of processes shares the work; without effect for BOTH.
-    `overlap`: compute while activations and gradients travel; changes no bit. `kernels`: see model/kernels. Raises ValueError
-    for one of two towers of a configuration with a single one, and for scheme weird with a fully connected layer that sees only
-    its own tower."""
+    `overlap`: compute while activations and gradients travel; changes no bit. `kernels`: see model/kernels. `fuse_pooling`: let
+    one of them normalise and pool. Raises ValueError for one of two towers of a configuration with a single one, and for scheme
+    weird with a fully connected layer that sees only its own tower."""
 
     def __init__(self, config: ModelConfig, *, seed: int, tower: Tower = BOTH, scheme: Literal["towers", "weird"] = "towers",
-                 overlap: bool = True, kernels: Kernels = "auto") -> None:
+                 overlap: bool = True, kernels: Kernels = "auto", fuse_pooling: bool = True) -> None:
         super().__init__()
         if tower.count > config.towers:
             raise ValueError(f"model.towers (={config.towers}) cannot be held by {tower.count} processes; use one "
                              f"process, or model.towers=2")
         self.config, self.seed, self.tower, self.kernels = config, seed, tower, kernels
+        self._fuse_pooling = fuse_pooling
         self.halves_images = scheme == "weird" and tower.count == 2
         self._links: dict[str, Link] = {}
         self._first_full = next(iter(config.fulls))
@@ -172,9 +173,7 @@ class AlexNet(nn.Module):
         words_left = self._words(step, words)
         x = images.to(next(self.parameters()).dtype)  # as they are, but for a network in float64
         for name, conv in config.convs.items():
-            x = self._activate_and_normalise(name, conv, self._layer(name, x))
-            if conv.pool:
-                x = functional.max_pool2d(x, config.pool.px, config.pool.stride)
+            x = self._finish(name, conv, self._layer(name, x))
         x = x.flatten(1)
         for name, full in list(config.fulls.items())[:-1]:
             x = self._layer(name, x)
@@ -191,17 +190,20 @@ class AlexNet(nn.Module):
     def _activate(self, x: torch.Tensor) -> torch.Tensor:
         return functional.relu(x, inplace=True) if self.config.activation == "relu" else torch.tanh(x)
 
-    def _activate_and_normalise(self, name: str, conv: Conv, x: torch.Tensor) -> torch.Tensor:
-        """Activation and LRN of a convolution, in the order that its `lrn` says; pooling comes after."""
-        lrn = self.config.lrn
-        if lrn is None or conv.lrn == "none":
-            return self._activate(x)
-        groups = self.config.towers // self.tower_of(name).count  # LRN windows do not cross from one tower into the other
-        if conv.lrn == "before":
-            return self._activate(local_response_norm(x, lrn, groups, kernels=self.kernels))
-        if self.config.activation == "relu":
-            return local_response_norm(x, lrn, groups, relu=True, kernels=self.kernels)  # in one pass over memory
-        return local_response_norm(self._activate(x), lrn, groups, kernels=self.kernels)
+    def _finish(self, name: str, conv: Conv, x: torch.Tensor) -> torch.Tensor:
+        """Activation, LRN and pooling of a convolution, in the order that its `lrn` says."""
+        config, relu = self.config, self.config.activation == "relu"
+        groups = config.towers // self.tower_of(name).count  # LRN windows do not cross from one tower into the other
+        if config.lrn is None or conv.lrn == "none":
+            x = self._activate(x)
+        elif conv.lrn == "before":
+            x = self._activate(local_response_norm(x, config.lrn, groups, kernels=self.kernels))
+        else:
+            x = x if relu else torch.tanh(x)
+            if conv.pool and self._fuse_pooling:
+                return local_response_norm_pool(x, config.lrn, config.pool, groups, relu, self.kernels)
+            x = local_response_norm(x, config.lrn, groups, relu, self.kernels)  # a ReLU in the same pass over memory
+        return functional.max_pool2d(x, config.pool.px, config.pool.stride) if conv.pool else x
 
     def _layer(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """The layer's convolution or product; exchanges activations with the other tower's process where it sees both."""

@@ -19,8 +19,9 @@ from typing import Any, Optional
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
-from model.config import Kernels, LrnConfig
+from model.config import Kernels, LrnConfig, PoolConfig
 from model.kernels import takes_triton
 
 # Elements of a chunk for each thread of a CPU: 1 MiB in float32. Of 2^14 .. 2^21 it is within 5% of the best at 55×55,
@@ -36,13 +37,31 @@ def local_response_norm(x: torch.Tensor, config: LrnConfig, groups: int = 1, rel
     apart. With `relu`, x passes through max(x, 0) first. Arithmetic is in float32, or in float64 for float64 input. It can be
     differentiated once. `kernels`: Triton's or these chunks, see model/kernels. `torch.nn.LocalResponseNorm` divides alpha by n:
     it equals this one when given alpha·n."""
-    if x.dim() != 4 or x.shape[1] % groups:
-        raise ValueError(f"input of LRN (={tuple(x.shape)}) must be (B, C, H, W) with C a multiple of {groups} groups; "
-                         f"give each tower the same number of channels")
+    _check(x, groups)
     if x.numel() == 0:
         return x
     result: torch.Tensor = _Lrn.apply(x, config, groups, relu, kernels)
     return result
+
+
+def local_response_norm_pool(x: torch.Tensor, config: LrnConfig, pool: PoolConfig, groups: int = 1, relu: bool = False,
+                             kernels: Kernels = "auto") -> torch.Tensor:
+    """`max_pool2d` of `local_response_norm`: (B, C, H, W) → (B, C, P, Q). Where Triton's kernels take x, channels_last, it is one
+    pass each way, which keeps a byte for each window, and no map between the two. The results are the same; in half precision
+    the gradient goes to what was larger before rounding, where the two see a tie and take the first."""
+    _check(x, groups)
+    if x.numel() and takes_triton(kernels, x.device):
+        module = importlib.import_module("model.kernels.lrn_pool")
+        if module.takes(x, config, pool):
+            result: torch.Tensor = _LrnPool.apply(x, config, pool, groups, relu, module)
+            return result
+    return functional.max_pool2d(local_response_norm(x, config, groups, relu, kernels), pool.px, pool.stride)
+
+
+def _check(x: torch.Tensor, groups: int) -> None:
+    if x.dim() != 4 or x.shape[1] % groups:
+        raise ValueError(f"input of LRN (={tuple(x.shape)}) must be (B, C, H, W) with C a multiple of {groups} groups; "
+                         f"give each tower the same number of channels")
 
 
 def _memory_format(x: torch.Tensor) -> torch.memory_format:
@@ -189,3 +208,26 @@ class _Lrn(torch.autograd.Function):
         (kernels.backward if kernels else _backward_in_chunks)(
             _as_maps(x, groups), _as_maps(grad, groups), _as_maps(result, groups), config, relu)
         return result, None, None, None, None
+
+
+class _LrnPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, config: LrnConfig, pool: PoolConfig, groups: int, relu: bool,
+                module: ModuleType) -> torch.Tensor:
+        b, c, h, w = x.shape
+        sides = ((side - pool.px) // pool.stride + 1 for side in (h, w))
+        y = torch.empty(b, c, *sides, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        places = torch.empty_like(y, dtype=torch.uint8)
+        module.forward(x, y, places, config, pool, groups, relu)
+        ctx.save_for_backward(x, places)
+        ctx.constants = config, pool, groups, relu
+        ctx.module = module
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
+        x, places = ctx.saved_tensors
+        result = torch.empty_like(x)
+        ctx.module.backward(x, grad.contiguous(memory_format=torch.channels_last), places, result, *ctx.constants)
+        return result, None, None, None, None, None

@@ -153,6 +153,7 @@ class MachineConfig(LoaderConfig):
             auto is bf16 where the device has arithmetic for it (a GPU since Ampere, a CPU with AVX512), else fp32.
         deterministic: on a GPU, use only kernels with reproducible results.
         kernels: auto takes Triton's on a GPU where they can be built; torch never, triton always.
+        fuse_pooling: let one of Triton's kernels do LRN and the pooling after it, in channels_last; false: pooling is torch's.
         step: eager, or captured: the whole step is one CUDA graph (one process with a GPU only: collectives stay out of graphs);
             auto: captured where it can be.
         sync_steps: steps between two synchronisations of host and device, which read losses, and stop or fail if need be; 0: 1 on
@@ -176,6 +177,7 @@ class MachineConfig(LoaderConfig):
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "fp32"
     deterministic: bool = True
     kernels: Kernels = "auto"
+    fuse_pooling: bool = True
     step: Literal["auto", "eager", "captured"] = "auto"
     sync_steps: int = 0
     torch_threads: int = 0

@@ -12,15 +12,17 @@ PROGRAM = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from model.kernels import dropout, lrn, sgd
+from model.kernels import dropout, lrn, lrn_pool, sgd
 from pipeline.resident import kernels as resident
 
 def compiled(kernel, types, **constants):
     signature = dict(types) | dict.fromkeys(constants, "constexpr")
+    aligned = [["tt.divisibility", 16]]  # memory that torch allocates
     source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names},
-                       {(kernel.arg_names.index(name),): value for name, value in constants.items()})
+                       {(kernel.arg_names.index(name),): value for name, value in constants.items()},
+                       {(kernel.arg_names.index(name),): aligned for name in types if types[name].startswith("*")})
     found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    assert found.asm["cubin"], kernel
+    assert found.asm["cubin"] and found.metadata.shared == 0, kernel  # lanes exchange nothing
     print(kernel.__name__, found.asm["ptx"].count("fma.rn.f32"))
 
 half, single, number = "*bf16", "*fp32", "i32"
@@ -33,6 +35,10 @@ constants = dict(K=2.0, ALPHA=1e-4, BETA=0.75, WINDOW=5, RELU=True, FLOAT=triton
                  LAST=True)
 compiled(lrn._forward, dict(x_ptr=half, y_ptr=half, lanes=number, shift=number), **constants)
 compiled(lrn._backward, dict(x_ptr=half, g_ptr=half, dx_ptr=half, lanes=number, shift=number), **constants)
+del constants["LAST"]
+types = dict.fromkeys(("lanes", "h", "w", "p", "q"), number) | dict(x_ptr=half, k_ptr="*u8")
+compiled(lrn_pool._forward, types | dict(y_ptr=half, rows=number), ALL=96, PX=3, STRIDE=2, J=2, **constants)
+compiled(lrn_pool._backward, types | dict(g_ptr=half, dx_ptr=half), ALL=96, PX=3, STRIDE=2, **constants)
 types = dict(light="*u8", chroma="*u8", table="*i32", mean=single)
 types |= {name: number for name in resident._images.arg_names if name == "B" or "_" in name}
 for yuv, packed, mean, centered, out in ((False, False, True, False, half), (True, False, True, False, half),
