@@ -187,9 +187,12 @@ def _print_info(index: "SampleIndex") -> None:
         unlabelled = int((index.samples["label"][index.split_rows(split["name"])] < 0).sum())
         print(f"  {split['name']:<7} {split['count']:,} images, {split['excluded']:,} excluded"
               + (f", {unlabelled:,} without label" if unlabelled else ""))
-    for title, counts in (("formats", about["formats"]), ("odd", about["reasons"])):
+    labels = Counter(index.samples["label"].tolist())
+    classes = {printable(entry.wnid): labels[label] for label, entry in enumerate(index.classes[:10])}
+    for title, counts in (("classes", classes), ("formats", about["formats"]), ("odd", about["reasons"])):
         if counts:
-            print(f"{title:<10}" + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+            print(f"{title:<10}" + ", ".join(f"{name} {count:,}" for name, count in counts.items())
+                  + " …" * (len(index.classes) > 10 and title == "classes"))
     if "val" in index.split_names and (index.samples["label"][index.split_rows("val")] < 0).all():
         print("note: val has no labels, so nothing can be validated on it: give --devkit (or, to classes, --val-truth)",
               file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Index of class folders, in a tar or on disk: `[.../]<split>/<class>/.../x.jpg` or `[.../]<class>/x.jpg`; of a tar of
+"""Index of class folders, in a tar or on disk: `[.../]<split>/<class>/.../x.jpg` or `[.../]<class>/.../x.jpg`; of a tar of
 `<wnid>.tar`. Beside `train/<class>/x.jpg`, val and test may hold images directly, as Kaggle's ILSVRC does. A folder on disk is
 an archive too: its image files in sorted order, their names packed for names.bin."""
 import csv
@@ -70,7 +70,7 @@ def split_and_class(name: str) -> tuple[str | None, str]:
     """(split or None, class) of an image by its path. Raises ValueError when it is in no folder.
 
     The first folder called train, val (valid, validation) or test that has a folder below it is the split; the folder
-    below it is the class. Without one, the class is the folder the image lies in.
+    below it is the class. Without one, it is the folder the image lies in.
     """
     folders = name.split("/")[:-1]
     for folder, below in zip(folders, folders[1:]):
@@ -111,9 +111,14 @@ def kaggle_truth(path: Path) -> dict[str, str]:
 
 def splits_and_classes(names: Sequence[str], path: Path) -> tuple[list[str], list[str | None]]:
     """Splits and classes of all images of data set `path`; all or none of them lie below a split. Where some lie in
-    `<split>/<class>/`, those directly in val or test have no class. Raises ValueError."""
+    `<split>/<class>/`, those directly in val or test have no class. Without splits, the class is the first folder below those
+    that all images share, as of torchvision's ImageFolder. Raises ValueError."""
     placed: list[tuple[str | None, str | None]] = [split_and_class(name) for name in names]
-    if any(split is not None for split, _ in placed):
+    if all(split is None for split, _ in placed):
+        folders = [name.split("/")[:-1] for name in names]
+        depth = min(len(os.path.commonprefix(folders)), min(map(len, folders)) - 1)
+        placed = [(None, parts[depth]) for parts in folders]
+    else:
         flat = {name: split for name, split in SPLIT_NAMES.items() if split != "train"}
         placed = [(flat[str(folder).lower()], None) if split is None and str(folder).lower() in flat else (split, folder)
                   for split, folder in placed]
