@@ -67,7 +67,7 @@ def _compute(args: argparse.Namespace) -> None:
     print(f"mean R {mean[0]:.2f} G {mean[1]:.2f} B {mean[2]:.2f}; "
           f"standard deviations along the components {roots[0]:.2f} {roots[1]:.2f} {roots[2]:.2f} (grey levels)")
     for id, reason in stats.skipped.items():
-        print(f"skipped sample {id}: {reason}")
+        print(f"skipped sample {id} (={index.safe_name(id)}): {reason}")
 
 
 if __name__ == "__main__":

@@ -207,7 +207,8 @@ def examine(args: argparse.Namespace) -> int:
             print(f"{MARKS[finding.kind]:2} {finding.name:{width}}  {finding.value}")
             if finding.advice:
                 print(f"{'':{width + 5}}→ {finding.advice}")
-        print("training would work here: alexnet demo" if works else "training would not work here; mend what is marked ✗")
+        first = "demo" if version("pillow") else "train --help"
+        print(f"training would work here: alexnet {first}" if works else "training would not work here; mend what is marked ✗")
     return 0 if works else 1
 
 

@@ -101,7 +101,7 @@ def hold_out(config: Config, say: Callable[[str], None]) -> Config:
                          f"cannot be held out: {error}") from None
     found = SampleIndex.load(out, config.machine.archives or None)
     counts = np.bincount(found.samples["label"][found.ids("val")], minlength=len(found.classes))
-    lacking = f"; {np.count_nonzero(counts == 0)} classes have none there" if (counts == 0).any() else ""
+    lacking = f"; classes that have none there: {np.count_nonzero(counts == 0)}" if (counts == 0).any() else ""
     say(f"{path} has no images for validation: {counts.sum():,} of {len(original.ids('train')):,} training images, "
         f"{subset.DIVISION.hold_out:.0%} of each class, are held out as val and not trained on{lacking}; index: {out}")
     if out != path / "hold-out":

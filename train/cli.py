@@ -209,7 +209,8 @@ def check_runs(paths: Iterable[Path]) -> None:
     for path in paths:
         if not path.exists():
             near = Path("runs") / path.name
-            remedy = f"did you mean {near}?" if near.is_dir() else "give a run folder, such as runs/demo"
+            beside = [str(near)] if near.is_dir() else [str(other) for other in path.parent.glob("*/") if other.is_dir()]
+            remedy = nearest(str(path), beside) or "give a run folder, such as runs/demo"
             raise ValueError(f"RUN (={path}) does not exist; {remedy}")
 
 

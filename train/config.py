@@ -248,7 +248,7 @@ class Config:
         if self.schedule.warmup_steps > steps:
             found.append(f"schedule.warmup_steps (={self.schedule.warmup_steps}) is more than the {steps} steps of the run, "
                          "which never reaches its learning rate")
-        found += [f"schedule.milestones (epoch {milestone.epoch}) has no effect: training ends after {epochs} epochs"
+        found += [f"schedule.milestones (epoch {milestone.epoch}) has no effect: training ends after epoch {epochs}"
                   for milestone in self.schedule.milestones if milestone.epoch >= epochs]
         return found
 

@@ -197,9 +197,9 @@ class Trainer:
                             seconds=round(throughput.seconds, 2), validation=score.as_dict())
         self._console.epoch(f"{epoch + 1}/{epochs}", loss, error, score, lr, overall)
         quarantined, new = self._loader.quarantine.count()
-        if quarantined:
-            self._console.warn(f"training images in quarantine: {quarantined}, {new} of them since the epoch before; others "
-                               f"stand in for them, see {self._folder / QUARANTINE}")
+        if new:
+            self._console.warn(f"training images in quarantine: {quarantined}, {new} of them new in this epoch; others stand in "
+                               f"for them, see {self._folder / QUARANTINE}")
         if schedule.epoch_done(score.top1):
             self._console.print(f"validation error no longer improves: learning rate {schedule.lr(step, epoch + 1):g}")
         self._progress = Progress(epoch + 1)

@@ -85,7 +85,8 @@ def train_and_test(request: CommandLine, topology: Topology) -> int:
                                     fingerprint=config.fingerprint(), machine=config.as_dict()["machine"],
                                     initial_weights=trainer.initial_weights)
         console.print(f"{folder}: {len(index.ids(config.data.train_split))} images of {len(index.classes)} classes, "
-                      f"{config.train.epochs} epochs, {trainer.steps} steps of {config.train.batch}, on {topology.device}")
+                      f"{config.train.epochs} epoch{'s' * (config.train.epochs > 1)}, {trainer.steps} steps of "
+                      f"{config.train.batch}, on {topology.device}")
         for message in filter(None, (weights, loader.note, train_step.prepare())):
             console.print(message)
         for message in config.doubts(trainer.steps):

@@ -136,7 +136,8 @@ def check_resumable(config: Config, path: Path, epochs: int = 0) -> None:
     problems = [f"{key}: {old} in the run, {new} now" for key, (old, new) in changes(stored.as_dict(), config.as_dict()).items()
                 if changes_results(key) and (key not in EXTENDABLE or key == "schedule.milestones" and passed != given)]
     if config.train.epochs < epochs:
-        problems.append(f"train.epochs: {config.train.epochs} now, and {epochs} are begun")
+        raise ValueError(f"train.epochs (={config.train.epochs}) is less than the {epochs} epochs that the run has begun; give "
+                         f"--train.epochs={epochs} or more, or start another run with --machine.name")
     if problems:
         raise ValueError(f"recipe (={'; '.join(problems)}) is not the one of {run}; a resume may raise train.epochs, change "
                          "schedule.milestones of epochs to come, and the groups machine and parallel: give the run's other "

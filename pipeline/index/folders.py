@@ -33,6 +33,8 @@ def build_classes(builder: Builder, path: Path, *, words: Mapping[str, str] = {}
     if path.is_dir():
         members, builder.names, odd = list_folder(path)
         builder.archives.append(folder_archive(path, members))
+    elif not path.exists():
+        raise ValueError(f"data set (={path}) does not exist; give a folder of class folders, or a tar of them")
     else:
         files = [member for member in builder.members(path) if member.kind != "directory"]
         members = [member for member in files if member.kind == "file" and is_image_name(member.name)]

@@ -68,6 +68,7 @@ class EvalLoader(Loader):
     def __init__(self, evaluation: Evaluation, chain: Chain, return_batch: bool = True) -> None:
         super().__init__(evaluation.context, chain, return_batch)
         self._evaluation, self.skipped, mean = evaluation, evaluation.skipped, evaluation.central_mean
+        self._memory_format = torch.channels_last if evaluation.context.machine.channels_last else torch.contiguous_format
         self._central_mean = None if mean is None else torch.from_numpy(mean).to(self.device)
 
     def __len__(self) -> int:
@@ -84,7 +85,8 @@ class EvalLoader(Loader):
                     batch = self.take(prefetcher, number)
                 except StopIteration:
                     return
-                yield batch if self.return_batch else (next(self.crops(batch.images, 1)), batch.labels)
+                yield batch if self.return_batch else (next(self.crops(batch.images, 1)).contiguous(
+                    memory_format=self._memory_format), batch.labels)
                 del batch
         finally:
             prefetcher.close()

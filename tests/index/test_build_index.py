@@ -265,7 +265,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("fall2011 flat", "archive (=flat) is not a file; give the path of an uncompressed tar file"),
     ("fall2011 same.tar", "archive (=same.tar) holds no <wnid>.tar; for class folders of images: build classes"),
     ("classes both.tar", "archive (=both.tar) holds images (a/1.JPEG …) as well as tars (n1.tar …), so which are the data set"),
-    ("classes none", "archive (=none) does not exist"),
+    ("classes none", "data set (=none) does not exist; give a folder of class folders, or a tar of them"),
     ("classes empty", "data set (=empty) holds no images (.jpg"),
     ("classes flat", "lies in no class folder; arrange images as <class>/<image>"),
     ("webdataset bad-label.tar", "label (='cat') in a.cls of bad-label.tar at offset 512 is not a number from 0"),

@@ -34,7 +34,8 @@ def test_split_and_class_errors() -> None:
 
 @pytest.mark.parametrize(("names", "classes"), [
     (["cat/1.jpg", "cat/may/2.jpg", "dog/may/3.jpg"], ["cat", "cat", "dog"]),
-    (["a/b/cat/1.jpg", "a/b/dog/may/2.jpg"], ["cat", "dog"]), (["a/cat/1.jpg"], ["cat"]), (["cat/1.jpg", "cat/may/2.jpg"], ["cat", "cat"])])
+    (["a/b/cat/1.jpg", "a/b/dog/may/2.jpg"], ["cat", "dog"]), (["a/cat/1.jpg"], ["cat"]),
+    (["cat/1.jpg", "cat/may/2.jpg"], ["cat", "cat"])])
 def test_folders_within_a_class_are_no_classes(names: list[str], classes: list[str]) -> None:
     """Without splits, the class is the first folder below those that all images share, as of torchvision's ImageFolder."""
     assert splits_and_classes(names, Path("here")) == (["train"] * len(names), classes)

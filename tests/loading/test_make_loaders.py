@@ -82,6 +82,7 @@ def test_pairs_and_batches_are_the_same_images(photos: SampleIndex) -> None:
     with make_eval_loader(photos, **options) as pairs, make_eval_loader(photos, return_batch=True, **options) as batches:
         for (images, labels), batch in zip(pairs, batches):
             assert torch.equal(images, next(batches.crops(batch.images, 1))) and batch.images.shape[-1] == 76
+            assert images.is_contiguous() and not next(batches.crops(batch.images, 1)).is_contiguous()
             assert torch.equal(labels, batch.labels)
 
 

@@ -129,6 +129,7 @@ def test_mistakes_of_train_are_one_line(words: str, message: str, tmp_path: Path
     ("index build photos -o x", "PRESET (=photos) must be one of ilsvrc2012, ilsvrc2010, fall2011, classes, webdataset; correct "
      "it; for a folder of classes: `alexnet index build classes FOLDER -o INDEX`"),
     ("eval", "RUN (=none) must be given; see alexnet eval --help"),
+    ("eval runs/frist", "RUN (=runs/frist) does not exist; did you mean runs/first?"),
     ("eval x --vews 10", "--vews (=none) is no option; did you mean --views?"),
     ("eval x --views 5", "--views (=5) must be one of 1, 10; correct it"),
     ("eval x --batch many", "--batch (=many) must be a whole number; correct it"),
@@ -143,6 +144,7 @@ def test_mistakes_of_train_are_one_line(words: str, message: str, tmp_path: Path
 def test_mistakes_of_other_verbs_are_one_line(words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                               capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/first").mkdir(parents=True)
     assert alexnet.main(words.split()) == 2
     error = capsys.readouterr().err
     assert f"error: {message}" in error.replace(f"{tmp_path}/", "") and error.count("\n") == 1

@@ -45,7 +45,7 @@ def test_one_command_trains_and_the_run_is_found_again(index: Path, recipe: Path
                                                        capsys: pytest.CaptureFixture[str]) -> None:
     out, err = here(recipe, tmp_path / "runs", *SHORT, f"--data.index={index}")
     assert (f"{index} has no images for validation: 3 of 26 training images, 10% of each class, are held out as val and not "
-            f"trained on; 1 classes have none there; index: {index / 'hold-out'}") in out
+            f"trained on; classes that have none there: 1; index: {index / 'hold-out'}") in out
     assert "23 images of 4 classes" in out and re.search("statistics: 100%.* 23 images", err)
     held = SampleIndex.load(index / "hold-out")
     train, val = held.ids("train"), held.ids("val")
@@ -112,7 +112,7 @@ def test_a_loader_for_a_split_that_is_not_there_says_where_it_is(index: Path) ->
     (COUNTS, ["--train.batch=24"], "train.batch (=24) must not exceed the 23 images of split train; lower it: --train.batch=23"),
     ({"a": 1, "b": 1}, [], "split (=val) is not in the index INDEX, and 10% of its training images cannot be held out: split "
      "(=val) would be empty"),
-    ({"a": 9}, [], "model.classes (=1) must be 2 to 1048576; count the classes of the index"),
+    ({"a": 9}, [], "data.index (=INDEX) has only one class, a; put the images of each class into a folder of its own"),
     (COUNTS, ["--data.validation_split=test"], "split (=test) is not in the index INDEX; it has train"),
     (COUNTS, ["--data.index=nowhere"], "data.index (=nowhere) does not exist; give --data.index=FOLDER, made with `alexnet index "
      "build`"),

@@ -91,12 +91,12 @@ def prepare(args: argparse.Namespace, packs: bool, scratch: Path) -> Task:
 
 def run(args: argparse.Namespace, command: Sequence[str]) -> None:
     """Measure, print, write. Raises ValueError or RuntimeError."""
-    for module, extra in (("PIL", "demo"), ("matplotlib", "plots")):
+    for module, package in (("PIL", "pillow"), ("matplotlib", "matplotlib")):
         try:
             importlib.import_module(module)
         except ImportError:
-            raise RuntimeError(f"{module} is not installed, and the comparison is drawn and checked with it; pip install -e "
-                               f"'.[{extra}]'") from None
+            raise RuntimeError(f"{package} is not installed, and the comparison is drawn and checked with it; pip install "
+                               f"{package}") from None
     from rich.console import Console
 
     from pipeline.index.sample_index import SampleIndex
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> None:
         results = rounds.measure(task, names, args.rounds, args.seconds)
     report.show(results, Console(width=None if sys.stdout.isatty() else 140))
     if not any(result.turns for result in results):
-        raise RuntimeError("no contender could run; the table says why (`pip install -e '.[bench]'` installs the others)")
+        raise RuntimeError("no contender could run; the table says why (`pip install webdataset spdl` installs the others)")
     about = {"what": f"{args.work}: training crops of {task.data.crop_px} px, float32, warm page cache",
              "date": datetime.date.today().isoformat(),
              "command": shlex.join(["python", "-m", "tools.bench", *command]),

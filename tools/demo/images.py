@@ -144,7 +144,7 @@ def encode(picture: Array, kind: str = "jpeg") -> bytes:
     try:
         from PIL import Image
     except ImportError:
-        raise RuntimeError("Pillow is not installed, and nothing else here writes JPEG; pip install -e '.[demo]'") from None
+        raise RuntimeError("Pillow is not installed, and nothing else here writes JPEG; pip install pillow") from None
     image = Image.fromarray(picture)
     if kind in ("cmyk", "grey"):
         image = image.convert({"cmyk": "CMYK", "grey": "L"}[kind])

@@ -64,7 +64,8 @@ def parser(prog: str = "python -m tools.show") -> Parser:
                          "export" + " (default: the one that the features are of)" * (one is query))
         one.add_which()
     for one in (batch, top5, build, query):
-        one.add_argument("--index", type=Path, metavar="INDEX", help="index (default: that of the recipe or features)")
+        one.add_argument("--index", *(["--data.index"] if one is batch else []), type=Path, metavar="INDEX",
+                         help="index (default: that of the recipe or features)")
         one.add_archives()
     for one in (top5, build, query):
         one.add_device()

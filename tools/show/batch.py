@@ -18,7 +18,7 @@ from pipeline.stats import Stats, channel_mean, mean_image
 from pipeline.tiers import make_train_loader
 from tools.cli import ProgressBar
 from tools.show.sheet import Sheet
-from train.recipe import load
+from train.recipe import parse
 
 _COLUMNS = 8
 _CELL, _SIDE = (2.1, 2.6), 1.94  # inches: of a crop with its text; of the crop
@@ -74,8 +74,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--count (={args.count}) must lie in 1..200; larger sheets cannot be read")
     if args.step < 0:
         raise ValueError(f"--step (={args.step}) must be at least 0; batches are counted from 0")
-    config = load(args.recipe)
-    data = replace(config.data, index=str(args.index or config.data.images), packed="")
+    config = parse([str(args.recipe), *([f"--data.index={args.index}", "--data.packed="] if args.index else [])]).config
+    data = replace(config.data, index=str(config.data.images), packed="")
     archives = str(args.archives or config.machine.archives)
     store = archives if archives.startswith("s3://") else ""
     index = SampleIndex.load(data.index, None if store else archives or None)

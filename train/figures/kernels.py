@@ -26,8 +26,7 @@ def need_matplotlib() -> None:
     try:
         import matplotlib
     except ImportError:
-        raise RuntimeError("matplotlib is not installed, and this command draws with it; "
-                           "pip install -e '.[plots]'") from None
+        raise RuntimeError("matplotlib is not installed, and this command draws with it; pip install matplotlib") from None
     matplotlib.use("Agg")
 
 

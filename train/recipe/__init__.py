@@ -258,6 +258,9 @@ def _with_classes(values: dict[str, Any]) -> dict[str, Any]:
     if not Path(path).exists():
         raise ValueError(f"data.{key} (={path}) does not exist; give --data.{key}=FOLDER, made with `alexnet {maker}`")
     _, header = read_header(Path(path))
+    if len(header.classes) == 1:
+        raise ValueError(f"data.{key} (={path}) has only one class, {header.classes[0].wnid}; put the images of each class into "
+                         "a folder of its own, and index that again")
     return dict(_merge(values, {"model": {"classes": len(header.classes)}}))
 
 
