@@ -50,7 +50,7 @@ def explain(error: OSError, path: str | Path | None = None) -> str:
     else:
         cause, remedy = CAUSES[error.errno]
     if not isinstance(named, (str, bytes, Path)):
-        return f"a file or folder {cause}; {remedy}"
+        return f"{'the current folder' if error.errno == errno.ENOENT else 'a file or folder'} {cause}; {remedy}"  # of getcwd(2)
     return f"{'folder' if os.path.isdir(named) else 'file'} (={os.fsdecode(named)}) {cause}; {remedy}"
 
 

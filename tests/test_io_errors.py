@@ -29,7 +29,8 @@ def test_each_cause_is_one_line_with_thing_and_remedy(tmp_path: Path) -> None:
                           (errno.EROFS, "is mounted read-only; name")):
         line = explain(OSError(number, os.strerror(number), str(path)))
         assert line.startswith(f"file (={path}) ") and words in line and "\n" not in line
-        assert explain(OSError(number, os.strerror(number))).startswith("a file or folder ")
+        assert explain(OSError(number, os.strerror(number))).startswith(
+            "the current folder " if number == errno.ENOENT else "a file or folder ")
         assert explain(OSError(number, os.strerror(number)), path) == line
     assert explain(OSError(errno.EEXIST, "", str(tmp_path))).startswith(f"folder (={tmp_path}) is there already")
     for number in (errno.EUCLEAN, errno.EXDEV, errno.ENODEV, errno.EBADMSG):  # none that is common: the system's words

@@ -257,7 +257,8 @@ def ls(args: argparse.Namespace) -> None:
         ids = ids[index.samples["reason"][ids] != 0]
     with contextlib.ExitStack() as stack:
         to_file = args.json is not None and str(args.json) != "-"
-        file = stack.enter_context(args.json.open("w", encoding="utf-8")) if to_file else sys.stdout
+        file = stack.enter_context(args.json.open("w", encoding="utf-8")) if to_file \
+            else getattr(sys.stdout, "stream", sys.stdout)  # itself: nobody waits for a list that nobody reads
         for id in ids.tolist():
             row = dict(zip(index.samples.dtype.names or (), index.samples[id].tolist()))
             archive, label = index.archives[row["archive"]], row["label"]

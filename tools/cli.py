@@ -1,13 +1,15 @@
 """What the tools share: errors of one line, text safe for a terminal, progress on stderr, machine and versions in words."""
+import contextlib
 import os
 import platform
+import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from pipeline.progress import ProgressBar
-from train.exit_codes import MISTAKE, exit_code, printable
+from train.exit_codes import MISTAKE, Unread, exit_code, printable
 
 __all__ = ["ProgressBar", "guarded", "hardware", "printable", "versions"]
 PACKAGES = ("torch", "triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13",
@@ -16,8 +18,9 @@ PACKAGES = ("torch", "triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "nv
 
 def guarded(work: Callable[[], int | None], interrupted: str = "interrupted") -> int:
     """Do the work of a command; returns its exit code: what `work` returns (None: 0), 2 after an error that is the user's or the
-    world's, 130 after Ctrl-C, each with one line on stderr and no traceback."""
-    return exit_code(work, "close other programs, or ask for less", interrupted, failed=MISTAKE)
+    world's, 130 after Ctrl-C, each with one line on stderr and no traceback. Who reads the output may leave (`… | head`)."""
+    with contextlib.redirect_stdout(Unread(sys.stdout)):
+        return exit_code(work, "close other programs, or ask for less", interrupted, failed=MISTAKE)
 
 
 def hardware() -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 if not __package__:  # run as a file: tools/profile must not hide the standard library's `profile`
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from train.exit_codes import exit_code, run_command, start_command  # noqa: E402
+from train.exit_codes import run_command, start_command  # noqa: E402
 
 if __name__ == "__main__":
     start_command()
@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass
 from types import ModuleType
 
 from pipeline.process_pool import cores  # noqa: E402
+from tools.cli import guarded  # noqa: E402
 from train.cli import Parser, put_json  # noqa: E402
 
 PACKAGE = "alexnet-dali"
@@ -214,7 +215,7 @@ def examine(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m tools.doctor") -> int:
     """The command; returns its exit code."""
-    return exit_code(lambda: examine(parser(prog).parse_args(argv)), "close other programs")
+    return guarded(lambda: examine(parser(prog).parse_args(argv)))
 
 
 if __name__ == "__main__":

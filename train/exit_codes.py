@@ -147,6 +147,25 @@ def exit_code(work: Callable[[], Optional[int]], memory_advice: str, interrupted
         return INTERRUPTED
 
 
+class Unread:
+    """A stream whose work goes on when its reader has closed it: what nobody reads is lost."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(BrokenPipeError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 def _nobody_reads(stream: TextIO) -> bool:
     """Whether a stream is a pipe whose reader has closed it. (A flush may not tell: what could not be written may be gone.)"""
     poll = select.poll()

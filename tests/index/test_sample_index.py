@@ -178,7 +178,7 @@ def test_damaged_arrays(tmp_path: Path) -> None:
         SampleIndex.load(index.path)
     np.save(file, np.array([{"an": "object"}]), allow_pickle=True)  # a pickle is never loaded
     altered(index.path, {"files": file_entry(file)})
-    with pytest.raises(ValueError, match="is no array .it is a pickle"):
+    with pytest.raises(ValueError, match="is no array .*Python objects"):
         SampleIndex.load(index.path)
 
 

@@ -1,4 +1,5 @@
 """verify finds each damaged image, and only those; --exclude takes them out and nothing else."""
+import contextlib
 import errno
 import json
 import os
@@ -289,3 +290,18 @@ def test_scrub_compares_checksums(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["verify", str(index.path), "--scrub", "--exclude"]) == 0
     assert "damaged: sample 99 (=dog/099.JPEG) has CRC-32" in capsys.readouterr().out
     assert 99 not in SampleIndex.load(index.path).ids("train")
+
+
+def test_whoever_reads_the_output_may_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exit code is the same, and what was asked for is done."""
+    index = build(tmp_path)
+    flip(index, 40, 300)
+    for options, code in (([], 1), (["--exclude"], 0), ([], 0)):
+        reading, writing = os.pipe()
+        os.close(reading)
+        with open(writing, "w") as pipe, monkeypatch.context() as patch:
+            patch.setattr("sys.stdout", pipe)
+            assert main(["verify", str(index.path), "--full", *options]) == code
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+    assert SampleIndex.load(index.path).samples["excluded"].sum() == 1
