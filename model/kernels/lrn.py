@@ -115,7 +115,7 @@ def load(source: tl.tensor, place: tl.tuple, shift: tl.tensor, REACH: tl.constex
     if RELU:
         rectified = ()
         for c in tl.static_range(C + 2 * REACH):
-            rectified = rectified + (tl.where(values[c] < 0.0, 0.0, values[c]),)  # NaN stays
+            rectified = rectified + (tl.maximum(values[c], 0.0, propagate_nan=tl.PropagateNan.ALL),)
         return rectified
     else:
         return values

@@ -121,7 +121,7 @@ def _backward(x_ptr: tl.tensor, g_ptr: tl.tensor, k_ptr: tl.tensor, dx_ptr: tl.t
             place = (((image * p + i) * q + j) * ALL + block * C, channel, there)
             grads = grads + tiles(g_ptr, place, half, N, C)
             places = places + tiles(k_ptr, place, half, N, C)
-    for a in range(STRIDE):
+    for a in tl.static_range(STRIDE):
         for b in tl.static_range(STRIDE):
             chosen = ()
             for side in tl.static_range(sides):
