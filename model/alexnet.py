@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from model.init import init_layer
-from model.config import Conv, Full, Kernels, LrnConfig, ModelConfig, PoolConfig
+from model.config import Conv, Full, Kernels, LrnConfig, ModelConfig, PoolConfig, TowerConvs
 from model.dropout import dropout, dropout_words
 from model.lrn import local_response_norm, local_response_norm_pool
 from model.tower_exchange import Link, gather_logits, two_tower_layer
@@ -106,17 +106,19 @@ class AlexNet(nn.Module):
 
     `seed`: of initial values and dropout masks. `scheme`: how a pair of processes shares the work; without effect for BOTH.
     `overlap`: compute while activations and gradients travel; changes no bit. `kernels`: see model/kernels. `fuse_pooling`: let
-    one of them normalise and pool. Raises ValueError for one of two towers of a configuration with a single one, and for scheme
-    weird with a fully connected layer that sees only its own tower."""
+    one of them normalise and pool. `tower_convs`: of two towers in one process, `halves` keeps each one's maps in a tensor of its
+    own, between dense convolutions; same parameters. Raises ValueError for one of two towers of a configuration with a single
+    one, and for scheme weird with a fully connected layer that sees only its own tower."""
 
     def __init__(self, config: ModelConfig, *, seed: int, tower: Tower = BOTH, scheme: Literal["towers", "weird"] = "towers",
-                 overlap: bool = True, kernels: Kernels = "auto", fuse_pooling: bool = True) -> None:
+                 overlap: bool = True, kernels: Kernels = "auto", fuse_pooling: bool = True,
+                 tower_convs: TowerConvs = "grouped") -> None:
         super().__init__()
         if tower.count > config.towers:
             raise ValueError(f"model.towers (={config.towers}) cannot be held by {tower.count} processes; use one "
                              f"process, or model.towers=2")
         self.config, self.seed, self.tower, self.kernels = config, seed, tower, kernels
-        self._fuse_pooling = fuse_pooling
+        self._fuse_pooling, self._tower_convs = fuse_pooling, tower_convs
         self.halves_images = scheme == "weird" and tower.count == 2
         self._links: dict[str, Link] = {}
         self._first_full = next(iter(config.fulls))
@@ -172,9 +174,11 @@ class AlexNet(nn.Module):
         config, first_row = self.config, self._check(images, rows)
         words_left = self._words(step, words)
         x = images.to(next(self.parameters()).dtype)  # as they are, but for a network in float64
+        maps = [x]
         for name, conv in config.convs.items():
-            x = self._finish(name, conv, self._layer(name, x))
-        x = x.flatten(1)
+            maps = self._convolution(name, maps)
+            maps = [self._finish(name, conv, part, len(maps)) for part in maps]
+        x = torch.cat([part.flatten(1) for part in maps], 1) if len(maps) == 2 else maps[0].flatten(1)
         for name, full in list(config.fulls.items())[:-1]:
             x = self._layer(name, x)
             relu = not full.linear and config.activation == "relu"
@@ -190,10 +194,10 @@ class AlexNet(nn.Module):
     def _activate(self, x: torch.Tensor) -> torch.Tensor:
         return functional.relu(x, inplace=True) if self.config.activation == "relu" else torch.tanh(x)
 
-    def _finish(self, name: str, conv: Conv, x: torch.Tensor) -> torch.Tensor:
-        """Activation, LRN and pooling of a convolution, in the order that its `lrn` says."""
+    def _finish(self, name: str, conv: Conv, x: torch.Tensor, parts: int) -> torch.Tensor:
+        """Activation, LRN and pooling of a convolution, in the order that its `lrn` says; x is one of so many `parts`."""
         config, relu = self.config, self.config.activation == "relu"
-        groups = config.towers // self.tower_of(name).count  # LRN windows do not cross from one tower into the other
+        groups = config.towers // self.tower_of(name).count // parts  # LRN windows do not cross from one tower into the other
         if config.lrn is None or conv.lrn == "none":
             x = self._activate(x)
         elif conv.lrn == "before":
@@ -204,6 +208,17 @@ class AlexNet(nn.Module):
                 return local_response_norm_pool(x, config.lrn, config.pool, groups, relu, self.kernels)
             x = local_response_norm(x, config.lrn, groups, relu, self.kernels)  # a ReLU in the same pass over memory
         return functional.max_pool2d(x, config.pool.px, config.pool.stride) if conv.pool else x
+
+    def _convolution(self, name: str, maps: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The convolution's result from that of the layer before, or from the images: in one tensor or, a tower each, in two."""
+        layer = self.get_submodule(name)
+        if self._tower_convs == "grouped" or self.config.towers == self.tower_of(name).count:
+            return [self._layer(name, maps[0])]
+        if len(maps) == 1 or self.config.layers[name].sees == "both":
+            maps = [torch.cat(maps, 1) if len(maps) == 2 else maps[0]] * 2
+        assert isinstance(layer, nn.Conv2d) and layer.bias is not None
+        return [functional.conv2d(x, weight, bias, layer.stride, layer.padding)
+                for x, weight, bias in zip(maps, layer.weight.chunk(2), layer.bias.chunk(2), strict=True)]
 
     def _layer(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """The layer's convolution or product; exchanges activations with the other tower's process where it sees both."""

@@ -14,6 +14,7 @@ Sees = Literal["own", "both"]
 Norm = Literal["none", "after", "before"]
 Activation = Literal["relu", "tanh"]
 Kernels = Literal["auto", "torch", "triton"]  # model/kernels
+TowerConvs = Literal["grouped", "halves"]
 
 
 def require(ok: bool, key: str, value: object, rule: str) -> None:

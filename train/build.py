@@ -185,7 +185,8 @@ def network(config: Config, topology: Topology) -> AlexNet:
     scheme = config.parallel.scheme if topology.tower_ranks == 2 else "towers"  # the same in one process
     takes_triton(config.machine.kernels, topology.device)  # raises where they are demanded and cannot run
     built = AlexNet(config.model, seed=config.train.seed, tower=tower, scheme=scheme, overlap=config.parallel.overlap,
-                    kernels=config.machine.kernels, fuse_pooling=config.machine.fuse_pooling)
+                    kernels=config.machine.kernels, fuse_pooling=config.machine.fuse_pooling,
+                    tower_convs=config.machine.tower_convs)
     built.to(topology.device, torch.float64 if config.machine.precision == "fp64" else torch.float32)
     if config.machine.channels_last:
         built.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

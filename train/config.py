@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from model.config import Kernels, ModelConfig, require
+from model.config import Kernels, ModelConfig, TowerConvs, require
 from pipeline.config import ADDED, LANES, WINDOW, DataConfig, LoaderConfig
 from pipeline.index.header import read_header
 from train.cli import DEVICES, is_device
@@ -154,6 +154,8 @@ class MachineConfig(LoaderConfig):
         deterministic: on a GPU, use only kernels with reproducible results.
         kernels: auto takes Triton's on a GPU where they can be built; torch never, triton always.
         fuse_pooling: let one of Triton's kernels do LRN and the pooling after it, in channels_last; false: pooling is torch's.
+        tower_convs: convolutions of two towers in one process: grouped, one of two groups; halves, two dense ones, so that each
+            tower's maps are a tensor of their own up to the layer that sees both.
         step: eager, or captured: the whole step is one CUDA graph (one process with a GPU only: collectives stay out of graphs);
             auto: captured where it can be.
         sync_steps: steps between two synchronisations of host and device, which read losses, and stop or fail if need be; 0: 1 on
@@ -178,6 +180,7 @@ class MachineConfig(LoaderConfig):
     deterministic: bool = True
     kernels: Kernels = "auto"
     fuse_pooling: bool = True
+    tower_convs: TowerConvs = "grouped"
     step: Literal["auto", "eager", "captured"] = "auto"
     sync_steps: int = 0
     torch_threads: int = 0

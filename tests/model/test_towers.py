@@ -14,7 +14,7 @@ from tests.helpers.exchanged import crossing
 from tests.helpers.networks import small, with_layers
 
 from model.alexnet import AlexNet, canonical_shapes
-from model.config import Full, ModelConfig
+from model.config import Full, ModelConfig, TowerConvs
 from model.tower_exchange import gather_logits
 from model.towers import BOTH, Tower, tower_shape, tower_slice
 
@@ -30,6 +30,7 @@ class Variant:
     memory_format: torch.memory_format = torch.contiguous_format
     scheme: Literal["towers", "weird"] = "towers"
     overlap: bool = True
+    tower_convs: TowerConvs = "grouped"
     alike: str = ""
 
 
@@ -44,7 +45,7 @@ VARIANTS = {
         fc9=Full(std=0.2, bias=0)), activation="tanh")),
     "weird": Variant(scheme="weird"),
     "weird, no overlap": Variant(scheme="weird", overlap=False, alike="weird"),
-    "weird, channels_last": Variant(memory_format=torch.channels_last, scheme="weird"),
+    "weird, channels_last": Variant(memory_format=torch.channels_last, scheme="weird", tower_convs="halves"),
 }
 
 
@@ -52,7 +53,8 @@ def train(variant: Variant, tower: Tower) -> dict[str, Any]:
     """Logits, loss and gradients of step 0, and the parameters after some steps of SGD with momentum, in float64."""
     torch.set_num_threads(1)
     config = variant.config
-    network = AlexNet(config, seed=5, tower=tower, scheme=variant.scheme, overlap=variant.overlap).double()
+    network = AlexNet(config, seed=5, tower=tower, scheme=variant.scheme, overlap=variant.overlap,
+                      tower_convs=variant.tower_convs).double()
     network.to(memory_format=variant.memory_format)  # type: ignore[call-overload]
     everybodys = [p for name, p in network.named_parameters() if network.tower_of(name) != tower]
     generator = torch.Generator().manual_seed(1)

@@ -85,6 +85,30 @@ def test_equals_plain_layers(name: str) -> None:
         assert ours.abs().max() > 0, f"{key} learns nothing"
 
 
+@pytest.mark.parametrize("name", [name for name, config in VARIANTS.items() if config.towers == 2])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_two_dense_halves_equal_grouped_convolutions(name: str, memory_format: torch.memory_format,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    config, found = VARIANTS[name], []
+    px, labels = config.input_px, torch.arange(3)
+    x = torch.randn(3, 3, px, px, generator=torch.Generator().manual_seed(2)).double().to(memory_format=memory_format)
+    plain, groups = functional.conv2d, []
+
+    def conv2d(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+        assert x.is_contiguous(memory_format=memory_format) and weight.is_contiguous(memory_format=memory_format)
+        groups.append(x.shape[1] // weight.shape[1])
+        return plain(x, weight, *rest)
+
+    monkeypatch.setattr(functional, "conv2d", conv2d)
+    for convs in ("grouped", "halves"):
+        groups.clear()
+        network = AlexNet(config, seed=3, tower_convs=convs).double().to(memory_format=memory_format)
+        logits = network(x, step=0)
+        found.append([logits, *torch.autograd.grad(functional.cross_entropy(logits, labels), list(network.parameters()))])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+    assert groups == [1, 1] * len(config.convs)
+
+
 def test_what_a_tower_sees() -> None:
     """In the network whose towers never meet, nothing of tower b's kernels reaches tower a's logits."""
     network = AlexNet(VARIANTS["never"], seed=3).eval()

@@ -50,7 +50,8 @@ class Way:
 WAYS = {
     "plain": Way(plain=True, machine={"precision": "fp32", "channels_last": False}),  # PyTorch's defaults
     "plain-recipe": Way(plain=True),  # precision and memory format of the recipe
-    "one": Way(), "towers": Way(2, {"towers": 2}), "data": Way(2, {"towers": 1}), "weird": Way(2, {"scheme": "weird"}),
+    "one": Way(), "halves": Way(machine={"tower_convs": "halves"}),
+    "towers": Way(2, {"towers": 2}), "data": Way(2, {"towers": 1}), "weird": Way(2, {"scheme": "weird"}),
     "towers-x-data": Way(4, {"towers": 2})}
 
 
