@@ -4,7 +4,8 @@
 limit = batch ÷ (operations ÷ rate of the tensor cores + bytes ÷ rate of the memory): no kernel overlaps another. Activations and
 gradients are bfloat16, accumulated in the multiply units; master weights and velocity are float32. *Fused*: bias, activation,
 LRN, pooling and dropout are part of a neighbouring kernel, so that each map is written once and read once by whoever needs it.
-*Unfused*: each of them is a kernel of its own that reads and writes its maps, as eager PyTorch has it.
+*Pooling apart*: as that, but pooling is a kernel of its own, torch's. *Unfused*: each of them is a kernel of its own that reads
+and writes its maps, as eager PyTorch has it.
 """
 from __future__ import annotations
 
@@ -52,6 +53,7 @@ class Work:
     macs: int  # multiply-adds forward, for an image
     flop: int  # operations forward and backward, for an image
     fused: int  # bytes of activations and their gradients read and written, for an image
+    apart: int
     unfused: int
 
     @property
@@ -70,20 +72,22 @@ def work(config: ModelConfig) -> list[Work]:
         name, maps = layer.name, sizes[layer.name]
         pooled = sizes.get(name.replace("conv", "pool"), 0) if name.startswith("conv") else 0
         products = (inputs + maps) * (1 + layer.backward)  # forward, gradient of the weights and (not of conv1) of the input
+        pooling = bool(pooled) * (2 * HALF * (maps + pooled) + 2 * 8 * pooled)  # places of the largest in int64
         if name in config.convs:
             normalised = config.lrn is not None and config.convs[name].lrn != "none"
             # One kernel for activation, LRN and pooling: its input and output; back its input again, and two gradients. Else the
             # activation is the convolution's, and its mask is read once.
             tail = 3 * maps + 2 * (pooled or maps) if normalised or pooled else maps
             fused = HALF * (products + tail) + 2 * pooled  # places of the largest, a byte each
+            apart = HALF * (products + (5 if normalised else 1) * maps) + pooling
             kernels = 5 + 5 * normalised  # activation in place, LRN: 2 maps forward, 3 back
-            unfused = HALF * (products + (kernels + 3) * maps) + bool(pooled) * (2 * HALF * (maps + pooled) + 2 * 8 * pooled)
+            unfused = HALF * (products + (kernels + 3) * maps) + pooling
         else:
             full = config.fulls[name]
-            fused = HALF * (products + maps * (not full.linear and name != config.last))
+            fused = apart = HALF * (products + maps * (not full.linear and name != config.last))
             kernels = 5 * (not full.linear and name != config.last) + 5 * full.dropout
             unfused = HALF * (products + (kernels + 3) * maps)  # 3: bias added in place, its gradient summed
-        found.append(Work(name, layer.parameters, layer.macs, 2 * layer.macs * (1 + layer.backward), fused, unfused))
+        found.append(Work(name, layer.parameters, layer.macs, 2 * layer.macs * (1 + layer.backward), fused, apart, unfused))
         inputs = pooled or maps
     return found
 
@@ -111,14 +115,14 @@ def limit(layers: Sequence[Work], batch: int, card: Card, *, fused: bool = True)
 def tables(config: ModelConfig) -> Iterator[str]:
     """Lines of Markdown: the layers, and the limits."""
     layers = work(config)
-    keys = ("parameters", "macs", "flop", "fused", "unfused")
+    keys = ("parameters", "macs", "flop", "fused", "apart", "unfused")
     whole = Work("whole", *(sum(getattr(layer, key) for layer in layers) for key in keys))
-    yield ("| layer | parameters | M multiply-adds, forward | MFLOP, a step | kB of activations, fused | unfused | "
-           "MB of weights, a step |")
-    yield "|---|---|---|---|---|---|---|"
+    yield ("| layer | parameters | M multiply-adds, forward | MFLOP, a step | kB of activations, fused | pooling apart | "
+           "unfused | MB of weights, a step |")
+    yield "|---|---|---|---|---|---|---|---|"
     for layer in [*layers, whole]:
         yield (f"| {layer.name} | {layer.parameters:,} | {layer.macs / 1e6:,.1f} | {layer.flop / 1e6:,.0f} | "
-               f"{layer.fused / 1e3:,.0f} | {layer.unfused / 1e3:,.0f} | {layer.weights / 1e6:,.1f} |")
+               f"{layer.fused / 1e3:,.0f} | {layer.apart / 1e3:,.0f} | {layer.unfused / 1e3:,.0f} | {layer.weights / 1e6:,.1f} |")
     yield ""
     yield "| GPU | batch | arithmetic, µs | weights | activations, fused | unfused | limit, img/s, fused | unfused |"
     yield "|---|---|---|---|---|---|---|---|"

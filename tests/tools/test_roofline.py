@@ -29,9 +29,10 @@ def test_bytes_of_a_layer_by_hand() -> None:
     inputs, maps, pooled = 96 * 27 * 27, 256 * 27 * 27, 256 * 13 * 13
     products = 3 * (inputs + maps)  # forward; gradients of weights and of the input
     assert conv2.fused == 2 * (products + (maps + pooled) + (pooled + 2 * maps)) + 2 * pooled
+    assert conv2.apart == 2 * (products + 2 * maps + 3 * maps + 2 * (maps + pooled)) + 2 * 8 * pooled
     bias, relu, lrn, pool = 2 * maps + maps, 2 * maps + 3 * maps, 2 * maps + 3 * maps, 2 * (maps + pooled)
     assert conv2.unfused == 2 * (products + bias + relu + lrn + pool) + 2 * 8 * pooled
-    assert fc7.fused == 2 * (3 * 8192 + 4096) and fc7.unfused == 2 * (3 * 8192 + 13 * 4096)
+    assert fc7.fused == fc7.apart == 2 * (3 * 8192 + 4096) and fc7.unfused == 2 * (3 * 8192 + 13 * 4096)
     assert conv2.weights == 26 * (256 * 48 * 25 + 256)
 
 

@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SMI = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit", "temperature.gpu",
        "memory.total", "memory.used", "utilization.gpu", "mig.mode.current", "ecc.mode.current", "persistence_mode")
 SWITCHES = {"step": ("captured", "eager"), "kernels": ("triton", "torch")}  # of `machine`: how a step is computed
+OTHERWISE = {"pooling apart": "fuse_pooling=false", "tower halves": "tower_convs=halves"}  # one of these, with the first of those
 TESTS = {  # a name: words of pytest
     "kernels against their twins": ("tests/model", "tests/resident/test_device.py", "tests/train/test_optimizer.py", "-k",
                                     "kernels or device", "-m", "not slow"),
@@ -126,9 +127,13 @@ def synchronisations(step: Callable[[], object], device: torch.device, steps: in
 # --- the network's step
 
 def switched() -> Iterator[tuple[str, list[str]]]:
-    """Every combination of the switches: name, settings."""
-    for values in itertools.product(*SWITCHES.values()):
-        yield ", ".join(values), [f"--machine.{name}={value}" for name, value in zip(SWITCHES, values)]
+    """Every combination of the switches, and the first with each other setting: name, settings."""
+    combined = {", ".join(values): [f"--machine.{name}={value}" for name, value in zip(SWITCHES, values)]
+                for values in itertools.product(*SWITCHES.values())}
+    yield from combined.items()
+    first, words = next(iter(combined.items()))
+    for name, setting in OTHERWISE.items():
+        yield f"{first}, {name}", [*words, f"--machine.{setting}"]
 
 
 def our_steps(config: Config, topology: Topology) -> Iterator[int]:
