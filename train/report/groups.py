@@ -187,8 +187,11 @@ def _name(names: Sequence[str]) -> str:
 
 
 def by_images(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:
-    """Groups on the same images together, and their data in words: of those that know it exactly, if any does."""
+    """Groups on the same images together, and their data in words, of those that know it exactly, if any does; with its hash
+    where the same words stand for other images, as those of a packed copy."""
     found: dict[str, list[Group]] = {}
     for one in groups:
         found.setdefault(one.images, []).append(one)
-    return [(min((one.data for one in members), key=len), members) for members in found.values()]
+    words = {images: min((one.data for one in members), key=len) for images, members in found.items()}
+    return [(f"{data}, {images[:8]}" if list(words.values()).count(data) > 1 else data, found[images])
+            for images, data in words.items()]

@@ -37,12 +37,15 @@ def render(groups: Sequence[Group], problems: Sequence[str]) -> str:
     runs = [(run, group) for group in groups for run in group.runs]
     rows = [(row, ours(row, groups, ensembles)) for row in paper.ROWS]
     sheets = [sheet(group) for group in groups if any(run.best for run in group.runs)][:MOST_SHEETS]
+    noted: dict[str, list[str]] = {}  # what several runs have in common is said once
+    for run, group in runs:
+        for note in notes(run, group):
+            noted.setdefault(note, []).append(f"{run.name if len(group.runs) > 1 else group.name} (seed {run.seed})")
     by_error = [(data, sorted(members, key=error)) for data, members in by_images(groups)]
     data_sets = [(data, members, plots.comparison(members)) for data, members in by_error]
     return environment.get_template("page.html.jinja").render(
         paper=paper, groups=groups, ensembles=ensembles, made=datetime.datetime.now().timestamp(), runs=[run for run, _ in runs],
-        problems=[*(f"{run.name if len(group.runs) > 1 else group.name} (seed {run.seed}): {note}" for run, group in runs
-                    for note in notes(run, group)), *problems, *not_averaged],
+        problems=[*(f"{', '.join(names)}: {note}" for note, names in noted.items()), *problems, *not_averaged],
         data_sets=data_sets, result=result, headline=headline, changed_values=changed_values, from_paper=from_paper,
         paper_rows=[(row, found) for row, found in rows if found], speedup=speedup(*figure_1) if figure_1 else None,
         figure_1=plots.figure_1(figure_1 or ()), changes=changes(compare.ablations(groups), ensembles), details=plots.details,
@@ -116,8 +119,9 @@ def headline(members: Sequence[Group]) -> tuple[str | None, str]:
     score, n = run.score, found.n
     what = f"(mean ± sd of {n} seeds)" if n > 1 else share_text(round(score.top1 * score.images), score.images).partition(" ")[2]
     of = f", the best of {len(members)} recipes" if len(members) > 1 else ""
+    epochs = f"{len(run.epochs)} epoch{'s' * (len(run.epochs) != 1)}"
     chance = "; no better than guessing" if run.at_chance else ""
-    return f"{percent(found)}%", f"top-1 error {what}, on {crops(score)}: {best.name}, {len(run.epochs)} epochs{of}{chance}"
+    return f"{percent(found)}%", f"top-1 error {what}, on {crops(score)}: {best.name}, {epochs}{of}{chance}"
 
 
 def from_paper(members: Sequence[Group]) -> list[tuple[str, str]]:
