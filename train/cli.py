@@ -209,8 +209,9 @@ def check_runs(paths: Iterable[Path]) -> None:
     for path in paths:
         if not path.exists():
             near = Path("runs") / path.name
-            beside = [str(near)] if near.is_dir() else [str(other) for other in path.parent.glob("*/") if other.is_dir()]
-            remedy = nearest(str(path), beside) or "give a run folder, such as runs/demo"
+            beside = {other.name: other for other in path.parent.glob("*/")}
+            alike = [near] if near.is_dir() else [beside[name] for name in difflib.get_close_matches(path.name, beside, 1)]
+            remedy = f"did you mean {alike[0]}?" if alike else "give a run folder, such as runs/demo"
             raise ValueError(f"RUN (={path}) does not exist; {remedy}")
 
 
