@@ -7,6 +7,7 @@ import contextlib
 import faulthandler
 import fcntl
 import io
+import json
 import os
 import select
 import signal
@@ -177,11 +178,16 @@ def _nobody_reads(stream: TextIO) -> bool:
 
 
 def _fail(error: Exception, code: int, prints: bool = True, position: str = "") -> int:
-    """Print an error on one line, without a traceback (with one under `python -X dev`)."""
+    """Print an error on one line, without a traceback (with one under `python -X dev`), and put it into torchrun's report: it may
+    end the process that prints before that has printed."""
     if sys.flags.dev_mode:
         raise error
+    line = f"{position}{printable(explain(error) if isinstance(error, OSError) else error)}"
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError), open(path, "x", encoding="utf-8") as file:  # one is there: train/parallel/failure.py's
+            json.dump({"message": line, "timestamp": time.time()}, file)
     if prints:
-        _say(f"error: {position}{printable(explain(error) if isinstance(error, OSError) else error)}")
+        _say(f"error: {line}")
     return code
 
 

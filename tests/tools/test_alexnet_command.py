@@ -123,6 +123,16 @@ def test_mistakes_of_train_are_one_line(words: str, message: str, tmp_path: Path
     assert error.startswith(f"error: {message}") and error.count("\n") == 1
 
 
+def test_torchrun_reports_a_mistake_also_of_a_process_that_prints_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    """torchrun ends the process that prints when another has ended first."""
+    report = tmp_path / "error.json"
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(report))
+    assert alexnet.main(["train", "demo", "--train.epoch=3"]) == 2 and capsys.readouterr().err == ""
+    assert json.loads(report.read_text())["message"] == "--train.epoch (=3) is no option; did you mean --train.epochs?"
+
+
 @pytest.mark.parametrize(("words", "message"), [
     ("trian", "verb (=trian) is none; did you mean train?"),
     ("index inf x", "VERB (=inf) must be one of build, subset, info, verify, ls, cat; did you mean info?"),
