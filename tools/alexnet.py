@@ -21,7 +21,7 @@ from typing import NoReturn
 from train.cli import Parser, nearest  # noqa: E402
 
 VERBS = {  # verb → its module, what it does
-    "demo": ("tools.demo.__main__", "all of it in two minutes: generate images, index, train, test, report"),
+    "demo": ("tools.demo.__main__", "all of it: generate images, index them, train, test"),
     "doctor": ("tools.doctor", "what this machine has, what is missing, and what to do"),
     "index": ("tools.build_index", "index images in place; look into an index, check it, derive another"),
     "stats": ("tools.compute_stats", "mean image and colour components of an index"),

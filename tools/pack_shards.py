@@ -29,9 +29,9 @@ def parser(prog: str = "pack_shards.py") -> Parser:
 Pack an index once into shuffled WebDataset shards of small JPEGs: the central squares of the paper.
 OUT becomes an index folder of its own, for data.packed of a recipe. Its shards are standard tars of KEY.jpg and KEY.cls. Killed \
 or interrupted, the same command resumes, and the bytes are the same.""", example=f"""\
-  {prog} INDEX -o packed                     squares of 256 pixels, shards of about 1 GB
-  {prog} INDEX -o packed --region full       whole images at a short side of 256
-  torchrun --nproc-per-node 4 --no-python alexnet pack INDEX -o packed       (or srun) each rank its share""")
+  {prog} INDEX -o packed                  squares of 256 pixels
+  {prog} INDEX -o packed --region full    whole, short side 256
+  torchrun --nproc-per-node 4 --no-python alexnet pack INDEX -o packed""")
     top.add_argument("index", metavar="INDEX", type=Path, help="folder of the index")
     top.add_argument("to", nargs="?", type=Path, help=argparse.SUPPRESS)  # the former way to say --out
     top.add_out("folder for the shards and their index")

@@ -22,11 +22,11 @@ def parser(prog: str = "python -m train.main") -> Parser:
   {prog} demo --train.epochs=3
   {prog} mine.yaml --data.index=photos.index --machine.name=first
   {prog} mine.yaml --machine.name=first --resume
-  torchrun --nproc-per-node 2 --no-python alexnet train demo        (a tower each)
+  torchrun --nproc-per-node 2 --no-python alexnet train demo    (a tower each)
 
-exit codes: 0 trained and tested, 2 a mistake, 3 the loss or a gradient was not
-finite, 4 the machine failed, 75 stopped (SIGTERM, Ctrl-C, machine.stop_after)
-and saved: --resume continues, 130 interrupted before training.
+exit codes: 0 trained and tested, 2 a mistake, 3 the loss or a gradient was
+not finite, 4 the machine failed, 75 stopped (SIGTERM, Ctrl-C,
+machine.stop_after) and saved: --resume continues, 130 interrupted before it.
 All keys of a recipe: --help-config, or docs/configuration.md""")
     top.add_argument("recipe", metavar="RECIPE", nargs="?", help="name of a recipe that comes with this program, or a YAML file")
     top.add_argument("--group.key", metavar="VALUE", help="set a value of the recipe, such as --optimizer.lr=0.02")
