@@ -1,4 +1,5 @@
 """tools/profile_pipeline.py: a whole profile of the small set, its files, its exit codes, its errors."""
+import io
 import json
 import subprocess
 import sys
@@ -122,6 +123,19 @@ def test_tables_say_what_was_measured(capsys: pytest.CaptureFixture[str]) -> Non
     for words in ("80,000…96,000", "700…800", "stages 1.120, end to end 1.200, remainder +0.080", "cold: 1 file, 3 MB dropped",
                   "headroom 0.75×", "(690…690), 0.69 of the need; stall 30.0%", "decode limits", "tier: packed"):
         assert words in said, words
+
+
+def test_tables_keep_their_figures_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "dumb")
+    profile_report.show(profile(), screen := Terminal())
+    tables = screen.getvalue().partition("need:")[0]
+    assert "80,000…96,000" in tables and "700…800" in tables and max(map(len, tables.splitlines())) <= 80
+    assert "decode 90%, normalize 10%\n" in tables
 
 
 def test_met_is_the_share_of_the_need() -> None:

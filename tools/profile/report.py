@@ -75,16 +75,11 @@ def show(profile: Profile, stream: IO[str]) -> None:
 
 
 def _show_stages(console: "Console", profile: Profile) -> None:
-    from rich.table import Table
-
-    table = Table(title="stages, each alone", title_justify="left")
-    for name in ("stage", "threads", "img/s", "min…max", "CPU ms/img", "MB/s", "img/s up to here"):
-        table.add_column(name, justify="left" if name == "stage" else "right")
     cumulative = {stage.name: f"{stage.rate:,.0f}" for stage in profile.cumulative}
-    for stage in profile.measured.stages:
-        table.add_row(stage.name, str(stage.threads), f"{stage.rate:,.0f}", extremes(stage.rates), f"{stage.cpu:.3f}",
-                      f"{stage.mb_s:,.0f}" if stage.mb_s else "", cumulative.get(stage.name, ""))
-    console.print(table)
+    heads = "stage", "threads", "img/s", "min…max", "CPU ms/img", "MB/s", "img/s up to here"
+    _print_table(console, "stages, each alone", heads, [
+        (stage.name, str(stage.threads), f"{stage.rate:,.0f}", extremes(stage.rates), f"{stage.cpu:.3f}",
+         f"{stage.mb_s:,.0f}" if stage.mb_s else "", cumulative.get(stage.name, "")) for stage in profile.measured.stages])
     stages, whole = profile.measured.stages_cpu, profile.measured.loader.cpu
     console.print(f"CPU ms an image: the stages {stages:.3f}, end to end {whole:.3f}, remainder {whole - stages:+.3f}")
     if (host := profile.host) is not None:
@@ -93,18 +88,29 @@ def _show_stages(console: "Console", profile: Profile) -> None:
 
 
 def _show_loader(console: "Console", profile: Profile) -> None:
-    from rich.table import Table
-
-    table = Table(title="the loader, end to end", title_justify="left")
-    for name in ("page cache", "img/s", "min…max", "CPU ms/img", "ms a batch p50", "p95", "p99", "max", "stall", "while"):
-        table.add_column(name, justify="right")
-    for name, figures in (("warm", profile.measured.loader), ("cold", profile.cold)):
-        if figures is not None:
-            table.add_row(name, f"{figures.rate:,.0f}", extremes(figures.rates), f"{figures.cpu:.3f}",
-                          *(f"{value:.1f}" for value in figures.latency_ms), f"{figures.waited:.0%}", shares(figures.causes))
-    console.print(table)
+    measured = [("warm", profile.measured.loader), *([("cold", profile.cold)] if profile.cold is not None else [])]
+    _print_table(console, "the loader, end to end",
+                 ("page cache", "img/s", "min…max", "CPU ms/img", "ms a batch p50", "p95", "p99", "max", "stall"), [
+                     (name, f"{figures.rate:,.0f}", extremes(figures.rates), f"{figures.cpu:.3f}",
+                      *(f"{value:.1f}" for value in figures.latency_ms), f"{figures.waited:.0%}") for name, figures in measured])
+    for name, figures in measured:
+        console.print(f"{name}: the loader was at {shares(figures.causes)}")
     if profile.cold_note:
         console.print(f"cold: {profile.cold_note}")
+
+
+def _print_table(console: "Console", title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table that 80 columns hold: heads wrap, figures do not."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+    for number, head in enumerate(heads):
+        width = max(len(row[number]) for row in rows)
+        table.add_column(head, justify="right" if number else "left", min_width=width, no_wrap=width >= len(head))
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def extremes(values: Sequence[float]) -> str:
