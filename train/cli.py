@@ -5,6 +5,7 @@ FILE; `--which`, `--device` and `--jobs` mean the same everywhere. Imports nothi
 """
 import argparse
 import difflib
+import itertools
 import json
 import math
 import re
@@ -23,13 +24,14 @@ _KINDS = {"int": "a whole number", "float": "a number"}
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Text as it is written, and "(default: X)" behind the help of each option that has a default."""
+    """Paragraphs, indented lines as they are written, and "(default: X)" behind the help of each option that has a default."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=26, width=max(60, min(shutil.get_terminal_size().columns - 2, 110)))
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return "\n".join(line if line.startswith(" ") else textwrap.fill(line, width) for line in text.splitlines())
+        groups = itertools.groupby(text.splitlines(), lambda line: not line or line.startswith(" "))
+        return "\n".join("\n".join(lines) if as_it_is else textwrap.fill(" ".join(lines), width) for as_it_is, lines in groups)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         says_it = action.default in (None, False, [], argparse.SUPPRESS) or "(default:" in (action.help or "")

@@ -27,6 +27,7 @@ def parser(prog: str = "python -m train.main") -> Parser:
 exit codes: 0 trained and tested, 2 a mistake, 3 the loss or a gradient was
 not finite, 4 the machine failed, 75 stopped (SIGTERM, Ctrl-C,
 machine.stop_after) and saved: --resume continues, 130 interrupted before it.
+
 All keys of a recipe: --help-config, or docs/configuration.md""")
     top.add_argument("recipe", metavar="RECIPE", nargs="?", help="name of a recipe that comes with this program, or a YAML file")
     top.add_argument("--group.key", metavar="VALUE", help="set a value of the recipe, such as --optimizer.lr=0.02")
