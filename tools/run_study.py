@@ -14,11 +14,11 @@ A study is YAML:
     argv: [--machine.precision=bf16]   # what changes no result
 
 Recipes are looked for beside the study's folder, then among those that come with this program; a run without seeds has seed 1.
-All command lines are checked before the first run begins. What is done already is left alone, what was begun is resumed, what
-fails is reported at the end, and the other runs continue; in a grid, a rate at which training diverges is an answer, noted in the
-run's folder (remove that to try it again). Ctrl-C, or SIGTERM, stops all of them with a checkpoint; a second Ctrl-C does not wait
-for it. What a run prints is in OUT/NAME/RUN.log, a summary in OUT/NAME/study.json. Exit codes: 0 all done, 1 some failed, 2 a
-mistake in the study, 4 the machine failed, 130 interrupted.
+All command lines are checked before the first run begins. What is done already is left alone, what was begun is resumed, what has
+more epochs now is extended, what fails is reported at the end, and the other runs continue; in a grid, a rate at which training
+diverges is an answer, noted in the run's folder (remove that to try it again). Ctrl-C, or SIGTERM, stops all of them with a
+checkpoint; a second Ctrl-C does not wait for it. What a run prints is in OUT/NAME/RUN.log, a summary in OUT/NAME/study.json. Exit
+codes: 0 all done, 1 some failed, 2 a mistake in the study, 4 the machine failed, 130 interrupted.
 """
 import sys
 from pathlib import Path
@@ -52,6 +52,7 @@ from train.cli import Parser, at_least  # noqa: E402
 from train.config import differences  # noqa: E402
 from train.exit_codes import NOT_FINITE  # noqa: E402
 from train.recipe import load  # noqa: E402
+from train.run_folder import EXTENDABLE  # noqa: E402
 
 POLL_S = 0.2
 DIVERGED = "diverged.txt"  # in the folder of a run of a grid whose loss was not finite: its last words
@@ -67,15 +68,20 @@ class Runs:
         self.running: dict[subprocess.Popen[bytes], tuple[Run, int]] = {}  # and where in its log this process's output begins
         self.diverged: dict[str, str] = {}
         self.failed: dict[str, str] = {}
+        changed = {run.name: differences(run.config.as_dict(), load(path).as_dict()) for run in study.runs
+                   if (path := folder / run.name / "config.yaml").exists()}
+        extended = {run.group for run in study.runs if changed.get(run.name)}
         for run in study.runs:
-            stored, note = folder / run.name / "config.yaml", folder / run.name / DIVERGED
-            if stored.exists() and (config := load(stored)).fingerprint() != run.config.fingerprint():
-                changed = "; ".join(differences(run.config.as_dict(), config.as_dict()))
-                raise ValueError(f"run folder (={stored.parent}) is of another recipe than the study's ({changed}); move it "
-                                 "away, or give another --out")
+            note, lines = folder / run.name / DIVERGED, changed.get(run.name, [])
+            if any(line.partition(":")[0] not in EXTENDABLE for line in lines):
+                raise ValueError(f"run folder (={folder / run.name}) is of another recipe than the study's ({'; '.join(lines)}); "
+                                 "move it away, or give another --out")
+            if run.name in changed and (before := extended.intersection(run.after)):
+                raise ValueError(f"run folder (={folder / run.name}) began after {before.pop()}, which the study now trains "
+                                 "further; move it away, or give another --out")
             if run.point and note.exists():
                 self.diverged[run.name] = note.read_text(encoding="utf-8").strip()
-            elif not test_of(folder / run.name):
+            elif lines or not test_of(folder / run.name):
                 self.waiting.append(run)
 
     def carry_out(self, jobs: int, lock_file: int) -> None:

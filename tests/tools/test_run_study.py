@@ -334,18 +334,22 @@ def test_the_same_command_repeats_only_what_failed(carried: Carried) -> None:
 
 
 def test_another_recipe_is_not_taken_for_done(carried: Carried) -> None:
-    """Whether a run is done or was only begun, nothing of the study begins."""
-    for name, text in (("base-s1", STUDY.replace("train.epochs: 1", "train.epochs: 2")),
-                       ("rate-s1-lr1e+30", STUDY.replace("grid:", "set: {data.mirror: false}, grid:"))):
-        file = carried.file.parent / "other" / "s.yaml"
-        file.parent.mkdir(exist_ok=True)
-        (file.parent.parent / "small.yaml").write_bytes((carried.file.parent.parent / "small.yaml").read_bytes())
+    """Whether a run is done or was only begun, nothing of the study begins. A run may be extended, if none came after it."""
+    file = carried.file.parent / "other" / "s.yaml"
+    file.parent.mkdir(exist_ok=True)
+    (file.parent.parent / "small.yaml").write_bytes((carried.file.parent.parent / "small.yaml").read_bytes())
+    longer = STUDY.replace("train.epochs: 1", "train.epochs: 2")
+    for name, text, why in (
+            ("rate-s1-lr1e+30", STUDY.replace("grid:", "set: {data.mirror: false}, grid:"),
+             "is of another recipe than the study's (data.mirror: True -> False)"),
+            ("tuned-s2", longer, "began after base, which the study now trains further")):
         file.write_text(text, encoding="utf-8")
         code, out, err = command(file, "--runs", carried.folder.parent)
-        changed = "train.epochs: 1 -> 2" if name == "base-s1" else "data.mirror: True -> False"
         assert (code, out) == (2, "") and err == (
-            f"error: run folder (={carried.folder / name}) is of another recipe than the study's ({changed}); move it away, or "
-            "give another --out\n")
+            f"error: run folder (={carried.folder / name}) {why}; move it away, or give another --out\n")
+    file.write_text("".join(line for line in longer.splitlines(True) if "tuned" not in line), encoding="utf-8")
+    waiting = run_study.Runs(read_study(file, carried.folder.parent), carried.folder).waiting
+    assert [run.name for run in waiting if run.group == "base"] == ["base-s1", "base-s2"]
 
 
 @contextlib.contextmanager
