@@ -50,6 +50,7 @@ from tools.cli import guarded  # noqa: E402
 from tools.study import Run, Study, read_study, test_of  # noqa: E402
 from train.cli import Parser, at_least  # noqa: E402
 from train.config import differences  # noqa: E402
+from train.evaluate.metrics import FEW_CLASSES  # noqa: E402
 from train.exit_codes import NOT_FINITE  # noqa: E402
 from train.recipe import load  # noqa: E402
 from train.run_folder import EXTENDABLE  # noqa: E402
@@ -64,6 +65,8 @@ class Runs:
 
     def __init__(self, study: Study, folder: Path) -> None:
         self.study, self.folder = study, folder
+        few = any(run.config.model.classes < FEW_CLASSES for run in study.runs)
+        self.errors = {"top1": "top-1 error"} if few else {"top1": "top-1 error", "top5": "top-5 error"}
         self.waiting: list[Run] = []
         self.running: dict[subprocess.Popen[bytes], tuple[Run, int]] = {}  # and where in its log this process's output begins
         self.diverged: dict[str, str] = {}
@@ -129,7 +132,7 @@ class Runs:
         """A run's process has ended: it is done, has diverged, or failed."""
         run, began = self.running.pop(process)
         if process.returncode == 0 and (test := test_of(self.folder / run.name)):
-            print(f"{run.name}: top-1 error {test['top1']:.2%}, top-5 {test['top5']:.2%}", flush=True)
+            print(f"{run.name}: " + ", ".join(f"{title} {test[which]:.2%}" for which, title in self.errors.items()), flush=True)
             return
         output = (self.folder / f"{run.name}.log").read_bytes()[began:].decode(errors="replace").strip().splitlines()
         last = next((line for line in reversed(output) if line.startswith("error: ")), (output or ["no output"])[-1])
@@ -200,11 +203,11 @@ def show(rows: list[dict[str, Any]], together: dict[str, Any], runs: Runs) -> No
     rows = rows + [{"name": f"ensemble {name}", "seeds": len(found["members"]), "top1_mean": found["ensemble"]["top1"],
                     "top1_sd": None, "top5_mean": found["ensemble"]["top5"], "top5_sd": None} for name, found in together.items()]
     width = max((len(row["name"]) for row in rows), default=3)
-    print(f"{'run':{width}}  seeds  top-1 error       top-5 error")
+    print(f"{'run':{width}}  seeds  " + "  ".join(f"{title:16}" for title in runs.errors.values()).rstrip())
     for row in rows:
         cells = [f"{row[f'{which}_mean']:7.2%}" + (f" ± {row[f'{which}_sd']:.2%}" if row[f"{which}_sd"] is not None else "")
-                 for which in ("top1", "top5")]
-        print(f"{row['name']:{width}}  {row['seeds']:5d}  {cells[0]:16}  {cells[1]}")
+                 for which in runs.errors]
+        print(f"{row['name']:{width}}  {row['seeds']:5d}  " + "  ".join(f"{cell:16}" for cell in cells).rstrip())
     for name in runs.diverged:
         print(f"{name} diverged")
     for name, reason in runs.failed.items():
