@@ -39,6 +39,11 @@ def test_the_site_builds_strictly_and_fetches_nothing(tmp_path: Path) -> None:
     pages = {page.relative_to(tmp_path).as_posix(): page.read_text(encoding="utf-8") for page in tmp_path.rglob("*.html")}
     assert {"index.html", "loader.html", "configuration.html"} <= pages.keys()
     assert not [name for name, text in pages.items() if re.search(r'<(script|link|img)[^>]*(src|href)="https?:', text)]
+    # A list or a table that GitHub shows is plain text without an empty line before it, or with code indented by 2 and not 4.
+    prose = {name: re.findall(r"<(p|li|td)>(.*?)</\1>", re.sub(r"<pre.*?</pre>", "", text, flags=re.S), re.S)
+             for name, text in pages.items()}
+    assert not [(name, text) for name, found in prose.items() for _, text in found
+                if re.search(r"^\s*([-*] |\d+\. |\|.*\||```|#+ )", text, re.M)]
     assert "machine.prefetch" in pages["configuration.html"] and "state_dict" in pages["loader.html"]
 
 
