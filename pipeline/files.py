@@ -14,6 +14,7 @@ import secrets
 import shutil
 import socket
 import time
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,6 +249,31 @@ def read_json(path: Path) -> Any:
     """The value of a JSON file. Raises OSError, which names it, and ValueError, a predicate."""
     with reading(path):
         return parse_json(path.read_bytes())
+
+
+def json_line(values: Mapping[str, Any]) -> bytes:
+    """A line of a file of JSON lines. It ends with its CRC-32, which `parse_line` compares, in blanks and tabs, which JSON passes
+    over: whoever else reads the line sees the values alone."""
+    text = json.dumps(values, allow_nan=False).encode()
+    return text + _blanks(text) + b"\n"
+
+
+def _blanks(text: bytes) -> bytes:
+    """The CRC-32 of a text, a bit a character."""
+    return f"{zlib.crc32(text):032b}".replace("0", " ").replace("1", "\t").encode()
+
+
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """The values of a line that `json_line` made, or of one without a CRC-32, as earlier versions wrote them; None when it is
+    none, or is not as it was written."""
+    text = line.rstrip(b" \t")
+    if text != line and line != text + _blanks(text):
+        return None
+    try:
+        values = parse_json(text)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) else None
 
 
 def with_own_hash(manifest: Mapping[str, Any], key: str = "sha256") -> dict[str, Any]:

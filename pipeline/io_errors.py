@@ -5,11 +5,13 @@
 import contextlib
 import errno
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
 FULL_BYTES = 1 << 20  # a disk with less free counts as full
 _ROOM = "make room there, or name another place"
+_PROCESSES = "end other programs, or raise the limit (ulimit -u)"
 _NETWORK = "run the same command again when the server answers"
 # errno → what it means for the file or folder named, and what to do. None of these says anything about its content.
 CAUSES = {
@@ -28,6 +30,7 @@ CAUSES = {
     errno.ELOOP: ("is a link that leads to itself", "correct the link"),
     errno.EMFILE: ("cannot be opened: this process has as many files open as it may", "raise the limit (ulimit -n 65536)"),
     errno.ENFILE: ("cannot be opened: this machine has as many files open as it may", "end other programs, or raise fs.file-max"),
+    errno.EAGAIN: ("cannot be started: this user has as many processes and threads as it may, or memory is used up", _PROCESSES),
     errno.ENOMEM: ("cannot be opened or read: memory is used up", "end other programs"),
     errno.EIO: ("cannot be read or written now: its disk reports an error (EIO)",
                 "look into dmesg, then run the same command again, or restore it on another disk"),
@@ -63,6 +66,13 @@ def is_full(path: Path) -> bool:
     return disk.f_bavail * disk.f_frsize < FULL_BYTES or (disk.f_files > 0 and disk.f_favail == 0)
 
 
+def _has_grown_too_large(under_way: Path) -> bool:
+    """Whether a file, or one of a folder, is as large as this process may make files (ulimit -f)."""
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    files = (under_way, *under_way.rglob("*"))
+    return most != resource.RLIM_INFINITY and any(path.stat().st_size >= most for path in files if path.is_file())
+
+
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Around the use of an open `path`: what fails is an OSError that names it, which read(2), mmap(2) and fsync(2) do not."""
@@ -89,6 +99,6 @@ def writing(path: Path, under_way: Path | None = None) -> Iterator[None]:
             error.filename, error.filename2 = os.fspath(path), None
         raise
     except RuntimeError as error:
-        if is_full(path):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(path)) from error
+        if number := errno.ENOSPC if is_full(path) else errno.EFBIG if under_way and _has_grown_too_large(under_way) else 0:
+            raise OSError(number, os.strerror(number), os.fspath(path)) from error
         raise

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from pipeline.arrays import read_array
-from pipeline.files import (LockHeld, atomic_folder, atomic_write, difference, file_entries, is_temporary, json_sha256, lock,
-                            read_json, read_manifest, remove_dead, with_own_hash, write_json)
+from pipeline.files import (LockHeld, atomic_folder, atomic_write, difference, file_entries, is_temporary, json_line, json_sha256,
+                            lock, parse_line, read_json, read_manifest, remove_dead, with_own_hash, write_json)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -64,6 +64,19 @@ def test_json_of_any_content_is_read_or_refused(tmp_path: Path) -> None:
         (tmp_path / "file").write_bytes(text)
         with pytest.raises(ValueError, match="^is not JSON$"):
             read_json(tmp_path / "file")
+
+
+def test_any_flipped_bit_of_a_line_is_found() -> None:
+    values = {"kind": "step", "step": 12, "loss": 2.25, "text": "é\n", "below": {"x": [True, None]}}
+    line = json_line(values)
+    assert parse_line(line[:-1]) == values == json.loads(line)
+    for bit in range(8 * (len(line) - 1)):
+        damaged = bytearray(line[:-1])
+        damaged[bit // 8] ^= 1 << bit % 8
+        assert parse_line(bytes(damaged)) is None
+    for text in (b"", b"[1]", b"{", b"[" * 100_000, b"\xff", line[:-2], line[1:]):
+        assert parse_line(text) is None
+    assert parse_line(b'{"id": 3}') == {"id": 3}  # of an earlier version
 
 
 @pytest.mark.parametrize(("header", "shape", "words"), [

@@ -101,6 +101,37 @@ def test_a_file_that_grows_too_large_is_named(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_a_file_that_grows_too_large_for_torch_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """torch speaks of positions."""
+    def folder_of_torch() -> None:
+        with atomic_folder(tmp_path / "out") as folder:
+            torch.save(torch.zeros(100_000), folder / "weights")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        code = guarded(folder_of_torch)  # type: ignore[arg-type]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 2 and os.listdir(tmp_path) == []
+    assert f"file (={tmp_path / 'out'}) cannot be written: files may not grow so large here" in capsys.readouterr().err
+
+
+def test_what_libraries_say_of_threads(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a tool says its own error whatever number a process has: only processes of one run share it."""
+    for error in (RuntimeError("can't start new thread"), RuntimeError("Error in a pipeline\nResource temporarily unavailable"),
+                  BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))):
+        def work(error: Exception = error) -> None:
+            raise error
+        assert guarded(work) == 2
+        said = capsys.readouterr().err
+        assert "cannot be started: this user has as many processes and threads" in said and "; end other" in said, said
+    monkeypatch.setenv("RANK", "1")
+
+    def mistake() -> None:
+        raise ValueError("index (=x) does not exist; make it")
+    assert guarded(mistake) == 2 and capsys.readouterr().err == "error: index (=x) does not exist; make it\n"
+
+
 def test_the_page_of_errors_is_what_the_program_says() -> None:
     """Else: python -m tools.docs.reference."""
     written = (Path(__file__).resolve().parents[1] / "docs/errors.md").read_text(encoding="utf-8")

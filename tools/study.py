@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.files import parse_line
 from train.cli import nearest
 from train.config import Config
 from train.recipe import RECIPES, find_recipe, parse
@@ -92,8 +93,8 @@ def read_study(path: str | Path, runs: Path, extra: Sequence[str] = ()) -> Study
 def lines(folder: Path, kind: str) -> list[dict[str, Any]]:
     """The lines of one kind in a run's metrics. What follows the last line's end is being written, or was cut off by a kill."""
     metrics = folder / "metrics.jsonl"
-    text = metrics.read_text(encoding="utf-8") if metrics.is_file() else ""
-    return [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines() if line.startswith(f'{{"kind": "{kind}"')]
+    whole = (metrics.read_bytes() if metrics.is_file() else b"").split(b"\n")[:-1]
+    return [values for line in whole if line.startswith(b'{"kind": "%s"' % kind.encode()) and (values := parse_line(line))]
 
 
 def test_of(folder: Path) -> dict[str, Any] | None:

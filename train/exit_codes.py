@@ -4,6 +4,7 @@ cannot take the text.
 Imports nothing heavy, and reads torchrun's variables by itself: a command line is parsed, and refused, before torch is imported.
 """
 import contextlib
+import errno
 import faulthandler
 import fcntl
 import io
@@ -16,7 +17,7 @@ import time
 from types import FrameType
 from typing import Any, Callable, NoReturn, Optional, Sequence, TextIO
 
-from pipeline.io_errors import explain
+from pipeline.io_errors import CAUSES, explain
 
 DONE, MISTAKE, NOT_FINITE, FAILED, STOPPED, INTERRUPTED = 0, 2, 3, 4, 75, 130
 EXIT_CODES = {  # code → why, what to do; docs/errors.md shows them
@@ -42,6 +43,7 @@ class CommonError(RuntimeError):
 
 # Lines that DALI's decoders write about an image they cannot decode, as a pattern of sed.
 _DECODER_ERROR = r"/\[ERROR\].*\[[[:alnum:]_-]*decoder[[:alnum:]_-]*\]/d"
+_NO_THREAD = ("can't start new thread", "unable to start watchdog thread", "Resource temporarily unavailable")  # of libraries
 _filter: list[int] = []  # what descriptor 2 was, and the process that reads it now
 
 
@@ -122,16 +124,18 @@ def is_main_process() -> bool:
 def exit_code(work: Callable[[], Optional[int]], memory_advice: str, interrupted: str = "interrupted",
               failed: int = FAILED) -> int:
     """Do the work of a command; returns its exit code, after one line on stderr when it failed. `memory_advice`: what to do when
-    memory does not suffice. `failed`: the code for what is no mistake of the user's."""
+    memory does not suffice. `failed`: the code for what is no mistake of the user's: MISTAKE for tools, which are no processes
+    of one run, so that each prints its own."""
+    prints = failed == MISTAKE or is_main_process()
     try:
         code = work() or DONE
         with contextlib.suppress(BrokenPipeError):
             sys.stdout.flush()  # here, where a full disk can be told
         return code
     except ValueError as error:
-        return _fail(error, MISTAKE, is_main_process())
+        return _fail(error, MISTAKE, prints)
     except CommonError as error:
-        return _fail(error, error.code, is_main_process())
+        return _fail(error, error.code, prints)
     except MemoryError as error:  # Python's own has no text
         return _fail(MemoryError(f"memory (={str(error) or 'used up'}) does not suffice; {memory_advice}"), failed)
     except BrokenPipeError as error:
@@ -182,7 +186,10 @@ def _fail(error: Exception, code: int, prints: bool = True, position: str = "") 
     end the process that prints before that has printed."""
     if sys.flags.dev_mode:
         raise error
-    line = f"{position}{printable(explain(error) if isinstance(error, OSError) else error)}"
+    text = explain(error) if isinstance(error, OSError) else str(error)
+    if any(words in text for words in _NO_THREAD):
+        text = f"thread (={text.splitlines()[-1]}) {'; '.join(CAUSES[errno.EAGAIN])}"
+    line = f"{position}{printable(text)}"
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with contextlib.suppress(OSError), open(path, "x", encoding="utf-8") as file:  # one is there: train/parallel/failure.py's
             json.dump({"message": line, "timestamp": time.time()}, file)

@@ -6,7 +6,6 @@ off is kept in metrics-replaced.jsonl. Whoever trains holds .lock. `.unsaved` is
 without it, a run that has metrics but no checkpoint has lost sight of its checkpoints.
 """
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -15,9 +14,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Optional
+from typing import Any, BinaryIO, Callable, Mapping, Optional
 
-from pipeline.files import LockHeld, atomic_write, lock
+from pipeline.files import LockHeld, atomic_write, file_sha256, json_line, lock
 from pipeline.io_errors import explain, writing
 from pipeline.schema import is_file_name
 from train.config import Config, changes, changes_results
@@ -43,8 +42,8 @@ class Metrics:
 
     def write(self, kind: str, **values: Any) -> None:
         """Append a line: {"kind": …, "time": seconds since 1970, …}."""
-        line = json.dumps({"kind": kind, "time": round(time.time(), 3), **values}, allow_nan=False)
-        self._do(lambda file: file.write(line.encode() + b"\n"))
+        line = json_line({"kind": kind, "time": round(time.time(), 3), **values})
+        self._do(lambda file: file.write(line))
         if self._loggers is not None:
             self._loggers.write(kind, values)
 
@@ -150,9 +149,7 @@ def note_changes(folder: Path, config: Config, step: int, epoch: int) -> list[st
     new = config.as_dict()
     changed = {key: values for key, values in changes(load(folder / CONFIG).as_dict(), new).items() if key not in OF_A_START}
     if changed:
-        line = {"time": round(time.time(), 3), "step": step, "epoch": epoch, "changes": changed}
-        with writing(folder / HISTORY), (folder / HISTORY).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        _append(folder / HISTORY, {"step": step, "epoch": epoch, "changes": changed})
         write_config(folder, config)
     return [f"{key}: {old} -> {new}" for key, (old, new) in changed.items()]
 
@@ -163,12 +160,18 @@ def write_config(folder: Path, config: Config) -> None:
 
 
 def record_start(folder: Path, **facts: Any) -> None:
-    """Append a line to versions.jsonl: versions, git state and command of this start, and `facts`. Main process only."""
-    line = {"time": round(time.time(), 3), "command": sys.argv, "python": platform.python_version(),
-            "torch": _version("torch"), "numpy": _version("numpy"),
-            "dali": _version("nvidia-dali-cuda120") or _version("nvidia-dali-cuda130"), "git": _git(), **facts}
-    with writing(folder / VERSIONS), (folder / VERSIONS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    """Append a line to versions.jsonl: versions, git state and command of this start, the hash of config.yaml as it is now, and
+    `facts`. Main process only."""
+    _append(folder / VERSIONS, {
+        "command": sys.argv, "python": platform.python_version(), "torch": _version("torch"), "numpy": _version("numpy"),
+        "dali": _version("nvidia-dali-cuda120") or _version("nvidia-dali-cuda130"), "git": _git(),
+        "config_sha256": file_sha256(folder / CONFIG), **facts})
+
+
+def _append(path: Path, values: Mapping[str, Any]) -> None:
+    """Append a line with the time to a file of lines."""
+    with writing(path), path.open("ab") as file:
+        file.write(json_line({"time": round(time.time(), 3), **values}))
 
 
 def _version(package: str) -> str | None:

@@ -259,7 +259,7 @@ def _mapped(file: Path, about: Header) -> np.ndarray:
     try:
         return read_array(file, SAMPLE, (about.samples,))
     except ValueError as error:
-        raise ValueError(f"samples (={file}) {error}; build the index again") from None
+        raise ValueError(f"samples (={file}) cannot be read ({error}); build the index again") from None
 
 
 def _check_rows(samples: np.ndarray, about: Header, file: Path) -> None:

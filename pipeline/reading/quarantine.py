@@ -2,8 +2,6 @@
 
 A policy takes it out of its batch: `StandIns` (training) puts another sample in its place and records it in a `Quarantine`,
 `Skip` leaves it out, `refuse` raises."""
-import contextlib
-import json
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pipeline.config import LoaderConfig
+from pipeline.files import json_line, parse_line
 from pipeline.index.sample_index import SampleIndex
 from pipeline.io_errors import explain
 from pipeline.rng import Purpose, bits
@@ -105,11 +104,9 @@ class Quarantine:
                     file.seek(start)
                     lines, _, _ = file.read().rpartition(b"\n")  # the last one may be half written
                 self._read[path] += len(lines) + 1 if lines else 0
-                for line in lines.splitlines():
-                    with contextlib.suppress(ValueError, RecursionError):  # cut off, damaged: will be found again
-                        found = json.loads(line)
-                        if isinstance(found, dict) and type(found.get("id")) is int:
-                            self.ids.add(found["id"])
+                for line in map(parse_line, lines.split(b"\n")):
+                    if line is not None and type(line.get("id")) is int:  # else cut off, damaged: will be found again
+                        self.ids.add(line["id"])
 
     def take_notice(self) -> str:
         """What to tell of the first sample that this process has added: once, else ""."""
@@ -135,8 +132,8 @@ class Quarantine:
                     self._noticed, self._notice = True, f"{error}; until then others stand in for it"
                 if self._own is not None:
                     line = {"id": error.id, **pool.location(error.id), "reason": error.reason, **context}
-                    with open(self._own, "a") as file:
-                        file.write("\n" * self._is_cut_off + json.dumps(line) + "\n")
+                    with open(self._own, "ab") as file:
+                        file.write(b"\n" * self._is_cut_off + json_line(line))
                     self._is_cut_off = False
                     self._catch_up()  # of two that find one each at the same time, one at least reads of both
             if len(self.ids) > self.budget:

@@ -189,6 +189,18 @@ def test_prune_keeps_the_last_and_the_best(tmp_path: Path) -> None:
         "step-000000002-epoch-0002", "step-000000005-epoch-0005", "step-000000006-epoch-0006"]
 
 
+def test_one_whose_state_is_damaged_is_no_best_and_is_not_removed(tmp_path: Path) -> None:
+    """Its error may have been the lowest."""
+    paths = [save(tmp_path, step, 0.2 + step / 10, epochs=step) for step in range(1, 5)]
+    file = paths[0] / "state.json"
+    file.write_text(file.read_text().replace('"validation_error": 0.3', '"validation_error": 0.9'))
+    found: list[tuple[Path, str]] = []
+    assert checkpoint.best(tmp_path, lambda *each: found.append(each)) == paths[1]
+    assert [path for path, _ in found] == paths[:1] and "state.json) has SHA-256" in found[0][1]
+    checkpoint.prune(tmp_path, 1, paths[3])
+    assert checkpoint.checkpoints(tmp_path) == [paths[0], paths[1], paths[3]]
+
+
 def test_no_best_without_validation(tmp_path: Path) -> None:
     save(tmp_path, 1)
     assert checkpoint.best(tmp_path) is None

@@ -30,9 +30,9 @@ def disk_full(*given: Any, **options: Any) -> None:
 
 
 def save(root: Path, step: int, error: float | None = None, epochs: int | None = None,
-         attach: Callable[[Path], None] = attach) -> Path:
+         attach: Callable[[Path], None] = attach, **state: Any) -> Path:
     return checkpoint.save(root, checkpoint.checkpoint_name(step, epochs), tensors(step), SHAPES,
-                           {"step": step, "validation_error": error}, attach, ALONE)
+                           {"step": step, "validation_error": error, **state}, attach, ALONE)
 
 
 def check(path: Path, seed: int) -> None:

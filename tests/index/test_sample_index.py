@@ -171,14 +171,14 @@ def test_damaged_arrays(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"array \(=.*samples.npy\) of the index has SHA-256 .*, was written with .*; build the"):
         SampleIndex.load(index.path)
     altered(index.path, {"files": file_entry(file)})
-    with pytest.raises(ValueError, match=r"samples \(=.*samples.npy\) is no array \(.*\); build the index again"):
+    with pytest.raises(ValueError, match=r"samples \(=.*samples.npy\) cannot be read \(.*\); build the index again"):
         SampleIndex.load(index.path)
     file.unlink()
     with pytest.raises(ValueError, match=r"array \(=.*samples.npy\) of the index is missing; build the index again"):
         SampleIndex.load(index.path)
     np.save(file, np.array([{"an": "object"}]), allow_pickle=True)  # a pickle is never loaded
     altered(index.path, {"files": file_entry(file)})
-    with pytest.raises(ValueError, match="is no array .*Python objects"):
+    with pytest.raises(ValueError, match="cannot be read .*Python objects"):
         SampleIndex.load(index.path)
 
 

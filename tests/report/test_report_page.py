@@ -15,7 +15,9 @@ from typing import Any, Callable, Iterator
 import numpy as np
 import pytest
 
+from pipeline.files import file_sha256, json_line
 from tests.conftest import TinySet
+from tests.helpers.checkpoints import save
 from tests.helpers.recipes import write_recipe
 from tests.helpers.reports import PNG, checked, report, small, write_run
 from tests.helpers.runs import here, inside
@@ -66,6 +68,31 @@ def test_broken_runs_are_shown_as_far_as_they_can_be(tmp_path: Path, base: dict[
     run = write_run(tmp_path / "run", base)
     change(run)
     assert told in checked(report(tmp_path / "r.html", run)[0]).text
+
+
+def test_files_that_changed_since_they_were_written_are_named(tmp_path: Path, base: dict[str, Any]) -> None:
+    """By one bit, or cut at the end of a line: what is shown is not taken for what was written."""
+    run = write_run(tmp_path / "run", base)
+    config, metrics, versions = (run / name for name in ("config.yaml", "metrics.jsonl", "versions.jsonl"))
+    whole = b"".join(map(json_line, map(json.loads, metrics.read_bytes().splitlines())))
+    start = json_line({**json.loads(versions.read_bytes()), "config_sha256": file_sha256(config)})
+    metrics.write_bytes(whole)
+    versions.write_bytes(start)
+    saved = save(run / "checkpoints", 27, 0.5, metrics_bytes=len(whole))
+    assert read_run(run).problems == ()
+    state = saved / "state.json"
+    for path, data, told in (
+            (metrics, whole.replace(b'"top1": 0.4', b'"top1": 0.5'), "metrics.jsonl: 1 line cannot be read, or is damaged"),
+            (metrics, whole[:whole.rfind(b"{")], "bytes that were written before the newest checkpoint"),
+            (versions, start.replace(b'"torch": "2"', b'"torch": "3"'), "versions.jsonl: 1 line cannot be read, or is damaged"),
+            (versions, b"", "versions.jsonl tells of no start"),
+            (config, config.read_bytes().replace(b"0.01", b"0.11"), "config.yaml is not as the last start wrote it"),
+            (state, state.read_bytes().replace(b"0.5", b"0.4"), "state.json) has SHA-256")):
+        before = path.read_bytes()
+        assert data != before
+        path.write_bytes(data)
+        assert any(told in problem for problem in read_run(run).problems), (told, read_run(run).problems)
+        path.write_bytes(before)
 
 
 def damaged_checkpoint(run: Path) -> None:

@@ -26,6 +26,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.files import parse_line
 from pipeline.index.sample_index import SampleIndex
 from pipeline.index.tar import fingerprint, open_tar
 from tools.alexnet import command, typed
@@ -139,7 +140,7 @@ def run(out: Path, data: Path | None, recipe: Path, extra: list[str], console: C
     console.print(f"{len(samples.ids('train'))} training images, {one['images']} tested, {classes} classes", highlight=False)
     console.print(table)
     if (quarantine := folder / "quarantine.jsonl").exists():
-        ids = {json.loads(line).get("id") for line in quarantine.read_text(encoding="utf-8").splitlines()}
+        ids = {values.get("id") for values in map(parse_line, quarantine.read_bytes().splitlines()) if values}
         console.print(f"{len(ids)} unreadable training file(s) replaced by others, listed in {quarantine}", soft_wrap=True)
     times = ", ".join(f"{title} {seconds:.0f} s" for title, seconds in demo.seconds.items())
     console.print(f"time: {sum(demo.seconds.values()):.0f} s ({times})\nrun folder: {folder}\n"

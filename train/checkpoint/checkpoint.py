@@ -146,8 +146,14 @@ def verify(path: Path) -> None:
     verify_manifest(path, [STATE, CONFIG, STATS, ".metadata"], "checkpoint file", "use another checkpoint")
 
 
-def verify_manifest(folder: Path, required: Collection[str], what: str, advice: str) -> None:
-    """Compare the files of a folder with its manifest.json, which must list `required`. `what` and `advice`: for messages.
+def verify_state(path: Path) -> None:
+    """Compare state.json alone. Raises as `verify_manifest`."""
+    verify_manifest(path, [], "checkpoint file", "use another checkpoint", only=STATE)
+
+
+def verify_manifest(folder: Path, required: Collection[str], what: str, advice: str, only: str = "") -> None:
+    """Compare the files of a folder, or `only` one, with its manifest.json, which must list `required`. `what` and `advice`: for
+    messages.
     Raises DamagedCheckpoint, naming the file that is missing, of another size, or has other bytes. Raises ValueError when it is
     of another format, OSError when it cannot be read now: neither is damage, and nothing may pass it over."""
     path = folder / MANIFEST
@@ -162,7 +168,7 @@ def verify_manifest(folder: Path, required: Collection[str], what: str, advice: 
     for name in sorted(set(required) - entries.keys()):
         raise DamagedCheckpoint(f"{what} (={folder / name}) is not in the manifest; {advice}")
     for name, entry in entries.items():
-        if problem := difference(folder / name, entry):
+        if (not only or name == only) and (problem := difference(folder / name, entry)):
             raise DamagedCheckpoint(f"{what} (={folder / name}) {problem}; {advice}")
 
 
@@ -209,22 +215,27 @@ def set_aside(root: Path, chosen: Path, warn: Callable[[str], None]) -> None:
         warn(f"damaged checkpoint (={path}) is now {renamed.name}; delete it when you have looked at it")
 
 
-def best(root: Path) -> Path | None:
-    """The checkpoint with the lowest validation error (the earliest of equals); None when none was validated."""
+def best(root: Path, passed_over: Callable[[Path, str], object] = lambda path, problem: None) -> Path | None:
+    """The checkpoint with the lowest validation error (the earliest of equals); None when none was validated. `passed_over` is
+    called with each whose state is damaged, and what is wrong."""
     rated = []
     for path in checkpoints(root):
         try:
+            verify_state(path)
             error = read_state(path)["validation_error"]
-        except (FileNotFoundError, ValueError, KeyError):
-            continue  # damaged: `verify` reports it when it is used
+        except (DamagedCheckpoint, ValueError) as damage:
+            passed_over(path, str(damage))
+            continue
         if error is not None and math.isfinite(error):
             rated.append((float(error), path.name))
     return root / min(rated)[1] if rated else None
 
 
 def prune(root: Path, keep_last: int, saved: Path) -> None:
-    """Remove all but the last `keep_last`, the best and the just `saved` one, and what a killed process left half-written."""
-    keep = {*checkpoints(root)[-keep_last:], best(root), saved}
+    """Remove all but the last `keep_last`, the best and the just `saved` one, and what a killed process left half-written. One
+    whose state cannot be read may have been the best, and stays."""
+    keep = {*checkpoints(root)[-keep_last:], saved}
+    keep.add(best(root, lambda path, problem: keep.add(path)) or saved)
     for path in checkpoints(root):
         if path not in keep:
             shutil.rmtree(path)

@@ -131,8 +131,11 @@ def resolve(path: Path, which: Optional[str] = None, *, default: Literal["best",
 def _of_run(run: Path, which: Optional[str], default: str, warn: Callable[[str], None]) -> Path:
     root = run / CHECKPOINTS
     os.listdir(root)  # raises OSError: to be elsewhere, or not to be seen, is not to have none
-    path = checkpoint.best(root) if (which or default) == "best" else None
+    damaged: list[str] = []
+    path = checkpoint.best(root, lambda path, problem: damaged.append(problem)) if (which or default) == "best" else None
     if path is not None:
+        for problem in damaged:
+            warn(problem)
         checkpoint.verify(path)
     elif which != "best":
         path = checkpoint.newest_good(root, warn)

@@ -4,13 +4,13 @@ A run may be half done, killed in the middle of a line, or older than this progr
 `Run.problems`; only a folder that is no run at all is refused. Errors and data wait are shares here, never percent.
 """
 
-import json
+import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Mapping
+from typing import Any, Iterator, Mapping, Sequence
 
-from pipeline.files import file_sha256
+from pipeline.files import file_sha256, parse_line
 from pipeline.io_errors import explain
 from train.checkpoint import checkpoint
 from train.config import changes_results
@@ -173,17 +173,30 @@ def read_run(folder: Path) -> Run:
         elif kind == "test":
             tests = _test(line) or tests
     checkpoints: tuple[Checkpoint, ...] = ()
-    loader: Mapping[str, Any] = {}
+    newest: Mapping[str, Any] = {}
     try:
-        checkpoints, loader = _checkpoints(folder / CHECKPOINTS)
+        checkpoints, newest = _checkpoints(folder / CHECKPOINTS, problems)
     except OSError as error:
         problems.append(explain(error))
+    problems += _altered(folder, starts, newest)
+    loader: Mapping[str, Any] = newest.get("loader") or {}
     samples = _whole(loader.get("samples"))
     train_images = (samples, samples) if samples else _train_images(_whole(config["train"].get("batch")), steps_done)
     tests = [*tests, *_evaluations(folder / EVALUATIONS, problems)]
     return Run(folder, folder.resolve().name, config, starts, tuple(epochs[number] for number in sorted(epochs)), began,
                tuple(tests), checkpoints, train_images, validation_images, str(loader.get("images") or ""),
                tuple(_extended(folder / HISTORY, problems)), tuple(problems))
+
+
+def _altered(folder: Path, starts: Sequence[Mapping[str, Any]], newest: Mapping[str, Any]) -> Iterator[str]:
+    """What the start that came last, and the state of the newest checkpoint, tell of files that have changed since."""
+    if (known := starts[-1].get("config_sha256") if starts else None) and known != file_sha256(folder / CONFIG):
+        yield f"{CONFIG} is not as the last start wrote it; each checkpoint has its own"
+    if not starts and newest and (folder / VERSIONS).exists():
+        yield f"{VERSIONS} tells of no start"
+    with contextlib.suppress(OSError):
+        if (lacking := (_whole(newest.get("metrics_bytes")) or 0) - (folder / METRICS).stat().st_size) > 0:
+            yield f"{METRICS} lacks {lacking} bytes that were written before the newest checkpoint"
 
 
 def _train_images(batch: int | None, steps_done: Mapping[int, int]) -> tuple[int, int] | None:
@@ -214,22 +227,15 @@ def _config(path: Path) -> Mapping[str, Any]:
 def _json_lines(path: Path, problems: list[str]) -> list[Mapping[str, Any]]:
     """JSON objects of a file of lines; other lines are counted in `problems`."""
     try:
-        *lines, cut = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        *lines, cut = path.read_bytes().split(b"\n")
     except OSError as error:
         problems.append(f"{path.name} cannot be read ({error.strerror})" if path.exists() else f"{path.name} is missing")
         return []
-    found: list[Mapping[str, Any]] = []
-    for text in lines:
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            line = None
-        if isinstance(line, dict):
-            found.append(line)
+    found: list[Mapping[str, Any]] = [line for line in map(parse_line, lines) if line is not None]
     if cut:
         problems.append(f"{path.name} ends within a line: the run is writing it, or was killed")
     if bad := len(lines) - len(found):
-        problems.append(f"{path.name}: {bad} line{'s' * (bad > 1)} cannot be read")
+        problems.append(f"{path.name}: {bad} line{'s' * (bad > 1)} cannot be read, or {'are' if bad > 1 else 'is'} damaged")
     return found
 
 
@@ -260,18 +266,19 @@ def _test(line: Mapping[str, Any]) -> list[Test]:
     return [Test(str(line.get("split", "")), views, images, top1, top5, _number(line.get("loss")))]
 
 
-def _checkpoints(root: Path) -> tuple[tuple[Checkpoint, ...], Mapping[str, Any]]:
-    """The checkpoints of a run, and what the newest records of its training images."""
+def _checkpoints(root: Path, problems: list[str]) -> tuple[tuple[Checkpoint, ...], Mapping[str, Any]]:
+    """The checkpoints of a run whose state is as it was written, and the newest of those."""
     found: list[Checkpoint] = []
-    loader: Mapping[str, Any] = {}
+    state: Mapping[str, Any] = {}
     for path in checkpoint.checkpoints(root):
         try:
+            checkpoint.verify_state(path)
             state, manifest = checkpoint.read_state(path), file_sha256(path / checkpoint.MANIFEST)
-        except (OSError, ValueError, RecursionError, AttributeError):
-            continue  # damaged: named when its kernels are wanted
+        except (checkpoint.DamagedCheckpoint, OSError, ValueError) as error:
+            problems.append(str(error).partition(";")[0])
+            continue
         found.append(Checkpoint(path.name, _number(state.get("validation_error")), manifest))
-        loader = state["loader"] if isinstance(state.get("loader"), dict) else loader
-    return tuple(found), loader
+    return tuple(found), state
 
 
 def _evaluations(root: Path, problems: list[str]) -> list[Test]:
