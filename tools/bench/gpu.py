@@ -39,7 +39,7 @@ OTHERWISE = {"pooling apart": "fuse_pooling=false", "tower halves": "tower_convs
 TESTS = {  # a name: words of pytest
     "kernels against their twins": ("tests/model", "tests/resident/test_device.py", "tests/train/test_optimizer.py", "-k",
                                     "kernels or device", "-m", "not slow"),
-    "the rest of -m gpu": ("tests/test_gpu.py", "tests/resident", "-k", "not demo_recipe and not past_2_31", "-m", "gpu")}
+    "the rest of -m gpu": ("tests/gpu", "tests/resident", "-k", "not demo_recipe and not past_2_31", "-m", "gpu")}
 EXACT = {"captured against eager, resumed, not finite": ("tests/train", "-m", "gpu")}
 TOP = 25  # kernels of a trace
 
