@@ -72,7 +72,7 @@ class DataConfig:
         """The settings of a kind of network, with `changes`: ``alexnet``, the paper's; or ``imagenet``, what most recipes for
         ImageNet since ResNet do: RandomResizedCrop to 224, horizontal flips, mean and standard deviation of ImageNet; evaluations
         resize the short side to 256 and take the central 224. Raises ValueError."""
-        _check("preset", name, name in PRESETS, f"be one of {', '.join(PRESETS)}")
+        _check("preset", name, name in PRESETS, f"be one of {', '.join(PRESETS)}; correct it")
         return cls(**{**PRESETS[name], **changes})
 
     def __post_init__(self) -> None:

@@ -39,7 +39,7 @@ def _mix(word: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 def bits(seed: int, purpose: Purpose, *key: Words) -> npt.NDArray[np.uint64]:
     """64 random bits for each key: integers, or integer arrays that broadcast, for example (epoch, ids)."""
-    word: npt.NDArray[np.uint64] = np.asarray([seed & 0xFFFFFFFFFFFFFFFF], np.uint64)
+    word: npt.NDArray[np.uint64] = np.asarray([int(seed) & 0xFFFFFFFFFFFFFFFF], np.uint64)
     for part in (int(purpose), *key):
         # A golden-ratio step before each word keeps (1, 0) and (0, 1) apart, and a zero key away from the fixed point 0.
         word = _mix((word + _GOLDEN) ^ _mix(np.atleast_1d(np.asarray(part)).astype(np.uint64) + _GOLDEN))

@@ -78,6 +78,8 @@ def _shard(given: tuple[int, int] | None) -> tuple[int, int]:
     """The shard given, or that of this process in torch.distributed. Raises ValueError where a launcher has started several
     processes that torch.distributed does not know of: each would take all of the images."""
     if given is not None:
+        if len(given) != 2 or not 0 <= given[0] < given[1]:
+            raise ValueError(f"shard (={given}) must be (k, n) with 0 <= k < n; pass the rank and the number of ranks")
         return given
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()

@@ -53,7 +53,7 @@ class DamagedBytes(ValueError):
 
 
 class SampleIndex:
-    """A loaded index. `samples` is a read-only memory map of SAMPLE rows; see the module for the order of rows."""
+    """A loaded index. `samples` are SAMPLE rows, read-only; see the module for their order."""
 
     def __init__(self, path: Path, header: dict[str, Any], about: Header, samples: np.ndarray, folders: Sequence[Path]) -> None:
         self.path, self.header, self.samples, self.sha256 = path, header, samples, str(header["sha256"])
@@ -66,13 +66,14 @@ class SampleIndex:
         self._open: dict[int, ByteWindow] = {}
         self._split_hashes: dict[str, str] = {}
         self._archive_paths: dict[int, Path] = {}
-        self._names: mmap.mmap | None = None
+        self._names: mmap.mmap | bytes | None = None
         self._lock, self._pid = threading.Lock(), os.getpid()  # a window serves one thread at a time
 
     @classmethod
     def load(cls, path: str | Path, archives: str | Path | Sequence[str | Path] | None = None) -> "SampleIndex":
-        """Memory-map the index at `path`. `archives`: folder(s) to find archives in when the recorded path is gone, by the end
-        of that path (train/000.tar before 000.tar). Raises ValueError when it is no index, of another version, cut or altered.
+        """Load the index at `path`, large arrays as memory maps. `archives`: folder(s) to find archives in when the recorded path
+        is gone, by the end of that path (train/000.tar before 000.tar). Raises ValueError when it is no index, of another
+        version, cut or altered.
 
         The arrays are compared with their SHA-256: below ONCE_BYTES at every load, else when their inode, size or times are not
         those that verified.json beside them has kept since the last time (it is not kept on a disk that cannot be written)."""
@@ -88,7 +89,7 @@ class SampleIndex:
         for array in arrays:
             if is_new and (problem := difference(path / array.file, vars(array))):
                 raise ValueError(f"array (={path / array.file}) of the index {problem}; build the index again")
-        samples = _mapped(path / about.files.samples.file, about)
+        samples = _read(path / about.files.samples.file, about)
         if is_new:
             _check_rows(samples, about, path / about.files.samples.file)
             if sum(array.size for array in arrays) >= ONCE_BYTES:
@@ -250,16 +251,23 @@ class SampleIndex:
         if self._names is None:
             assert self.files.names is not None  # see _check_rows
             with open(self.path / self.files.names.file, "rb") as file:
-                self._names = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self._names = file.read() if self.files.names.size < ONCE_BYTES else \
+                    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return os.fsdecode(self._names[offset:self._names.find(b"\0", offset)])
 
 
-def _mapped(file: Path, about: Header) -> np.ndarray:
-    """samples.npy as a read-only memory map. Raises ValueError when it is not that of the header."""
+def _read(file: Path, about: Header) -> np.ndarray:
+    """samples.npy, read-only: a memory map where it is large. (What is mapped and then cut off ends the process, by a signal.)
+    Raises ValueError when it is not that of the header."""
     try:
-        return read_array(file, SAMPLE, (about.samples,))
+        mapped = read_array(file, SAMPLE, (about.samples,))
     except ValueError as error:
         raise ValueError(f"samples (={file}) cannot be read ({error}); build the index again") from None
+    if mapped.nbytes >= ONCE_BYTES:
+        return mapped
+    samples: np.ndarray = np.array(mapped, subok=True)  # of the same class
+    samples.setflags(write=False)
+    return samples
 
 
 def _check_rows(samples: np.ndarray, about: Header, file: Path) -> None:

@@ -33,7 +33,9 @@ class Evaluation:
                  skip_corrupt: bool = False, ids: Ids | None = None) -> None:
         if batch < 1:
             raise ValueError(f"batch_size (={batch}) must be at least 1; raise it")
-        self.context, self.batch, self.ids = context, batch, context.ids if ids is None else ids
+        self.context, self.batch, self.ids = context, batch, context.ids if ids is None else np.asarray(ids)
+        if self.ids.ndim != 1 or self.ids.dtype.kind not in "iu" or np.any((self.ids < 0) | (self.ids >= len(context.index))):
+            raise ValueError(f"ids (={ids}) must be whole numbers from 0 to {len(context.index) - 1}; give some of the index's")
         self.steps = range(shard[0], -(-len(self.ids) // batch), shard[1])
         self.raw, skip, data = stats is None, Skip(), context.data
         self.skipped = skip.skipped

@@ -1,6 +1,6 @@
 """The loader for training: endless, with epochs and a cursor; `pipeline.tiers.make_train_loader` makes it."""
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 from pipeline.loading.batch import LoaderContext
@@ -65,12 +65,15 @@ class TrainLoader(Loader, Iterator[Any]):
         seed, batch, split or index, or to an order with other settings, or is no such state."""
         self.check_process()
         expected = self.state_dict()
+        if not isinstance(state, Mapping):
+            raise ValueError(f"loader state (={state!r}) must be a mapping; give what state_dict returned")
         if missing := sorted(expected.keys() - state.keys() - {"data"}):
             raise ValueError(f"loader state (={', '.join(sorted(state)) or 'empty'}) must have {', '.join(missing)}; give what "
                              "state_dict returned")
         step = state["step"]
-        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-            raise ValueError(f"loader state step (={step!r}) must be a whole number, at least 0; give what state_dict returned")
+        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 1 << 53:
+            raise ValueError(f"loader state step (={step!r}) must be a whole number, at least 0, below 2^53; give what "
+                             "state_dict returned")
         for key, own in {"data": "", **expected}.items():
             if key != "step" and state.get(key, "") != own:
                 raise ValueError(f"loader state {key} (={state.get(key, '')}) must equal this loader's (={own}); make the "

@@ -15,7 +15,7 @@ from pipeline.index.header import Archive, ClassInfo
 from pipeline.index.sample_index import REASONS, SAMPLE, SampleIndex
 from pipeline.index.tar import fingerprint, open_tar, walk
 from pipeline.index.writer import check_output, mark_excluded, write_index
-from tests.helpers.indexes import altered, file_entry, with_rows
+from tests.helpers.indexes import altered, built, file_entry, jpeg, with_rows
 from tests.helpers.tars import save, tar_bytes
 
 FILES = {"n1/a.JPEG": b"aaa", "n2/b.JPEG": b"bbbb", "x/" * 80 + "c.JPEG": b"c" * 600, "d.JPEG": b"dd"}
@@ -279,6 +279,17 @@ def test_more_shards_than_files_that_may_be_open(tmp_path: Path) -> None:
     del index
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_an_index_that_is_cut_while_in_use_stays_as_it_was(tmp_path: Path) -> None:
+    """Mapped, the process would end by a signal."""
+    (tmp_path / "images/c").mkdir(parents=True)
+    (tmp_path / "images/c/a.JPEG").write_bytes(jpeg(1))
+    index = built(tmp_path, "classes", tmp_path / "images")
+    index.name(0)
+    for name in ("samples.npy", "names.bin"):
+        os.truncate(index.path / name, 0)
+    assert index.samples["label"].tolist() == [0] and index.name(0) == "c/a.JPEG" and not index.samples.flags.writeable
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")

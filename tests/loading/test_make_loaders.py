@@ -138,6 +138,8 @@ def test_the_shard_is_that_of_torch_distributed(photos: SampleIndex, monkeypatch
     ({"seed": -1}, ValueError, r"seed \(=-1\) must be in \[0, 2\*\*63\); choose another"),
     ({"return_batch": 1}, TypeError, r"return_batch \(=1\) must be True or False"),
     ({"shard": 2}, TypeError, r"shard \(=2\) must be a tuple of numbers or None"),
+    ({"shard": ()}, ValueError, r"shard \(=\(\)\) must be \(k, n\) with 0 <= k < n; pass"),
+    ({"shard": (0, 1, 2)}, ValueError, r"must be \(k, n\) with 0 <= k < n; pass"),
     ({"machine": {}}, TypeError, r"machine \(={}\) must be a LoaderConfig"),
     ({"device": "meta"}, ValueError, r"device \(=meta\) must be cpu or cuda"),
     ({"device": "gpu"}, ValueError, r"device \(=gpu\) must be cpu or cuda"),
@@ -156,6 +158,30 @@ def test_an_index_that_is_none_is_said(tmp_path: Path) -> None:
         make_eval_loader(tmp_path / "nothing")
     with pytest.raises(TypeError, match="argument batch of make_eval_loader is not known; use batch_size"):
         make_eval_loader(tmp_path / "nothing", batch=3)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"shard": []}, r"must be \(k, n\) with"), ({"shard": (2, 2)}, r"must be \(k, n\) with"),
+    ({"ids": "x"}, "must be whole numbers"),
+    ({"ids": {}}, "must be whole numbers"), ({"ids": np.array([1.5])}, "must be whole numbers"),
+    ({"ids": np.array([[1]])}, "must be whole numbers"), ({"ids": np.array([999])}, "must be whole numbers"),
+    ({"ids": np.array([-1])}, r"ids \(=\[-1\]\) must be whole numbers from 0 to \d+; give")])
+def test_mistakes_of_an_evaluation_are_named(photos: SampleIndex, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_eval_loader(photos, data=SMALL, **options)
+
+
+def test_numbers_of_numpy_are_numbers(photos: SampleIndex) -> None:
+    with make_train_loader(photos, batch_size=np.int64(3), data=SMALL, seed=np.int64(3), return_batch=True) as loader, \
+            make_train_loader(photos, batch_size=3, data=SMALL, seed=3, return_batch=True) as other:
+        assert next(loader).ids.tolist() == next(other).ids.tolist()
+
+
+@pytest.mark.parametrize("state", [None, [], "step", {"step": 1 << 70}, {"step": -1}])
+def test_a_state_that_is_none_is_refused(photos: SampleIndex, state: Any) -> None:
+    with make_train_loader(photos, batch_size=4, data=SMALL) as loader, \
+            pytest.raises(ValueError, match="loader state .*; give what state_dict returned"):
+        loader.load_state_dict({**loader.state_dict(), **state} if isinstance(state, dict) else state)
 
 
 def test_a_state_belongs_to_its_data_settings(photos: SampleIndex) -> None:
