@@ -70,10 +70,10 @@ def test_runs_no_better_than_guessing_are_flagged(tmp_path: Path, base: dict[str
     for words in ("40.00% top-1 error (10/24), 95% interval 24.47% to 61.17%, on val, 10 crops",
                   "3 epochs, the best of 2 recipes"):
         assert words in page.text
-    packed = write_run(tmp_path / "packed", stuck, errors=(0.83,), test=0.83, index="p" * 64)  # other images of the same name
+    packed = write_run(tmp_path / "packed", stuck, errors=(0.83,) * 3, test=0.83, index="p" * 64)  # other images of the same name
     page = checked(report(tmp_path / "r.html", tmp_path / "good", tmp_path / "stuck", packed)[0])
     assert page.text.count("at chance: no better") == 1 and "stuck (seed 1), packed (seed 1): at chance: no better" in page.text
-    assert "packed, 1 epoch; no better" in page.text
+    assert "packed, 3 epochs; no better" in page.text
     titles = [title for title in page.tables if title.startswith("Results on nowhere")]
     assert [title.rpartition(", ")[2] for title in titles] == ["i" * 8, "p" * 8]
 
