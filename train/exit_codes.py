@@ -143,8 +143,8 @@ def exit_code(work: Callable[[], Optional[int]], memory_advice: str, interrupted
     except ImportError as error:
         if (error.name or "").partition(".")[0] in ("pipeline", "model", "train", "tools"):
             raise
-        return _fail(RuntimeError(f"module (={error.name or 'unknown'}) cannot be imported ({error}); install what is missing "
-                                  "with pip install -e ."), failed)
+        return _fail(RuntimeError(f"module (={error.name or 'unknown'}) cannot be imported ({error}); `alexnet doctor` "
+                                  "says what is missing and how to install it"), failed)
     except (RuntimeError, OSError) as error:  # each process has its own: after rank, step and phase, which failure.py notes
         return _fail(error, failed, position="".join(f"{note}: " for note in getattr(error, "__notes__", ())))
     except KeyboardInterrupt:  # before signal handlers are installed, or a second one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import re
 import shutil
@@ -137,7 +138,7 @@ def test_float64_weights_become_float32(trained: Path, tmp_path: Path) -> None:
         assert tensor.dtype == torch.float32 and torch.equal(tensor, tensors[f"weight.{name}"].float())
 
 
-def test_mistakes_are_named(tiny_set: TinySet, trained: Path, tmp_path: Path) -> None:
+def test_mistakes_are_named(tiny_set: TinySet, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, last = tmp_path / "out", sorted((trained / "checkpoints").iterdir())[-1]
 
     def tried(path: Path, *more: object, code: int = 2) -> str:
@@ -151,6 +152,13 @@ def test_mistakes_are_named(tiny_set: TinySet, trained: Path, tmp_path: Path) ->
     shutil.copytree(last, damaged)
     (damaged / "stats.npz").write_bytes(b"")
     assert "stats.npz) has 0 bytes, was written with" in tried(damaged, code=4)
+
+    def no_package(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", no_package)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert "safetensors (=not installed) is needed to read and write model.safetensors; pip install saf" in tried(trained, code=4)
 
 
 def test_an_index_that_is_gone_or_another_gives_no_class_names(tiny_set: TinySet, trained: Path, tmp_path: Path) -> None:

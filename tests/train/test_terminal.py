@@ -95,8 +95,8 @@ def test_a_library_that_is_missing_is_one_line(missing: str, recipe: Path, tmp_p
     (tmp_path / f"{missing}.py").write_text("raise ModuleNotFoundError(f'No module named {__name__!r}', name=__name__)\n")
     done = command("-m", "train.main", "--config", str(recipe), PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert done.returncode == 4 and done.stderr == (
-        f"error: module (={missing}) cannot be imported (No module named '{missing}'); install what is missing with "
-        "pip install -e .\n")
+        f"error: module (={missing}) cannot be imported (No module named '{missing}'); `alexnet doctor` says "
+        "what is missing and how to install it\n")
 
 
 def test_ctrl_c_at_any_moment_of_a_start_is_no_traceback(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,6 @@ import math
 import os
 import sys
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Mapping, Sequence
 
@@ -117,7 +116,7 @@ def describe(source: Resolved) -> About:
     origin = f"Trained for {state['step']:,} steps of {config.train.batch} images (checkpoint `{source.path.name}`)."
     hashes = {"checkpoint (its manifest)": source.sha256, "classes": state["classes"],
               **{what: digest for what, digest in state.get("sources", {}).items() if digest}}
-    versions = {f"exported with {name}": metadata.version(name) for name in ("torch", "safetensors")}
+    versions = {f"exported with {name}": weights.library(name).__version__ for name in ("torch", "safetensors")}
     results: list[Test] = []
     try:
         run = read_run(source.run) if source.run is not None else None
