@@ -251,8 +251,8 @@ class Config:
         if self.schedule.warmup_steps > steps:
             found.append(f"schedule.warmup_steps (={self.schedule.warmup_steps}) is more than the {steps} steps of the run, "
                          "which never reaches its learning rate")
-        found += [f"schedule.milestones (epoch {milestone.epoch}) has no effect: training ends after epoch {epochs}"
-                  for milestone in self.schedule.milestones if milestone.epoch >= epochs]
+        if late := [str(milestone.epoch) for milestone in self.schedule.milestones if milestone.epoch >= epochs]:
+            found.append(f"schedule.milestones (epoch {', '.join(late)}) without effect: training ends after epoch {epochs}")
         return found
 
     @property

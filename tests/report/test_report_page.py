@@ -95,6 +95,18 @@ def test_files_that_changed_since_they_were_written_are_named(tmp_path: Path, ba
         path.write_bytes(before)
 
 
+def test_a_run_without_epochs_is_in_no_legend(tmp_path: Path, base: dict[str, Any]) -> None:
+    runs = []
+    for rate in (0.1, 0.2, 0.3):
+        changed = copy.deepcopy(base)
+        changed["optimizer"]["lr"] = rate
+        runs.append(write_run(tmp_path / f"rate-{rate}", changed))
+    cut_off = (runs[1] / "metrics.jsonl").read_text(encoding="utf-8").partition("\n")[0]
+    (runs[1] / "metrics.jsonl").write_text(cut_off + "\n", encoding="utf-8")
+    legends = report(tmp_path / "r.html", *runs)[0].split('<p class="legend">')[1:3]
+    assert [[f"rate-{rate}" in legend.partition("</p>")[0] for rate in (0.1, 0.2, 0.3)] for legend in legends] == [[1, 0, 1]] * 2
+
+
 def damaged_checkpoint(run: Path) -> None:
     path = run / "checkpoints" / "step-000000027-epoch-0003"
     path.mkdir()

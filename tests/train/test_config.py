@@ -127,6 +127,17 @@ def test_numbers_are_finite(tmp_path: Path, name: str, line: str, key: str) -> N
         read(write_recipe(tmp_path, **{name: line}))
 
 
+def test_doubts(tmp_path: Path) -> None:
+    """What a run says and will never use: one line for each key."""
+    config = read(write_recipe(tmp_path), "--train.epochs=3", "--schedule.plateau=null", "--data.window=100",
+                  "--schedule.warmup_steps=28",
+                  "--schedule.milestones=[{epoch: 2, lr: 1e-3}, {epoch: 3, lr: 1e-4}, {epoch: 9, lr: 1e-5}]")
+    assert config.doubts(27) == [
+        "data.window is of no use to data.tier: archives, only to streamed",
+        "schedule.warmup_steps (=28) is more than the 27 steps of the run, which never reaches its learning rate",
+        "schedule.milestones (epoch 3, 9) without effect: training ends after epoch 3"]
+
+
 def test_dump_and_load_are_inverse(tmp_path: Path) -> None:
     config = read(write_recipe(tmp_path), "--optimizer.lr=1e-5", "--machine.threads=3", "--model.lrn=null")
     (tmp_path / "resolved.yaml").write_text(dump(config), encoding="utf-8")

@@ -123,7 +123,8 @@ def comparison(members: Sequence[Group]) -> list[Chart]:
             name = f"{group.name}, " if len(members) > 1 else ""
             curves += [series(f"{name}train", group.furthest, training, number, dashed=True, scale=scale),
                        series(f"{name}validation", group.furthest, validation, number + (not name), scale=scale)]
-        legend = [Series(group.name, (), number % COLOURS) for number, group in enumerate(members)] if len(members) > 1 else []
+        legend = [Series(group.name, (), number % COLOURS) for number, group in enumerate(members)
+                  if len(members) > 1 and any(one.points for one in curves[2 * number:2 * number + 2])]
         found += chart(title, curves, unit, legend=legend)
     return found
 
