@@ -98,7 +98,7 @@ def test_the_command_writes_a_png(run: Path, tiny_set: TinySet, tmp_path: Path, 
     capsys.readouterr()
     assert show("top5", *words, "--ids", *ids, "--views", "1") == 0
     right = (found.argmax(1) == index.samples["label"][ids]).sum()
-    assert f"2 images in {out}; the right label is the first of {right}, among five of " in capsys.readouterr().out
+    assert f"2 images in {out}; the right label is the first for {right}, in the top five for " in capsys.readouterr().out
     assert class_name(index.classes, 0) in {"red ball", "blue ball", "red box", "blue box"}
 
 

@@ -74,5 +74,5 @@ def run(args: argparse.Namespace) -> None:
                  f"{crops} crop{'s' if crops > 1 else ''} each; {trained.source.path}")
     draw(pixels, found, labels, words, title).save(args.out)
     ranks = label_ranks(found[labels >= 0], labels[labels >= 0])
-    print(f"{count} images in {args.out}; the right label is the first of {int((ranks == 0).sum())}, among five of "
+    print(f"{count} images in {args.out}; the right label is the first for {int((ranks == 0).sum())}, in the top five for "
           f"{int((ranks < 5).sum())}")
