@@ -87,7 +87,7 @@ def test_the_command_writes_a_png(run: Path, tiny_set: TinySet, tmp_path: Path, 
     with Image.open(out) as picture:
         assert picture.format == "PNG" and picture.size[0] > 900
     said = capsys.readouterr().out
-    assert said.startswith(f"3 images in {out}; the right label is the first of ")
+    assert said.startswith(f"3 images in {out}; the right label is the first for ")
     first = out.read_bytes()
     assert show("top5", *words, "--count", "3", "--seed", "2") == 0 and out.read_bytes() == first, "a seed gives a sheet"
     assert show("top5", *words, "--count", "3", "--seed", "3") == 0 and out.read_bytes() != first
