@@ -31,7 +31,7 @@ WORDS = ["--config", str(RECIPE), "--rounds", "1", "--seconds", "0.01", "--train
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--ways", "towers,tower"], r"--ways (=tower) must be among plain, plain-recipe, one, towers"),
+    (["--ways", "towers,tower"], r"--ways (=tower) must be among plain, plain-recipe, one, halves, towers"),
     (["--ways", "towers-x-data", "--train.batch=10"], "train.batch (=10) must be a multiple of 4"),
     (["--rounds", "0"], "--rounds (=0) must be at least 1"),
     (["--nonsense"], "nonsense")])
