@@ -251,26 +251,24 @@ def read_json(path: Path) -> Any:
         return parse_json(path.read_bytes())
 
 
+_LINE = re.compile(rb'(.+), "crc32": "([0-9a-f]{8})"}')
+
+
 def json_line(values: Mapping[str, Any]) -> bytes:
-    """A line of a file of JSON lines. It ends with its CRC-32, which `parse_line` compares, in blanks and tabs, which JSON passes
-    over: whoever else reads the line sees the values alone."""
+    """A line of a file of JSON lines. Its last key is `crc32`, of the line without it, which `parse_line` compares."""
     text = json.dumps(values, allow_nan=False).encode()
-    return text + _blanks(text) + b"\n"
-
-
-def _blanks(text: bytes) -> bytes:
-    """The CRC-32 of a text, a bit a character."""
-    return f"{zlib.crc32(text):032b}".replace("0", " ").replace("1", "\t").encode()
+    return text[:-1] + b', "crc32": "%08x"}\n' % zlib.crc32(text)
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
     """The values of a line that `json_line` made, or of one without a CRC-32, as earlier versions wrote them; None when it is
     none, or is not as it was written."""
-    text = line.rstrip(b" \t")
-    if text != line and line != text + _blanks(text):
-        return None
+    if checked := _LINE.fullmatch(line):
+        line = checked[1] + b"}"
+        if zlib.crc32(line) != int(checked[2], 16):
+            return None
     try:
-        values = parse_json(text)
+        values = parse_json(line)
     except ValueError:
         return None
     return values if isinstance(values, dict) else None
