@@ -102,12 +102,8 @@ def _create_temporary(path: Path, is_folder: bool) -> tuple[Path, int]:
         try:
             if is_folder:
                 temporary.mkdir()
-                try:
+                with _removed_on_error(temporary):
                     descriptor = os.open(temporary, os.O_RDONLY)
-                except OSError:
-                    with contextlib.suppress(FileNotFoundError):
-                        temporary.rmdir()
-                    raise
             else:
                 descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
@@ -118,9 +114,20 @@ def _create_temporary(path: Path, is_folder: bool) -> tuple[Path, int]:
             continue
         with contextlib.suppress(OSError):  # a file system without locks: then nobody removes it either
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if temporary.exists():  # `remove_dead` was not quicker
-            return temporary, descriptor
+        with _removed_on_error(temporary):
+            if temporary.exists():  # `remove_dead` was not quicker
+                return temporary, descriptor
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _removed_on_error(temporary: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError:
+        with contextlib.suppress(OSError):
+            (os.rmdir if temporary.is_dir() else os.unlink)(temporary)
+        raise
 
 
 def sync(path: Path) -> None:

@@ -57,6 +57,11 @@ def test_a_folder_that_cannot_be_opened_leaves_nothing(tmp_path: Path, monkeypat
     with pytest.raises(OSError) as error, atomic_folder(tmp_path / "folder"):
         pass
     assert error.value.errno == errno.EMFILE and os.listdir(tmp_path) == []
+    monkeypatch.undo()
+    monkeypatch.setattr("pipeline.files.Path.exists", refuse)
+    with pytest.raises(OSError) as error, atomic_write(tmp_path / "file"):
+        pass
+    assert error.value.errno == errno.EMFILE and os.listdir(tmp_path) == []
 
 
 def test_json_of_any_content_is_read_or_refused(tmp_path: Path) -> None:

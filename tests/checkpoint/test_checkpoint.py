@@ -201,6 +201,21 @@ def test_one_whose_state_is_damaged_is_no_best_and_is_not_removed(tmp_path: Path
     assert checkpoint.checkpoints(tmp_path) == [paths[0], paths[1], paths[3]]
 
 
+def test_killed_while_one_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of it is no checkpoint, and goes next time."""
+    paths = [save(tmp_path, step) for step in range(1, 4)]
+
+    def killed(path: Path) -> None:
+        (path / "state.json").unlink()
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("shutil.rmtree", killed)
+        checkpoint.prune(tmp_path, 2, paths[2])
+    assert checkpoint.checkpoints(tmp_path) == paths[1:] and len(list(tmp_path.iterdir())) == 3
+    checkpoint.prune(tmp_path, 2, paths[2])
+    assert sorted(tmp_path.iterdir()) == paths[1:]
+
+
 def test_no_best_without_validation(tmp_path: Path) -> None:
     save(tmp_path, 1)
     assert checkpoint.best(tmp_path) is None

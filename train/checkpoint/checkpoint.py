@@ -236,11 +236,11 @@ def prune(root: Path, keep_last: int, saved: Path) -> None:
     whose state cannot be read may have been the best, and stays."""
     keep = {*checkpoints(root)[-keep_last:], saved}
     keep.add(best(root, lambda path, problem: keep.add(path)) or saved)
-    for path in checkpoints(root):
-        if path not in keep:
-            shutil.rmtree(path)
     for path in root.glob(".step-*.partial"):
         shutil.rmtree(path)
+    for path in checkpoints(root):
+        if path not in keep:  # renamed first: half of one is no damaged checkpoint
+            shutil.rmtree(path.rename(root / f".{path.name}.partial"))
 
 
 @dataclass(frozen=True)
