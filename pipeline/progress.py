@@ -44,7 +44,7 @@ class ProgressBar(Progress):
     def _print(self, end: str) -> None:
         self._printed = time.monotonic()
         seconds = max(self._printed - self._start, 1e-9)
-        figures = f"{100 * self._bytes / self._total if self._total else 100:.0f}% of {size_text(self._total)}"
+        figures = f"{min(100 * self._bytes / self._total, 100) if self._total else 100:.0f}% of {size_text(self._total)}"
         if self._images:
             figures += f", {self._images:,} images, {self._images / seconds:,.0f}/s"
         if self._bytes >= self._total:
