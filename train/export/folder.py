@@ -19,6 +19,7 @@ from pipeline.stats import Stats
 from train.checkpoint import checkpoint
 from train.checkpoint.resolve import Resolved
 from train.config import Config, MachineConfig, ParallelConfig
+from train.evaluate.metrics import FEW_CLASSES
 from train.export import safetensors_io as weights
 from train.export.onnx import onnx_model
 from train.recipe import dump
@@ -105,6 +106,7 @@ def card(name: str, config: Config, about: About, classes: int = 0, onnx: bool =
     model = config.model
     return environment.get_template("model_card.md.jinja").render(
         name=name, config=config, data=config.data, model=model, about=about, classes=classes, onnx=onnx,
+        top5=model.classes >= FEW_CLASSES,
         parameters=parameter_count(model), weights=canonical_shapes(model), outputs=dict(shapes(model)), prod=math.prod)
 
 
