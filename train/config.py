@@ -245,6 +245,8 @@ class Config:
                   ("machine.resident_folder", machine.resident_folder, ("resident",))]
         found = [f"{key} is of no use to data.tier: {data.tier}, only to {' and '.join(tiers)}" for key, is_set, tiers in unused
                  if is_set and data.tier not in tiers]
+        if machine.tower_convs != "grouped" and self.model.towers == 1:
+            found.append("machine.tower_convs is of no use to model.towers: 1, only to 2 in one process")
         rates = [self.optimizer.layer_rates, *(milestone.layer_rates for milestone in self.schedule.milestones)]
         if not any(each.get(name, int(number == 0)) for number, each in enumerate(rates) for name in self.model.layers):
             found.append("optimizer.layer_rates freezes every layer in every epoch: nothing is trained")

@@ -136,6 +136,8 @@ def test_doubts(tmp_path: Path) -> None:
         "data.window is of no use to data.tier: archives, only to streamed",
         "schedule.warmup_steps (=28) is more than the 27 steps of the run, which never reaches its learning rate",
         "schedule.milestones (epoch 3, 9) without effect: training ends after epoch 3"]
+    halves = parse(["--config", str(write_recipe(tmp_path)), "--model.towers=1", "--machine.tower_convs=halves"]).config
+    assert halves.doubts(27) == ["machine.tower_convs is of no use to model.towers: 1, only to 2 in one process"]
 
 
 def test_dump_and_load_are_inverse(tmp_path: Path) -> None:
