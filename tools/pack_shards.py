@@ -102,6 +102,9 @@ def _pack(args: argparse.Namespace) -> None:
             packed, notes = pack.complete(index, out, plan, jobs=jobs, budget=args.budget, progress=progress)
     if written:
         print(f"packed {written:,} images in {seconds:,.1f} s, {written / seconds:,.0f} img/s")
+    if missing and world == 1:
+        raise RuntimeError(f"shard (={out / missing[0].name}.tar) was written and is not there any more; see who writes into "
+                           "that folder, then run the same command again")
     if missing:
         print(f"rank {rank} of {world} has finished its share; {len(missing)} of {len(pieces(index, plan))} shards are not "
               f"finished ({missing[0].name}.tar …): the last rank writes the index; --rank 0 --world 1 does all that is left")

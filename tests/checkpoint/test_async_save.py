@@ -69,7 +69,7 @@ def test_a_failure_is_raised_at_the_next_call_once_and_by_name(tmp_path: Path, m
         assert "\n" not in str(caught.value)
     saver.save("step-000000002", tensors(2), SHAPES, STATE, disk_full)
     saver.close()
-    assert "error: checkpoint (=" in capsys.readouterr().err
+    assert "warning: checkpoint (=" in capsys.readouterr().err
     check(tmp_path / "step-000000001", 1)
 
 

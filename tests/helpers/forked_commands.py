@@ -98,6 +98,7 @@ class Server:
         while True:
             answer = self._answer()
             if "pid" in answer:
+                self._codes.pop(answer["pid"], None)  # of one before, whose number it has
                 return Command(self, answer["pid"], folder)
 
     def run(self, *words: object, limit_s: float = 120, **request: Any) -> Ended:

@@ -13,6 +13,7 @@ import tarfile
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -214,6 +215,19 @@ def test_one_rank_leaves_the_others_share(source: SampleIndex, packed: SampleInd
         assert main([*command, "--rank", "0", "--world", "2"]) == 0
         assert "verified, SHA-256" in capsys.readouterr().out
     assert hashes(tmp_path / "out") == hashes(packed.path)
+
+
+def test_a_shard_that_vanishes_is_no_other_ranks(source: SampleIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    write = pack.write
+
+    def write_and_lose(*args: Any, **given: Any) -> int:
+        written = write(*args, **given)
+        (tmp_path / "out" / "train-000000.json").unlink()
+        return written
+    monkeypatch.setattr(pack, "write", write_and_lose)
+    assert main([str(source.path), str(tmp_path / "out"), *OPTIONS, "--jobs", "1"]) == 2
+    assert "train-000000.tar) was written and is not there any more; see who" in capsys.readouterr().err
 
 
 def test_a_damaged_shard_is_found_and_written_again(source: SampleIndex, packed: SampleIndex, tmp_path: Path,

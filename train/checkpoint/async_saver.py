@@ -80,7 +80,7 @@ class AsyncSaver:
         self._thread.shutdown()
         error = self._pending.exception() if self._pending is not None else None  # a lost process: training's collectives say so
         if error is not None and not is_collective_error(error):
-            print(f"error: {error}", file=sys.stderr)
+            print(f"warning: {error}", file=sys.stderr)  # beside the one error of the run
 
     def _copy(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy to host memory that is kept from one save to the next: new pages would cost as much as the copy."""
