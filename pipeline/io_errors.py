@@ -69,8 +69,12 @@ def is_full(path: Path) -> bool:
 def _has_grown_too_large(under_way: Path) -> bool:
     """Whether a file, or one of a folder, is as large as this process may make files (ulimit -f)."""
     most = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    files = (under_way, *under_way.rglob("*"))
-    return most != resource.RLIM_INFINITY and any(path.stat().st_size >= most for path in files if path.is_file())
+    if most == resource.RLIM_INFINITY:
+        return False
+    try:
+        return any(path.stat().st_size >= most for path in (under_way, *under_way.rglob("*")) if path.is_file())
+    except OSError:  # another process of the run is removing it: the error at hand is the one to be told
+        return False
 
 
 @contextlib.contextmanager
