@@ -53,7 +53,7 @@ def test_minimum_versions_are_below_the_pins(setup: configparser.ConfigParser) -
 def test_core_requirements_are_the_agreed_ones(setup: configparser.ConfigParser) -> None:
     assert {name_of(line) for line in lines(setup["options"]["install_requires"])} == {
         "nvidia-dali-cuda120", "torch", "numpy", "pyyaml", "rich", "docstring-parser", "scipy", "jinja2",
-        "simplejpeg", "xxhash"}
+        "simplejpeg", "xxhash", "zlib-ng"}
 
 
 def test_packages_and_recipes_are_installed(setup: configparser.ConfigParser) -> None:

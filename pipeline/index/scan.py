@@ -3,12 +3,12 @@
 A task is an inner tar to walk, a list of members of a flat tar, or files of a folder. Rows come back in the order of the task
 with label, split and archive still 0; whatever is odd comes back by name with a reason.
 """
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from zlib_ng.zlib_ng import crc32
 
 from pipeline.index.image_header import FORMAT_CODE, HEAD_BYTES, NeedMore, is_image_name, judge, probe
 from pipeline.index.sample_index import REASONS, SAMPLE
@@ -131,7 +131,7 @@ def _rows(path: Path, crc: bool, members: Iterable[Member], read: Callable[[Memb
             continue
         if reason not in UNLISTED:
             odd.append(Oddity(name, REASONS[reason], not excluded, len(rows)))
-        rows.append((offset, size, zlib.crc32(data) if crc else 0, info.width, info.height, -1, 0, (offset - header) // BLOCK, 0,
+        rows.append((offset, size, crc32(data) if crc else 0, info.width, info.height, -1, 0, (offset - header) // BLOCK, 0,
                      FORMAT_CODE[info.format], reason, info.channels, excluded, 0))
         names.append(name)
     return Part(np.array(rows, SAMPLE), odd, names)

@@ -4,11 +4,11 @@ A `Finding` names what is damaged; `exclude` marks such samples excluded in the 
 cannot be opened or read now is an error, which ends the check. `pipeline.decoding.scrub` decodes every image besides.
 """
 import contextlib
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from zlib_ng.zlib_ng import crc32
 
 from pipeline.files import difference
 from pipeline.index.folders import folder_archive, list_folder
@@ -148,8 +148,8 @@ def _check_row(index: SampleIndex, id: int, source: ByteWindow | None, crc: bool
 def check_bytes(index: SampleIndex, id: int, data: bytes, crc: bool) -> str:
     """What is wrong with the bytes of a sample, by its CRC-32 (if `crc`) and its header; "" when nothing is."""
     row = index.samples[id]
-    if crc and zlib.crc32(data) != row["crc32"]:
-        return f"has CRC-32 {zlib.crc32(data):08x}, the index says {row['crc32']:08x}"
+    if crc and crc32(data) != row["crc32"]:
+        return f"has CRC-32 {crc32(data):08x}, the index says {row['crc32']:08x}"
     info = probe(data, True)
     if (FORMAT_CODE[info.format], *info[1:4]) != tuple(row[["format", "width", "height", "channels"]]):
         return f"its header says {info.format} {info.width}×{info.height}, not what the index says"

@@ -9,7 +9,6 @@ import json
 import math
 import re
 import tarfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import nvidia.dali
 import simplejpeg
+from zlib_ng.zlib_ng import crc32
 
 from pipeline.config import DataConfig, LoaderConfig
 from pipeline.decoding import geometry
@@ -119,7 +119,7 @@ def write_shard(index: SampleIndex, out: Path, plan: Plan, piece: Piece, threads
             offset, label = add_member(tar, f"{key}.jpg", jpeg), int(index.samples["label"][id])
             if label >= 0:
                 add_member(tar, f"{key}.cls", str(label).encode())
-            rows.append((id, offset, len(jpeg), zlib.crc32(jpeg), pixels.shape[1], pixels.shape[0]))
+            rows.append((id, offset, len(jpeg), crc32(jpeg), pixels.shape[1], pixels.shape[0]))
             if id in measured:
                 errors[id] = squared_error(pixels, jpeg)
         check_budget(index, piece.split, skipped, budget)
@@ -142,7 +142,7 @@ def check_shard(tar: Path, shard: Shard) -> str:
                 if member.name.endswith(".jpg"):
                     data = source.at(member.offset, member.size)
                     size = probe(data, True)[1:3]
-                    found.append((int(member.name[:9]), member.offset, member.size, zlib.crc32(data), *size))
+                    found.append((int(member.name[:9]), member.offset, member.size, crc32(data), *size))
     except ArchiveError as error:
         return f"cannot be read ({error})"
     return "" if found == shard.rows.tolist() else "holds other images than its sidecar says"

@@ -6,7 +6,6 @@ import os
 import resource
 import threading
 import weakref
-import zlib
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from zlib_ng.zlib_ng import crc32
 
 from pipeline.decoding.resize import Buffers
 from pipeline.index.image_header import HEAD_BYTES, NeedMore, probe
@@ -56,7 +56,7 @@ class Source(ABC):
 
 def other_crc(view: Encoded, crc: int) -> str:
     """"" when an image's bytes are those that were indexed, else what is wrong."""
-    return "" if zlib.crc32(view) == crc else _OTHER_CRC
+    return "" if crc32(view) == crc else _OTHER_CRC
 
 
 def other_header(view: Encoded, width: int, height: int) -> str:
@@ -145,7 +145,7 @@ class ArchiveSource(Source):
         reasons: list[str] = []
         if not self._check_crc:
             reasons = list(map(other_header, found, rows["width"].tolist(), rows["height"].tolist()))
-        elif (actual := list(map(zlib.crc32, found))) != (crcs := rows["crc32"].tolist()):
+        elif (actual := list(map(crc32, found))) != (crcs := rows["crc32"].tolist()):
             reasons = [_OTHER_CRC if one != other else "" for one, other in zip(actual, crcs)]
         for row, reason in enumerate(reasons):
             if reason:

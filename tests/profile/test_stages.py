@@ -17,6 +17,7 @@ from pipeline.config import DataConfig, LoaderConfig
 from pipeline.index.sample_index import SampleIndex
 from pipeline.loading.batch import Batch, LoaderContext
 from pipeline.loading.train_loader import TrainLoader
+from pipeline.reading import source
 from pipeline.reading.source import ArchiveSource
 from pipeline.compute_stats import compute
 from pipeline.stats import Stats
@@ -73,7 +74,8 @@ def test_a_slow_disk_is_named(small: tuple[SampleIndex, Stats], monkeypatch: pyt
 
 
 def test_slow_checks_are_named(small: tuple[SampleIndex, Stats], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zlib, "crc32", slowed(zlib.crc32, 0.01))
+    for module in (source, stages):
+        monkeypatch.setattr(module, "crc32", slowed(zlib.crc32, 0.01))
     found = judged(small)
     assert found.limit == "crc" and "check_crc: false" in found.advice_yaml
 

@@ -11,7 +11,6 @@ import gc
 import itertools
 import os
 import sys
-import zlib
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -21,6 +20,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from zlib_ng.zlib_ng import crc32
 
 from pipeline.config import LoaderConfig
 from pipeline.decoding.dali import RegionPipeline
@@ -112,7 +112,7 @@ def _steps(loader: TrainLoader) -> int:
 
 def _check(plan: BatchPlan) -> int:
     for view in plan.encoded:
-        zlib.crc32(view)
+        crc32(view)
     return len(plan.ids)
 
 
