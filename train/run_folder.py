@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Mapping, Optional
 
-from pipeline.files import LockHeld, atomic_write, file_sha256, json_line, lock
+from pipeline.files import LockHeld, atomic_write, file_sha256, json_line, lock, parse_line
 from pipeline.io_errors import explain, writing
 from pipeline.schema import is_file_name
 from train.config import Config, changes, changes_results
@@ -138,9 +138,18 @@ def check_resumable(config: Config, path: Path, epochs: int = 0) -> None:
         raise ValueError(f"train.epochs (={config.train.epochs}) is less than the {epochs} epochs that the run has begun; give "
                          f"--train.epochs={epochs} or more, or start another run with --machine.name")
     if problems:
-        raise ValueError(f"recipe (={'; '.join(problems)}) is not the one of {run}; a resume may raise train.epochs, change "
-                         "schedule.milestones of epochs to come, and the groups machine and parallel: give the run's other "
-                         "values, or start another run with --machine.name")
+        altered = f" ({CONFIG} there has changed since the last start: copy that of its newest checkpoint)" * is_altered(run)
+        raise ValueError(f"recipe (={'; '.join(problems)}) is not the one of {run}{altered}; a resume may raise train.epochs, "
+                         "change schedule.milestones of epochs to come, and the groups machine and parallel: give the run's "
+                         "other values, or start another run with --machine.name")
+
+
+def is_altered(folder: Path) -> bool:
+    """Whether config.yaml has other bytes than when the run's last start was recorded."""
+    lines = (folder / VERSIONS).read_bytes().splitlines() if (folder / VERSIONS).exists() else []
+    starts = [line for line in map(parse_line, lines) if line is not None]
+    known = starts[-1].get("config_sha256") if starts else None
+    return known is not None and known != file_sha256(folder / CONFIG)
 
 
 def note_changes(folder: Path, config: Config, step: int, epoch: int) -> list[str]:

@@ -24,6 +24,7 @@ from pipeline.index.tar import BLOCK, ByteWindow, fingerprint, read_member
 
 VERIFIED = "verified.json"  # in the folder of a large index: see `load`
 ONCE_BYTES = 16 << 20  # of its arrays; smaller ones are compared with their SHA-256 at every load
+_MAPPED_BYTES = 256 << 20  # of an array; smaller ones are read: what is mapped and then cut off ends the process, by a signal
 _OPEN = 64  # archives that stay open
 _CHECKED = 1 << 16  # rows that are checked together: their 2.6 MB stay in the cache
 SPLITS = ("train", "val", "test")
@@ -71,9 +72,9 @@ class SampleIndex:
 
     @classmethod
     def load(cls, path: str | Path, archives: str | Path | Sequence[str | Path] | None = None) -> "SampleIndex":
-        """Load the index at `path`, large arrays as memory maps. `archives`: folder(s) to find archives in when the recorded path
-        is gone, by the end of that path (train/000.tar before 000.tar). Raises ValueError when it is no index, of another
-        version, cut or altered.
+        """Load the index at `path`, arrays of 256 MB and more as memory maps. `archives`: folder(s) to find archives in when the
+        recorded path is gone, by the end of that path (train/000.tar before 000.tar). Raises ValueError when it is no index, of
+        another version, cut or altered.
 
         The arrays are compared with their SHA-256: below ONCE_BYTES at every load, else when their inode, size or times are not
         those that verified.json beside them has kept since the last time (it is not kept on a disk that cannot be written)."""
@@ -251,19 +252,18 @@ class SampleIndex:
         if self._names is None:
             assert self.files.names is not None  # see _check_rows
             with open(self.path / self.files.names.file, "rb") as file:
-                self._names = file.read() if self.files.names.size < ONCE_BYTES else \
+                self._names = file.read() if self.files.names.size < _MAPPED_BYTES else \
                     mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return os.fsdecode(self._names[offset:self._names.find(b"\0", offset)])
 
 
 def _read(file: Path, about: Header) -> np.ndarray:
-    """samples.npy, read-only: a memory map where it is large. (What is mapped and then cut off ends the process, by a signal.)
-    Raises ValueError when it is not that of the header."""
+    """samples.npy, read-only: a memory map where it is large. Raises ValueError when it is not that of the header."""
     try:
         mapped = read_array(file, SAMPLE, (about.samples,))
     except ValueError as error:
         raise ValueError(f"samples (={file}) cannot be read ({error}); build the index again") from None
-    if mapped.nbytes >= ONCE_BYTES:
+    if mapped.nbytes >= _MAPPED_BYTES:
         return mapped
     samples: np.ndarray = np.array(mapped, subok=True)  # of the same class
     samples.setflags(write=False)

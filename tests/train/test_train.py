@@ -211,6 +211,15 @@ def test_mistakes_leave_with_2_and_no_traceback(recipe: Path, whole: Path, tiny_
         out, err = here(recipe, runs, *argv, code=2)
         assert message in err and "Traceback" not in err and err.count("\n") == 1, err
     assert not (runs / "x").exists()
+    config = whole / "config.yaml"
+    kept = config.read_text()
+    try:
+        config.write_text(kept.replace("lr: 0.01", "lr: 0.11"))
+        _, err = here(recipe, runs, "--resume", code=2)
+    finally:
+        config.write_text(kept)
+    assert (f"recipe (=optimizer.lr: 0.11 in the run, 0.01 now) is not the one of {whole} (config.yaml there has changed since "
+            "the last start: copy that of its newest checkpoint)") in err
 
 
 def test_evaluate_from_the_command_line(recipe: Path, whole: Path) -> None:

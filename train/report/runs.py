@@ -18,7 +18,7 @@ from train.evaluate import ensemble, predictions
 from train.evaluate.metrics import Score
 from train.recipe.strict_yaml import load_yaml
 from train.report import paper
-from train.run_folder import CHECKPOINTS, CONFIG, HISTORY, METRICS, VERSIONS
+from train.run_folder import CHECKPOINTS, CONFIG, HISTORY, METRICS, VERSIONS, is_altered
 
 EVALUATIONS = "evaluations"  # folder of a run's saved evaluations
 
@@ -190,7 +190,7 @@ def read_run(folder: Path) -> Run:
 
 def _altered(folder: Path, starts: Sequence[Mapping[str, Any]], newest: Mapping[str, Any]) -> Iterator[str]:
     """What the start that came last, and the state of the newest checkpoint, tell of files that have changed since."""
-    if (known := starts[-1].get("config_sha256") if starts else None) and known != file_sha256(folder / CONFIG):
+    if is_altered(folder):
         yield f"{CONFIG} is not as the last start wrote it; each checkpoint has its own"
     if not starts and newest and (folder / VERSIONS).exists():
         yield f"{VERSIONS} tells of no start"
