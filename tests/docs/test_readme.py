@@ -1,4 +1,5 @@
 """The README is a page; the files, commands, options and recipes that it and the documentation name exist."""
+import json
 import re
 import shlex
 from pathlib import Path
@@ -73,8 +74,12 @@ def test_commands_exist(page: Path) -> None:
 
 
 def test_figures_of_the_readme_are_measured() -> None:
-    """Rates and errors of its tables of tiers and results stand in a record of docs/results."""
+    """Rates and errors of its tables of tiers and results stand in a record of docs/results, its chart's in what drew it."""
     records = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs/results").glob("*.md"))
+    source = re.search(r"\((\S+-loaders\.json)\)", (ROOT / "docs/assets/loaders.svg").read_text("utf-8"))
+    assert source is not None
+    for side in json.loads((ROOT / "docs/results" / source[1]).read_text("utf-8"))["sides"]:
+        records += f" {side['images_per_s']['median']:,.0f}"
     sections = [README.partition(f"## {title}\n")[2].partition("\n## ")[0] for title in ("Tiers", "Results")]
     rows = [line for section in sections for line in section.splitlines() if line.startswith("|")]
     figures = {figure for line in rows for figure in re.findall(r"\d{1,3}(?:,\d{3})+|\d+\.\d+", line)}
