@@ -64,6 +64,8 @@ def write_index(out: str | Path, samples: np.ndarray, *, classes: Sequence[Class
         header["derived"] = list(derived)
     if packed is not None:
         header["packed"] = packed
+    if packed is None and not force:  # one that has appeared since is another's
+        return _publish(out, header, samples, names, is_new=True)
     with locked_folder(out) if out.exists() else contextlib.nullcontext():
         return _publish(out, header, samples, names, is_packed=packed is not None)
 
@@ -97,14 +99,15 @@ def _reasons(samples: np.ndarray) -> dict[str, int]:
     return {REASONS[i]: int(count) for i, count in enumerate(counts) if i and count}
 
 
-def _publish(out: Path, header: dict[str, Any], samples: np.ndarray, names: bytes | None, *, is_packed: bool = False) -> str:
-    """Write the files of an index, `index.json` last; returns its SHA-256.
+def _publish(out: Path, header: dict[str, Any], samples: np.ndarray, names: bytes | None, *, is_packed: bool = False,
+             is_new: bool = False) -> str:
+    """Write the files of an index, `index.json` last; returns its SHA-256. `is_new`: raise OSError when `out` is there already.
 
     The index of packed shards appears among them. Several processes may write it at once, with the same content, hence under the
     same names: whose rename comes last does not matter.
     """
     out = out.absolute()
-    old = [] if is_packed else _array_files(out)
+    old = [] if is_packed or is_new else _array_files(out)
     array = io.BytesIO()
     np.save(array, samples, allow_pickle=False)
     contents: dict[str, bytes | memoryview] = {}
@@ -119,7 +122,7 @@ def _publish(out: Path, header: dict[str, Any], samples: np.ndarray, names: byte
         header["files"][key] = {"file": file, "size": len(data), "sha256": sha256}
     header["sha256"] = content_sha256(header)
     contents["index.json"] = json.dumps(header, indent=1).encode() + b"\n"
-    if out.exists():
+    if out.exists() and not is_new:
         for file, data in contents.items():  # index.json, the commit, comes last
             with atomic_write(out / file) as stream:
                 stream.write(data)

@@ -33,6 +33,7 @@ import xxhash
 
 from pipeline.decoding.resize import LazyRows
 from pipeline.files import atomic_write, lock
+from pipeline.io_errors import explain
 from pipeline.resident.capacity import check_disk, check_memory
 from pipeline.resident.store import Crops, Layout, Located, Rows, Store
 
@@ -77,8 +78,7 @@ class RamStore(Store):
                 fcntl.flock(self._file, fcntl.LOCK_SH)  # for as long as it is open; see `_usable`
                 weakref.finalize(self, os.close, self._file)
         except OSError as error:
-            raise RuntimeError(f"resident store (={self.path}) cannot be made or opened ({error.strerror}); give a folder that "
-                               "can be written as machine.resident_folder") from error
+            raise RuntimeError(f"resident store: {explain(error, self.path)} (machine.resident_folder)") from error
         self._unchecked = np.ones(count, bool)
         # Writable, or torch would warn of it; but only written with pwrite alone, which can say that the disk is full.
         self._map = mmap.mmap(self._file, self._size)
@@ -131,8 +131,7 @@ class RamStore(Store):
                 self._set_mark(row, _checksum(data.data))
                 self._unchecked[row] = False
         except OSError as error:
-            raise RuntimeError(f"resident store (={self.path}) cannot be written ({error.strerror}); make room, or give another "
-                               "folder as machine.resident_folder") from error
+            raise RuntimeError(f"resident store: {explain(error, self.path)} (machine.resident_folder)") from error
 
     def _offset(self, row: int) -> int:
         return self._first + row * self.layout.row_bytes
@@ -160,8 +159,7 @@ class RamStore(Store):
                 size = os.preadv(self._file, [memory], self._offset(row))
                 good[each] = size == len(memory) and _checksum(memory) == self.have[row]
         except OSError as error:
-            raise RuntimeError(f"resident store (={self.path}) cannot be read ({error.strerror}); see to its disk, or remove the "
-                               "file: it is made anew") from error
+            raise RuntimeError(f"resident store: {explain(error, self.path)}, or remove it: it is made anew") from error
         return good
 
     def _check_size(self) -> None:

@@ -265,6 +265,17 @@ def test_exclusions_of_two_processes_are_not_lost(tmp_path: Path) -> None:
     assert SampleIndex.load(index.path).ids("train").tolist() == [0, 2]
 
 
+def test_an_index_that_appears_meanwhile_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two builds of one name at once: the first to finish has it, the other is told."""
+    monkeypatch.setattr("pipeline.index.writer.check_output", lambda out, force: None)  # it looked before the other had finished
+    first = write(tmp_path, preset="ilsvrc2012").sha256
+    with pytest.raises(OSError, match="not empty"):
+        write(tmp_path)
+    assert SampleIndex.load(tmp_path / "index").sha256 == first
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images.tar", "index"]
+    write(tmp_path, force=True)
+
+
 def test_more_shards_than_files_that_may_be_open(tmp_path: Path) -> None:
     """Read by one process that may have 80 files open; and nothing stays open when the index is gone."""
     paths = [save(tmp_path / f"{i:03d}.tar", tar_bytes({"a.jpg": b"%03d" % i})) for i in range(200)]

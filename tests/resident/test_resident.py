@@ -186,7 +186,7 @@ def test_what_tier_resident_cannot_do_is_refused(photos: SampleIndex, stats: Sta
         loader(photos, stats, tmp_path, data=full)
     with pytest.raises(ValueError, match=r"data.resident \(=webp\) must be one of rgb, yuv420"):
         loader(photos, stats, tmp_path, "webp")
-    with pytest.raises(RuntimeError, match=r"resident store \(=/proc/none/train.*\) cannot be made or opened"):
+    with pytest.raises(RuntimeError, match=r"resident store: .*\(=/proc/none\) .*\(machine.resident_folder\)"):
         loader(photos, stats, Path("/proc/none"))
 
 

@@ -75,7 +75,7 @@ def test_a_file_that_becomes_shorter_or_cannot_be_read_is_an_error_and_no_signal
     found, none = opened(tmp_path), np.zeros(1, np.int64)
     readable = os.dup(found._file)
     os.dup2(os.open(tmp_path, os.O_RDONLY), found._file)  # a read fails with EISDIR there
-    with pytest.raises(RuntimeError, match=r"resident store \(=.*\) cannot be read \(Is a directory\); see to its disk"):
+    with pytest.raises(RuntimeError, match=r"resident store: file .* is a folder, not a file; .*or remove it: it is made anew"):
         found.check(np.arange(3))
     os.dup2(readable, found._file)
     os.truncate(found.path, found.path.stat().st_size - 4096)
@@ -133,14 +133,14 @@ def test_processes_that_start_together_fill_one_file(tmp_path: Path) -> None:
 
 def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RuntimeError, match=r"resident store \(=.*\) cannot be made or opened \(Not a directory\); give a folder "
-                                           "that can be written as machine.resident_folder"):
+    with pytest.raises(RuntimeError, match=r"resident store: .* lies below a file, which is no folder; correct the name "
+                                           r"\(machine.resident_folder\)"):
         opened(tmp_path / "file" / "folder")
     found = opened(tmp_path)
     readable = os.open(found.path, os.O_RDONLY)
     os.dup2(readable, found._file)  # as if the disk refused
     os.close(readable)
-    with pytest.raises(RuntimeError, match=r"resident store \(=.*\) cannot be written \(Bad file descriptor\); make room"):
+    with pytest.raises(RuntimeError, match=r"resident store: file \(=.*squares\) cannot be used \(Bad file descriptor\); "):
         found.put(np.array([1]), squares()[:1])
     assert not found.have.any()
 

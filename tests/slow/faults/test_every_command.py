@@ -248,8 +248,7 @@ def test_twice_at_once(bench: Bench, count: int, record_property: Record) -> Non
         first = bench.server.start(*words)
         time.sleep(after_s)
         second = bench.server.start(*words)
-        for which, command in (("the first", first), ("the second", second)):
-            ended = command.wait(120)
+        for which, ended in [("the first", first.wait(120)), ("the second", second.wait(120))]:
             disturbed(trials, bench, name, f"{which} of two, {after_s:.3f} s apart", out, ended, (2, 4))
     trials.check(record_property)
 
