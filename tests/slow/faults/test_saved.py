@@ -6,7 +6,7 @@ import json
 import pickle
 import random
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Callable
 
@@ -24,12 +24,14 @@ from tests.conftest import TinySet
 from tests.helpers.checkpoints import ALONE, SHAPES, save, tensors
 from tests.helpers.recipes import write_recipe
 from tests.helpers.trials import Row, flipped
+from train import run_folder
 from train.checkpoint import checkpoint
 from train.checkpoint.resolve import resolve
 from train.evaluate import ensemble, predictions
 from train.export import safetensors_io
 from train.export.folder import About, write_folder
 from train.recipe import load
+from train.report.runs import read_run
 
 TIERS = pytest.mark.parametrize("count", [24, pytest.param(1500, marks=pytest.mark.slow)])
 Record = Callable[[str, object], None]
@@ -256,6 +258,42 @@ def test_damaged_quarantines(tmp_path: Path, count: int, record_property: Record
         damaged, fault = flipped(text, draw)
         path.write_bytes(damaged)
         trials.trial(fault, lambda: len(Quarantine(9, path).ids) < 6)
+    trials.check(record_property)
+
+
+@TIERS
+def test_damaged_records_of_a_run(tmp_path: Path, count: int, record_property: Record) -> None:
+    """What a report reads of config.yaml and the files of lines is what was written, or it names the file."""
+    folder, trials = tmp_path / "run", Row("records of a run: damaged")
+    config = load(write_recipe(tmp_path))
+    original = tmp_path / "original/run"
+    original.mkdir(parents=True)
+    run_folder.write_config(original, config)
+    run_folder.record_start(original, index="i" * 64, processes=1)
+    metrics = run_folder.Metrics(original / run_folder.METRICS, True)
+    for epoch in range(3):
+        metrics.write("step", step=9 * epoch, epoch=epoch, lr=0.01, loss=2.0)
+        metrics.write("epoch", epoch=epoch, step=9 * epoch + 9, lr=0.01, loss=1.5, error=0.5, images_per_s=99.0, waited=0.01,
+                      waited_for={"read": 0.01}, seconds=9.0, validation={"images": 24, "top1": 0.5, "top5": 0.1, "loss": 1.0})
+    metrics.write("test", split="val", views=10, step=27, images=24, top1=0.5, top5=0.1, loss=1.0)
+    length = metrics.length()
+    metrics.close()
+    run_folder.note_changes(original, replace(config, train=replace(config.train, epochs=9)), 27, 3)
+    run_folder.record_start(original, index="i" * 64, processes=1, resumed_at=27)
+    save(original / run_folder.CHECKPOINTS, 27, 0.5, 3, metrics_bytes=length)
+    shutil.copytree(original, folder)
+    expected = read_run(folder)
+    assert not expected.problems and len(expected.epochs) == 3 and expected.test and expected.extended
+    for draw in trials.draws(count):
+        fault = flip(original, folder, draw, leave_out=(run_folder.CHECKPOINTS,))
+
+        def outcome() -> bool:
+            found = read_run(folder)
+            same = len(found.starts) == 2 and all(one.items() >= other.items()  # the name of the key crc32 may be another
+                                                  for one, other in zip(found.starts, expected.starts))
+            return bool(found.problems) or same and replace(found, starts=expected.starts) == expected
+
+        trials.trial(fault, outcome)
     trials.check(record_property)
 
 
