@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import os
 import pickle
 from pathlib import Path
@@ -99,3 +100,14 @@ def test_what_dcp_writes_is_read(tmp_path: Path) -> None:
     path = save(tmp_path, 7)
     assert Reader(path).read_metadata().state_dict_metadata == FileSystemReader(path).read_metadata().state_dict_metadata
     check(path, 7)
+
+
+def test_what_other_versions_of_python_write_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """3.11.2 writes a member of an enumeration as a call of getattr, others as one of its class."""
+    monkeypatch.setattr(enum.Enum, "__reduce_ex__", lambda self, protocol: (getattr, (type(self), self.name)))
+    path = save(tmp_path, 7)
+    assert b"getattr" in (path / ".metadata").read_bytes()
+    check(path, 7)
+    replace(path, Planted(getattr, torch.Size, "mro"))  # and nothing else is got by it
+    with pytest.raises(RuntimeError, match=r"\.metadata\) is not one that a checkpoint has \("):
+        checkpoint.load(path, tensors(1), SHAPES, ALONE)

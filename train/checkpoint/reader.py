@@ -15,6 +15,12 @@ from torch.distributed.checkpoint import filesystem, metadata
 
 from pipeline.schema import is_file_name
 
+
+def _memory_format(kind: Any, name: str) -> Any:
+    """A member of an enumeration, in place of getattr, with which Python 3.11.2 and its like (Debian 12) write one."""
+    return getattr(metadata, "_MEM_FORMAT_ENCODING")[name]
+
+
 ALLOWED: dict[tuple[str, str], Any] = {
     **{(kind.__module__, kind.__name__): kind for kind in (
         metadata.Metadata, metadata.TensorStorageMetadata, metadata.TensorProperties, metadata.ChunkStorageMetadata,
@@ -25,6 +31,7 @@ ALLOWED: dict[tuple[str, str], Any] = {
     **{(module, name): getattr(owner, name) for module, owner, name in (
         (metadata.__name__, metadata, "_MEM_FORMAT_ENCODING"), (filesystem.__name__, filesystem, "_StorageInfo"),
         ("torch.serialization", torch.serialization, "_get_layout"))},
+    ("builtins", "getattr"): _memory_format,
     **{(module, "PosixPath"): pathlib.PurePosixPath for module in ("pathlib", "pathlib._local")}}
 
 
