@@ -57,6 +57,11 @@ def explain(error: OSError, path: str | Path | None = None) -> str:
     return f"{'folder' if os.path.isdir(named) else 'file'} (={os.fsdecode(named)}) {cause}; {remedy}"
 
 
+def in_words(error: BaseException) -> str:
+    """An error on one line; as `explain` has it where it is one of the operating system."""
+    return explain(error) if isinstance(error, OSError) else " ".join(str(error).split()) or type(error).__name__
+
+
 def is_full(path: Path) -> bool:
     """Whether the disk of a path, which need not exist, has no room or no inodes left."""
     try:

@@ -36,15 +36,16 @@ SAME_SIGNAL_S = 1.0  # a second Ctrl-C sooner than this is the first one, passed
 
 
 class StopRequest:
-    """Whether SIGTERM or Ctrl-C asked to save and stop. A second Ctrl-C kills."""
+    """Whether SIGTERM, Ctrl-C or a closed terminal asked to save and stop. A second Ctrl-C kills."""
 
     def __init__(self) -> None:
         self.received = False
         self._since = 0.0
 
     def listen(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.handle)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self.handle)
 
     def handle(self, number: int, frame: Optional[FrameType]) -> None:
         now = time.monotonic()

@@ -17,6 +17,7 @@ from pipeline.index.builder import Builder
 from pipeline.index.header import ClassInfo, label_of
 from pipeline.index.sample_index import REASONS, SAMPLE
 from pipeline.index.scan import Oddity, Part, base_names
+from pipeline.io_errors import reading
 
 _MAX_ID = 1_000_000
 _MAX_DEVKIT_BYTES = 64 << 20  # of one file of it
@@ -109,12 +110,14 @@ def _devkit_files(path: Path) -> dict[str, bytes]:
         raise ValueError(f"devkit (={path}) does not exist; give the ILSVRC devkit, as .tar.gz or as a folder")
     files: dict[str, bytes] = {}
     try:
-        with tarfile.open(path) as archive:
+        with reading(path), tarfile.open(path) as archive:
             for member in archive:
                 file = archive.extractfile(member) if member.isreg() and member.name.endswith(wanted) else None
                 if file is not None and member.size <= _MAX_DEVKIT_BYTES:
                     files[Path(member.name).name] = file.read()
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        if getattr(error, "errno", None) is not None:  # of the system: it says nothing of what the file holds
+            raise
         raise ValueError(f"devkit (={path}) cannot be read ({error}); fetch it again") from None
     return files
 

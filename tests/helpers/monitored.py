@@ -52,6 +52,9 @@ def run(folder: Path, rank: int, world_size: int, deed: str) -> None:
 def do(deed: str) -> None:
     if deed == "be killed":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif deed == "be suspended, no hang":
+        os.kill(os.getpid(), signal.SIGTSTP)
+        enter_phase("forward")
     elif deed == "be stopped":
         os.kill(os.getpid(), signal.SIGSTOP)
     elif deed == "raise":

@@ -1,6 +1,8 @@
 """Devkits: ILSVRC IDs to labels, ground truths."""
+import errno
 import gzip
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -39,6 +41,19 @@ def test_devkit_errors(tmp_path: Path) -> None:
                                   {"ids": [1, 2, 3, 10 ** 7]}, {"wnids": ["n1", "n1", "n2", "n3"]}]):
         with pytest.raises(ValueError, match="has 4 classes whose IDs do not lie in 1 to 1000000, each once, with a wnid each"):
             read_devkit(devkit(tmp_path / f"ids{number}", **meta))
+
+
+def test_what_the_system_says_of_a_devkit_is_not_said_of_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fetched again, it would be as unreadable."""
+    path = tmp_path / "devkit.tar.gz"
+    path.write_bytes(gzip.compress(b"no tar") + b"x")
+    with pytest.raises(ValueError, match="fetch it again"):
+        read_devkit(path)
+    for error in (PermissionError(errno.EACCES, "Permission denied", str(path)), OSError(errno.EIO, "Input/output error")):
+        monkeypatch.setattr("tarfile.open", Mock(side_effect=error))
+        with pytest.raises(OSError) as caught:
+            read_devkit(path)
+        assert caught.value.filename == str(path)
 
 
 @pytest.mark.parametrize(("text", "line", "value"), [

@@ -80,6 +80,18 @@ def test_progress_is_no_hang(tmp_path: Path) -> None:
     assert end(start(tmp_path, "work longer than a hang")[0], tmp_path, 0, 20) == (0, "")
 
 
+def test_a_suspended_process_is_no_hang(tmp_path: Path) -> None:
+    """Ctrl-Z for longer than a hang; the clock of the backstop, in faulthandler, goes on while a process is stopped."""
+    process = start(tmp_path, "be suspended, no hang")[0]
+    for _ in range(2000):
+        if process.pid and Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":
+            break
+        time.sleep(0.01)
+    time.sleep(TIMEOUT_S + 5)  # the helper's backstop comes 4 s after a hang
+    os.kill(process.pid or 0, signal.SIGCONT)
+    assert end(process, tmp_path, 0, 20) == (0, "")
+
+
 def test_a_process_without_its_launcher_ends() -> None:
     """A launcher that starts a monitored process and is killed."""
     launched = ("import os, time; from train.parallel.failure import monitored\n"

@@ -131,6 +131,12 @@ def test_what_is_no_run_is_left_out_by_name(tmp_path: Path, base: dict[str, Any]
     (other / "config.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(NoRun, match=r"run \(=.*other\) has a config.yaml that .*; "):
         read_run(other)
+    (other / "config.yaml").unlink()
+    (other / "config.yaml").mkdir()  # what the system says of it has the remedy of that
+    with pytest.raises(NoRun, match=r"folder \(=.*config.yaml\) is a folder, not a file; give a file"):
+        read_run(other)
+    (other / "config.yaml").rmdir()
+    (other / "config.yaml").write_text(text, encoding="utf-8")
     (other / "manifest.json").write_text("{}", encoding="utf-8")
     with pytest.raises(NoRun, match=r"run \(=.*other\) is a checkpoint or an exported network; name run folders"):
         read_run(other)

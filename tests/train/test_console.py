@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
+import pty
 import re
+import sys
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -138,3 +142,24 @@ def test_other_processes_are_silent() -> None:
     console.testing("test")(1, 2)
     console.close()
     assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize("before", ["nothing shown", "a bar shown"])
+def test_a_terminal_that_is_gone_costs_no_line(tmp_path: Path, before: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As under nohup: writing to it fails with EIO from then on."""
+    master, slave = pty.openpty()
+    standard = sys.stdout, sys.stderr
+    with open(slave, "w", encoding="utf-8") as stream:
+        console = Console(True, 0.0, stream, tmp_path / "console.log")
+        if before == "a bar shown":
+            steps(console, 1)
+        os.close(master)
+        console._last_shown_s = 0.0
+        steps(console, 1)
+        console.print("[red]and on")
+        steps(console, 2)
+        console.close()
+    text = (tmp_path / "console.log").read_text(encoding="utf-8")
+    assert text.startswith("[red]and on\nepoch 3/90  step ") and text.count("and on") == 1 and "\x1b" not in text
+    assert "WARNING: output (=Input/output error) goes on in" in capsys.readouterr().err
+    assert (sys.stdout, sys.stderr) == standard

@@ -112,7 +112,11 @@ def test_only_a_second_ctrl_c_kills(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.loop.time.monotonic", lambda: now[0])
     stop = StopRequest()
     stop.listen()
-    assert handlers == {signal.SIGTERM: stop.handle, signal.SIGINT: stop.handle}
+    assert handlers == dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), stop.handle)
+    handlers.clear()
+    monkeypatch.setattr("train.loop.signal.getsignal", lambda number: signal.SIG_IGN)
+    stop.listen()
+    assert handlers == dict.fromkeys((signal.SIGTERM, signal.SIGINT), stop.handle), "nohup"
     for moment, number in ((0.0, signal.SIGINT), (0.2, signal.SIGINT), (0.3, signal.SIGTERM), (5.0, signal.SIGTERM)):
         now[0] = moment
         stop.handle(number, None)

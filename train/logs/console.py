@@ -87,22 +87,30 @@ class Console:
         self._enabled, self._log_s, self._stream, self._log = enabled, log_s, stream or sys.stdout, log
         self._last_shown_s, self._has_header = -float("inf"), False
         terminal = Terminal(file=self._stream, highlight=False)
-        self._live = Live(console=terminal, transient=True) if enabled and terminal.is_terminal else None
+        self._live = Live(console=terminal, transient=True, auto_refresh=False) if enabled and terminal.is_terminal else None
 
     def print(self, text: str) -> None:
         """A line, above the live one."""
         if not self._enabled:
             return
         if self._live is not None:
-            self._live.console.print(Text(text))
-            return
+            try:
+                self._live.console.print(Text(text))
+                return
+            except OSError as error:
+                self._divert(error)
         try:
             print(text, file=self._stream, flush=True)
         except OSError as error:
             self._divert(error)
 
     def _divert(self, error: OSError) -> None:
-        """Let the stream write into the log, what it still holds included."""
+        """Let the stream write into the log, what it still holds included; but not what it holds of the live line of a terminal
+        that is gone: plain lines follow."""
+        if self._live is not None:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+            self.close()
         try:
             file = open(self._log, "ab")
         except OSError:  # the run folder is not there yet
@@ -153,9 +161,10 @@ class Console:
         self._has_header = True
 
     def close(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        live, self._live = self._live, None
+        if live is not None:
+            with contextlib.suppress(OSError):  # the terminal is gone
+                live.stop()
 
     def _is_due(self) -> bool:
         """Whether to show progress now."""
@@ -175,8 +184,11 @@ class Console:
         for _ in range(3):
             line.add_column(no_wrap=True)
         line.add_row(Text(title), ProgressBar(total, done, width=max(1, min(BAR_MOST, room - len(text)))), Text(text))
-        self._live.start()
-        self._live.update(line)
+        try:
+            self._live.start()
+            self._live.update(line, refresh=True)
+        except OSError as error:
+            self._divert(error)
 
 
 def duration(seconds: float) -> str:

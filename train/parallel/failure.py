@@ -22,6 +22,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any, Iterator, Optional
 
 import torch.distributed as dist
@@ -67,10 +68,15 @@ def monitored(rank: int, world_size: int, timeout_s: float, silence_s: float) ->
     if "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     monitor = _Monitor.active = _Monitor(rank, world_size, timeout_s, silence_s)
+    catches = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL
+    if catches:
+        signal.signal(signal.SIGTSTP, monitor.suspend)
     try:
         with reported():
             yield
     finally:
+        if catches:
+            signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         _Monitor.active = None
         monitor.close()
 
@@ -101,6 +107,13 @@ class _Monitor:
         if time.monotonic() - self._armed > ARM_S and not self._ending:
             self._armed = time.monotonic()
             self._limit(self._timeout_s)
+
+    def suspend(self, number: int, frame: Optional[FrameType]) -> None:
+        """Stop, as Ctrl-Z or a batch system asks; faulthandler's clock, which goes on meanwhile, begins anew when this does."""
+        faulthandler.cancel_dump_traceback_later()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        if self._limit_s < math.inf:
+            self._limit(self._limit_s)
 
     def fail(self, error: Exception) -> str:
         """Report an exception that ends this process. Returns what to raise in its place, or nothing."""

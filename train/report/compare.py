@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from scipy.special import stdtrit
 
+from pipeline.io_errors import in_words
 from train.config import differences
 from train.evaluate import ensemble, predictions
 from train.report import paper
@@ -126,7 +127,7 @@ def ensembles(groups: Sequence[Group]) -> tuple[list[Ensemble], list[str]]:
             score = ensemble.ensemble_result(loaded).score
         except (ValueError, RuntimeError, OSError) as error:
             if tuned is None:
-                problems.append(f"{one.name}: its networks cannot be averaged ({str(error).partition(';')[0]})")
+                problems.append(f"{one.name}: its networks cannot be averaged ({in_words(error).partition(';')[0]})")
             continue
         less_top1, less_top5 = (Difference(whole - sum(getattr(test, name) for _, test in members) / len(members), None)
                                 for name, whole in (("top1", score.top1), ("top5", score.top5)))

@@ -11,6 +11,7 @@ import jinja2
 import yaml
 from markupsafe import Markup, escape
 
+from pipeline.io_errors import in_words
 from train.evaluate.metrics import CHANCE, share_text
 from train.figures import kernels
 from train.report import compare, paper, plots
@@ -197,7 +198,7 @@ def sheet(group: Group) -> dict[str, Any]:
         weights, towers = kernels.conv1(run.folder / CHECKPOINTS / best.name)
         chroma = kernels.chroma_lines(weights, towers)
     except (ValueError, OSError, KeyError, TypeError, RuntimeError) as error:
-        return {"problem": f"{run.name}: kernels cannot be shown: {error}"}
+        return {"problem": f"{run.name}: kernels cannot be shown: {in_words(error)}"}
     below = ", tower a above, tower b below" if towers == 2 else ""
     return {"png": kernels.png(kernels.sheet(weights, towers)), "alt": f"{len(weights)} kernels of conv1",
             "caption": [f"{group.name}, seed {run.seed}, {best.name}{below}", *chroma]}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Iterator, Mapping, Sequence
 
 from pipeline.files import file_sha256, parse_line
-from pipeline.io_errors import explain
+from pipeline.io_errors import explain, in_words
 from train.checkpoint import checkpoint
 from train.config import changes_results
 from train.evaluate import ensemble, predictions
@@ -214,8 +214,10 @@ def _config(path: Path) -> Mapping[str, Any]:
         config = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise NoRun(f"run (={path.parent}) holds no {CONFIG}; name run folders, such as runs/tiny100") from None
-    except (OSError, ValueError) as error:
-        raise NoRun(f"run (={path.parent}) has a {CONFIG} that cannot be read ({' '.join(str(error).split())}); mend it, or "
+    except OSError as error:
+        raise NoRun(explain(error)) from None
+    except ValueError as error:
+        raise NoRun(f"run (={path.parent}) has a {CONFIG} that cannot be read ({in_words(error)}); mend it, or "
                     "leave the run out") from None
     groups = ("data", "model", "optimizer", "schedule", "train")
     if not isinstance(config, dict) or not all(isinstance(config.get(group), dict) for group in groups) \
@@ -275,7 +277,7 @@ def _checkpoints(root: Path, problems: list[str]) -> tuple[tuple[Checkpoint, ...
             checkpoint.verify_state(path)
             state, manifest = checkpoint.read_state(path), file_sha256(path / checkpoint.MANIFEST)
         except (checkpoint.DamagedCheckpoint, OSError, ValueError) as error:
-            problems.append(str(error).partition(";")[0])
+            problems.append(in_words(error).partition(";")[0])
             continue
         found.append(Checkpoint(path.name, _number(state.get("validation_error")), manifest))
     return tuple(found), state
@@ -288,7 +290,7 @@ def _evaluations(root: Path, problems: list[str]) -> list[Test]:
         try:
             saved = predictions.load(path)
         except (ValueError, RuntimeError, OSError) as error:
-            problems.append(str(error).partition(";")[0])
+            problems.append(in_words(error).partition(";")[0])
             continue
         if saved.labelled:
             score = ensemble.member_result(saved).score
