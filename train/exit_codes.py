@@ -31,7 +31,8 @@ EXIT_CODES = {  # code → why, what to do; docs/errors.md shows them
                  "lower the learning rate, or look at the images; --resume begins at the last checkpoint"),
     FAILED: ("the machine failed: disk, memory, GPU, an archive, a library, another process; or no progress",
              "mend what the line names, then the same command with --resume"),
-    STOPPED: ("training: stopped by SIGTERM, Ctrl-C, a closed terminal or machine.stop_after, and saved", "--resume continues bit-exactly"),
+    STOPPED: ("training: stopped by SIGTERM, Ctrl-C, a closed terminal or machine.stop_after, and saved",
+              "--resume continues bit-exactly"),
     INTERRUPTED: ("Ctrl-C before there was anything to save", "start again; what was finished before is used"),
 }
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Callable
 
 import pytest
 import torch
@@ -48,6 +52,27 @@ def test_tensors_that_lie_otherwise_in_memory_are_saved_as_they_are(tmp_path: Pa
     found = {key: torch.zeros(tensor.shape) for key, tensor in whole.items()}
     checkpoint.load(tmp_path / "step-000000001", found, {key: tuple(tensor.shape) for key, tensor in whole.items()}, ALONE)
     assert all(torch.equal(found[name], value) for name, value in whole.items())
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
+    """As on NFS, when an evaluation has one of its files open."""
+    def rmtree(path: Path, original: Callable[..., None] = shutil.rmtree, ignore_errors: bool = False) -> None:
+        if "000000001" in path.name and path.exists():
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), "__0_0.distcp")
+        original(path, ignore_errors=ignore_errors)
+    saver = AsyncSaver(tmp_path, ALONE, 1, 60)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", rmtree)
+        for step in (1, 2, 3):
+            saver.save(f"step-{step:09d}", tensors(step), SHAPES, STATE, attach)
+            saver.wait()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".step-000000001.partial", "step-000000003"]
+    said = f"warning: old checkpoints (={tmp_path}) could not all be removed (Directory not empty); they stay until a later save"
+    assert capsys.readouterr().err.count(said) == 2
+    saver.save("step-000000004", tensors(4), SHAPES, STATE, attach)
+    saver.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000004"]
 
 
 def test_a_failure_is_raised_at_the_next_call_once_and_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -4,6 +4,7 @@ waits for another, not even for the slowest disk. One checkpoint is written at a
 
 Not dcp.async_save: its future ends before manifest, rename and pruning, which would need a thread and a group all the same.
 """
+import contextlib
 import dataclasses
 import datetime
 import sys
@@ -59,7 +60,12 @@ class AsyncSaver:
             saved = checkpoint.save(self._root, name, copies, shapes, state, attach, self._topology, self._group)
             if self._topology.is_main:
                 written()
-                checkpoint.prune(self._root, self._keep_last, saved)
+                try:
+                    checkpoint.prune(self._root, self._keep_last, saved)
+                except OSError as error:  # on NFS a file of one that is being read cannot be removed
+                    with contextlib.suppress(OSError):
+                        print(f"warning: old checkpoints (={self._root}) could not all be removed ({error.strerror}); they stay "
+                              "until a later save can", file=sys.stderr)
 
         self._pending = self._thread.submit(write)
 

@@ -233,14 +233,17 @@ def best(root: Path, passed_over: Callable[[Path, str], object] = lambda path, p
 
 def prune(root: Path, keep_last: int, saved: Path) -> None:
     """Remove all but the last `keep_last`, the best and the just `saved` one, and what a killed process left half-written. One
-    whose state cannot be read may have been the best, and stays."""
+    whose state cannot be read may have been the best, and stays. Raises OSError, at the end, when some could not be removed."""
     keep = {*checkpoints(root)[-keep_last:], saved}
     keep.add(best(root, lambda path, problem: keep.add(path)) or saved)
-    for path in root.glob(".step-*.partial"):
-        shutil.rmtree(path)
-    for path in checkpoints(root):
-        if path not in keep:  # renamed first: half of one is no damaged checkpoint
-            shutil.rmtree(path.rename(root / f".{path.name}.partial"))
+    failures = []
+    for path in (*root.glob(".step-*.partial"), *(path for path in checkpoints(root) if path not in keep)):
+        try:  # renamed first: half of one is no damaged checkpoint
+            shutil.rmtree(path if path.name.startswith(".") else path.rename(root / f".{path.name}.partial"))
+        except OSError as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
 
 
 @dataclass(frozen=True)
