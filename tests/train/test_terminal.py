@@ -57,7 +57,8 @@ def test_a_full_disk_behind_a_pipe_and_closed_streams_are_no_traceback(words: li
         done = subprocess.run(["bash", "-c", f'set -o pipefail; "$@" {redirection}', "-", sys.executable, *words], cwd=ROOT,
                               capture_output=True, text=True, timeout=60)
         assert "Traceback" not in done.stderr and "Exception" not in done.stderr, done.stderr
-        assert done.returncode in (0, 2), (redirection, done.returncode)
+        full = [4] * (redirection == ">/dev/full")  # older versions of argparse raise what newer ones pass over
+        assert done.returncode in (0, 2, *full), (redirection, done.returncode)
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
