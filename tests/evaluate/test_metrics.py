@@ -27,6 +27,7 @@ def test_labels_in_another_order_are_at_chance() -> None:
     assert not Score(50_000, 0, 0, 0.0, 1000).at_chance
     assert Score(50_000, int((labels != permuted).sum()), 0, 0.0, 1000).at_chance
     assert not Score(50_000, 49_800, 0, 0.0, 1000).at_chance  # 0.4% right, where chance is 0.1%
+    assert not Score(45, 21, 0, 0.0, 3).at_chance and Score(45, 26, 0, 0.0, 3).at_chance  # 32.9% to 60.9%; 43.3% to 71.0%
 
 
 @pytest.mark.parametrize("count, of", [(0, 300), (1, 300), (247, 300), (300, 300), (0, 1), (20_330, 50_000)])

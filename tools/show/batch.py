@@ -90,7 +90,8 @@ def run(args: argparse.Namespace) -> None:
             batch = next(iter(loader))
             augmentation = loader.planner.augmentation(batch.ids, batch.epochs)
     first = args.step * args.count
-    title = f"{index.path}, tier {data.tier}, training crops {first} to {first + args.count - 1}, {loader.data}"
+    title = (f"{index.path}, tier {data.tier}, training crops {first} to {first + args.count - 1}: {data.crop_px} of "
+             f"{data.square_px} px, crop {data.crop}, region {data.region}, mean {data.mean}, lighting {data.lighting:g}")
     texts = captions(index, batch, augmentation, stats)
     draw(restore(batch, augmentation, loader.data, stats), texts, title).save(args.out)
     print(f"{len(batch.ids)} crops in {args.out}")

@@ -32,9 +32,8 @@ class Score:
 
     @property
     def at_chance(self) -> bool:
-        """No better than guessing, within three standard deviations: with a trained network, a sign of wrong labels."""
-        chance = self.images / self.classes
-        return self.images - self.top1_errors <= chance + 3 * math.sqrt(chance * (1 - 1 / self.classes))
+        """Whether the 95% interval of its error reaches that of guessing: with a trained network, a sign of wrong labels."""
+        return share_interval(self.top1, self.images)[1] >= 1 - 1 / self.classes
 
     def lines(self) -> list[str]:
         """A line for each error, with its interval; of top 5 where it says something."""
