@@ -136,3 +136,8 @@ def test_the_page_of_errors_is_what_the_program_says() -> None:
     """Else: python -m tools.docs.reference."""
     written = (Path(__file__).resolve().parents[1] / "docs/errors.md").read_text(encoding="utf-8")
     assert written == errors()
+
+
+def test_names_with_control_characters_do_not_reach_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert guarded(lambda: print("index \x1b[2J\x9b1m\tof\nünits")) == 0
+    assert capsys.readouterr().out == "index \\x1b[2J\\x9b1m\tof\nünits\n"

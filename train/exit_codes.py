@@ -45,6 +45,7 @@ class CommonError(RuntimeError):
 # Lines that DALI's decoders write about an image they cannot decode, as a pattern of sed.
 _DECODER_ERROR = r"/\[ERROR\].*\[[[:alnum:]_-]*decoder[[:alnum:]_-]*\]/d"
 _NO_THREAD = ("can't start new thread", "unable to start watchdog thread", "Resource temporarily unavailable")  # of libraries
+CONTROLS = {number: f"\\x{number:02x}" for number in (*range(9), *range(11, 32), *range(127, 160))}  # but tab and newline
 _filter: list[int] = []  # what descriptor 2 was, and the process that reads it now
 
 
@@ -154,14 +155,15 @@ def exit_code(work: Callable[[], Optional[int]], memory_advice: str, interrupted
 
 
 class Unread:
-    """A stream whose work goes on when its reader has closed it: what nobody reads is lost."""
+    """A stream whose work goes on when its reader has closed it: what nobody reads is lost. Control characters, which names may
+    hold, are written as `\\x1b`."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
 
     def write(self, text: str) -> int:
         with contextlib.suppress(BrokenPipeError):
-            self.stream.write(text)
+            self.stream.write(text.translate(CONTROLS))
         return len(text)
 
     def flush(self) -> None:

@@ -54,6 +54,8 @@ def test_the_command_writes_a_png(tiny_set: TinySet, tmp_path: Path, capsys: pyt
     assert show(*own, "--count", "2") == 0, capsys.readouterr().err
     assert show(*words, "--count", "0") == 2
     assert "--count (=0) must lie in 1..200; " in capsys.readouterr().err
+    assert show(*words, "--count", "200") == 2
+    assert f"--count (=200) must not exceed the {tiny_set.train} images of split train; lower it" in capsys.readouterr().err
     assert show(*words, "--step", "-1") == 2
     assert "--step (=-1) must be at least 0; " in capsys.readouterr().err
 

@@ -191,8 +191,8 @@ def test_json_names_queries_and_neighbours_by_id(built: Path, tmp_path: Path, ti
 
 def test_words_on_the_sheet_neither_overlap_nor_leave_it() -> None:
     crop = np.zeros((9, 9, 3), np.uint8)
-    words = ["American Staffordshire terrier", "W" * 45, "crab", "soft-coated wheaten terrier", "a$b$c_{", "computer keyboard",
-             "?"]
+    words = ["American Staffordshire terrier", "W" * 45, "crab", "soft-coated wheaten terrier", "a$b$c_{",
+             "computer\x1b\nkeyboard", "?"]
     shown = [Picture(crop, text, same) for text, same in zip(words, [True, False, None, *[True] * 4])]
     rows = [(shown[place], {"fc7": shown[1:], "pixels": shown[:6]}) for place in range(3)]
     figure = draw(rows, "a long title of a sheet " * 12).figure

@@ -156,10 +156,10 @@ def test_a_terminal_that_is_gone_costs_no_line(tmp_path: Path, before: str, caps
         os.close(master)
         console._last_shown_s = 0.0
         steps(console, 1)
-        console.print("[red]and on")
+        console.print("[red]and on\x1b[2J")
         steps(console, 2)
         console.close()
     text = (tmp_path / "console.log").read_text(encoding="utf-8")
-    assert text.startswith("[red]and on\nepoch 3/90  step ") and text.count("and on") == 1 and "\x1b" not in text
+    assert text.startswith("[red]and on\\x1b[2J\nepoch 3/90  step ") and text.count("and on") == 1 and "\x1b" not in text
     assert "WARNING: output (=Input/output error) goes on in" in capsys.readouterr().err
     assert (sys.stdout, sys.stderr) == standard

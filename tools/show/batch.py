@@ -79,6 +79,8 @@ def run(args: argparse.Namespace) -> None:
     archives = str(args.archives or config.machine.archives)
     store = archives if archives.startswith("s3://") else ""
     index = SampleIndex.load(data.index, None if store else archives or None)
+    if args.count > (samples := len(index.ids(data.train_split))):
+        raise ValueError(f"--count (={args.count}) must not exceed the {samples} images of split {data.train_split}; lower it")
     with ProgressBar() as progress:
         stats = find_or_compute(index, data.square_px, data.train_split, progress=progress)
     with tempfile.TemporaryDirectory() as scratch:  # tier resident would begin to fill its file: not for a sheet

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.files import atomic_write
+from tools.cli import printable
 from train.figures.kernels import need_matplotlib
 
 need_matplotlib()
@@ -46,6 +47,7 @@ class Sheet:
 
     def text(self, words: str, x: float, baseline: float, size_pt: float, inches: float, weight: str = "normal") -> None:
         """Write a line centred at x, no larger than `size_pt` and no wider than `inches`."""
+        words = printable(words)  # of an index: Matplotlib repeats in a warning what it has no glyph for
         self.figure.text(*self.position(x, baseline), words, ha="center", va="baseline",
                          fontsize=fitting(words, size_pt, inches, weight), fontweight=weight, parse_math=False)
 

@@ -19,6 +19,7 @@ from rich.text import Text
 from pipeline.config import LoaderConfig
 from pipeline.monitor import METRIC_NAMES, REMEDIES, STAGES, Monitor, Usage, Waits, cause_of, headroom, remedies, usage
 from train.evaluate.metrics import FEW_CLASSES, Score
+from train.exit_codes import CONTROLS
 
 RECENT_STEPS = 50  # over which the displayed throughput is taken
 SMALL_WAIT, LARGE_WAIT = 0.01, 0.1  # shares of the time: below, data wait needs no advice; from there on, data limits training
@@ -93,6 +94,7 @@ class Console:
         """A line, above the live one."""
         if not self._enabled:
             return
+        text = text.translate(CONTROLS)
         if self._live is not None:
             try:
                 self._live.console.print(Text(text))
