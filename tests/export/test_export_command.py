@@ -71,7 +71,7 @@ def test_command_exports_a_run(tiny_set: TinySet, trained: Path, tmp_path: Path)
     text = (out / "README.md").read_text(encoding="utf-8")
     test, epoch = of_run(trained, "test")[0], of_run(trained, "epoch")[1]
     assert row("val", 10, test) + " the end of training |" in text
-    assert row("val", 1, epoch["validation"]) + " the validation after epoch 1, counted from 0 |" in text
+    assert row("val", 1, epoch["validation"]) + " the validation after epoch 2 |" in text
     assert text.count("| val |") == 2 and "6 of the 6 outputs" in text
     state, metadata = checkpoint.read_state(last), weights.read_metadata(out)
     manifest = file_sha256(last / "manifest.json")
@@ -85,6 +85,16 @@ def test_command_exports_a_run(tiny_set: TinySet, trained: Path, tmp_path: Path)
         found = path.read_bytes()
         for place in (tmp_path, tiny_set.folder, trained):
             assert str(place).encode() not in found, f"{path} says where it was made"
+
+
+def test_card_of_a_checkpoint_before_an_extension_has_no_test_of_the_extended_run(tiny_set: TinySet, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_set.index, epochs="  epochs: 1")
+    here(recipe, tmp_path, "--machine.name=run")
+    here(recipe, tmp_path, "--machine.name=run", "--resume", "--train.epochs=2")
+    for path, rows in zip(sorted((tmp_path / "run" / "checkpoints").iterdir()), (0, 1), strict=True):
+        exported(path, tmp_path / "cards" / path.name)
+        text = (tmp_path / "cards" / path.name / "README.md").read_text(encoding="utf-8")
+        assert text.count("the end of training |") == rows, path.name
 
 
 def test_best_and_earlier_checkpoints_have_their_own_results(tiny_set: TinySet, trained: Path, tmp_path: Path) -> None:

@@ -132,8 +132,8 @@ def describe(source: Resolved) -> About:
         if state["validation_error"] is not None and validation is not None and run.validation_images is not None \
                 and validation.top1 is not None and validation.top5 is not None:
             results.append(Test(data.validation_split, config.train.validate_views, run.validation_images, validation.top1,
-                                validation.top5, None, f"the validation after epoch {validation.epoch}, counted from 0"))
-        if run.test is not None and epochs == config.train.epochs:
+                                validation.top5, None, f"the validation after epoch {epochs}"))
+        if run.test is not None and run.test.step == state["step"]:  # of an extended run, that of the last step only
             results.append(replace(run.test, source="the end of training"))
         results += [replace(test, source="a saved evaluation") for test in run.tests if test.checkpoint == source.sha256]
         start = run.starts[-1] if run.starts else {}

@@ -56,6 +56,7 @@ class Test:
     loss: float | None
     source: str = ""  # folder of a saved evaluation
     checkpoint: str = ""  # SHA-256 of its checkpoint's manifest
+    step: int | None = None  # of the test at the end of training
 
 
 @dataclass(frozen=True)
@@ -265,7 +266,7 @@ def _test(line: Mapping[str, Any]) -> list[Test]:
     top1, top5 = _number(line.get("top1")), _number(line.get("top5"))
     if not images or views is None or top1 is None or top5 is None:
         return []
-    return [Test(str(line.get("split", "")), views, images, top1, top5, _number(line.get("loss")))]
+    return [Test(str(line.get("split", "")), views, images, top1, top5, _number(line.get("loss")), step=_whole(line.get("step")))]
 
 
 def _checkpoints(root: Path, problems: list[str]) -> tuple[tuple[Checkpoint, ...], Mapping[str, Any]]:
