@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import pipeline
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("pipeline", "model", "train", "tools")
 
@@ -106,3 +108,7 @@ def test_make_knows_its_targets_and_says_what_an_install_needs() -> None:
                             text=True)
     assert result.returncode == 2
     assert "no Python 3.11 or 3.12 with venv found; install one, or say PYTHON=/path/to/python" in result.stderr
+
+
+def test_dir_of_the_library_lists_its_public_names() -> None:
+    assert set(pipeline.__all__) <= set(dir(pipeline))
