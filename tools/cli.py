@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.progress import ProgressBar
-from train.exit_codes import MISTAKE, Unread, exit_code, printable
+from train.exit_codes import MISTAKE, ToolOutput, exit_code, printable
 
 __all__ = ["ProgressBar", "guarded", "hardware", "printable", "versions"]
 PACKAGES = ("torch", "triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13",
@@ -19,7 +19,7 @@ PACKAGES = ("torch", "triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "nv
 def guarded(work: Callable[[], int | None], interrupted: str = "interrupted") -> int:
     """Do the work of a command; returns its exit code: what `work` returns (None: 0), 2 after an error that is the user's or the
     world's, 130 after Ctrl-C, each with one line on stderr and no traceback. Who reads the output may leave (`… | head`)."""
-    with contextlib.redirect_stdout(Unread(sys.stdout)):
+    with contextlib.redirect_stdout(ToolOutput(sys.stdout)):
         return exit_code(work, "close other programs, or ask for less", interrupted, failed=MISTAKE)
 
 

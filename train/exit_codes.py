@@ -154,9 +154,9 @@ def exit_code(work: Callable[[], Optional[int]], memory_advice: str, interrupted
         return INTERRUPTED
 
 
-class Unread:
-    """A stream whose work goes on when its reader has closed it: what nobody reads is lost. Control characters, which names may
-    hold, are written as `\\x1b`."""
+class ToolOutput:
+    """Standard output of a tool, which works on when the reader has closed it. Control characters, which names may hold, are
+    escaped."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream

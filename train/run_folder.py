@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Mapping, Optional
+from typing import Any, BinaryIO, Callable, Mapping, Optional, Sequence
 
 from pipeline.files import LockHeld, atomic_write, file_sha256, json_line, lock, parse_line
 from pipeline.io_errors import explain, writing
@@ -138,16 +138,17 @@ def check_resumable(config: Config, path: Path, epochs: int = 0) -> None:
         raise ValueError(f"train.epochs (={config.train.epochs}) is less than the {epochs} epochs that the run has begun; give "
                          f"--train.epochs={epochs} or more, or start another run with --machine.name")
     if problems:
-        altered = f" ({CONFIG} there has changed since the last start: copy that of its newest checkpoint)" * is_altered(run)
+        lines = (run / VERSIONS).read_bytes().splitlines() if (run / VERSIONS).exists() else []
+        starts = [line for line in map(parse_line, lines) if line is not None]
+        altered = f" ({CONFIG} there has changed since the last start: copy that of its newest checkpoint)" \
+            if is_altered(run, starts) else ""
         raise ValueError(f"recipe (={'; '.join(problems)}) is not the one of {run}{altered}; a resume may raise train.epochs, "
                          "change schedule.milestones of epochs to come, and the groups machine and parallel: give the run's "
                          "other values, or start another run with --machine.name")
 
 
-def is_altered(folder: Path) -> bool:
-    """Whether config.yaml has other bytes than when the run's last start was recorded."""
-    lines = (folder / VERSIONS).read_bytes().splitlines() if (folder / VERSIONS).exists() else []
-    starts = [line for line in map(parse_line, lines) if line is not None]
+def is_altered(folder: Path, starts: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether config.yaml has other bytes than when the last of the run's `starts`, the lines of versions.jsonl, was recorded."""
     known = starts[-1].get("config_sha256") if starts else None
     return known is not None and known != file_sha256(folder / CONFIG)
 

@@ -64,10 +64,9 @@ def write_index(out: str | Path, samples: np.ndarray, *, classes: Sequence[Class
         header["derived"] = list(derived)
     if packed is not None:
         header["packed"] = packed
-    if packed is None and not force:  # one that has appeared since is another's
-        return _publish(out, header, samples, names, is_new=True)
-    with locked_folder(out) if out.exists() else contextlib.nullcontext():
-        return _publish(out, header, samples, names, is_packed=packed is not None)
+    is_new = packed is None and not force  # one that has appeared since is another's
+    with locked_folder(out) if out.exists() and not is_new else contextlib.nullcontext():
+        return _publish(out, header, samples, names, is_packed=packed is not None, is_new=is_new)
 
 
 def mark_excluded(index: SampleIndex, damaged: dict[int, tuple[str, str]]) -> str:
@@ -107,7 +106,7 @@ def _publish(out: Path, header: dict[str, Any], samples: np.ndarray, names: byte
     same names: whose rename comes last does not matter.
     """
     out = out.absolute()
-    old = [] if is_packed or is_new else _array_files(out)
+    old = [] if is_packed else _array_files(out)
     array = io.BytesIO()
     np.save(array, samples, allow_pickle=False)
     contents: dict[str, bytes | memoryview] = {}

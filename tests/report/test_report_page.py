@@ -55,6 +55,8 @@ def spoil(line: str) -> Callable[[Path], None]:
     (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl is missing"),
     (lambda run: (run / "metrics.jsonl").write_bytes(b""), "no epoch yet"),
     (lambda run: (run / "versions.jsonl").unlink(), "versions.jsonl is missing"),
+    (lambda run: ((run / "versions.jsonl").unlink(), (run / "versions.jsonl").mkdir()),
+     "versions.jsonl cannot be read (Is a directory)"),
     (lambda run: (run / "versions.jsonl").write_text('{"git": 3, "command": "x", "time": "y", "torch": [1]}\n{"time": 1e300}\n'),
      "tested"),
     (lambda run: shutil.rmtree(run / "checkpoints"), "tested"),

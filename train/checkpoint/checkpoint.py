@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from pipeline.files import difference, file_entries, read_json, read_manifest, sync, sync_tree
-from pipeline.io_errors import explain, writing
+from pipeline.io_errors import explain, in_words, writing
 from pipeline.schema import Count, read_as
 from train.checkpoint.reader import Reader
 from train.exit_codes import CommonError
@@ -100,8 +100,7 @@ def save(root: Path, name: str, tensors: Mapping[str, torch.Tensor], shapes: Map
         with contextlib.suppress(OSError):
             if checkpoints(root):
                 others = "the ones before it are whole: mend this, then go on with --resume"
-        raise NotWritten(f"checkpoint (={final}) could not be written: "
-                         f"{explain(error) if isinstance(error, OSError) else error}; {others}") from error
+        raise NotWritten(f"checkpoint (={final}) could not be written: {in_words(error)}; {others}") from error
     return final
 
 
@@ -114,7 +113,7 @@ def _in_main_process(work: Callable[[], None], topology: Topology, group: Option
         except Exception as error:
             failure = error
     if not topology.is_single:
-        reason = [(explain(failure) if isinstance(failure, OSError) else str(failure)) if failure else None]
+        reason = [in_words(failure) if failure else None]
         dist.broadcast_object_list(reason, src=0, group=group, device=torch.device("cpu"))
         if reason[0] is not None and failure is None:
             failure = RuntimeError(reason[0])

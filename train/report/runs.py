@@ -191,7 +191,7 @@ def read_run(folder: Path) -> Run:
 
 def _altered(folder: Path, starts: Sequence[Mapping[str, Any]], newest: Mapping[str, Any]) -> Iterator[str]:
     """What the start that came last, and the state of the newest checkpoint, tell of files that have changed since."""
-    if is_altered(folder):
+    if is_altered(folder, starts):
         yield f"{CONFIG} is not as the last start wrote it; each checkpoint has its own"
     if not starts and newest and (folder / VERSIONS).exists():
         yield f"{VERSIONS} tells of no start"
